@@ -1,0 +1,14 @@
+"""InternVL-Chat-V1-1 in JAX/Flax for TPU: load a checkpoint, chat about images, look at the numbers."""
+
+from typing import Any
+
+__all__ = ["Chat", "Reply", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily, so that the host-only rooms (processing, the data workers, `internvl-jax --help`) do not import jax.
+    if name in __all__:
+        from internvl_jax import chat
+
+        return getattr(chat, name)
+    raise AttributeError(f"module 'internvl_jax' has no attribute {name!r}")

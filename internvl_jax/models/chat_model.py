@@ -1,0 +1,126 @@
+"""The chat model: images and tokens in, logits out, as pure functions on one tree of parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from internvl_jax.config import ChatConfig
+from internvl_jax.models import intern_vit, llama, projector
+from internvl_jax.models.layers import Array, Params, positions_from_valid
+
+
+def init_params(key: Array, config: ChatConfig, dtype: Any = jnp.float32) -> Params:
+    """Random parameters of the parts that the config has, layers stacked on axis 0."""
+    k_vision, k_projector, k_text = jax.random.split(key, 3)
+    params = {}
+    if config.vision is not None:
+        params["vision_model"] = intern_vit.init_params(k_vision, config.vision)
+    if config.projector is not None:
+        params["mlp1"] = projector.init_params(k_projector, config.projector)
+    if config.text is not None:
+        params["language_model"] = llama.init_params(k_text, config.text)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def abstract_params(config: ChatConfig, dtype: Any = jnp.float32) -> Params:
+    """Shapes and dtypes of `init_params` as a tree of jax.ShapeDtypeStruct, without computing anything."""
+    return jax.eval_shape(lambda key: init_params(key, config, dtype), jax.random.key(0))
+
+
+def count_params(tree: Any) -> int:
+    """Number of parameters in a tree of arrays or of ShapeDtypeStructs."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def encode_images(
+    params: Params,
+    config: ChatConfig,
+    pixel_values: Array,
+    *,
+    dtype: Any = jnp.float32,
+    collect: bool = False,
+    **vit: Any,
+) -> tuple[Array, dict[str, Array]]:
+    """Images to visual tokens in the language model's width.
+
+    pixel_values [M,3,h,w] float, normalised; `vit` goes to intern_vit.forward (remat, drop_path_key).
+    Returns [M,P,D] with P = (h/patch/ratio) * (w/patch/ratio), and `out`: with collect "hidden_states", "selected"
+    (patch features [M,patches,D]), "unshuffled" [M,P,E] and "projected" [M,P,D].
+    """
+    x, out = intern_vit.forward(
+        params["vision_model"],
+        config.vision,
+        pixel_values,
+        num_layers=config.num_vision_layers,
+        dtype=dtype,
+        collect=collect,
+        **vit,
+    )
+    selected = x[:, 1:]
+    images, _, width = selected.shape
+    rows, columns = (side // config.vision.patch_size for side in pixel_values.shape[2:])
+    folded = projector.pixel_unshuffle(
+        selected.reshape(images, rows, columns, width), config.unshuffle, config.ps_version
+    )
+    folded = folded.reshape(images, -1, folded.shape[-1])
+    projected = projector.forward(params["mlp1"], config.projector, folded, dtype=dtype)
+    if collect:
+        out = {**out, "selected": selected, "unshuffled": folded, "projected": projected}
+    return projected, out
+
+
+def merge_images(embeddings: Array, is_image: Array, features: Array) -> Array:
+    """Put visual tokens where the prompt has image tokens, in prompt order over the whole batch.
+
+    embeddings [B,T,D], is_image [B,T] bool, features [M,P,D] -> [B,T,D]. A gather: no scatter, no dynamic shape. The
+    host must have checked that there are M*P image tokens : no count can be checked under jit.
+    """
+    flat = features.reshape(-1, features.shape[-1]).astype(embeddings.dtype)
+    index = jnp.cumsum(is_image.reshape(-1).astype(jnp.int32)) - 1
+    index = jnp.clip(index, 0, flat.shape[0] - 1).reshape(is_image.shape)
+    return jnp.where(is_image[..., None], flat[index], embeddings)
+
+
+def embed_prompt(
+    params: Params, input_ids: Array, image_features: Array | None, image_token_id: int | Array, *, dtype: Any
+) -> Array:
+    """Embeddings of a prompt with its images merged in. input_ids [B,T], image_features [M,P,D] or None -> [B,T,D]."""
+    embeddings = llama.embed(params["language_model"], input_ids, dtype)
+    if image_features is None:
+        return embeddings
+    return merge_images(embeddings, input_ids == image_token_id, image_features)
+
+
+def forward(
+    params: Params,
+    config: ChatConfig,
+    input_ids: Array,
+    pixel_values: Array | None = None,
+    valid: Array | None = None,
+    *,
+    image_token_id: int | Array = -1,
+    dtype: Any = jnp.float32,
+    collect: bool = False,
+    remat: bool = False,
+) -> tuple[Array, dict[str, Any]]:
+    """Logits at every position of whole sequences (training, scoring, parity).
+
+    input_ids [B,T] int32; pixel_values [M,3,h,w] in prompt order over the batch, or None; valid [B,T] bool, all True
+    by default (padding may stand on either side).
+    Returns logits [B,T,V] float32 and `out`: with collect, "vision" and "language" hold each part's own.
+    """
+    valid = jnp.ones(input_ids.shape, bool) if valid is None else valid
+    features, vision_out = None, {}
+    if pixel_values is not None:
+        features, vision_out = encode_images(params, config, pixel_values, dtype=dtype, collect=collect, remat=remat)
+    x = embed_prompt(params, input_ids, features, image_token_id, dtype=dtype)
+    positions = positions_from_valid(valid)
+    language = params["language_model"]
+    hidden, _, language_out = llama.forward(
+        language, config.text, x, positions, valid, dtype=dtype, collect=collect, remat=remat
+    )
+    return llama.logits(language, hidden), {"vision": vision_out, "language": language_out} if collect else {}

@@ -1,0 +1,197 @@
+"""Building blocks of both towers. Nothing here knows a model.
+
+Axis letters, here and in every einsum string and shape comment of the project:
+    B batch          T query tokens    S cache slots (keys)   D width           F mlp hidden
+    N heads          K kv heads        G heads per kv head    H head dim        V vocabulary
+    L layers         M images          P patches              C 3 (q, k, v)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+Params = dict[str, Any]
+
+# Finite, so that a row which may attend to nothing (padding) stays a number; the value is gemma's and big_vision's.
+MASK_VALUE = -2.3819763e38
+
+
+def precision_of(dtype: Any) -> jax.lax.Precision:
+    """float32 means float32: a TPU would otherwise multiply float32 operands in one bfloat16 pass."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+class Linear(nn.Module):
+    """A matrix product over named axes, `eqn` in capitals, for example "BTD,DNH->BTNH".
+
+    The kernel has the axes of the equation's second operand; the bias those of them that reach the output.
+    Parameters may be stored in any dtype: they are cast to `dtype` where they are used.
+    """
+
+    eqn: str
+    shape: tuple[int, ...]
+    dtype: Any
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel_axes, out_axes = self.eqn.split(",")[1].split("->")
+        contracted = tuple(i for i, axis in enumerate(kernel_axes) if axis not in out_axes)
+        kept = tuple(i for i, axis in enumerate(kernel_axes) if axis in out_axes)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=contracted, out_axis=kept)
+        kernel = self.param("kernel", init, self.shape)
+        y = jnp.einsum(self.eqn, x.astype(self.dtype), kernel.astype(self.dtype), precision=precision_of(self.dtype))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), tuple(self.shape[i] for i in kept))
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the trailing axes `shape` (Zhang and Sennrich, 2019), as LLaMA and InternViT have it.
+
+    Statistics in float32, cast to the input's dtype, then scaled: the reference's order. `divisor` is the true number
+    of elements where `shape` counts zero padding too.
+    """
+
+    shape: tuple[int, ...]
+    eps: float
+    divisor: int | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones_init(), self.shape)
+        x32 = x.astype(jnp.float32)
+        axes = tuple(range(-len(self.shape), 0))
+        mean_square = jnp.sum(x32 * x32, axis=axes, keepdims=True) / (self.divisor or math.prod(self.shape))
+        return (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * scale.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """torch.nn.LayerNorm over the last axis: biased variance, everything in float32, one cast at the end."""
+
+    width: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones_init(), (self.width,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.width,))
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.eps)
+        return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def gelu(x: Array) -> Array:
+    """Exact (erf) GELU; the tanh form moves the golden model's logits by 5e-3."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """Scaled dot-product attention, grouped where there are fewer kv heads than heads.
+
+    q [B,T,N,H], k and v [B,S,K,H], mask [B,T,S] bool (True: may attend) or None -> [B,T,N,H] in q's dtype.
+    Scores and softmax are float32, the weights are cast to q's dtype before they meet v.
+    """
+    batch, length, heads, head_dim = q.shape
+    groups = k.shape[2]
+    q = q.reshape(batch, length, groups, heads // groups, head_dim)
+    precision = precision_of(q.dtype)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=precision, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(head_dim)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, MASK_VALUE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=precision).reshape(batch, length, heads, head_dim)
+
+
+def attention_mask(q_positions: Array, kv_positions: Array, kv_valid: Array) -> Array:
+    """Who may attend to whom: real tokens (kv_valid [B,S]) at positions up to one's own. -> [B,T,S] bool.
+
+    The one mask of prefill, decode, padded batches and training: it compares positions, not slots, so padding may
+    stand anywhere.
+    """
+    return kv_valid[:, None, :] & (kv_positions[:, None, :] <= q_positions[:, :, None])
+
+
+def positions_from_valid(valid: Array) -> Array:
+    """Positions of the real tokens of each row, 0 on padding before them. valid [B,T] bool -> [B,T] int32."""
+    return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def rope_angles(positions: Array, frequencies: np.ndarray) -> Array:
+    """Rotary angles in float32 (bfloat16 rounds position 257 to 256). positions [B,T] -> [B,T,H/2]."""
+    return positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
+
+
+def apply_rope(x: Array, angles: Array) -> Array:
+    """Rotate halves, Hugging Face's layout (Su et al., 2021). x [B,T,N,H], angles [B,T,H/2] -> [B,T,N,H].
+
+    The tables are made in float32 and cast to x's dtype before use, as the reference casts them.
+    """
+    cos = jnp.cos(angles)[:, :, None, :].astype(x.dtype)
+    sin = jnp.sin(angles)[:, :, None, :].astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def run_layers(
+    apply: Callable[[Any, Params, Any], tuple[Any, Any]],
+    layers: Params | tuple[Params, ...],
+    carry: Any,
+    *,
+    num_layers: int | None = None,
+    per_layer: Any = None,
+    remat: bool = False,
+) -> tuple[Any, Any]:
+    """Run a stack of equal layers: `apply(carry, layer_params, (index, per_layer_slice)) -> (carry, y)`.
+
+    layers: one tree stacked on axis 0 (lax.scan: compile time that does not grow with depth, no copies on TPU), or a
+        tuple of per-layer trees (a Python loop: on CPU the scan would copy every layer's weights).
+    num_layers: how many run, all by default. per_layer: a tree with a leading layer axis, sliced for each layer.
+    remat: recompute each layer's activations in the backward pass instead of keeping them.
+    Returns the last carry and the ys stacked on axis 0 (None where y is None).
+    """
+    if remat:
+        apply = jax.checkpoint(apply)
+    if isinstance(layers, tuple):
+        ys = []
+        for index, layer in enumerate(layers[:num_layers]):
+            carry, y = apply(carry, layer, (index, jax.tree.map(lambda leaf, i=index: leaf[i], per_layer)))
+            ys.append(y)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys) if ys else None
+    stored = jax.tree.leaves(layers)[0].shape[0]
+    count = stored if num_layers is None else num_layers
+    if count == 0:
+        return carry, None
+    if count < stored:
+        layers = jax.tree.map(lambda leaf: leaf[:count], layers)
+    if per_layer is not None:
+        per_layer = jax.tree.map(lambda leaf: leaf[:count], per_layer)
+
+    def step(carry, xs):
+        layer, index, extra = xs
+        return apply(carry, layer, (index, extra))
+
+    return jax.lax.scan(step, carry, (layers, jnp.arange(count), per_layer))
+
+
+def init_stack(block: nn.Module, key: Array, num_layers: int, *args: Any) -> Params:
+    """Parameters of `num_layers` layers stacked on axis 0; `args` are example inputs of one layer."""
+    return jax.vmap(lambda k: block.init(k, *args)["params"])(jax.random.split(key, num_layers))
+
+
+def unstack(layers: Params) -> tuple[Params, ...]:
+    """A stacked tree as a tuple of per-layer trees (for decoding on CPU)."""
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count))

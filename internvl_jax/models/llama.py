@@ -1,0 +1,249 @@
+"""LLaMA (Touvron et al., 2023) with a key/value cache that is an ordinary value, as pure functions on parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from internvl_jax.config import TextConfig
+from internvl_jax.models.layers import (
+    Array,
+    Linear,
+    Params,
+    RMSNorm,
+    apply_rope,
+    attention,
+    attention_mask,
+    init_stack,
+    precision_of,
+    rope_angles,
+    run_layers,
+)
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of what was read so far. A value: passed in, returned, donated by the caller.
+
+    Slots are shared by the rows: token i of a call goes to slot length + i of every row, whatever its position.
+    """
+
+    k: Array | tuple[Array, ...]  # [L,B,S,K,H], or a tuple of L [B,S,K,H] where the parameters are a tuple
+    v: Array | tuple[Array, ...]
+    positions: Array  # [B,S] int32, the position of the token in each slot
+    valid: Array  # [B,S] bool, False for padding and for slots not yet written
+    length: Array  # [] int32, slots written
+
+    @property
+    def slots(self) -> int:
+        return self.positions.shape[1]
+
+    def note(self, positions: Array, valid: Array) -> KVCache:
+        """Record the positions and validity of T new tokens [B,T], before the layers append their k and v."""
+        start = (0, self.length)
+        return self.replace(
+            positions=jax.lax.dynamic_update_slice(self.positions, positions.astype(jnp.int32), start),
+            valid=jax.lax.dynamic_update_slice(self.valid, valid, start),
+        )
+
+    def append(self, layer: int | Array, k: Array, v: Array) -> tuple[KVCache, Array, Array]:
+        """Write one layer's k and v [B,T,K,H] at the next slots; return all of that layer's, [B,S,K,H]."""
+        if isinstance(self.k, tuple):
+            start = (0, self.length, 0, 0)
+            k = jax.lax.dynamic_update_slice(self.k[layer], k.astype(self.k[layer].dtype), start)
+            v = jax.lax.dynamic_update_slice(self.v[layer], v.astype(self.v[layer].dtype), start)
+            keys = self.k[:layer] + (k,) + self.k[layer + 1 :]
+            values = self.v[:layer] + (v,) + self.v[layer + 1 :]
+            return self.replace(k=keys, v=values), k, v
+        # The whole stack is carried through the scan and updated in place: as a scanned input and output it would be
+        # held twice.
+        start = (layer, 0, self.length, 0, 0)
+        keys = jax.lax.dynamic_update_slice(self.k, k.astype(self.k.dtype)[None], start)
+        values = jax.lax.dynamic_update_slice(self.v, v.astype(self.v.dtype)[None], start)
+        read = [jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False) for stack in (keys, values)]
+        return self.replace(k=keys, v=values), *read
+
+
+def init_cache(config: TextConfig, batch: int, slots: int, dtype: Any, *, stacked: bool = True) -> KVCache:
+    """An empty cache of `slots` tokens for `batch` rows."""
+    shape = (batch, slots, config.num_key_value_heads, config.head_dim)
+
+    def zeros() -> Array | tuple[Array, ...]:
+        if stacked:
+            return jnp.zeros((config.num_hidden_layers, *shape), dtype)
+        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
+
+    return KVCache(
+        k=zeros(),
+        v=zeros(),
+        positions=jnp.zeros((batch, slots), jnp.int32),
+        valid=jnp.zeros((batch, slots), bool),
+        length=jnp.zeros((), jnp.int32),
+    )
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped kv heads. x [B,T,D] -> ([B,T,D], cache)."""
+
+    config: TextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Array, angles: Array, mask: Array, cache: KVCache | None, layer: Any, fresh: bool
+    ) -> tuple[Array, KVCache | None]:
+        cfg = self.config
+        heads = (cfg.num_attention_heads, cfg.head_dim)
+        kv_heads = (cfg.num_key_value_heads, cfg.head_dim)
+        bias = cfg.attention_bias
+        q = Linear("BTD,DNH->BTNH", (cfg.hidden_size, *heads), self.dtype, bias, name="q_proj")(x)
+        k = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), self.dtype, bias, name="k_proj")(x)
+        v = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), self.dtype, bias, name="v_proj")(x)
+        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        if cache is not None:
+            cache, all_k, all_v = cache.append(layer, k, v)
+            if not fresh:
+                k, v = all_k.astype(self.dtype), all_v.astype(self.dtype)
+        y = attention(q, k, v, mask)
+        return Linear("BTNH,NHD->BTD", (*heads, cfg.hidden_size), self.dtype, bias, name="o_proj")(y), cache
+
+
+class Mlp(nn.Module):
+    """down(silu(gate(x)) * up(x)). x [B,T,D] -> [B,T,D]."""
+
+    config: TextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        cfg = self.config
+        wide = (cfg.hidden_size, cfg.intermediate_size)
+        gate = Linear("BTD,DF->BTF", wide, self.dtype, cfg.mlp_bias, name="gate_proj")(x)
+        up = Linear("BTD,DF->BTF", wide, self.dtype, cfg.mlp_bias, name="up_proj")(x)
+        x = jax.nn.silu(gate) * up
+        return Linear(
+            "BTF,FD->BTD", (cfg.intermediate_size, cfg.hidden_size), self.dtype, cfg.mlp_bias, name="down_proj"
+        )(x)
+
+
+class Block(nn.Module):
+    """One layer: attention, then MLP, each behind an RMSNorm and added to its input."""
+
+    config: TextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Array, angles: Array, mask: Array, cache: KVCache | None = None, layer: Any = 0, fresh: bool = False
+    ) -> tuple[Array, KVCache | None]:
+        cfg = self.config
+        h = RMSNorm((cfg.hidden_size,), cfg.rms_norm_eps, name="input_layernorm")(x)
+        h, cache = Attention(cfg, self.dtype, name="self_attn")(h, angles, mask, cache, layer, fresh)
+        x = x + h
+        h = RMSNorm((cfg.hidden_size,), cfg.rms_norm_eps, name="post_attention_layernorm")(x)
+        return x + Mlp(cfg, self.dtype, name="mlp")(h), cache
+
+
+def init_params(key: Array, config: TextConfig) -> Params:
+    """Random float32 parameters, layers stacked; lm_head is absent where the embeddings serve as head."""
+    k_embed, k_layers, k_head = jax.random.split(key, 3)
+    x = jnp.zeros((1, 2, config.hidden_size))
+    angles = jnp.zeros((1, 2, config.head_dim // 2))
+    normal = nn.initializers.normal(0.02)
+    params = {
+        "embed_tokens": {"embedding": normal(k_embed, (config.vocab_size, config.hidden_size), jnp.float32)},
+        "layers": init_stack(
+            Block(config, jnp.float32), k_layers, config.num_hidden_layers, x, angles, jnp.ones((1, 2, 2), bool)
+        ),
+        "norm": {"scale": jnp.ones(config.hidden_size)},
+    }
+    if not config.tie_word_embeddings:
+        params["lm_head"] = {"kernel": normal(k_head, (config.hidden_size, config.vocab_size), jnp.float32)}
+    return params
+
+
+def embed(params: Params, token_ids: Array, dtype: Any) -> Array:
+    """Token embeddings. token_ids [B,T] int32 -> [B,T,D] in `dtype`."""
+    return jnp.take(params["embed_tokens"]["embedding"], token_ids, axis=0).astype(dtype)
+
+
+def forward(
+    params: Params,
+    config: TextConfig,
+    x: Array,
+    positions: Array,
+    valid: Array,
+    cache: KVCache | None = None,
+    *,
+    fresh: bool = False,
+    dtype: Any = jnp.float32,
+    collect: bool = False,
+    remat: bool = False,
+) -> tuple[Array, KVCache | None, dict[str, Array]]:
+    """Read embeddings, after those that the cache holds.
+
+    x [B,T,D]; positions [B,T] int32; valid [B,T] bool (False: padding, attended by nobody). fresh: the cache is empty,
+    so attention needs to look at these T tokens only (prefill). Positions at or beyond max_position_embeddings, and
+    tokens beyond the cache's slots, are the caller's to refuse: neither can raise under jit.
+    Returns the hidden states after the final norm [B,T,D], the cache with T more slots written, and `out`: with
+    collect, "hidden_states" [1+L,B,T,D] as transformers counts them: the input, each layer's output, and last the
+    normalised one in place of the last layer's.
+    """
+    x = x.astype(dtype)
+    angles = rope_angles(positions, rope_frequencies(config))
+    if cache is not None:
+        cache = cache.note(positions, valid)
+    if cache is None or fresh:
+        mask = attention_mask(positions, positions, valid)
+    else:
+        mask = attention_mask(positions, cache.positions, cache.valid)
+    block = Block(config, dtype)
+
+    def apply(carry: tuple[Array, KVCache | None], layer: Params, extra: tuple[Any, None]) -> tuple[Any, Array | None]:
+        x, cache = carry
+        x, cache = block.apply({"params": layer}, x, angles, mask, cache, extra[0], fresh)
+        return (x, cache), x if collect else None
+
+    (last, cache), states = run_layers(apply, params["layers"], (x, cache), remat=remat)
+    if cache is not None:
+        cache = cache.replace(length=cache.length + x.shape[1])
+    norm = RMSNorm((config.hidden_size,), config.rms_norm_eps)
+    hidden = norm.apply({"params": params["norm"]}, last)
+    out = {"hidden_states": jnp.concatenate([x[None], states[:-1], hidden[None]])} if collect else {}
+    return hidden, cache, out
+
+
+def logits(params: Params, hidden: Array) -> Array:
+    """The language model's head. hidden [...,D] -> float32 [...,V]."""
+    dtype = hidden.dtype
+    if "lm_head" in params:
+        kernel, eqn = params["lm_head"]["kernel"], "...D,DV->...V"
+    else:
+        kernel, eqn = params["embed_tokens"]["embedding"], "...D,VD->...V"
+    return jnp.einsum(
+        eqn, hidden, kernel.astype(dtype), precision=precision_of(dtype), preferred_element_type=jnp.float32
+    )
+
+
+def rope_frequencies(config: TextConfig) -> np.ndarray:
+    """Inverse rotary frequencies [H/2], float32, with the config's scaling (formulas as in transformers)."""
+    # float32 throughout, as torch computes them: the exponents and the power, not only the result.
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None or scaling.rope_type == "dynamic":
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / np.float32(scaling.factor)
+    # llama3: long wavelengths are stretched, short ones kept, those between interpolated.
+    original = scaling.original_max_position_embeddings
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (original / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return (frequencies * ((1 - smooth) / scaling.factor + smooth)).astype(np.float32)

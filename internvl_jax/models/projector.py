@@ -1,0 +1,51 @@
+"""From patch features to visual tokens: pixel unshuffle and the MLP projector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from internvl_jax.config import ProjectorConfig
+from internvl_jax.models.layers import Array, LayerNorm, Linear, Params, gelu
+
+
+def pixel_unshuffle(x: Array, ratio: int, version: str) -> Array:
+    """Fold squares of ratio x ratio patches into channels: [M,h,w,D] -> [M,h/ratio,w/ratio,D*ratio*ratio].
+
+    The reference calls this pixel_shuffle. Its first release ("v1") left the two spatial axes of the result swapped,
+    [M,w/ratio,h/ratio,...]; "v2" swaps them back. Both run on any checkpoint, one of them is right for it.
+    """
+    images, height, width, features = x.shape
+    if height % ratio or width % ratio:
+        raise ValueError(f"a grid of {height} x {width} patches cannot be folded by {ratio}")
+    x = x.reshape(images, height, width // ratio, features * ratio)
+    x = x.transpose(0, 2, 1, 3).reshape(images, width // ratio, height // ratio, features * ratio * ratio)
+    return x if version == "v1" else x.transpose(0, 2, 1, 3)
+
+
+class Projector(nn.Module):
+    """LayerNorm -> Linear -> exact GELU -> Linear (mlp1). x [M,P,E] -> [M,P,D]."""
+
+    config: ProjectorConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        cfg = self.config
+        x = LayerNorm(cfg.in_features, cfg.layer_norm_eps, name="norm")(x.astype(self.dtype))
+        shape = (cfg.in_features, cfg.out_features)
+        x = gelu(Linear("MPE,ED->MPD", shape, self.dtype, use_bias=True, name="fc1")(x))
+        square = (cfg.out_features, cfg.out_features)
+        return Linear("MPD,DE->MPE", square, self.dtype, use_bias=True, name="fc2")(x)
+
+
+def init_params(key: Array, config: ProjectorConfig) -> Params:
+    """Random float32 parameters."""
+    return Projector(config, jnp.float32).init(key, jnp.zeros((1, 1, config.in_features)))["params"]
+
+
+def forward(params: Params, config: ProjectorConfig, x: Array, *, dtype: Any = jnp.float32) -> Array:
+    """Project visual tokens into the language model's width. x [M,P,E] -> [M,P,D]."""
+    return Projector(config, dtype).apply({"params": params}, x)
