@@ -76,7 +76,7 @@ class Attention(nn.Module):
         if cfg.qk_normalization:
             q = RMSNorm(shape, cfg.qk_norm_eps, cfg.hidden_size, name="q_norm")(q)
             k = RMSNorm(shape, cfg.qk_norm_eps, cfg.hidden_size, name="k_norm")(k)
-        y = attention(q, k, v, mask=None)
+        y = attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask=None)
         return Linear("BTNH,NHD->BTD", (*shape, cfg.hidden_size), self.dtype, use_bias=True, name="proj")(y)
 
 

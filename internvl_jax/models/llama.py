@@ -34,7 +34,7 @@ class KVCache:
     Slots are shared by the rows: token i of a call goes to slot length + i of every row, whatever its position.
     """
 
-    k: Array | tuple[Array, ...]  # [L,B,S,K,H], or a tuple of L [B,S,K,H] where the parameters are a tuple
+    k: Array | tuple[Array, ...]  # [L,B,K,S,H], or a tuple of L [B,K,S,H] where the parameters are a tuple
     v: Array | tuple[Array, ...]
     positions: Array  # [B,S] int32, the position of the token in each slot
     valid: Array  # [B,S] bool, False for padding and for slots not yet written
@@ -53,9 +53,9 @@ class KVCache:
         )
 
     def append(self, layer: int | Array, k: Array, v: Array) -> tuple[KVCache, Array, Array]:
-        """Write one layer's k and v [B,T,K,H] at the next slots; return all of that layer's, [B,S,K,H]."""
+        """Write one layer's k and v [B,K,T,H] at the next slots; return all of that layer's, [B,K,S,H]."""
         if isinstance(self.k, tuple):
-            start = (0, self.length, 0, 0)
+            start = (0, 0, self.length, 0)
             k = jax.lax.dynamic_update_slice(self.k[layer], k.astype(self.k[layer].dtype), start)
             v = jax.lax.dynamic_update_slice(self.v[layer], v.astype(self.v[layer].dtype), start)
             keys = self.k[:layer] + (k,) + self.k[layer + 1 :]
@@ -63,7 +63,7 @@ class KVCache:
             return self.replace(k=keys, v=values), k, v
         # The whole stack is carried through the scan and updated in place: as a scanned input and output it would be
         # held twice.
-        start = (layer, 0, self.length, 0, 0)
+        start = (layer, 0, 0, self.length, 0)
         keys = jax.lax.dynamic_update_slice(self.k, k.astype(self.k.dtype)[None], start)
         values = jax.lax.dynamic_update_slice(self.v, v.astype(self.v.dtype)[None], start)
         read = [jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False) for stack in (keys, values)]
@@ -72,7 +72,7 @@ class KVCache:
 
 def init_cache(config: TextConfig, batch: int, slots: int, dtype: Any, *, stacked: bool = True) -> KVCache:
     """An empty cache of `slots` tokens for `batch` rows."""
-    shape = (batch, slots, config.num_key_value_heads, config.head_dim)
+    shape = (batch, config.num_key_value_heads, slots, config.head_dim)
 
     def zeros() -> Array | tuple[Array, ...]:
         if stacked:
@@ -106,6 +106,7 @@ class Attention(nn.Module):
         k = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), self.dtype, bias, name="k_proj")(x)
         v = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), self.dtype, bias, name="v_proj")(x)
         q, k = apply_rope(q, angles), apply_rope(k, angles)
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         if cache is not None:
             cache, all_k, all_v = cache.append(layer, k, v)
             if not fresh:
