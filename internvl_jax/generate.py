@@ -1,11 +1,13 @@
 """Generation: the prompt is read once, then tokens are decoded on the device until every row has ended.
 
-Two programs do the work, `prefill_step` and `decode_loop` (three for beam search, see beam.py). Whatever may change
-from call to call without changing a shape is an array argument: lengths, temperature, penalties, end tokens, seeds.
-What remains is compiled once per shape, and shapes are rounded up to buckets:
+Whatever may change from call to call without changing a shape is an array argument: lengths, temperature, penalties,
+end tokens, seeds. What remains is compiled once per shape, and shapes are rounded up to buckets:
 
-    prefill_step    rows B, prompt bucket T, cache bucket S, image bucket M
-    decode_loop     rows B, cache bucket S
+    prefill_step    rows B, prompt bucket T, cache bucket S, image bucket M     the prompt and the first token
+    decode_loop     rows B, cache bucket S                                      all others
+    read_prompt     as prefill_step                                             the prompt, for beam search
+    beam_search     rows B, prompt bucket T, cache bucket S, num_beams          beam.py
+    encode_step     image bucket M                                              images to features
 
 Prompts are padded on the left here, whatever side the caller padded, so that the last slot holds the last token of
 every row and only one position needs logits. Slots say where a token is stored, positions where it stands in its row.
@@ -13,9 +15,6 @@ every row and only one position needs logits. Slots say where a token is stored,
 
 from __future__ import annotations
 
-import math
-import numbers
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,90 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from internvl_jax.beam import EARLY_STOPPING, beam_search
 from internvl_jax.config import ChatConfig
 from internvl_jax.models import chat_model, llama
 from internvl_jax.models.layers import Array, Params, positions_from_valid
 from internvl_jax.models.llama import KVCache
+from internvl_jax.sampling import GenerationConfig, Settings, make_settings, select_tokens
 
 SMALLEST_BUCKET = 64  # tokens; shorter prompts cost about the same
-EOS_SLOTS = 8  # end tokens a compiled program has room for; more than that come in further eights
-NO_TOKEN = np.iinfo(np.int32).max  # fills the unused room: no token has this id
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How to generate; names and meanings are transformers'. Raises ValueError for values that make no sense."""
-
-    max_new_tokens: int = 1024
-    min_new_tokens: int = 0  # no end token before that many tokens
-    temperature: float = 0.0  # 0 is greedy: the most probable token, top_k and top_p without effect
-    top_k: int = 0  # sample among the k most probable tokens; 0: among all
-    top_p: float = 1.0  # sample among the fewest tokens whose probabilities reach top_p
-    repetition_penalty: float = 1.0  # above 1 makes tokens that were generated before less likely
-    seed: int | tuple[int, ...] = 0  # row i samples with seed + i; a tuple gives each row its own
-    num_beams: int = 1
-    length_penalty: float = 1.0  # beams are ranked by log-probability / length ** length_penalty
-    early_stopping: bool | str = False  # when beams stop: True, False or "never", see beam.py
-    stop: tuple[str, ...] = ()  # stop strings; only who decodes text can look for them (chat.py)
-    eos_token_ids: tuple[int, ...] | None = None  # None: the checkpoint's
-
-    def __post_init__(self):
-        for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("top_k", 0), ("num_beams", 1)):
-            self._set(name, _whole(name, getattr(self, name), least))
-        for name in ("temperature", "top_p", "repetition_penalty", "length_penalty"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a number, not {value!r}")
-            self._set(name, float(value))
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}; 1 is off")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}; 1 is off")
-        if self.early_stopping not in (True, False, "never"):
-            raise ValueError(f'early_stopping must be True, False or "never", not {self.early_stopping!r}')
-        if self.num_beams > 1 and self.temperature > 0:
-            raise ValueError("beam search does not sample: set temperature to 0, or num_beams to 1")
-        seeds = self.seed if isinstance(self.seed, (tuple, list, np.ndarray)) else None
-        if seeds is None:
-            self._set("seed", _whole("seed", self.seed, 0))
-        else:
-            self._set("seed", tuple(_whole("seed", seed, 0) for seed in seeds))
-        self._set("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop must be strings that are not empty, not {self.stop!r}")
-        if self.eos_token_ids is not None:
-            ids = self.eos_token_ids
-            ids = (ids,) if isinstance(ids, numbers.Integral) else tuple(ids)
-            self._set("eos_token_ids", tuple(_whole("eos_token_ids", i, 0) for i in ids))
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} must be a whole number, not {value!r}")
-    if not least <= value < 2**31:
-        raise ValueError(f"{name} must be at least {least} and below 2**31, not {value}")
-    return int(value)
-
-
-@flax.struct.dataclass
-class Settings:
-    """A GenerationConfig on the device. Rows have their own values, so that one batch may serve several callers."""
-
-    max_new_tokens: Array  # [B] int32
-    min_new_tokens: Array  # [B] int32
-    temperature: Array  # [B] float32, 0 is greedy
-    top_k: Array  # [B] int32, 0 is off
-    top_p: Array  # [B] float32, 1 is off
-    repetition_penalty: Array  # [B] float32, 1 is off
-    seed: Array  # [B] uint32
-    eos_ids: Array  # [B,E] int32, filled up with NO_TOKEN
 
 
 @flax.struct.dataclass
@@ -125,95 +48,7 @@ class DecodeState:
     stopped: Array  # [B] bool, rows that ended by an end token
 
 
-def make_settings(gen: GenerationConfig, batch: int, eos_token_ids: Sequence[int]) -> Settings:
-    """The same settings for `batch` rows, as numpy arrays. eos_token_ids serve where gen names none."""
-    eos = gen.eos_token_ids if gen.eos_token_ids is not None else tuple(eos_token_ids)
-    room = EOS_SLOTS * max(1, -(-len(eos) // EOS_SLOTS))
-    if isinstance(gen.seed, tuple):
-        if len(gen.seed) != batch:
-            raise ValueError(f"{len(gen.seed)} seeds for {batch} rows: give one per row, or a single number")
-        seeds = np.asarray(gen.seed, np.uint32)
-    else:
-        seeds = np.arange(gen.seed, gen.seed + batch).astype(np.uint32)
-
-    def rows(value: Any, dtype: Any) -> np.ndarray:
-        return np.full(batch, value, dtype)
-
-    return Settings(
-        max_new_tokens=rows(gen.max_new_tokens, np.int32),
-        min_new_tokens=rows(gen.min_new_tokens, np.int32),
-        temperature=rows(gen.temperature, np.float32),
-        top_k=rows(gen.top_k, np.int32),
-        top_p=rows(gen.top_p, np.float32),
-        repetition_penalty=rows(gen.repetition_penalty, np.float32),
-        seed=seeds,
-        eos_ids=np.tile(np.asarray((*eos, *[NO_TOKEN] * (room - len(eos))), np.int32), (batch, 1)),
-    )
-
-
-# On the device: from logits to tokens.
-
-
-def penalize(scores: Array, seen: Array, count: Array, settings: Settings) -> Array:
-    """Repetition penalty, then no end token before min_new_tokens. scores [B,V] float32, seen [B,V], count [B].
-
-    Scores are logits, or log-probabilities in beam search, as in transformers. Only generated tokens count as seen:
-    the reference generates from embeddings, so its list of earlier tokens does not hold the prompt. (Its version
-    4.37 starts that list with one bos token, which it therefore penalises from the first step; later ones, and this
-    code, start with nothing.)
-    """
-    penalty = settings.repetition_penalty[:, None]
-    scores = jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
-    rows = jnp.arange(scores.shape[0])[:, None]
-    is_eos = jnp.zeros(scores.shape, bool).at[rows, settings.eos_ids].set(True, mode="drop")
-    return jnp.where(is_eos & (count < settings.min_new_tokens)[:, None], -jnp.inf, scores)
-
-
-def keep_likely(logits: Array, top_k: Array, top_p: Array) -> Array:
-    """Top-k, then top-p: -inf for every token that may not be sampled. logits [B,V], top_k [B], top_p [B].
-
-    Top-k keeps the k largest. Top-p (Holtzman et al., 2020) keeps the fewest of those whose probabilities, summed from
-    the largest, reach top_p, and at least one. Tokens that tie with the last one kept are kept too.
-    """
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    vocabulary = logits.shape[-1]
-    kth = jnp.take_along_axis(ordered, jnp.clip(top_k, 1, vocabulary)[:, None] - 1, axis=-1)
-    kth = jnp.where(top_k[:, None] > 0, kth, -jnp.inf)
-    probabilities = jax.nn.softmax(jnp.where(ordered >= kth, ordered, -jnp.inf), axis=-1)
-    above = jnp.cumsum(probabilities, axis=-1)[:, :-1]  # the probability of all tokens before the second, third, ...
-    kept = 1 + jnp.sum(above < top_p[:, None], axis=-1, keepdims=True)
-    nth = jnp.where(top_p[:, None] < 1, jnp.take_along_axis(ordered, kept - 1, axis=-1), -jnp.inf)
-    return jnp.where(logits >= jnp.maximum(kth, nth), logits, -jnp.inf)
-
-
-def sample_tokens(logits: Array, count: Array, settings: Settings) -> Array:
-    """Draw a token per row: temperature, top-k, top-p, then the draw. logits [B,V] float32, count [B] -> [B] int32.
-
-    The draw depends on the row's seed, on how many tokens the row has and on its logits: not on the batch around it.
-    """
-    logits = logits / jnp.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
-    filtered = jnp.any((settings.top_k > 0) | (settings.top_p < 1))
-    logits = jax.lax.cond(
-        filtered, lambda: keep_likely(logits, settings.top_k, settings.top_p), lambda: logits
-    )  # sorting a vocabulary is worth avoiding
-
-    def draw(seed: Array, count: Array, row: Array) -> Array:
-        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), count), row)
-
-    return jax.vmap(draw)(settings.seed, count, logits).astype(jnp.int32)
-
-
-def select_tokens(logits: Array, seen: Array, count: Array, settings: Settings) -> Array:
-    """The next token of each row, greedy where its temperature is 0. logits [B,V] float32 -> [B] int32.
-
-    The order is transformers': repetition penalty, min_new_tokens, temperature, top-k, top-p.
-    """
-    logits = penalize(logits, seen, count, settings)
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    sampling = settings.temperature > 0
-    return jax.lax.cond(
-        jnp.any(sampling), lambda: jnp.where(sampling, sample_tokens(logits, count, settings), best), lambda: best
-    )
+# On the device.
 
 
 def add_token(state: DecodeState, logits: Array) -> DecodeState:
@@ -232,9 +67,6 @@ def add_token(state: DecodeState, logits: Array) -> DecodeState:
         done=state.done | ended | (count >= state.settings.max_new_tokens),
         stopped=state.stopped | ended,
     )
-
-
-# On the device: the programs.
 
 
 def read_prompt(
@@ -340,6 +172,7 @@ _encode = jax.jit(encode_step, static_argnames=("config", "dtype"))
 _score = jax.jit(score_step, static_argnames=("config", "dtype"))
 _read_prompt = jax.jit(read_prompt, static_argnames=("config", "slots", "dtype"))
 _prefill = jax.jit(prefill_step, static_argnames=("config", "slots", "dtype"))
+_beam_search = jax.jit(beam_search, static_argnames=("config", "num_beams", "max_tokens", "dtype"))
 _decode = jax.jit(decode_loop, static_argnames=("config", "dtype"), donate_argnames=("state",))
 
 
@@ -450,6 +283,8 @@ class Generator:
         not agree, and prompts that leave no room for max_new_tokens.
         """
         gen = gen or GenerationConfig()
+        if gen.num_beams > 1:
+            return self._search(self._prepare(input_ids, attention_mask, features, gen), gen)
         state = self.prefill(input_ids, attention_mask, features, gen)
         rows, reasons, _ = self.read(self.decode(state, gen.max_new_tokens))
         return self._pad(rows), reasons
@@ -472,6 +307,34 @@ class Generator:
             **self._static,
         )
         return np.asarray(logits)[:, :length]
+
+    def _search(self, prompt: Prompt, gen: GenerationConfig) -> tuple[np.ndarray, list[str]]:
+        batch, width = prompt.input_ids.shape
+        logits, cache = _read_prompt(
+            self.params,
+            prompt.input_ids,
+            prompt.valid,
+            prompt.features,
+            self._image_id,
+            slots=width,
+            **self._static,
+        )
+        tokens, lengths, stopped = jax.device_get(
+            _beam_search(
+                self.params,
+                logits,
+                cache,
+                prompt.valid.sum(axis=1, dtype=np.int32),
+                self._settings(gen, batch),
+                np.float32(gen.length_penalty),
+                np.int32(EARLY_STOPPING[gen.early_stopping]),
+                num_beams=gen.num_beams,
+                max_tokens=bucket(width + gen.max_new_tokens) - width,
+                **self._static,
+            )
+        )
+        rows = [row[:length].tolist() for row, length in zip(tokens, lengths)]
+        return self._pad(rows), ["stop" if s else "length" for s in stopped]
 
     def _settings(self, gen: GenerationConfig, batch: int) -> Settings:
         vocabulary = self.config.text.vocab_size
