@@ -164,6 +164,7 @@ def sample_tokens(logits: Array, count: Array, settings: Settings) -> Array:
 
     The draw depends on the row's seed, on how many tokens the row has and on its logits: not on the batch around it.
     """
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)  # so that a tiny temperature cannot overflow
     logits = logits / jnp.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
     filtered = jnp.any((settings.top_k > 0) | (settings.top_p < 1))
     logits = jax.lax.cond(
