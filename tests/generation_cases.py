@@ -26,7 +26,7 @@ LLAMA = {
     "rms_norm_eps": 1e-5,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "pad_token_id": 0,
+    "pad_token_id": 30,
 }
 
 
@@ -93,7 +93,7 @@ def torch_llama(params, config=None):
         state[f"{prefix}self_attn.o_proj.weight"] = layers["self_attn"]["o_proj"]["kernel"][i].reshape(-1, width).T
         for name in ("gate_proj", "up_proj", "down_proj"):
             state[f"{prefix}mlp.{name}.weight"] = layers["mlp"][name]["kernel"][i].T
-    state = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in state.items()}
+    state = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert not [name for name in missing if "rotary" not in name]

@@ -1,0 +1,734 @@
+"""Generation: tokens against the golden bundle, transformers and an independent recomputation without a cache."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from generation_cases import LLAMA, llama_weights, torch_llama
+
+from internvl_jax import generate
+from internvl_jax.config import ChatConfig
+from internvl_jax.generate import GenerationConfig, Generator, bucket
+from internvl_jax.models import chat_model, llama
+from internvl_jax.models.layers import positions_from_valid, unstack
+from internvl_jax.sampling import EOS_SLOTS, keep_likely, make_settings, penalize, select_tokens
+
+CONFIG = ChatConfig.from_hf(LLAMA)
+VOCABULARY, CONTEXT, PAD = LLAMA["vocab_size"], LLAMA["max_position_embeddings"], LLAMA["pad_token_id"]
+IMAGE, PER_IMAGE = 7, 4
+BUNDLE = Path(__file__).parent / "data" / "internvl_chat_v1_1"
+
+NO_END = {"eos_token_ids": ()}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return jax.tree.map(jnp.asarray, llama_weights(11))
+
+
+@pytest.fixture(scope="module")
+def model(weights):
+    return Generator(CONFIG, {"language_model": weights}, dtype=jnp.float32, image_token_id=IMAGE)
+
+
+def tokens_of(seed, *lengths):
+    """Ragged prompts without image tokens: input_ids and mask, right-padded with a token that must not matter."""
+    rng = np.random.RandomState(seed)
+    allowed = np.setdiff1d(np.arange(3, VOCABULARY), [IMAGE])
+    ids = np.full((len(lengths), max(lengths)), 5)
+    mask = np.zeros(ids.shape, int)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = rng.choice(allowed, length)
+        mask[row, :length] = 1
+    return ids, mask
+
+
+def greedy_by_recomputation(weights, rows, steps, features=None):
+    """Greedy tokens [rows, steps] from whole forward passes: no cache, no buckets, right-padded, no early end."""
+    longest = max(map(len, rows)) + steps
+    ids = np.zeros((len(rows), longest), np.int32)
+    lengths = np.array([len(row) for row in rows])
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = row
+    is_image = np.zeros(ids.shape, bool)
+    for number, row in enumerate(rows):
+        is_image[number, : len(row)] = np.asarray(row) == IMAGE
+
+    @jax.jit
+    def logits_at(ids, lengths):
+        valid = jnp.arange(longest)[None] < lengths[:, None]
+        x = llama.embed(weights, ids, jnp.float32)
+        if features is not None:
+            x = chat_model.merge_images(x, jnp.asarray(is_image), jnp.asarray(features))
+        hidden, _, _ = llama.forward(weights, CONFIG.text, x, positions_from_valid(valid), valid)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return jnp.dot(last, weights["lm_head"]["kernel"], precision="highest")
+
+    for step in range(steps):
+        best = np.asarray(logits_at(ids, lengths + step)).argmax(axis=-1)
+        ids[np.arange(len(rows)), lengths + step] = best
+    return np.stack([row[length : length + steps] for row, length in zip(ids, lengths)])
+
+
+def rows_of(ids, mask):
+    return [row[keep > 0].tolist() for row, keep in zip(ids, mask)]
+
+
+# Against the golden bundle.
+
+
+@pytest.fixture(scope="module")
+def golden():
+    pytest.importorskip("torch")
+    from checkpoints_convert.convert import load_hf
+
+    directory = BUNDLE / "checkpoint"
+    config = ChatConfig.from_file(directory)
+    params = load_hf(directory, chat_model.abstract_params(config))
+    facts = json.loads((BUNDLE / "goldens.json").read_text(encoding="utf-8"))
+    arrays = np.load(BUNDLE / "goldens.npz")
+    image_token = facts["config"]["token_ids"]["<IMG_CONTEXT>"]
+    return Generator(config, params, dtype=jnp.float32, image_token_id=image_token), facts, arrays
+
+
+def golden_features(model, arrays, images):
+    return model.encode(np.stack([arrays[f"images/{name}/quickstart"] for name in images])) if images else None
+
+
+def test_golden_prompts(golden):
+    model, facts, arrays = golden
+    for prompt in facts["prompts"]:
+        features = golden_features(model, arrays, prompt["images"])
+        tokens, reasons = model.generate(
+            np.array([prompt["input_ids"]]), None, features, GenerationConfig(max_new_tokens=32)
+        )
+        assert tokens[0].tolist() == prompt["generated_ids"], prompt["id"]
+        assert reasons == ["stop" if prompt["finished_by_eos"] else "length"], prompt["id"]
+
+
+def test_golden_batches(golden):
+    model, facts, arrays = golden
+    for batch in facts["batches"]:
+        name = f"batch/{batch['id']}"
+        features = golden_features(model, arrays, batch["images"])
+        ids, mask = arrays[f"{name}/input_ids"], arrays[f"{name}/attention_mask"]
+        tokens, _ = model.generate(ids, mask, features, GenerationConfig(max_new_tokens=32))
+        assert np.array_equal(tokens, arrays[f"{name}/generated_ids"]), batch["id"]
+        # The same rows padded on the other side.
+        flipped = [np.stack([np.roll(row, -(keep == 0).sum()) for row, keep in zip(x, mask)]) for x in (ids, mask)]
+        assert np.array_equal(model.generate(*flipped, features, GenerationConfig(max_new_tokens=32))[0], tokens)
+
+
+def test_golden_beams(golden):
+    model, facts, arrays = golden
+    prompts = {prompt["id"]: prompt for prompt in facts["prompts"]}
+    for search in facts["beam_search"]:
+        prompt = prompts[search["id"]]
+        gen = GenerationConfig(
+            max_new_tokens=search["max_new_tokens"],
+            num_beams=search["num_beams"],
+            length_penalty=search["length_penalty"],
+        )
+        features = golden_features(model, arrays, prompt["images"])
+        tokens, _ = model.generate(np.array([prompt["input_ids"]]), None, features, gen)
+        assert tokens[0].tolist() == search["generated_ids"], search["id"]
+
+
+def test_golden_logits(golden):
+    model, facts, arrays = golden
+    images = {prompt["id"]: prompt["images"] for prompt in facts["prompts"]}
+    for name in ("en_single", "zh_multi_turn", "two_separate"):
+        features = golden_features(model, arrays, images[name])
+        logits = model.logits(arrays[f"logits/{name}/input_ids"][None], None, features)[0]
+        assert np.abs(logits - arrays[f"logits/{name}/fp32"]).max() < 2e-4, name
+    mask = arrays["batch/batch_two/attention_mask"]
+    features = golden_features(model, arrays, facts["batches"][0]["images"])
+    logits = model.logits(arrays["batch/batch_two/input_ids"], mask, features)
+    assert np.abs((logits - arrays["logits/batch_two/fp32"])[mask > 0]).max() < 2e-4
+
+
+def test_encode_crops_its_bucket(golden):
+    """Three images run as four, and each gets what it gets in any company."""
+    model, _, arrays = golden
+    names = ["rgb", "exif_rot", "rgba", "gray", "palette"]
+    five = np.asarray(golden_features(model, arrays, names))
+    assert np.abs(five - arrays["vision/mlp1_batch"]).max() < 1e-4
+    three = np.asarray(golden_features(model, arrays, names[:3]))
+    assert three.shape == (3, *five.shape[1:])
+    assert np.abs(three - five[:3]).max() < 1e-5
+    with pytest.raises(ValueError, match="no images"):
+        model.encode(np.zeros((0, 3, 112, 112), np.float32))
+
+
+# Greedy, against recomputation.
+
+
+@pytest.mark.parametrize("lengths", [(9,), (3, 14, 1), (500, 20)])
+def test_greedy_equals_recomputation(model, weights, lengths):
+    """Prompts of one to 500 tokens: a wrong cache, position or mask shows as another token."""
+    ids, mask = tokens_of(sum(lengths), *lengths)
+    tokens, reasons = model.generate(ids, mask, None, GenerationConfig(20, **NO_END))
+    assert np.array_equal(tokens, greedy_by_recomputation(weights, rows_of(ids, mask), 20))
+    assert reasons == ["length"] * len(lengths)
+
+
+def image_rows():
+    rows = [[3] + [IMAGE] * 8 + [4, 5], [6, 8, 9], [10] + [IMAGE] * 4 + [11, 12]]
+    features = np.random.RandomState(5).standard_normal((3, PER_IMAGE, LLAMA["hidden_size"])).astype(np.float32)
+    return rows, features
+
+
+def padded(rows, side="left", extra=0):
+    width = max(map(len, rows)) + extra
+    ids = np.full((len(rows), width), IMAGE)  # the worst token to pad with: it must not count as an image's
+    mask = np.zeros(ids.shape, np.int64)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), None) if side == "left" else slice(0, len(row))
+        ids[number, place], mask[number, place] = row, 1
+    return ids, mask
+
+
+def test_images_reach_their_places(model, weights):
+    """Two images, none and one in a batch of three, of which three images run as four."""
+    rows, features = image_rows()
+    expected = greedy_by_recomputation(weights, rows, 16, features)
+    tokens, _ = model.generate(*padded(rows), features, GenerationConfig(16, **NO_END))
+    assert np.array_equal(tokens, expected)
+    swapped, _ = model.generate(*padded(rows), features[::-1], GenerationConfig(16, **NO_END))
+    assert not np.array_equal(swapped[0], tokens[0])
+    assert np.array_equal(swapped[1], tokens[1])
+
+
+def test_padding_does_not_matter(model):
+    rows, features = image_rows()
+    gen = GenerationConfig(16, temperature=1.0, seed=3, **NO_END)
+    expected, _ = model.generate(*padded(rows), features, gen)
+    for side, extra in (("right", 0), ("left", 100), ("right", 100)):
+        assert np.array_equal(model.generate(*padded(rows, side, extra), features, gen)[0], expected), (side, extra)
+    ids, mask = (np.insert(x, [3, 5], 0, axis=1) for x in padded(rows))  # padding inside the rows
+    assert np.array_equal(model.generate(ids, mask, features, gen)[0], expected)
+    assert np.array_equal(model.generate(ids, mask.astype(bool), features, gen)[0], expected)
+
+
+def test_rows_get_what_they_get_alone(model):
+    """Greedy and sampled: row i of a batch with seed s is the row alone with seed s + i."""
+    rows, features = image_rows()
+    parts = (features[:2], None, features[2:])
+    for options in ({}, {"temperature": 1.3}, {"temperature": 0.9, "top_k": 8, "top_p": 0.9}):
+        together, _ = model.generate(*padded(rows), features, GenerationConfig(24, seed=40, **options, **NO_END))
+        for number, (row, part) in enumerate(zip(rows, parts)):
+            gen = GenerationConfig(24, seed=40 + number, **options, **NO_END)
+            assert np.array_equal(model.generate(np.array([row]), None, part, gen)[0][0], together[number]), options
+        own = GenerationConfig(24, seed=(40, 41, 42), **options, **NO_END)
+        assert np.array_equal(model.generate(*padded(rows), features, own)[0], together)
+
+
+def test_stacked_equals_tuple(model, weights):
+    layers = unstack(weights["layers"])
+    other = Generator(
+        CONFIG, {"language_model": {**weights, "layers": layers}}, dtype=jnp.float32, image_token_id=IMAGE
+    )
+    rows, features = image_rows()
+    for options in ({}, {"temperature": 1.0}):
+        gen = GenerationConfig(24, **options, **NO_END)
+        assert np.array_equal(*(m.generate(*padded(rows), features, gen)[0] for m in (model, other)))
+    state = other.prefill(*padded(rows), features, gen)
+    assert isinstance(state.cache.k, tuple)
+
+
+def test_bfloat16(model, weights):
+    """Computes and caches in bfloat16, and agrees with float32 where that is not a close call."""
+    half = Generator(CONFIG, {"language_model": weights}, dtype=jnp.bfloat16, image_token_id=IMAGE)
+    ids, mask = tokens_of(4, 9, 4, 6)
+    gen = GenerationConfig(8, **NO_END)
+    assert half.prefill(ids, mask, None, gen).cache.k.dtype == jnp.bfloat16
+    assert np.array_equal(half.generate(ids, mask, None, gen)[0][:, 0], model.generate(ids, mask, None, gen)[0][:, 0])
+
+
+# Ends.
+
+
+def test_end_tokens_pads_and_reasons(model):
+    """Each row ends at its first end token, which is kept; then it is padded, and the result cut to the longest."""
+    ids, mask = tokens_of(7, 9, 4, 6)
+    free, _ = model.generate(ids, mask, None, GenerationConfig(24, **NO_END))
+    for ends in ([free[0, 5]], [free[0, 5], free[1, 2]], [*free[:, 3], free[2, 0]], [int(free[0, 4])] * 2):
+        ends = tuple(int(token) for token in ends)
+        tokens, reasons = model.generate(ids, mask, None, GenerationConfig(24, eos_token_ids=ends))
+        lengths = []
+        for row, reason, whole in zip(tokens, reasons, free):
+            hits = np.flatnonzero(np.isin(whole, ends))
+            lengths.append(hits[0] + 1 if hits.size else 24)
+            assert reason == ("stop" if hits.size else "length")
+            assert np.array_equal(row[: lengths[-1]], whole[: lengths[-1]])
+            assert (row[lengths[-1] :] == PAD).all()
+        assert tokens.shape == (3, max(lengths))
+    assert min(lengths) < max(lengths)
+
+
+def test_checkpoint_end_token_is_the_default(model):
+    seen = set()
+    for seed in range(6):
+        ids, mask = tokens_of(seed, 9, 4, 6)
+        free, _ = model.generate(ids, mask, None, GenerationConfig(24, **NO_END))
+        _, reasons = model.generate(ids, mask, None, GenerationConfig(24))
+        assert reasons == ["stop" if LLAMA["eos_token_id"] in row else "length" for row in free]
+        seen.update(reasons)
+    assert seen == {"stop", "length"}
+
+
+def test_many_end_tokens(model):
+    """More than one program has room for: it compiles again, and is right again."""
+    ids, mask = tokens_of(7, 9)
+    free = model.generate(ids, mask, None, GenerationConfig(24, **NO_END))[0][0]
+    others = [token for token in range(VOCABULARY) if token not in free][: EOS_SLOTS + 3]
+    ends = (*others, int(free[6]))
+    assert len(ends) > EOS_SLOTS
+    tokens, reasons = model.generate(ids, mask, None, GenerationConfig(24, eos_token_ids=ends))
+    assert tokens[0].tolist() == free[: free.tolist().index(free[6]) + 1].tolist()
+    assert reasons == ["stop"]
+
+
+def test_pad_token(weights):
+    """The config's, or its first end token, or 0."""
+    for values, expected in (
+        ({}, PAD),
+        ({"pad_token_id": None, "eos_token_id": [9, 2]}, 9),
+        ({"pad_token_id": None, "eos_token_id": None}, 0),
+    ):
+        config = ChatConfig.from_hf({**LLAMA, **values})
+        model = Generator(config, {"language_model": weights}, dtype=jnp.float32, image_token_id=None)
+        assert model.pad_token_id == expected
+
+
+@pytest.mark.parametrize("limit", [1, 2, 31, 32, 33])
+def test_max_new_tokens_is_exact(model, limit):
+    """Up to the last slot of a cache bucket and beyond it; a shorter answer is the beginning of a longer one."""
+    ids, mask = tokens_of(9, 64, 10, 5)
+    longer, _ = model.generate(ids, mask, None, GenerationConfig(40, **NO_END))
+    tokens, reasons = model.generate(ids, mask, None, GenerationConfig(limit, **NO_END))
+    assert np.array_equal(tokens, longer[:, :limit])
+    assert reasons == ["length"] * 3
+
+
+def test_end_token_as_the_last_one_allowed(model):
+    """An end token in the last place is an end, not a lack of room."""
+    ids, mask = tokens_of(7, 9)
+    free = model.generate(ids, mask, None, GenerationConfig(24, **NO_END))[0][0].tolist()
+    place = next(i for i in range(3, 24) if free[i] not in free[:i])
+    for limit, reason in ((place + 1, "stop"), (place, "length")):
+        tokens, reasons = model.generate(ids, mask, None, GenerationConfig(limit, eos_token_ids=free[place]))
+        assert (tokens[0].tolist(), reasons) == (free[:limit], [reason])
+
+
+def test_the_whole_context_can_be_used(model, weights):
+    """A prompt in a bucket larger than the room it leaves: positions, not slots, count against the context."""
+    ids, mask = tokens_of(10, CONTEXT - 20)
+    tokens, _ = model.generate(ids, mask, None, GenerationConfig(20, **NO_END))
+    assert np.array_equal(tokens, greedy_by_recomputation(weights, rows_of(ids, mask), 20))
+
+
+def test_min_new_tokens(model):
+    ids, mask = tokens_of(7, 9, 4, 6)
+    free, _ = model.generate(ids, mask, None, GenerationConfig(24, **NO_END))
+    end = int(free[0, 2])
+    plain, _ = model.generate(ids, mask, None, GenerationConfig(24, eos_token_ids=end))
+    assert (plain[0] == end).argmax() <= 2
+    for options in ({}, {"temperature": 2.0}):
+        tokens, _ = model.generate(
+            ids, mask, None, GenerationConfig(24, min_new_tokens=6, eos_token_ids=end, **options)
+        )
+        assert not (tokens[:, :6] == end).any()
+    tokens, reasons = model.generate(ids, mask, None, GenerationConfig(24, min_new_tokens=24, eos_token_ids=end))
+    assert not (tokens == end).any()
+    assert reasons == ["length"] * 3
+
+
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`:UserWarning")
+def test_penalty_and_minimum_against_transformers(model, weights):
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    reference = torch_llama(jax.tree.map(np.asarray, weights))
+    changed = 0
+    for seed in range(6):
+        ids, _ = tokens_of(seed, 9)
+        embeddings = reference.get_input_embeddings()(torch.from_numpy(ids))
+        for penalty, minimum, ends in ((1.0, 0, [2]), (1.3, 0, [2]), (1.8, 6, [2, 9, 14]), (0.7, 4, [3, 5])):
+            with torch.no_grad():
+                expected = reference.generate(
+                    inputs_embeds=embeddings,
+                    attention_mask=torch.ones(ids.shape, dtype=torch.long),
+                    do_sample=False,
+                    max_new_tokens=24,
+                    min_new_tokens=minimum,
+                    repetition_penalty=penalty,
+                    eos_token_id=ends,
+                    pad_token_id=0,
+                )[0].tolist()
+            gen = GenerationConfig(24, repetition_penalty=penalty, min_new_tokens=minimum, eos_token_ids=ends)
+            tokens = model.generate(ids, None, None, gen)[0][0].tolist()
+            assert tokens == expected, (seed, penalty)
+            changed += penalty != 1.0 and tokens != model.generate(ids, gen=GenerationConfig(24))[0][0].tolist()
+    assert changed > 6
+
+
+# Sampling.
+
+
+def processed(logits, seen, options):
+    """Probabilities of the next token by transformers' rules, in plain numpy float64."""
+    scores = logits.astype(np.float64).copy()
+    penalty = options.get("repetition_penalty", 1.0)
+    for token in seen:
+        scores[token] = scores[token] * penalty if scores[token] < 0 else scores[token] / penalty
+    for token in options.get("forbidden", ()):
+        scores[token] = -np.inf
+    scores /= options["temperature"]
+    if options.get("top_k"):
+        scores[scores < np.sort(scores)[::-1][: options["top_k"]][-1]] = -np.inf
+    order = np.argsort(-scores)
+    probabilities = np.exp(scores - scores.max())
+    probabilities /= probabilities.sum()
+    kept, total = [], 0.0
+    for token in order:
+        kept.append(token)
+        total += probabilities[token]
+        if total >= options.get("top_p", 1.0):
+            break
+    result = np.zeros_like(probabilities)
+    result[kept] = probabilities[kept]
+    return result / result.sum()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.4},
+        {"temperature": 2.5, "top_k": 5},
+        {"temperature": 1.0, "top_p": 0.6},
+        {"temperature": 3.0, "top_p": 0.8},
+        {"temperature": 1.5, "top_k": 6, "top_p": 0.7, "repetition_penalty": 1.7, "min_new_tokens": 5},
+        {"temperature": 1.0, "top_p": 1e-6},
+        {"temperature": 1.0, "top_k": 1},
+        {"temperature": 1.0, "top_k": 1000},
+        {"temperature": 1e-30},
+    ],
+    ids=str,
+)
+def test_samples_have_the_processed_distribution(options):
+    """40,000 draws: every frequency within 4.5 standard deviations, nothing drawn that is filtered out."""
+    draws, vocabulary, end = 40_000, 17, 3
+    logits = np.random.RandomState(1).standard_normal(vocabulary).astype(np.float32) * 2
+    seen = [int(np.argmax(logits)), 4, 8]
+    settings = make_settings(GenerationConfig(eos_token_ids=end, **options), draws, ())
+    forbidden = (end,) if options.get("min_new_tokens") else ()
+    expected = processed(logits, seen, {**options, "forbidden": forbidden})
+    mask = np.zeros((draws, vocabulary), bool)
+    mask[:, seen] = True
+    tokens = jax.jit(select_tokens)(np.tile(logits, (draws, 1)), mask, np.full(draws, 2, np.int32), settings)
+    counts = np.bincount(np.asarray(tokens), minlength=vocabulary)
+    assert (counts[expected == 0] == 0).all()
+    assert (counts[expected > 1e-3] > 0).all()
+    spread = np.sqrt(draws * expected * (1 - expected))
+    assert (np.abs(counts - draws * expected) <= 4.5 * spread + 1e-6 * draws).all(), (counts / draws, expected)
+
+
+def test_filters_against_numpy():
+    """Which tokens survive, over many rows with settings of their own."""
+    rng = np.random.RandomState(2)
+    logits = (rng.standard_normal((200, 40)) * 3).astype(np.float32)
+    top_k = rng.choice([0, 1, 3, 10, 39, 40, 400], 200)
+    top_p = rng.choice([1e-6, 0.3, 0.9, 0.999, 1.0], 200).astype(np.float32)
+    kept = np.isfinite(np.asarray(keep_likely(logits, top_k, top_p)))
+    for row in range(200):
+        options = {"temperature": 1.0, "top_k": top_k[row], "top_p": top_p[row]}
+        assert np.array_equal(kept[row], processed(logits[row], (), options) > 0), options
+
+
+def test_tied_tokens_are_kept_together():
+    logits = np.array([[1.0, 2.0, 2.0, 0.0, 2.0]], np.float32)
+    for top_k, top_p in ((1, 1.0), (2, 1.0), (0, 0.1)):
+        kept = np.isfinite(keep_likely(logits, np.array([top_k]), np.array([top_p], np.float32)))
+        assert kept.tolist() == [[False, True, True, False, True]]
+
+
+def test_penalty_moves_both_signs_down():
+    settings = make_settings(GenerationConfig(repetition_penalty=2.0, min_new_tokens=3, eos_token_ids=(1, 3)), 1, ())
+    scores, seen = np.array([[-1.0, 2.0, 3.0, 4.0]], np.float32), np.array([[True, True, False, False]])
+    early = penalize(scores, seen, np.array([2]), settings)
+    late = penalize(scores, seen, np.array([3]), settings)
+    assert np.asarray(early).tolist() == [[-2.0, -np.inf, 3.0, -np.inf]]
+    assert np.asarray(late).tolist() == [[-2.0, 1.0, 3.0, 4.0]]
+
+
+def test_seeds(model):
+    ids, mask = tokens_of(3, 6, 6)
+    ids[1] = ids[0]
+
+    def sample(**options):
+        return model.generate(ids, mask, None, GenerationConfig(24, temperature=1.0, **options, **NO_END))[0]
+
+    first = sample(seed=5)
+    assert np.array_equal(first, sample(seed=5))
+    assert not np.array_equal(first, sample(seed=9))
+    assert not np.array_equal(first[0], first[1])  # the same prompt, with seeds 5 and 6
+    assert np.array_equal(first[1], sample(seed=6)[0])
+    assert np.array_equal(*sample(seed=(8, 8)))
+    assert len({tuple(sample(seed=seed)[0]) for seed in range(20)}) == 20
+
+
+def test_greedy_ignores_the_filters(model):
+    ids, mask = tokens_of(3, 6)
+    plain, _ = model.generate(ids, mask, None, GenerationConfig(24, **NO_END))
+    filtered, _ = model.generate(ids, mask, None, GenerationConfig(24, top_k=3, top_p=0.2, seed=1, **NO_END))
+    assert np.array_equal(plain, filtered)
+
+
+def test_rows_with_settings_of_their_own(model):
+    """A batch whose rows ask for different things gives each what it asked for."""
+    ids, mask = tokens_of(12, 9, 4)
+    gens = [GenerationConfig(24, **NO_END), GenerationConfig(10, temperature=1.0, top_k=4, seed=7, **NO_END)]
+    alone = [model.generate(ids[i : i + 1], mask[i : i + 1], None, gen)[0][0].tolist() for i, gen in enumerate(gens)]
+    left = padded(rows_of(ids, mask))
+    settings = [make_settings(gen, 1, ()) for gen in gens]
+    both = jax.tree.map(lambda *leaves: np.concatenate(leaves), *settings)
+    width = bucket(9)
+    ids, valid = (np.pad(x, ((0, 0), (width - 9, 0))) for x in left)
+    ids = np.where(valid, ids, 0).astype(np.int32)
+    state = generate._prefill(
+        model.params, ids, valid > 0, None, np.int32(-1), both, config=CONFIG, slots=96, dtype=model.dtype
+    )
+    rows, _, running = model.read(model.decode(state, 100))
+    assert rows == alone
+    assert not running.any()
+
+
+# In steps.
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 2, "repetition_penalty": 1.2}], ids=str)
+def test_chunks_equal_one_go(model, options):
+    ids, mask = tokens_of(7, 9, 4, 6)
+    free, _ = model.generate(ids, mask, None, GenerationConfig(24, **options, **NO_END))
+    gen = GenerationConfig(24, eos_token_ids=int(free[0, 7]), **options)
+    tokens, reasons = model.generate(ids, mask, None, gen)
+    for chunk in (1, 4, 7):
+        state = model.prefill(ids, mask, None, gen)
+        seen, running = model.read(state)[0], np.ones(3, bool)
+        assert [len(row) for row in seen] == [1, 1, 1]
+        while running.any():
+            state = model.decode(state, chunk)
+            rows, got_reasons, running = model.read(state)
+            for old, new in zip(seen, rows):
+                assert new[: len(old)] == old
+                assert len(new) <= len(old) + chunk
+            seen = rows
+        assert got_reasons == reasons
+        assert [row + [PAD] * (tokens.shape[1] - len(row)) for row in seen] == tokens.tolist()
+        again = model.read(model.decode(state, chunk))
+        assert again[0] == seen  # nothing runs, nothing changes
+
+
+def test_rows_ended_by_the_caller(model):
+    ids, mask = tokens_of(7, 9, 4, 6)
+    gen = GenerationConfig(24, **NO_END)
+    free, _ = model.generate(ids, mask, None, gen)
+    state = model.decode(model.prefill(ids, mask, None, gen), 4)
+    state = model.end_rows(state, np.array([False, True, False]))
+    rows, reasons, running = model.read(model.decode(state, 6))
+    assert running.tolist() == [True, False, True]
+    assert [len(row) for row in rows] == [11, 5, 11]
+    assert reasons == ["length"] * 3
+    assert rows == [row[: len(got)].tolist() for row, got in zip(free, rows)]
+
+
+def test_logits_equal_the_whole_model(model, weights):
+    rows, features = image_rows()
+    for side in ("left", "right"):
+        ids, mask = padded(rows, side, extra=2)
+        got = model.logits(ids, mask, features)
+        assert got.shape == (*ids.shape, VOCABULARY)
+        assert got.dtype == np.float32
+        alone = model.logits(np.array([rows[2]]), None, features[2:])[0]
+        assert np.abs(got[2][mask[2] > 0] - alone).max() < 1e-4
+    first = model.generate(ids, mask, features, GenerationConfig(1, **NO_END))[0][:, 0]
+    assert np.array_equal(first, [row[np.flatnonzero(keep)[-1]].argmax() for row, keep in zip(got, mask)])
+
+
+# Compiles.
+
+COMPILES = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **_: COMPILES.append(event) if event.endswith("backend_compile_duration") else None
+)
+
+
+def test_what_compiles_and_what_does_not(weights):
+    """Lengths within a bucket, every setting and other weights reuse the two programs: nothing at all is compiled."""
+    config = ChatConfig.from_hf({**LLAMA, "rms_norm_eps": 2e-5})  # another model than the other tests': nothing cached
+    model = Generator(config, {"language_model": weights}, dtype=jnp.float32, image_token_id=IMAGE)
+    rows, features = image_rows()
+    programs = generate._prefill, generate._decode
+
+    def sizes():
+        return [program._cache_size() for program in programs]
+
+    start = sizes()
+    before = len(COMPILES)
+    model.generate(np.array([[3, 4, 5]]), None, None, GenerationConfig(20))
+    assert [new - old for new, old in zip(sizes(), start)] == [1, 1]
+    assert len(COMPILES) - before >= 2  # or the listener listens to nothing
+    model.generate(*padded(rows), features, GenerationConfig(20))
+    assert [new - old for new, old in zip(sizes(), start)] == [2, 2]
+
+    before, count = sizes(), len(COMPILES)
+    for length, options in (
+        (64, {"max_new_tokens": 32}),
+        (1, {"max_new_tokens": 1}),
+        (20, {"max_new_tokens": 30, "temperature": 0.7}),
+        (21, {"max_new_tokens": 30, "temperature": 1.7, "top_k": 4, "top_p": 0.5, "seed": 8}),
+        (22, {"max_new_tokens": 8, "repetition_penalty": 1.4, "min_new_tokens": 3, "eos_token_ids": (3, 4, 5)}),
+    ):
+        ids, mask = tokens_of(1, length)
+        model.generate(ids, mask, None, GenerationConfig(**options))
+    state = model.prefill(ids, mask, None, GenerationConfig(12))
+    for steps in (1, 4, 16):
+        state = model.decode(model.end_rows(state, np.array([False])), steps)
+        model.read(state)
+    other = jax.tree.map(jnp.asarray, llama_weights(12))
+    renewed = Generator(config, {"language_model": other}, dtype=jnp.float32, image_token_id=IMAGE)
+    renewed.generate(ids, mask, None, GenerationConfig(12))
+    renewed.generate(*padded(rows, "right"), features[::-1].copy(), GenerationConfig(12, temperature=1.0))
+    assert sizes() == before
+    assert len(COMPILES) == count
+
+
+def test_buckets():
+    sizes = [bucket(size) for size in range(1, 5000)]
+    assert all(size <= got <= max(64, 1.5 * size) for size, got in enumerate(sizes, start=1))
+    assert sorted(set(sizes)) == [64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144]
+    assert all(bucket(size) == size for size in set(sizes))
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_new_tokens": -5}, "max_new_tokens must be at least 1"),
+        ({"max_new_tokens": 2**31}, r"below 2\*\*31"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens must be a whole number, not 2.0"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number"),
+        ({"max_new_tokens": None}, "max_new_tokens must be a whole number"),
+        ({"max_new_tokens": 4, "min_new_tokens": 5}, "min_new_tokens 5 exceeds max_new_tokens 4"),
+        ({"min_new_tokens": -1}, "min_new_tokens"),
+        ({"temperature": -0.1}, "temperature must be 0"),
+        ({"temperature": float("nan")}, "temperature must be a number"),
+        ({"temperature": "hot"}, "temperature must be a number"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"length_penalty": float("inf")}, "length_penalty"),
+        ({"early_stopping": "often"}, "early_stopping"),
+        ({"num_beams": 0}, "num_beams"),
+        ({"seed": -1}, "seed"),
+        ({"seed": (1, 2.5)}, "seed"),
+        ({"stop": ("",)}, "stop"),
+        ({"stop": (3,)}, "stop"),
+        ({"eos_token_ids": (2, -1)}, "eos_token_ids"),
+        ({"eos_token_ids": (2.5,)}, "eos_token_ids"),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationConfig(**options)
+
+
+def test_settings_are_plain_values():
+    gen = GenerationConfig(
+        max_new_tokens=np.int64(3),
+        temperature=1,
+        seed=[1, 2],
+        stop="end",
+        eos_token_ids=np.int32(4),
+        top_p=np.float32(1),
+    )
+    assert gen == GenerationConfig(3, temperature=1.0, seed=(1, 2), stop=("end",), eos_token_ids=(4,))
+    assert type(gen.max_new_tokens) is int
+    hash(gen)
+
+
+@pytest.mark.parametrize(
+    ("row", "images", "message"),
+    [
+        ([3, 4], 1, r"0 image tokens \(id 7; none\), but 1 images x 4 tokens = 4"),
+        ([3, *[IMAGE] * 4], None, r"4 image tokens \(id 7; row 1: 4\), but there are no images"),
+        ([3, *[IMAGE] * 4], 2, r"4 image tokens \(id 7; row 1: 4\), but 2 images x 4 tokens = 8"),
+        ([3, *[IMAGE] * 5], 1, r"row 1: 5 image tokens \(id 7\), which is not a multiple of 4"),
+    ],
+)
+def test_images_and_image_tokens_must_agree(model, row, images, message):
+    features = None if images is None else np.zeros((images, PER_IMAGE, LLAMA["hidden_size"]), np.float32)
+    with pytest.raises(ValueError, match=message):
+        model.generate(*padded([[3, 5, 6], row]), features)
+
+
+def test_images_need_an_image_token_and_the_right_width(model, weights):
+    blind = Generator(CONFIG, {"language_model": weights}, dtype=jnp.float32, image_token_id=None)
+    features = np.zeros((1, PER_IMAGE, LLAMA["hidden_size"]), np.float32)
+    with pytest.raises(ValueError, match="no image token"):
+        blind.generate(np.array([[3, *[IMAGE] * 4]]), None, features)
+    with pytest.raises(ValueError, match=r"features must be \[images, tokens, 32\], not \[1, 4, 31\]"):
+        model.generate(np.array([[3, *[IMAGE] * 4]]), None, features[..., 1:])
+
+
+@pytest.mark.parametrize("call", ["generate", "logits"])
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([[3, 4], [5, 6]], [[1, 1], [0, 0]], "row 1: the prompt has no tokens"),
+        ([[]], None, r"input_ids must be integers \[rows, tokens\]"),
+        (np.zeros((0, 3), int), None, "input_ids must be integers"),
+        ([3, 4], None, r"not int64 \[2\]"),
+        ([[3.0, 4.0]], None, "not float64"),
+        ([[3, VOCABULARY]], None, "row 0: token 31 at position 1 is outside the vocabulary of 31 tokens"),
+        ([[3, 4], [-1, 4]], None, "row 1: token -1 at position 0"),
+        ([[3, 2**40]], None, "token 1099511627776"),
+        ([[3, 4]], [[1, 1, 1]], "attention_mask must hold 0 and 1"),
+        ([[3, 4]], [[1, 2]], "attention_mask must hold 0 and 1"),
+        ([[3] * (CONTEXT + 1)], None, "exceed the context of 640"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_prompts_that_cannot_be_read(model, call, ids, mask, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(model, call)(ids, mask)
+
+
+def test_tokens_under_padding_may_be_anything(model):
+    ids, mask = np.array([[-100, 3, 4], [5, 6, 7 + VOCABULARY]]), np.array([[0, 1, 1], [1, 1, 0]])
+    clean, _ = model.generate(np.array([[0, 3, 4], [0, 5, 6]]), np.array([[0, 1, 1]] * 2), None, GenerationConfig(8))
+    assert np.array_equal(model.generate(ids, mask, None, GenerationConfig(8))[0], clean)
+
+
+def test_no_room_for_the_answer(model):
+    ids, mask = tokens_of(1, 30, CONTEXT - 9)
+    for beams in (1, 2):
+        message = f"row 1: {CONTEXT - 9} prompt tokens \\+ 10 new ones exceed the context of {CONTEXT} tokens"
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, mask, None, GenerationConfig(10, num_beams=beams))
+
+
+def test_settings_that_do_not_fit_the_model(model):
+    with pytest.raises(ValueError, match=r"eos_token_ids \[31, 90\] are outside the vocabulary of 31"):
+        model.generate(np.array([[3]]), gen=GenerationConfig(4, eos_token_ids=(2, 31, 90)))
+    with pytest.raises(ValueError, match="2 seeds for 1 rows"):
+        model.generate(np.array([[3]]), gen=GenerationConfig(4, temperature=1.0, seed=(1, 2)))
