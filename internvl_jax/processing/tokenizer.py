@@ -21,6 +21,17 @@ from internvl_jax.config import ConfigError, read_json
 SPACE_MARK = "▁"  # sentencepiece writes a blank as this character
 REPLACEMENT = "\ufffd"  # what bytes decode to that are no UTF-8 (yet)
 
+# normalizer_spec { add_dummy_prefix: false } as protobuf writes it. Appended to a serialized model it is merged into
+# it, so that no protobuf module is needed: sentencepiece's cannot be imported beside the one that transformers brings.
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+# The special tokens that have a name, in the order in which the reference gives new ones their ids.
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # LlamaTokenizer's own
+
+# The reference's tidying of English text, in its order; a checkpoint asks for it by clean_up_tokenization_spaces.
+CLEAN_UPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+
 
 class TokenizerError(ValueError):
     """Tokenizer files that are missing, damaged or contradictory; the message says which."""
@@ -47,6 +58,10 @@ class Tokenizer(Protocol):
         """The id of a token by its exact content, None where there is none."""
         ...
 
+    def settled(self, ids: Sequence[int]) -> str:
+        """The beginning of `decode(ids)` that no further token can change."""
+        ...
+
 
 @dataclass(frozen=True)
 class _AddedToken:
@@ -59,45 +74,44 @@ class _AddedToken:
 class SentencePieceTokenizer:
     """The slow LlamaTokenizer's rules on a sentencepiece model. Made by `load_tokenizer`."""
 
-    def __init__(
-        self,
-        model: bytes,
-        *,
-        added: dict[int, _AddedToken],
-        special: dict[str, str | None],
-        additional_special: Sequence[str],
-        legacy: bool,
-        add_bos: bool,
-        add_eos: bool,
-    ):
+    def __init__(self, model: bytes, files: _Files, *, legacy: bool):
         import sentencepiece
 
-        if not legacy:
-            model = _without_dummy_prefix(model)
         try:
-            self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+            if not model:
+                raise RuntimeError("it is empty")
+            self._sp = sentencepiece.SentencePieceProcessor(model_proto=model + (b"" if legacy else NO_DUMMY_PREFIX))
         except RuntimeError as error:
             raise TokenizerError(f"tokenizer.model is damaged ({error}); download it again") from None
-        self.legacy, self._add_bos, self._add_eos = legacy, add_bos, add_eos
+        self.legacy, self._clean_up = legacy, files.clean_up
+        self._add_bos, self._add_eos = files.add_bos is not False, files.add_eos
         self._pieces = self._sp.get_piece_size()
-        self._added = dict(added)
+        self._added = dict(files.added)
         self._ids = {token.content: index for index, token in self._added.items()}
-        self._unk = special.get("unk_token") or "<unk>"
+        for token in (*files.named.values(), *files.additional):
+            self._add_special(token)
+        self._unk = files.content("unk_token") or DEFAULTS["unk_token"]
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (
-            None if special.get(name) is None else self.token_to_id(special[name])
+            None if (content := files.content(name)) is None else self.token_to_id(content)
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         )
-        named = [token for token in special.values() if token is not None]
-        self._special = {*named, *additional_special}
-        self._special_ids = {self.token_to_id(token) for token in self._special} - {None}
-        # In decoding, added tokens stand apart from the text around them, the four named ones do not.
-        self._apart = (set(self._ids) - self._special) | {
-            token for token in additional_special if (self.token_to_id(token) or 0) >= self._pieces
-        }
-        self.vocab_size = max(self._pieces, *(index + 1 for index in self._added), 0)
+        additional = {token.content for token in files.additional}
+        self._special = additional | {token.content for token in files.named.values()}
+        self._special_ids = {self._ids[token] for token in self._special}
+        # In decoding, added tokens stand apart from the text around them, the named ones do not.
+        self._apart = (set(self._ids) - self._special) | {t for t in additional if self._ids[t] >= self._pieces}
+        self.vocab_size = max(self._pieces, *(index + 1 for index in self._added))
         longest_first = sorted(self._ids, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._unk_length = len(self._sp.encode(self._unk, out_type=str))
+
+    def _add_special(self, token: _AddedToken) -> None:
+        """Special tokens are cut out whole too, whether the files list them as added or not; unknown ones get an id."""
+        index = self.token_to_id(token.content)
+        if index is None:
+            index = self._pieces + sum(added >= self._pieces for added in self._added)
+        self._added[index] = token
+        self._ids[token.content] = index
 
     def token_to_id(self, token: str) -> int | None:
         """The id of an added token or of a piece, None where there is none."""
@@ -126,19 +140,23 @@ class SentencePieceTokenizer:
 
     def _tokenize_parts(self, text: str) -> list[str]:
         """Added tokens are cut out whole; what lies between goes to sentencepiece part by part."""
-        parts = self._split.split(text) if self._split else [text]
-        # re.split alternates text and token; texts may be empty.
-        for at in range(1, len(parts), 2):
-            token = self._added[self._ids[parts[at]]]
-            if token.rstrip:
-                parts[at + 1] = parts[at + 1].lstrip()
-            if token.lstrip:
-                parts[at - 1] = parts[at - 1].rstrip()
-            if token.single_word and parts[at - 1] and parts[at - 1][-1] != " ":
-                parts[at - 1] += parts[at]
+        parts = [part for part in self._split.split(text) if part]
+        for at, part in enumerate(parts):
+            if part not in self._ids:
+                continue
+            token = self._added[self._ids[part]]
+            left = parts[at - 1] if at else ""
+            right = parts[at + 1] if at + 1 < len(parts) else ""
+            if token.rstrip and right:
+                parts[at + 1] = right.lstrip()
+            if token.lstrip and left:
+                parts[at - 1] = left.rstrip()
+            # The reference looks at the neighbours as they were before the blanks were stripped.
+            if token.single_word and left and left[-1] != " ":
+                parts[at - 1] += part
                 parts[at] = ""
-            elif token.single_word and parts[at + 1] and parts[at + 1][0] != " ":
-                parts[at + 1] = parts[at] + parts[at + 1]
+            elif token.single_word and right and right[0] != " ":
+                parts[at + 1] = part + parts[at + 1]
                 parts[at] = ""
         pieces: list[str] = []
         for part in parts:
@@ -170,7 +188,13 @@ class SentencePieceTokenizer:
                 run.append(piece)
         if run:
             texts.append(self._join(run))
-        return " ".join(texts)
+        # The reference joins by blanks whatever the files' spaces_between_special_tokens says.
+        text = " ".join(texts)
+        return _clean_up(text) if self._clean_up else text
+
+    def settled(self, ids: Sequence[int]) -> str:
+        """As Tokenizer.settled: without a character whose bytes are not all there, and blanks at the end."""
+        return "" if self._clean_up else self.decode(ids).rstrip(REPLACEMENT + " ")
 
     def _piece(self, index: int) -> str:
         if index in self._added:
@@ -200,7 +224,7 @@ class SentencePieceTokenizer:
 class FastTokenizer:
     """A tokenizer.json, run by the `tokenizers` library. Made by `load_tokenizer`."""
 
-    def __init__(self, path: Path, special: dict[str, str | None], add_bos: bool | None):
+    def __init__(self, path: Path, files: _Files):
         import tokenizers
 
         try:
@@ -208,11 +232,14 @@ class FastTokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise TokenizerError(f"{path} is damaged ({error}); download it again") from None
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (
-            None if special.get(name) is None else self.token_to_id(special[name])
+            None if (content := files.content(name)) is None else self.token_to_id(content)
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         )
-        self._add_bos = add_bos
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self._add_bos, self._add_eos, self._clean_up = files.add_bos, files.add_eos, files.clean_up
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._skipped = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._bytes = {index for piece, index in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", piece)}
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token by its exact content, None where there is none."""
@@ -223,114 +250,154 @@ class FastTokenizer:
         if add_bos is None and self._add_bos is None:
             return self._tokenizer.encode(text).ids
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        wanted = self._add_bos if add_bos is None else add_bos
-        return [self.bos_id, *ids] if wanted and self.bos_id is not None else ids
+        bos = [self.bos_id] if (self._add_bos if add_bos is None else add_bos) and self.bos_id is not None else []
+        eos = [self.eos_id] if self._add_eos and self.eos_id is not None else []
+        return bos + ids + eos
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        return _clean_up(text) if self._clean_up else text
+
+    def settled(self, ids: Sequence[int]) -> str:
+        """As Tokenizer.settled: without the byte tokens at the end.
+
+        This library decodes a run of byte tokens as one: a byte too many turns even its complete characters into
+        U+FFFD.
+        """
+        end = len(ids)
+        while end and (ids[end - 1] in self._bytes or ids[end - 1] in self._skipped):
+            end -= 1
+        return "" if self._clean_up else self.decode(ids[:end]).rstrip(" ")
 
 
 class StreamDecoder:
-    """Decode tokens as they come: `push` returns the text that is certain, `flush` the rest.
+    """Decode tokens as they come, special ones skipped: `push` returns the text that is certain, `flush` the rest.
 
-    The pieces joined are `tokenizer.decode` of all ids. Held back is what more tokens may still change: a character
-    whose bytes are not all there, and blanks at the end.
+    The pieces joined are `tokenizer.decode` of all ids. Held back is what more tokens may still change.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
         self._ids: list[int] = []
-        self._given = ""
+        self._given = 0  # characters
 
     def push(self, ids: Iterable[int]) -> str:
         """The newly certain text after these further tokens."""
         self._ids += [int(i) for i in ids]
         # Decoded anew from the first token: what a token says depends on those before it.
-        return self._advance(self._tokenizer.decode(self._ids, self._skip).rstrip(REPLACEMENT + " "))
+        return self._advance(self._tokenizer.settled(self._ids))
 
     def flush(self) -> str:
         """What was held back; bytes that never became a character are given as U+FFFD."""
-        return self._advance(self._tokenizer.decode(self._ids, self._skip))
+        return self._advance(self._tokenizer.decode(self._ids))
 
     def _advance(self, text: str) -> str:
-        if not text.startswith(self._given):
-            return ""
-        new, self._given = text[len(self._given) :], text
+        # A blank that was held back may be shorter than what was given: nothing is taken back.
+        new = text[self._given :]
+        self._given += len(new)
         return new
 
 
 def load_tokenizer(directory: str | Path, *, legacy: bool | None = None) -> Tokenizer:
     """Read a checkpoint's tokenizer files.
 
-    A tokenizer.model is run by the slow tokenizer's rules, as the reference runs it, unless the files ask for the fast
-    one: a tokenizer_class that ends in "Fast", or no tokenizer.model but a tokenizer.json.
+    A tokenizer.model is run by the slow LlamaTokenizer's rules, as the reference runs it. A tokenizer.json is run where
+    there is no tokenizer.model, or where tokenizer_class names another class than the slow one.
     legacy: overrides the flag of tokenizer_config.json, which decides on ids around special tokens.
-    Raises TokenizerError naming the file that is missing or damaged.
+    Raises TokenizerError naming the file that is missing or damaged, or the setting that is not implemented.
     """
     directory = Path(directory)
-    config = _read_optional(directory / "tokenizer_config.json")
+    files = _read_files(directory)
     model, fast = directory / "tokenizer.model", directory / "tokenizer.json"
-    special_map = _read_optional(directory / "special_tokens_map.json")
-    special = {
-        name: _special(name, config, special_map) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-    }
-    wants_fast = str(config.get("tokenizer_class", "")).endswith("Fast")
-    if fast.exists() and (wants_fast or not model.exists()):
-        return FastTokenizer(fast, special, config.get("add_bos_token"))
+    if fast.exists() and (not model.exists() or files.tokenizer_class not in ("", "LlamaTokenizer")):
+        if legacy is not None:
+            raise TokenizerError(f"{fast} has no legacy setting: it is a flag of the slow tokenizer")
+        return FastTokenizer(fast, files)
     if not model.exists():
         raise TokenizerError(f"{directory} has neither tokenizer.model nor tokenizer.json; download one of them")
-    # The class's own defaults, for files that leave a token out.
-    for name, default in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")):
-        special[name] = special[name] or default
-    additional = [
-        _content(t)
-        for t in config.get("additional_special_tokens") or special_map.get("additional_special_tokens") or []
-    ]
-    added = _added_tokens(directory, config)
-    flag = config.get("legacy")
-    tokenizer = SentencePieceTokenizer(
-        model.read_bytes(),
-        added=added,
-        special=special,
-        additional_special=additional,
-        legacy=(True if flag is None else bool(flag)) if legacy is None else legacy,
-        add_bos=config.get("add_bos_token", True),
-        add_eos=config.get("add_eos_token", False),
-    )
-    return tokenizer
+    if files.tokenizer_class not in ("", "LlamaTokenizer", "LlamaTokenizerFast"):
+        raise TokenizerError(
+            f"{directory} names the tokenizer_class {files.tokenizer_class}; tokenizer.model is run only for "
+            "LlamaTokenizer: add a tokenizer.json"
+        )
+    return SentencePieceTokenizer(model.read_bytes(), files, legacy=files.legacy if legacy is None else legacy)
 
 
-def _added_tokens(directory: Path, config: dict[str, Any]) -> dict[int, _AddedToken]:
-    """Added tokens by id: those of tokenizer_config.json, and those of added_tokens.json that it does not name."""
-    added = {}
+@dataclass(frozen=True)
+class _Files:
+    """What the JSON files beside the vocabulary say."""
+
+    named: dict[str, _AddedToken]  # bos_token, ... as far as there are
+    additional: list[_AddedToken]
+    added: dict[int, _AddedToken]
+    legacy: bool
+    add_bos: bool | None  # None: not said
+    add_eos: bool
+    clean_up: bool
+    tokenizer_class: str
+
+    def content(self, name: str) -> str | None:
+        return self.named[name].content if name in self.named else None
+
+
+def _read_files(directory: Path) -> _Files:
+    """The reference's precedence: with an added_tokens_decoder, tokenizer_config.json alone counts; without, the older
+    files count, and special_tokens_map.json before tokenizer_config.json."""
+    config = _read_optional(directory / "tokenizer_config.json")
+    older = _read_optional(directory / "added_tokens.json")
+    settings = {**DEFAULTS, **config}
     try:
-        for index, value in (config.get("added_tokens_decoder") or {}).items():
-            flags = {name: bool(value.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
-            added[int(index)] = _AddedToken(value["content"], **flags)
-        for content, index in _read_optional(directory / "added_tokens.json").items():
-            added.setdefault(int(index), _AddedToken(content))
-            if added[int(index)].content != content:
-                raise TokenizerError(
-                    f"{directory}: token {index} is {added[int(index)].content!r} in tokenizer_config.json and "
-                    f"{content!r} in added_tokens.json"
-                )
-    except (AttributeError, KeyError, TypeError) as error:
-        raise TokenizerError(f"{directory}: added tokens are not in the expected form ({error!r})") from None
-    return added
+        if "added_tokens_decoder" in config:
+            added = {int(index): _token(value) for index, value in config["added_tokens_decoder"].items()}
+            _check_agreement(directory, added, older)
+            known = {token.content: token for token in added.values()}
+            additional = list(config.get("additional_special_tokens") or [])
+        else:
+            special_map = _read_optional(directory / "special_tokens_map.json")
+            settings.update(special_map)
+            additional = [*(config.get("additional_special_tokens") or ())]
+            additional += [t for t in special_map.get("additional_special_tokens") or () if t not in additional]
+            fast = _read_optional(directory / "tokenizer.json").get("added_tokens", [])
+            added = {int(index): _AddedToken(content) for content, index in older.items()}
+            added.update({int(value["id"]): _token(value) for value in fast})
+            known = {value["content"]: _token(value) for value in fast}
+        by_content = {token.content: token for token in added.values()}
+        # Given as a bare text, a token has the flags that it has as an added one.
+        named = {name: _token(settings[name]) for name in NAMED if settings.get(name) is not None}
+        return _Files(
+            named={name: known.get(token.content, token) for name, token in named.items()},
+            additional=[by_content.get(t, _AddedToken(t)) if isinstance(t, str) else _token(t) for t in additional],
+            added=added,
+            legacy=settings.get("legacy") is not False,
+            add_bos=settings.get("add_bos_token"),
+            add_eos=bool(settings.get("add_eos_token")),
+            clean_up=bool(settings.get("clean_up_tokenization_spaces")),
+            tokenizer_class=settings.get("tokenizer_class") or "",
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, TokenizerError):
+            raise
+        raise TokenizerError(f"{directory}: special or added tokens are not in the known form ({error!r})") from None
 
 
-def _special(name: str, config: dict[str, Any], special_map: dict[str, Any]) -> str | None:
-    value = config.get(name) if name in config else special_map.get(name)
-    return None if value is None else _content(value)
+def _token(value: Any) -> _AddedToken:
+    """A token as the JSON files write it: a text, or an object with flags."""
+    if isinstance(value, str):
+        return _AddedToken(value)
+    if not isinstance(value["content"], str):
+        raise TypeError(f"{value['content']!r} is not a text")
+    flags = {name: bool(value.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
+    return _AddedToken(value["content"], **flags)
 
 
-def _content(value: Any) -> str:
-    content = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(content, str):
-        raise TokenizerError(f"a special token is {value!r}, not a text")
-    return content
+def _check_agreement(directory: Path, added: dict[int, _AddedToken], older: dict[str, Any]) -> None:
+    for content, index in older.items():
+        if index in added and added[index].content != content:
+            raise TokenizerError(
+                f"{directory}: token {index} is {added[index].content!r} in tokenizer_config.json and {content!r} in "
+                "added_tokens.json; keep the file that belongs to the weights"
+            )
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
@@ -340,17 +407,10 @@ def _read_optional(path: Path) -> dict[str, Any]:
         raise TokenizerError(str(error)) from None
 
 
-def _without_dummy_prefix(model: bytes) -> bytes:
-    """The sentencepiece model that does not write a word-start mark in front of every text."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(model)
-    except Exception as error:  # protobuf's DecodeError, whose import differs between versions
-        raise TokenizerError(f"tokenizer.model is damaged ({error}); download it again") from None
-    proto.normalizer_spec.add_dummy_prefix = False
-    return proto.SerializeToString()
+def _clean_up(text: str) -> str:
+    for pattern in CLEAN_UPS:
+        text = text.replace(pattern, pattern.strip())
+    return text
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
