@@ -93,7 +93,7 @@ def beam_search(
         hidden, cache, _ = llama.forward(
             language, config.text, x, positions, jnp.ones(last.shape, bool), state.cache, dtype=dtype
         )
-        logits = llama.logits(language, hidden[:, 0]).reshape(batch, num_beams, vocabulary)
+        logits = llama.logits(language, config.text, hidden[:, 0]).reshape(batch, num_beams, vocabulary)
         return add(state.replace(cache=cache), logits)
 
     state = BeamState(

@@ -15,6 +15,8 @@ every row and only one position needs logits. Slots say where a token is stored,
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +24,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from internvl_jax.beam import EARLY_STOPPING, beam_search
 from internvl_jax.config import ChatConfig
 from internvl_jax.models import chat_model, llama
-from internvl_jax.models.layers import Array, Params, positions_from_valid
+from internvl_jax.models.layers import BATCH, TENSOR, Array, Params, constrain, positions_from_valid
 from internvl_jax.models.llama import KVCache
 from internvl_jax.sampling import GenerationConfig, Settings, make_settings, select_tokens
 
@@ -51,6 +54,17 @@ class DecodeState:
 # On the device.
 
 
+def state_specs(state: DecodeState) -> DecodeState:
+    """How a state lies over a mesh, as a DecodeState of PartitionSpecs. What the host reads is on every device."""
+    specs = jax.tree.map(lambda leaf: P(), state)
+    return specs.replace(cache=llama.cache_specs(state.cache), seen=P(BATCH, TENSOR))
+
+
+def place(state: DecodeState) -> DecodeState:
+    """Lay a state out by `state_specs`, so that what goes in and what comes out is laid out alike."""
+    return jax.tree.map(constrain, state, state_specs(state))
+
+
 def add_token(state: DecodeState, logits: Array) -> DecodeState:
     """Select a token from logits [B,V] and append it to every row that still runs."""
     running = ~state.done
@@ -63,7 +77,7 @@ def add_token(state: DecodeState, logits: Array) -> DecodeState:
         tokens=state.tokens.at[rows, column].set(token, mode="drop"),
         count=count,
         last=token,
-        seen=state.seen.at[rows, token].set(True),
+        seen=state.seen | (jnp.arange(state.seen.shape[1]) == token[:, None]),
         done=state.done | ended | (count >= state.settings.max_new_tokens),
         stopped=state.stopped | ended,
     )
@@ -89,9 +103,10 @@ def read_prompt(
     x = chat_model.embed_prompt(params, input_ids, features, image_token_id, dtype=dtype)
     stacked = not isinstance(language["layers"], tuple)
     cache = llama.init_cache(config.text, input_ids.shape[0], slots, dtype, stacked=stacked)
+    cache = jax.tree.map(constrain, cache, llama.cache_specs(cache))
     positions = positions_from_valid(valid)
     hidden, cache, _ = llama.forward(language, config.text, x, positions, valid, cache, fresh=True, dtype=dtype)
-    return llama.logits(language, hidden[:, -1]), cache
+    return llama.logits(language, config.text, hidden[:, -1]), cache
 
 
 def prefill_step(
@@ -122,7 +137,7 @@ def prefill_step(
         done=jnp.zeros(batch, bool),
         stopped=jnp.zeros(batch, bool),
     )
-    return add_token(state, logits)
+    return place(add_token(state, logits))
 
 
 def decode_loop(params: Params, state: DecodeState, steps: Array, *, config: ChatConfig, dtype: Any) -> DecodeState:
@@ -136,13 +151,13 @@ def decode_loop(params: Params, state: DecodeState, steps: Array, *, config: Cha
         hidden, cache, _ = llama.forward(
             language, config.text, x, positions, ~state.done[:, None], state.cache, dtype=dtype
         )
-        return add_token(state.replace(cache=cache), llama.logits(language, hidden[:, 0])), left - 1
+        return add_token(state.replace(cache=cache), llama.logits(language, config.text, hidden[:, 0])), left - 1
 
     def running(carry: tuple[DecodeState, Array]) -> Array:
         state, left = carry
         return (left > 0) & ~jnp.all(state.done)
 
-    return jax.lax.while_loop(running, step, (state, steps))[0]
+    return place(jax.lax.while_loop(running, step, (place(state), steps))[0])
 
 
 def score_step(
@@ -159,16 +174,18 @@ def score_step(
     language = params["language_model"]
     x = chat_model.embed_prompt(params, input_ids, features, image_token_id, dtype=dtype)
     hidden, _, _ = llama.forward(language, config.text, x, positions_from_valid(valid), valid, dtype=dtype)
-    return llama.logits(language, hidden)
+    return llama.logits(language, config.text, hidden)
 
 
-def encode_step(params: Params, pixel_values: Array, *, config: ChatConfig, dtype: Any) -> Array:
-    """Visual tokens of images. pixel_values [M,3,H,W] -> [M,P,D]."""
-    return chat_model.encode_images(params, config, pixel_values, dtype=dtype)[0]
+def encode_step(
+    params: Params, pixel_values: Array, *, config: ChatConfig, dtype: Any, image_axes: tuple[str, ...] = BATCH
+) -> Array:
+    """Visual tokens of images. pixel_values [M,3,H,W] -> [M,P,D], on every device: any row may have any image."""
+    return constrain(chat_model.encode_images(params, config, pixel_values, dtype=dtype, image_axes=image_axes)[0], P())
 
 
 # One compiled form of each, shared by every Generator of a process.
-_encode = jax.jit(encode_step, static_argnames=("config", "dtype"))
+_encode = jax.jit(encode_step, static_argnames=("config", "dtype", "image_axes"))
 _score = jax.jit(score_step, static_argnames=("config", "dtype"))
 _read_prompt = jax.jit(read_prompt, static_argnames=("config", "slots", "dtype"))
 _prefill = jax.jit(prefill_step, static_argnames=("config", "slots", "dtype"))
@@ -196,6 +213,8 @@ class Prompt:
     input_ids: np.ndarray  # [B,T] int32
     valid: np.ndarray  # [B,T] bool
     features: Array | None  # [M,P,D], M padded to its bucket
+    settings: Settings  # of B rows
+    rows: int  # the caller's; B is the next number that divides the mesh, and rows beyond have no tokens
 
 
 class Generator:
@@ -203,13 +222,29 @@ class Generator:
 
     params: chat_model's tree, layers stacked or as tuples of per-layer trees. dtype: of computation and cache.
     image_token_id: the token that stands where images are merged in; None where there is none.
+    mesh: the devices over which params lie (sharding.place_params); None: one device. Batches of any size are accepted:
+        they are padded to what divides the mesh.
+    image_axes: mesh axes along which images lie in the vision tower (sharding.IMAGE_AXES).
     """
 
-    def __init__(self, config: ChatConfig, params: Params, *, dtype: Any, image_token_id: int | None):
+    def __init__(
+        self,
+        config: ChatConfig,
+        params: Params,
+        *,
+        dtype: Any,
+        image_token_id: int | None,
+        mesh: jax.sharding.Mesh | None = None,
+        image_axes: tuple[str, ...] = BATCH,
+    ):
         self.config = config
         self.params = params
         self.dtype = jnp.dtype(dtype)
         self.image_token_id = image_token_id
+        self.mesh = mesh
+        self._image_axes = image_axes
+        self._row_multiple = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
+        self._image_multiple = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in image_axes)
         self._static: dict[str, Any] = {"config": config, "dtype": self.dtype}
         # A token id that nothing carries: without images the comparison with it must never be true.
         self._image_id = np.int32(-1 if image_token_id is None else image_token_id)
@@ -225,7 +260,9 @@ class Generator:
         images = pixel_values.shape[0]
         if images == 0:
             raise ValueError("no images to encode: pass None for the features of prompts without images")
-        return _encode(self.params, _pad_images(pixel_values), **self._static)[:images]
+        padded = _pad_images(pixel_values, self._image_multiple)
+        with self._on_mesh():
+            return _encode(self.params, padded, image_axes=self._image_axes, **self._static)[:images]
 
     def prefill(
         self,
@@ -239,33 +276,30 @@ class Generator:
             raise ValueError("beams cannot be decoded in steps: use generate(), or num_beams=1")
         prompt = self._prepare(input_ids, attention_mask, features, gen)
         slots = bucket(prompt.input_ids.shape[1] + gen.max_new_tokens)
-        return _prefill(
-            self.params,
-            prompt.input_ids,
-            prompt.valid,
-            prompt.features,
-            self._image_id,
-            self._settings(gen, len(prompt.input_ids)),
-            slots=slots,
-            **self._static,
-        )
+        with self._on_mesh():
+            return _prefill(*self._arguments(prompt), prompt.settings, slots=slots, **self._static)
 
     def decode(self, state: DecodeState, steps: int) -> DecodeState:
         """Up to `steps` more tokens per row. The state passed in is used up: its buffers become the result's."""
-        return _decode(self.params, state, np.int32(steps), **self._static)
+        with self._on_mesh():
+            return _decode(self.params, state, np.int32(steps), **self._static)
 
     def read(self, state: DecodeState) -> tuple[list[list[int]], list[str], np.ndarray]:
         """Copy to the host: each row's tokens so far, its finish reason, and which rows still run [B] bool.
 
         The reason is "stop" after an end token, otherwise "length" (meaningless while the row runs).
         """
-        tokens, count, done, stopped = jax.device_get((state.tokens, state.count, state.done, state.stopped))
+        fields = (state.prompt_length, state.tokens, state.count, state.done, state.stopped)
+        lengths, *fields = jax.device_get(fields)
+        tokens, count, done, stopped = (field[lengths > 0] for field in fields)  # rows without a prompt are padding
         rows = [row[:length].tolist() for row, length in zip(tokens, count)]
         return rows, ["stop" if s else "length" for s in stopped], ~done
 
     def end_rows(self, state: DecodeState, ended: np.ndarray) -> DecodeState:
         """Make rows end here, where `ended` [B] bool says so (a stop string, a reader who left)."""
-        return state.replace(done=np.asarray(state.done) | np.asarray(ended, bool))
+        done = np.array(state.done)
+        done[: len(ended)] |= np.asarray(ended, bool)
+        return state.replace(done=jax.device_put(done, None if self.mesh is None else state.done.sharding))
 
     def generate(
         self,
@@ -296,52 +330,55 @@ class Generator:
         input_ids, valid = self._check_tokens(input_ids, attention_mask)
         self._check_images(input_ids, valid, features)
         self._check_length(valid, 0)
-        length = input_ids.shape[1]
-        width = ((0, 0), (0, bucket(length) - length))
-        logits = _score(
-            self.params,
-            np.pad(input_ids, width),
-            np.pad(valid, width),
-            None if features is None else _pad_images(features),
-            self._image_id,
-            **self._static,
-        )
-        return np.asarray(logits)[:, :length]
+        rows, length = input_ids.shape
+        width = ((0, -rows % self._row_multiple), (0, bucket(length) - length))
+        with self._on_mesh():
+            logits = _score(
+                self.params,
+                np.pad(input_ids, width, constant_values=self._filler),
+                np.pad(valid, width),
+                None if features is None else _pad_images(features),
+                self._image_id,
+                **self._static,
+            )
+        return np.asarray(logits)[:rows, :length, : self.config.text.vocab_size]
 
     def _search(self, prompt: Prompt, gen: GenerationConfig) -> tuple[np.ndarray, list[str]]:
-        batch, width = prompt.input_ids.shape
-        logits, cache = _read_prompt(
-            self.params,
-            prompt.input_ids,
-            prompt.valid,
-            prompt.features,
-            self._image_id,
-            slots=width,
-            **self._static,
-        )
-        tokens, lengths, stopped = jax.device_get(
-            _beam_search(
+        width = prompt.input_ids.shape[1]
+        with self._on_mesh():
+            logits, cache = _read_prompt(*self._arguments(prompt), slots=width, **self._static)
+            result = _beam_search(
                 self.params,
                 logits,
                 cache,
                 prompt.valid.sum(axis=1, dtype=np.int32),
-                self._settings(gen, batch),
+                prompt.settings,
                 np.float32(gen.length_penalty),
                 np.int32(EARLY_STOPPING[gen.early_stopping]),
                 num_beams=gen.num_beams,
                 max_tokens=bucket(width + gen.max_new_tokens) - width,
                 **self._static,
             )
-        )
+        tokens, lengths, stopped = (field[: prompt.rows] for field in jax.device_get(result))
         rows = [row[:length].tolist() for row, length in zip(tokens, lengths)]
         return self._pad(rows), ["stop" if s else "length" for s in stopped]
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _arguments(self, prompt: Prompt) -> tuple[Any, ...]:
+        return self.params, prompt.input_ids, prompt.valid, prompt.features, self._image_id
 
     def _settings(self, gen: GenerationConfig, batch: int) -> Settings:
         vocabulary = self.config.text.vocab_size
         outside = [i for i in gen.eos_token_ids or () if i >= vocabulary]
         if outside:
             raise ValueError(f"eos_token_ids {outside} are outside the vocabulary of {vocabulary} tokens")
-        return make_settings(gen, batch, self.config.text.eos_token_ids)
+        settings = make_settings(gen, batch, self.config.text.eos_token_ids)
+        extra = -batch % self._row_multiple
+        settings = jax.tree.map(lambda row: np.pad(row, [(0, extra)] + [(0, 0)] * (row.ndim - 1), "edge"), settings)
+        settings.max_new_tokens[batch:] = 1  # rows of padding end at once
+        return settings
 
     def _pad(self, rows: list[list[int]]) -> np.ndarray:
         tokens = np.full((len(rows), max(map(len, rows))), self.pad_token_id, np.int32)
@@ -356,12 +393,14 @@ class Generator:
         self._check_length(valid, gen.max_new_tokens)
         rows = [ids[keep] for ids, keep in zip(input_ids, valid)]
         width = min(bucket(max(map(len, rows))), self.config.text.max_position_embeddings)
-        aligned = np.full((len(rows), width), self._filler, np.int32)
-        valid = np.zeros((len(rows), width), bool)
+        padded = len(rows) + -len(rows) % self._row_multiple
+        aligned = np.full((padded, width), self._filler, np.int32)
+        valid = np.zeros((padded, width), bool)
         for number, row in enumerate(rows):
             aligned[number, width - len(row) :] = row
             valid[number, width - len(row) :] = True
-        return Prompt(aligned, valid, None if features is None else _pad_images(features))
+        features = None if features is None else _pad_images(features)
+        return Prompt(aligned, valid, features, self._settings(gen, len(rows)), len(rows))
 
     @property
     def _filler(self) -> int:
@@ -438,10 +477,11 @@ def _names(numbers: np.ndarray) -> str:
     return ", ".join(str(number) for number in numbers)
 
 
-def _pad_images(images: Any) -> Any:
-    """Pad the leading axis with zeros up to a power of two."""
+def _pad_images(images: Any, multiple: int = 1) -> Any:
+    """Pad the leading axis with zeros up to a power of two, and on to a multiple of `multiple`."""
     count = images.shape[0]
-    extra = (1 << (count - 1).bit_length()) - count
+    size = 1 << (count - 1).bit_length()
+    extra = size + -size % multiple - count
     if not extra:
         return images
     library = np if isinstance(images, np.ndarray) else jnp

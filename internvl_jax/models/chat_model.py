@@ -47,7 +47,7 @@ def encode_images(
 ) -> tuple[Array, dict[str, Array]]:
     """Images to visual tokens in the language model's width.
 
-    pixel_values [M,3,h,w] float, normalised; `vit` goes to intern_vit.forward (remat, drop_path_key).
+    pixel_values [M,3,h,w] float, normalised; `vit` goes to intern_vit.forward (remat, drop_path_key, image_axes).
     Returns [M,P,D] with P = (h/patch/ratio) * (w/patch/ratio), and `out`: with collect "hidden_states", "selected"
     (patch features [M,patches,D]), "unshuffled" [M,P,E] and "projected" [M,P,D].
     """
@@ -123,4 +123,7 @@ def forward(
     hidden, _, language_out = llama.forward(
         language, config.text, x, positions, valid, dtype=dtype, collect=collect, remat=remat
     )
-    return llama.logits(language, hidden), {"vision": vision_out, "language": language_out} if collect else {}
+    return llama.logits(language, config.text, hidden), {
+        "vision": vision_out,
+        "language": language_out,
+    } if collect else {}

@@ -10,15 +10,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from internvl_jax.config import VisionConfig
 from internvl_jax.models.layers import (
+    BATCH,
+    TENSOR,
     Array,
     LayerNorm,
     Linear,
     Params,
     RMSNorm,
     attention,
+    constrain,
     gelu,
     init_stack,
     run_layers,
@@ -61,23 +65,27 @@ class Attention(nn.Module):
     """Full self-attention with q/k RMSNorm over all heads together. x [M,T,D] -> [M,T,D].
 
     `heads` may exceed the config's by zero padding (sharding); the norm's divisor stays the true width.
+    `axes` are the mesh axes along which the images lie.
     """
 
     config: VisionConfig
     heads: int
     dtype: Any
+    axes: tuple[str, ...] = BATCH
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         cfg = self.config
         shape = (self.heads, cfg.head_dim)
         qkv = Linear("BTD,DCNH->BTCNH", (cfg.hidden_size, 3, *shape), self.dtype, cfg.qkv_bias, name="qkv")(x)
+        qkv = constrain(qkv, P(self.axes, None, None, split_over(self.axes), None))
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if cfg.qk_normalization:
             q = RMSNorm(shape, cfg.qk_norm_eps, cfg.hidden_size, name="q_norm")(q)
             k = RMSNorm(shape, cfg.qk_norm_eps, cfg.hidden_size, name="k_norm")(k)
         y = attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask=None)
-        return Linear("BTNH,NHD->BTD", (*shape, cfg.hidden_size), self.dtype, use_bias=True, name="proj")(y)
+        y = Linear("BTNH,NHD->BTD", (*shape, cfg.hidden_size), self.dtype, use_bias=True, name="proj")(y)
+        return constrain(y, P(self.axes, None, None))
 
 
 class Mlp(nn.Module):
@@ -85,12 +93,20 @@ class Mlp(nn.Module):
 
     config: VisionConfig
     dtype: Any
+    axes: tuple[str, ...] = BATCH
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        width, hidden = self.config.hidden_size, self.config.intermediate_size
-        x = gelu(Linear("BTD,DF->BTF", (width, hidden), self.dtype, use_bias=True, name="fc1")(x))
-        return Linear("BTF,FD->BTD", (hidden, width), self.dtype, use_bias=True, name="fc2")(x)
+        width, hidden, split = self.config.hidden_size, self.config.intermediate_size, split_over(self.axes)
+        x = Linear("BTD,DF->BTF", (width, hidden), self.dtype, True, P("fsdp", split), name="fc1")(x)
+        x = gelu(constrain(x, P(self.axes, None, split)))
+        x = Linear("BTF,FD->BTD", (hidden, width), self.dtype, use_bias=True, name="fc2")(x)
+        return constrain(x, P(self.axes, None, None))
+
+
+def split_over(axes: tuple[str, ...]) -> str | None:
+    """The mesh axis that splits heads and mlp: TENSOR, unless images already lie along it."""
+    return None if TENSOR in axes else TENSOR
 
 
 class Block(nn.Module):
@@ -102,6 +118,7 @@ class Block(nn.Module):
     config: VisionConfig
     heads: int
     dtype: Any
+    axes: tuple[str, ...] = BATCH
 
     @nn.compact
     def __call__(self, x: Array, keep: Array | None = None) -> Array:
@@ -119,8 +136,8 @@ class Block(nn.Module):
                 branch = branch * keep[index][:, None, None].astype(self.dtype)
             return x + branch
 
-        x = add(x, Attention(cfg, self.heads, self.dtype, name="attn")(norm("norm1")(x)), "ls1", 0)
-        return add(x, Mlp(cfg, self.dtype, name="mlp")(norm("norm2")(x)), "ls2", 1)
+        x = add(x, Attention(cfg, self.heads, self.dtype, self.axes, name="attn")(norm("norm1")(x)), "ls1", 0)
+        return add(x, Mlp(cfg, self.dtype, self.axes, name="mlp")(norm("norm2")(x)), "ls2", 1)
 
 
 def init_params(key: Array, config: VisionConfig) -> Params:
@@ -145,22 +162,27 @@ def forward(
     collect: bool = False,
     remat: bool = False,
     drop_path_key: Array | None = None,
+    image_axes: tuple[str, ...] = BATCH,
 ) -> tuple[Array, dict[str, Array]]:
     """Run the tower: the hidden state after `num_layers` layers (all by default). There is no final norm.
 
     pixel_values [M,3,h,w] float, normalised; any size of at least one patch (positions are resized bicubically).
     drop_path_key: training only; drops branches at config.drop_path_rate, linearly growing with depth.
+    image_axes: mesh axes along which the images lie; without TENSOR among them, that axis splits heads and mlp.
     Returns x [M,1+P,D] in `dtype` (row 0 is the class token, the published pooled output) and `out`: with collect,
     "hidden_states" [1+layers,M,1+P,D], index 0 the embedding output.
     """
     layers = params["layers"]
-    x = Embeddings(config, dtype).apply({"params": params["embeddings"]}, pixel_values.astype(dtype))
+    pixel_values = constrain(pixel_values.astype(dtype), P(image_axes, None, None, None))
+    x = constrain(
+        Embeddings(config, dtype).apply({"params": params["embeddings"]}, pixel_values), P(image_axes, None, None)
+    )
     stored = len(layers) if isinstance(layers, tuple) else layers["ls1"].shape[0]
     num_layers = stored if num_layers is None else num_layers
     if num_layers > stored:
         raise ValueError(f"{num_layers} vision layers are asked for, the parameters hold {stored}")
     heads = (layers[0] if isinstance(layers, tuple) else layers)["attn"]["qkv"]["kernel"].shape[-2]
-    block = Block(config, heads, dtype)
+    block = Block(config, heads, dtype, image_axes)
     keep = None if drop_path_key is None else _drop_path_scales(drop_path_key, config, x.shape[0])
 
     def apply(x: Array, layer: Params, extra: tuple[Any, Array | None]) -> tuple[Array, Array | None]:

@@ -10,9 +10,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from internvl_jax.config import TextConfig
 from internvl_jax.models.layers import (
+    BATCH,
+    MASK_VALUE,
+    TENSOR,
     Array,
     Linear,
     Params,
@@ -20,11 +24,19 @@ from internvl_jax.models.layers import (
     apply_rope,
     attention,
     attention_mask,
+    constrain,
     init_stack,
+    pin_layout,
     precision_of,
     rope_angles,
     run_layers,
 )
+
+HIDDEN = P(BATCH, None, None)  # [B,T,D]
+PER_HEAD = P(BATCH, None, TENSOR, None)  # [B,T,N,H]
+PER_LAYER_CACHE = P(BATCH, TENSOR, None, None)  # [B,K,S,H]
+CACHE = P(None, *PER_LAYER_CACHE)  # [L,B,K,S,H]
+COLUMNS = P("fsdp", TENSOR)  # kernels [D,F]
 
 
 @flax.struct.dataclass
@@ -64,8 +76,10 @@ class KVCache:
         # The whole stack is carried through the scan and updated in place: as a scanned input and output it would be
         # held twice.
         start = (layer, 0, 0, self.length, 0)
-        keys = jax.lax.dynamic_update_slice(self.k, k.astype(self.k.dtype)[None], start)
-        values = jax.lax.dynamic_update_slice(self.v, v.astype(self.v.dtype)[None], start)
+        # For one token at a time the TPU's compiler would have the loop keep slots outermost, and copy the cache.
+        keys, values = (pin_layout(stack, CACHE, (0, 1, 2, 3, 4)) for stack in (self.k, self.v))
+        keys = jax.lax.dynamic_update_slice(keys, k.astype(keys.dtype)[None], start)
+        values = jax.lax.dynamic_update_slice(values, v.astype(values.dtype)[None], start)
         read = [jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False) for stack in (keys, values)]
         return self.replace(k=keys, v=values), *read
 
@@ -105,6 +119,7 @@ class Attention(nn.Module):
         q = Linear("BTD,DNH->BTNH", (cfg.hidden_size, *heads), self.dtype, bias, name="q_proj")(x)
         k = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), self.dtype, bias, name="k_proj")(x)
         v = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), self.dtype, bias, name="v_proj")(x)
+        q, k, v = (constrain(y, PER_HEAD) for y in (q, k, v))
         q, k = apply_rope(q, angles), apply_rope(k, angles)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         if cache is not None:
@@ -112,7 +127,8 @@ class Attention(nn.Module):
             if not fresh:
                 k, v = all_k.astype(self.dtype), all_v.astype(self.dtype)
         y = attention(q, k, v, mask)
-        return Linear("BTNH,NHD->BTD", (*heads, cfg.hidden_size), self.dtype, bias, name="o_proj")(y), cache
+        y = Linear("BTNH,NHD->BTD", (*heads, cfg.hidden_size), self.dtype, bias, name="o_proj")(y)
+        return constrain(y, HIDDEN), cache
 
 
 class Mlp(nn.Module):
@@ -125,12 +141,11 @@ class Mlp(nn.Module):
     def __call__(self, x: Array) -> Array:
         cfg = self.config
         wide = (cfg.hidden_size, cfg.intermediate_size)
-        gate = Linear("BTD,DF->BTF", wide, self.dtype, cfg.mlp_bias, name="gate_proj")(x)
-        up = Linear("BTD,DF->BTF", wide, self.dtype, cfg.mlp_bias, name="up_proj")(x)
-        x = jax.nn.silu(gate) * up
-        return Linear(
-            "BTF,FD->BTD", (cfg.intermediate_size, cfg.hidden_size), self.dtype, cfg.mlp_bias, name="down_proj"
-        )(x)
+        gate = Linear("BTD,DF->BTF", wide, self.dtype, cfg.mlp_bias, COLUMNS, name="gate_proj")(x)
+        up = Linear("BTD,DF->BTF", wide, self.dtype, cfg.mlp_bias, COLUMNS, name="up_proj")(x)
+        x = constrain(jax.nn.silu(gate) * up, P(BATCH, None, TENSOR))
+        narrow = (cfg.intermediate_size, cfg.hidden_size)
+        return constrain(Linear("BTF,FD->BTD", narrow, self.dtype, cfg.mlp_bias, name="down_proj")(x), HIDDEN)
 
 
 class Block(nn.Module):
@@ -169,9 +184,19 @@ def init_params(key: Array, config: TextConfig) -> Params:
     return params
 
 
+def cache_specs(cache: KVCache) -> KVCache:
+    """How a cache lies over the mesh: rows along BATCH, kv heads along TENSOR. A KVCache of PartitionSpecs."""
+
+    def heads(leaf: Any) -> P:
+        return CACHE if leaf.ndim == len(CACHE) else PER_LAYER_CACHE
+
+    k, v = jax.tree.map(heads, (cache.k, cache.v))
+    return KVCache(k=k, v=v, positions=P(BATCH, None), valid=P(BATCH, None), length=P())
+
+
 def embed(params: Params, token_ids: Array, dtype: Any) -> Array:
     """Token embeddings. token_ids [B,T] int32 -> [B,T,D] in `dtype`."""
-    return jnp.take(params["embed_tokens"]["embedding"], token_ids, axis=0).astype(dtype)
+    return constrain(jnp.take(params["embed_tokens"]["embedding"], token_ids, axis=0).astype(dtype), HIDDEN)
 
 
 def forward(
@@ -220,15 +245,21 @@ def forward(
     return hidden, cache, out
 
 
-def logits(params: Params, hidden: Array) -> Array:
-    """The language model's head. hidden [...,D] -> float32 [...,V]."""
+def logits(params: Params, config: TextConfig, hidden: Array) -> Array:
+    """The language model's head. hidden [...,D] -> float32 [...,V].
+
+    V is what the parameters hold: beyond config.vocab_size, where rows were added for a mesh, logits are MASK_VALUE.
+    """
     dtype = hidden.dtype
     if "lm_head" in params:
         kernel, eqn = params["lm_head"]["kernel"], "...D,DV->...V"
     else:
         kernel, eqn = params["embed_tokens"]["embedding"], "...D,VD->...V"
-    return jnp.einsum(
-        eqn, hidden, kernel.astype(dtype), precision=precision_of(dtype), preferred_element_type=jnp.float32
+    y = jnp.einsum(eqn, hidden, kernel.astype(dtype), precision=precision_of(dtype), preferred_element_type=jnp.float32)
+    y = constrain(y, P(BATCH, *[None] * (y.ndim - 2), TENSOR))
+    vocabulary = y.shape[-1]
+    return (
+        y if vocabulary == config.vocab_size else jnp.where(jnp.arange(vocabulary) < config.vocab_size, y, MASK_VALUE)
     )
 
 

@@ -1,0 +1,363 @@
+"""Where arrays live on a mesh of devices: parameters by name, from one table. Knows parameter names, never modules.
+
+Mesh axes, always all three, so that every rule means something on every mesh:
+    data      rows of the batch; parameters are repeated along it
+    fsdp      rows of the batch too, and one axis of every large parameter, which is gathered where it is used
+    tensor    heads, mlp hidden and vocabulary: each device computes its part, two sums per layer put them together
+
+Some true sizes divide no mesh: InternViT-6B's 25 heads, a vocabulary of any number. They are padded with zeros when
+parameters are placed on a mesh (`pad_params`) and cropped when they leave it (`unpad_params`); a checkpoint never holds
+pads. Zero heads are exact: their q, k and v are zero, their output meets zero rows of `proj`, and the q/k norm divides
+by the true width. Their gradient is exactly zero too, so training leaves them zero.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from internvl_jax.config import ChatConfig
+
+AXES = ("data", "fsdp", "tensor")
+VOCABULARY_TILE = 128  # each device's part of the vocabulary is a multiple of this: whole tiles of a TPU's matrix unit
+
+# How the vision tower is spread, and the mesh axes along which images then lie. "tensor" splits heads and mlp over the
+# tensor axis, as the language model does: each device holds its share of the tower, and one image is encoded by all.
+# "data" keeps images whole: every device along tensor holds the tower (gathered along fsdp, layer by layer) and encodes
+# its own images, with nothing to sum.
+IMAGE_AXES = {"tensor": ("data", "fsdp"), "data": AXES}
+
+
+class MeshError(ValueError):
+    """A mesh that this model, batch or machine cannot use; the message lists what can be used."""
+
+
+class Rule(NamedTuple):
+    """Parameters whose whole path matches `pattern` are laid out by `spec`, one entry per axis, layer axis first.
+
+    optional: the parameter is absent from some models, so the rule may stay unused.
+    """
+
+    pattern: str
+    spec: P
+    optional: bool = False
+
+
+_VIT = "vision_model/layers/"
+_LLM = "language_model/layers/"
+
+PARAM_RULES = (
+    Rule(r"vision_model/embeddings/(patch_embedding/(kernel|bias)|class_embedding|position_embedding)", P()),
+    Rule(_VIT + r"(norm[12]/(scale|bias)|ls[12]|attn/proj/bias|mlp/fc2/bias)", P()),
+    Rule(_VIT + r"attn/qkv/kernel", P(None, "fsdp", None, "tensor", None)),  # [L,D,3,N,H]
+    Rule(_VIT + r"attn/qkv/bias", P(None, None, "tensor", None), optional=True),  # [L,3,N,H]
+    Rule(_VIT + r"attn/(q_norm|k_norm)/scale", P(None, "tensor", None), optional=True),  # [L,N,H]
+    Rule(_VIT + r"attn/proj/kernel", P(None, "tensor", None, "fsdp")),  # [L,N,H,D]
+    Rule(_VIT + r"mlp/fc1/kernel", P(None, "fsdp", "tensor")),  # [L,D,F]
+    Rule(_VIT + r"mlp/fc1/bias", P(None, "tensor")),
+    Rule(_VIT + r"mlp/fc2/kernel", P(None, "tensor", "fsdp")),  # [L,F,D]
+    Rule(r"mlp1/(norm/(scale|bias)|fc2/bias)", P()),
+    Rule(r"mlp1/fc1/kernel", P("fsdp", "tensor")),  # [E,D]
+    Rule(r"mlp1/fc1/bias", P("tensor")),
+    Rule(r"mlp1/fc2/kernel", P("tensor", "fsdp")),  # [D,D]
+    Rule(r"language_model/embed_tokens/embedding", P("tensor", "fsdp")),  # [V,D]
+    Rule(r"language_model/lm_head/kernel", P("fsdp", "tensor"), optional=True),  # [D,V]
+    Rule(r"language_model/norm/scale", P()),
+    Rule(_LLM + r"(input_layernorm|post_attention_layernorm)/scale", P()),
+    Rule(_LLM + r"self_attn/[qkv]_proj/kernel", P(None, "fsdp", "tensor", None)),  # [L,D,N,H]
+    Rule(_LLM + r"self_attn/[qkv]_proj/bias", P(None, "tensor", None), optional=True),  # [L,N,H]
+    Rule(_LLM + r"self_attn/o_proj/kernel", P(None, "tensor", None, "fsdp")),  # [L,N,H,D]
+    Rule(_LLM + r"mlp/(gate|up)_proj/kernel", P(None, "fsdp", "tensor")),  # [L,D,F]
+    Rule(_LLM + r"mlp/(gate|up)_proj/bias", P(None, "tensor"), optional=True),
+    Rule(_LLM + r"mlp/down_proj/kernel", P(None, "tensor", "fsdp")),  # [L,F,D]
+    Rule(_LLM + r"(self_attn/o_proj|mlp/down_proj)/bias", P(), optional=True),
+)
+
+# Fewer kv heads than the tensor axis has devices: each device keeps all of them.
+_SHARED_IF_FEW = re.compile(_LLM + r"self_attn/[kv]_proj/(kernel|bias)")
+
+
+# Meshes.
+
+
+def parse_mesh(spec: str | Mapping[str, int]) -> dict[str, int]:
+    """Sizes of all three axes from "data=2,tensor=8" or a mapping; axes not named are 1, one may be -1 (the rest)."""
+    if isinstance(spec, str):
+        pairs = [part.split("=") for part in spec.replace(" ", "").split(",") if part]
+        if not all(len(pair) == 2 and re.fullmatch(r"-?\d+", pair[1]) for pair in pairs):
+            raise MeshError(f'mesh {spec!r} is not understood: write for example "data=2,tensor=8"')
+        sizes = {name: int(size) for name, size in pairs}
+        if len(sizes) < len(pairs):
+            raise MeshError(f"mesh {spec!r} names an axis twice")
+    else:
+        sizes = dict(spec)
+    unknown = sorted(set(sizes) - set(AXES))
+    if unknown:
+        raise MeshError(f"mesh {spec!r} has the axis {', '.join(unknown)}; there are {', '.join(AXES)}")
+    if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise MeshError(f"mesh {spec!r}: sizes are positive, and one of them may be -1 for the remaining devices")
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def make_mesh(
+    spec: str | Mapping[str, int] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    config: ChatConfig | None = None,
+) -> Mesh:
+    """A mesh over the first devices that `spec` needs.
+
+    spec: "data=2,tensor=8" or a mapping. None: the largest tensor axis that the config's sizes (if given) and the
+        number of devices allow, the rest on data.
+    Raises MeshError where there are too few devices, or, with a config, where its sizes do not divide.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if spec is None:
+        tensor = max(legal_tensor_sizes(config, len(devices))) if config else len(devices)
+        sizes = parse_mesh({"data": len(devices) // tensor, "tensor": tensor})
+    else:
+        sizes = parse_mesh(spec)
+    if -1 in sizes.values():
+        others = math.prod(size for size in sizes.values() if size != -1)
+        sizes = {axis: len(devices) // others if size == -1 else size for axis, size in sizes.items()}
+    needed = math.prod(sizes.values())
+    if not 1 <= needed <= len(devices):
+        named = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+        tensors = legal_tensor_sizes(config, len(devices)) if config else _divisors(len(devices))
+        raise MeshError(
+            f"the mesh {named} needs {needed or 'more'} devices, there are {len(devices)}: data * fsdp * tensor must "
+            f"be at most {len(devices)}; legal tensor sizes are {_listed(tensors)}"
+        )
+    mesh = jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:needed])
+    if config is not None:
+        validate_mesh(config, mesh)
+    return mesh
+
+
+def validate_mesh(config: ChatConfig, mesh: Mesh, batch: int | None = None) -> None:
+    """Refuse, before anything is read or compiled, a mesh that the model (or a batch of rows) does not divide over.
+
+    Raises MeshError with the legal choices.
+    """
+    if tuple(mesh.axis_names) != AXES:
+        raise MeshError(f"the mesh has the axes {tuple(mesh.axis_names)}, not {AXES}: make it with make_mesh")
+    data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
+    for axis, size, sizes in (("tensor", tensor, _tensor_sizes(config)), ("fsdp", fsdp, _fsdp_sizes(config))):
+        wrong = [f"{what} ({number})" for what, number in sizes.items() if number % size]
+        if wrong:
+            legal = [n for n in _divisors(math.gcd(*sizes.values())) if n <= mesh.size]
+            raise MeshError(
+                f"{axis}={size} does not divide {', '.join(wrong)}; legal sizes of {axis} on {mesh.size} devices are "
+                f"{_listed(legal)}; other devices can go to the other axes"
+            )
+    if batch is not None and batch % (data * fsdp):
+        raise MeshError(
+            f"a batch of {batch} rows does not divide over data={data} x fsdp={fsdp}: use a multiple of {data * fsdp} "
+            f"rows, or data * fsdp one of {_listed(_divisors(batch))}"
+        )
+
+
+def default_vision_mode(mesh: Mesh) -> str:
+    """ "data" where the tensor axis is 1 and there is nothing to split, else "tensor".
+
+    "tensor" is the rule because the tower is 11 GB in bfloat16, and because a chat encodes one image at a time. "data"
+    is worth choosing where many images come at once and every device has room for the tower.
+    """
+    return "data" if mesh.shape["tensor"] == 1 else "tensor"
+
+
+def legal_tensor_sizes(config: ChatConfig, devices: int) -> list[int]:
+    """Sizes of the tensor axis that divide both the model and the number of devices, ascending."""
+    return _divisors(math.gcd(devices, *_tensor_sizes(config).values()))
+
+
+def _tensor_sizes(config: ChatConfig) -> dict[str, int]:
+    """What the tensor axis must divide. Vision heads and vocabulary are padded instead, few kv heads repeated."""
+    sizes = {}
+    if config.vision is not None:
+        sizes["the vision tower's intermediate_size"] = config.vision.intermediate_size
+    if config.text is not None:
+        sizes["the language model's heads"] = config.text.num_attention_heads
+        sizes["the language model's intermediate_size"] = config.text.intermediate_size
+    if config.projector is not None:
+        sizes["the projector's width"] = config.projector.out_features
+    return sizes
+
+
+def _fsdp_sizes(config: ChatConfig) -> dict[str, int]:
+    sizes = {}
+    if config.vision is not None:
+        sizes["the vision tower's hidden_size"] = config.vision.hidden_size
+    if config.text is not None:
+        sizes["the language model's hidden_size"] = config.text.hidden_size
+    return sizes
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+# Parameters.
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """A tree path as the table writes it: names joined by "/", without the index of a per-layer tree."""
+    names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey)]
+    return "/".join(map(str, names))
+
+
+def param_specs(abstract: Any, *, vision: str = "tensor") -> Any:
+    """The PartitionSpec of every parameter, as the table says. abstract: a tree of anything with a shape.
+
+    vision: how the tower is spread, a key of IMAGE_AXES.
+    Raises ValueError for a parameter that no rule matches, or more than one, and for rules that match nothing.
+    """
+    if vision not in IMAGE_AXES:
+        raise ValueError(f"vision mode {vision!r} is not one of {', '.join(IMAGE_AXES)}")
+    used: set[str] = set()
+
+    def spec_of(keys: Sequence[Any], leaf: Any) -> P:
+        path = path_of(keys)
+        rules = [rule for rule in PARAM_RULES if re.fullmatch(rule.pattern, path)]
+        if len(rules) != 1:
+            raise ValueError(f"{path} {list(leaf.shape)} must match one sharding rule, it matches {len(rules)}")
+        used.add(rules[0].pattern)
+        spec = tuple(rules[0].spec)
+        if any(isinstance(key, jax.tree_util.SequenceKey) for key in keys):  # a tuple of layers has no layer axis
+            spec = spec[1:]
+        if vision == "data" and path.startswith(("vision_model/", "mlp1/")):
+            spec = tuple(None if axis == "tensor" else axis for axis in spec)
+        return P(*spec)
+
+    specs = jax.tree_util.tree_map_with_path(spec_of, abstract)
+    parts = tuple(f"{part}/" for part in abstract)
+    idle = [r.pattern for r in PARAM_RULES if r.pattern.startswith(parts) and not r.optional and r.pattern not in used]
+    if idle:
+        raise ValueError(f"sharding rules that match no parameter: {', '.join(idle)}")
+    return specs
+
+
+def param_shardings(abstract: Any, mesh: Mesh, *, vision: str = "tensor") -> Any:
+    """A NamedSharding for every parameter of a tree whose shapes divide the mesh (see `pad_params`).
+
+    Raises ValueError for parameters that no rule matches, for idle rules and for shapes that do not divide.
+    """
+
+    def place(keys: Sequence[Any], leaf: Any, spec: P) -> NamedSharding:
+        path = path_of(keys)
+        if not _divides(leaf.shape, spec, mesh):
+            if not _SHARED_IF_FEW.fullmatch(path):
+                raise ValueError(f"{path} {list(leaf.shape)} does not divide as {spec} over {dict(mesh.shape)}")
+            spec = P(*(None if axis == "tensor" else axis for axis in spec))
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, abstract, param_specs(abstract, vision=vision))
+
+
+def storage_shardings(abstract: Any, mesh: Mesh, *, vision: str = "tensor") -> Any:
+    """As `param_shardings`, for true shapes: where they do not divide, tensor moves to an axis that does.
+
+    For reading and writing checkpoints, which hold no pads: each device still holds its share only.
+    """
+
+    def place(leaf: Any, spec: P) -> NamedSharding:
+        if _divides(leaf.shape, spec, mesh):
+            return NamedSharding(mesh, spec)
+        rest = [None if axis == "tensor" else axis for axis in spec]
+        for index in range(len(leaf.shape)):
+            axes = ("tensor",) if rest[index] is None else (rest[index], "tensor")
+            moved = P(*rest[:index], axes, *rest[index + 1 :])
+            # Not along the layers: the pad that follows would move whole layers between devices.
+            if (index > 0 or len(leaf.shape) == 2) and _divides(leaf.shape, moved, mesh):
+                return NamedSharding(mesh, moved)
+        return NamedSharding(mesh, P(*rest))
+
+    return jax.tree.map(place, abstract, param_specs(abstract, vision=vision))
+
+
+def _divides(shape: Sequence[int], spec: P, mesh: Mesh) -> bool:
+    return all(size % axis_size(axis, mesh.shape) == 0 for size, axis in zip(shape, spec))
+
+
+def axis_size(axis: str | Sequence[str] | None, sizes: Mapping[str, int]) -> int:
+    """Devices along one entry of a PartitionSpec."""
+    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    return math.prod(sizes[name] for name in names)
+
+
+# Pads.
+
+
+def pad_heads(params: Any, config: ChatConfig, tensor: int) -> Any:
+    """Add zero heads to the vision tower, up to a multiple of `tensor`. Works on arrays and under jax.eval_shape."""
+    return _resize_heads(params, -(-config.vision.num_attention_heads // tensor) * tensor)
+
+
+def unpad_heads(params: Any, config: ChatConfig) -> Any:
+    """Take the zero heads away again."""
+    return _resize_heads(params, config.vision.num_attention_heads)
+
+
+def pad_vocabulary(params: Any, rows: int) -> Any:
+    """Add zero rows to the embedding table and zero columns to the head, up to `rows`; the model masks their logits."""
+    return _resize(params, {"embed_tokens/embedding": -2, "lm_head/kernel": -1}, "language_model/", rows)
+
+
+def pad_params(params: Any, config: ChatConfig, mesh: Mesh, *, vision: str = "tensor") -> Any:
+    """True shapes to shapes that divide the mesh. Works on arrays, under jit and under jax.eval_shape."""
+    tensor = mesh.shape["tensor"]
+    if "vision_model" in params and vision == "tensor":
+        params = pad_heads(params, config, tensor)
+    if "language_model" in params and tensor > 1:
+        tile = tensor * VOCABULARY_TILE
+        params = pad_vocabulary(params, -(-config.text.vocab_size // tile) * tile)
+    return params
+
+
+def unpad_params(params: Any, config: ChatConfig) -> Any:
+    """Shapes that divide a mesh to true shapes, for export."""
+    if "vision_model" in params:
+        params = unpad_heads(params, config)
+    if "language_model" in params:
+        params = pad_vocabulary(params, config.text.vocab_size)
+    return params
+
+
+def place_params(params: Any, config: ChatConfig, mesh: Mesh, *, vision: str = "tensor") -> Any:
+    """Parameters of true shapes, on any devices, padded and laid out on the mesh. The arrays given may be used up."""
+    padded = jax.eval_shape(lambda tree: pad_params(tree, config, mesh, vision=vision), params)
+    shardings = param_shardings(padded, mesh, vision=vision)
+    params = jax.device_put(params, storage_shardings(params, mesh, vision=vision))
+    pad = jax.jit(lambda tree: pad_params(tree, config, mesh, vision=vision), out_shardings=shardings, donate_argnums=0)
+    return pad(params)
+
+
+def _resize_heads(params: Any, heads: int) -> Any:
+    axes = {"attn/qkv/kernel": -2, "attn/qkv/bias": -2, "attn/q_norm/scale": -2, "attn/k_norm/scale": -2}
+    return _resize(params, {**axes, "attn/proj/kernel": -3}, _VIT, heads)
+
+
+def _resize(params: Any, axes: Mapping[str, int], prefix: str, size: int) -> Any:
+    """Zero-pad or crop axis `axes[name]` of the parameters prefix + name to `size`."""
+
+    def fit(keys: Sequence[Any], leaf: Any) -> Any:
+        axis = axes.get(path_of(keys).removeprefix(prefix)) if path_of(keys).startswith(prefix) else None
+        if axis is None or leaf.shape[axis] == size:
+            return leaf
+        if leaf.shape[axis] > size:
+            return jax.lax.slice_in_dim(leaf, 0, size, axis=axis % leaf.ndim)
+        width = [(0, 0)] * leaf.ndim
+        width[axis] = (0, size - leaf.shape[axis])
+        return jnp.pad(leaf, width)
+
+    return jax.tree_util.tree_map_with_path(fit, params)

@@ -1,0 +1,207 @@
+"""Models on meshes of eight virtual CPU devices against one device. Run by test_sharding.py, in a process of its own:
+the number of devices is fixed when jax starts."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from internvl_jax import generate, sharding
+from internvl_jax.config import ChatConfig, ProjectorConfig, TextConfig, VisionConfig
+from internvl_jax.generate import GenerationConfig, Generator
+from internvl_jax.models import chat_model
+from internvl_jax.sharding import IMAGE_AXES, make_mesh
+
+IMAGE = 3  # the token at which images stand
+MESHES = (
+    "tensor=1",
+    "tensor=2",
+    "tensor=4",
+    "tensor=8",
+    "fsdp=4",
+    "data=8",
+    "data=2,tensor=4",
+    "fsdp=2,tensor=4",
+    "data=2,fsdp=2,tensor=2",
+)
+
+
+@cache
+def config_of(vision_heads: int, kv_heads: int) -> ChatConfig:
+    """A tiny model: 5 or 25 vision heads, 8 language heads that share kv_heads, a vocabulary that nothing divides."""
+    width = {5: 40, 25: 100}[vision_heads]
+    vision = VisionConfig(
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=vision_heads,
+        intermediate_size=64,
+        image_size=56,
+        qkv_bias=vision_heads == 5,
+    )
+    text = TextConfig(
+        vocab_size=99,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        intermediate_size=96,
+        num_key_value_heads=kv_heads,
+        head_dim=8,
+        max_position_embeddings=128,
+        attention_bias=kv_heads == 2,
+        eos_token_ids=(),
+    )
+    return ChatConfig(vision, ProjectorConfig(4 * width, 64), text, select_layer=-1)
+
+
+@cache
+def params_of(config: ChatConfig):
+    """Every parameter random, norm scales and biases too, so that each of them matters."""
+    leaves, tree = jax.tree.flatten(chat_model.init_params(jax.random.key(1), config))
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+
+
+@cache
+def batch_of(config: ChatConfig, rows: int):
+    """Prompts [rows,12], the last one short, one image in each; pixels [rows,3,56,56]; valid [rows,12]."""
+    rng = np.random.RandomState(3)
+    ids = rng.randint(4, config.text.vocab_size, (rows, 12)).astype(np.int32)
+    ids[:, 2 : 2 + config.tokens_per_image] = IMAGE
+    valid = np.ones(ids.shape, bool)
+    valid[-1, -3:] = False
+    return ids, rng.randn(rows, 3, 56, 56).astype(np.float32), valid
+
+
+def loss_of(params, ids, pixels, valid, *, config):
+    """Mean cross-entropy of the next tokens, and the logits."""
+    logits, _ = chat_model.forward(params, config, ids, pixels, valid, image_token_id=IMAGE)
+    log_probabilities = jax.nn.log_softmax(logits[:, :-1])
+    picked = jnp.take_along_axis(log_probabilities, ids[:, 1:, None], axis=-1)[..., 0]
+    return -jnp.sum(picked * valid[:, 1:]) / valid[:, 1:].sum(), logits
+
+
+def run(params, config, rows, mesh=None):
+    """Loss, gradients and logits of one batch."""
+    program = jax.jit(jax.value_and_grad(partial(loss_of, config=config), has_aux=True))
+    if mesh is None:
+        return program(params, *batch_of(config, rows))
+    with jax.set_mesh(mesh):
+        return program(params, *batch_of(config, rows))
+
+
+def answers(params, config, rows, **mesh):
+    """Greedy tokens [rows,10] of the prompts with their images."""
+    ids, pixels, valid = batch_of(config, rows)
+    generator = Generator(config, params, dtype=jnp.float32, image_token_id=IMAGE, **mesh)
+    gen = GenerationConfig(max_new_tokens=10)
+    return generator.generate(ids, valid.astype(int), generator.encode(pixels), gen)[0]
+
+
+@cache
+def reference(config: ChatConfig, rows: int):
+    params = params_of(config)
+    return run(params, config, rows), answers(params, config, 3)
+
+
+def assert_close(actual, expected, tolerance, what):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    error = np.abs(actual - expected)
+    worst = np.unravel_index(error.argmax(), error.shape)
+    assert error[worst] <= tolerance, f"{what}: off by {error[worst]:.3g} at {worst}, allowed {tolerance}"
+
+
+@pytest.mark.parametrize("mesh_spec", MESHES)
+@pytest.mark.parametrize(("vision_heads", "kv_heads"), [(5, 2), (25, 8)], ids=["5-heads-gqa", "25-heads"])
+def test_mesh_equals_one_device(mesh_spec, vision_heads, kv_heads):
+    config, rows = config_of(vision_heads, kv_heads), 8
+    mesh = make_mesh(mesh_spec, config=config)
+    params = sharding.place_params(params_of(config), config, mesh)
+    ((loss, logits), gradients), tokens = reference(config, rows)
+
+    (mesh_loss, mesh_logits), mesh_gradients = run(params, config, rows, mesh)
+    vocabulary = config.text.vocab_size
+    valid = batch_of(config, rows)[2]
+    assert_close(mesh_logits[..., :vocabulary][valid], logits[valid], 1e-3, "logits")
+    assert (np.asarray(mesh_logits)[..., vocabulary:] < -1e30).all()
+    assert_close(mesh_loss, loss, 1e-4, "loss")
+    true = sharding.unpad_params(mesh_gradients, config)
+    for (path, leaf), expected in zip(jax.tree_util.tree_leaves_with_path(true), jax.tree.leaves(gradients)):
+        assert_close(leaf, expected, 1e-4, f"gradient of {sharding.path_of(path)}")
+    # Nothing but zeros was cropped: pads do not learn.
+    padded_again = sharding.pad_params(true, config, mesh)
+    for leaf, expected in zip(jax.tree.leaves(mesh_gradients), jax.tree.leaves(padded_again)):
+        np.testing.assert_array_equal(leaf, expected)
+
+    # Three rows and images, which few of these meshes divide.
+    np.testing.assert_array_equal(answers(params, config, 3, mesh=mesh), tokens)
+
+
+@pytest.mark.parametrize("mesh_spec", ["tensor=8", "data=2,fsdp=2,tensor=2"])
+def test_images_over_all_devices(mesh_spec):
+    config = config_of(5, 2)
+    mesh = make_mesh(mesh_spec, config=config)
+    pixels = batch_of(config, 3)[1]
+    single = Generator(config, params_of(config), dtype=jnp.float32, image_token_id=IMAGE).encode(pixels)
+    params = sharding.place_params(params_of(config), config, mesh, vision="data")
+    generator = Generator(
+        config, params, dtype=jnp.float32, image_token_id=IMAGE, mesh=mesh, image_axes=IMAGE_AXES["data"]
+    )
+    assert params["vision_model"]["layers"]["attn"]["qkv"]["kernel"].shape[-2] == 5
+    assert_close(generator.encode(pixels), single, 1e-4, "visual tokens")
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_one_row_on_every_mesh_axis(num_beams):
+    """One prompt where the mesh wants four rows; sampling settings and beams are per row too."""
+    config = config_of(5, 2)
+    mesh = make_mesh("data=2,fsdp=2,tensor=2", config=config)
+    ids, pixels, _ = batch_of(config, 1)
+    gen = GenerationConfig(max_new_tokens=6, num_beams=num_beams, temperature=0.7 if num_beams == 1 else 0.0, seed=(5,))
+    results = []
+    placed = sharding.place_params(params_of(config), config, mesh)
+    for params, where in ((params_of(config), None), (placed, mesh)):
+        generator = Generator(config, params, dtype=jnp.float32, image_token_id=IMAGE, mesh=where)
+        results.append(generator.generate(ids, None, generator.encode(pixels), gen)[0])
+        assert generator.logits(ids, None, generator.encode(pixels)).shape == (1, 12, config.text.vocab_size)
+    if num_beams > 1:  # draws depend on the padded vocabulary's size, beams do not
+        np.testing.assert_array_equal(results[0], results[1])
+    assert results[0].shape == results[1].shape == (1, 6)
+
+
+def test_parameters_come_back_unchanged():
+    config = config_of(25, 8)
+    mesh = make_mesh("fsdp=2,tensor=4")
+    placed = sharding.place_params(params_of(config), config, mesh)
+    kernel = placed["vision_model"]["layers"]["attn"]["qkv"]["kernel"]
+    assert kernel.shape[-2] == 28
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 50, 3, 7, 4)
+    assert placed["language_model"]["embed_tokens"]["embedding"].shape == (512, 64)
+    back = sharding.unpad_params(placed, config)
+    jax.tree.map(np.testing.assert_array_equal, back, params_of(config))
+    stored = sharding.storage_shardings(back, mesh)
+    shard = stored["vision_model"]["layers"]["attn"]["qkv"]["kernel"].shard_shape((2, 100, 3, 25, 4))
+    assert np.prod(shard) * 8 > 2 * 100 * 3 * 25 * 4 >= np.prod(shard) * 4  # 100 divides 4 but not 8
+
+
+def test_decode_compiles_once():
+    config = config_of(5, 2)
+    mesh = make_mesh("data=2,tensor=4", config=config)
+    params = sharding.place_params(params_of(config), config, mesh)
+    generator = Generator(config, params, dtype=jnp.float32, image_token_id=IMAGE, mesh=mesh)
+    ids, pixels, valid = batch_of(config, 3)
+    before = generate._decode._cache_size()
+    for _ in range(2):
+        gen = GenerationConfig(max_new_tokens=9)
+        state = generator.prefill(ids, valid.astype(int), generator.encode(pixels), gen)
+        for _ in range(3):
+            buffer = state.cache.k
+            state = generator.decode(state, 2)
+            assert buffer.is_deleted()  # donated: the cache is never held twice
+        state = generator.end_rows(state, np.array([True, False, False]))
+        state = generator.decode(state, 2)
+        rows, _, running = generator.read(state)
+        assert [len(row) for row in rows] == [7, 9, 9]
+        assert not running.any()
+    assert generate._decode._cache_size() == before + 1

@@ -1,0 +1,137 @@
+"""Meshes, rules and pads. What needs several devices is in eight_devices.py, run here in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from internvl_jax import sharding
+from internvl_jax.config import PRESETS
+from internvl_jax.models import chat_model, intern_vit
+from internvl_jax.models.layers import unstack
+from internvl_jax.sharding import AXES, MeshError, make_mesh, parse_mesh, validate_mesh
+
+V1_1 = PRESETS["internvl_chat_v1_1"]()
+NANO = PRESETS["nano"]()
+
+
+def mesh_of(data=1, fsdp=1, tensor=1):
+    return AbstractMesh((data, fsdp, tensor), AXES)
+
+
+def test_on_eight_devices():
+    flags = "--xla_force_host_platform_device_count=8"
+    here = Path(__file__).parent
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "eight_devices.py")]
+    result = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes"),
+    [
+        ("data=2,tensor=8", (2, 1, 8)),
+        (" fsdp = 4 ", (1, 4, 1)),
+        ({"tensor": 3}, (1, 1, 3)),
+        ("data=-1,tensor=4", (-1, 1, 4)),
+        ("", (1, 1, 1)),
+    ],
+)
+def test_parse_mesh(spec, sizes):
+    assert parse_mesh(spec) == dict(zip(AXES, sizes))
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("tensor", "not understood"),
+        ("tensor=x", "not understood"),
+        ("model=2", "there are data, fsdp, tensor"),
+        ("tensor=0", "sizes are positive"),
+        ("data=-1,tensor=-1", "one of them"),
+        ("data=2,data=2", "twice"),
+    ],
+)
+def test_parse_mesh_refuses(spec, words):
+    with pytest.raises(MeshError, match=words):
+        parse_mesh(spec)
+
+
+def test_make_mesh():
+    device = jax.devices()[:1]
+    assert dict(make_mesh(None, device).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh("data=-1", device).shape)["data"] == 1
+    with pytest.raises(MeshError, match=r"needs 3 devices, there are 1.*at most 1"):
+        make_mesh("tensor=3", device)
+
+
+def test_illegal_meshes_name_the_legal_ones():
+    with pytest.raises(MeshError, match=r"tensor=16 does not divide the language model's heads \(40\).* 1, 2, 4, 8;"):
+        validate_mesh(V1_1, mesh_of(tensor=16))
+    with pytest.raises(MeshError, match=r"fsdp=3 .*hidden_size \(3200\).*legal sizes of fsdp on 3 devices are 1, 2;"):
+        validate_mesh(V1_1, mesh_of(fsdp=3))
+    with pytest.raises(MeshError, match=r"batch of 6 rows .* multiple of 4 rows, or data \* fsdp one of 1, 2, 3, 6"):
+        validate_mesh(V1_1, mesh_of(data=2, fsdp=2), batch=6)
+    validate_mesh(V1_1, mesh_of(data=2, fsdp=2, tensor=8), batch=8)
+    assert sharding.legal_tensor_sizes(V1_1, 256) == [1, 2, 4, 8]
+    with pytest.raises(MeshError, match="make it with make_mesh"):
+        validate_mesh(V1_1, AbstractMesh((1,), ("tensor",)))
+
+
+@pytest.mark.parametrize("config", [V1_1, NANO], ids=["v1_1", "nano"])
+@pytest.mark.parametrize("vision", sharding.IMAGE_AXES)
+def test_every_parameter_has_a_place(config, vision):
+    mesh = mesh_of(fsdp=2, tensor=4)
+    abstract = jax.eval_shape(
+        lambda tree: sharding.pad_params(tree, config, mesh, vision=vision), chat_model.abstract_params(config)
+    )
+    total, mine = 0, 0
+    for leaf, place in zip(
+        jax.tree.leaves(abstract), jax.tree.leaves(sharding.param_shardings(abstract, mesh, vision=vision))
+    ):
+        total += leaf.size
+        mine += np.prod(place.shard_shape(leaf.shape))
+    if config is V1_1 and vision == "tensor":
+        assert mine < total / 8 * 1.01  # norms, biases and the patch embedding are on every device
+    stored = sharding.storage_shardings(chat_model.abstract_params(config), mesh, vision=vision)
+    qkv = stored["vision_model"]["layers"]["attn"]["qkv"]["kernel"].spec
+    assert qkv == P(None, ("fsdp", "tensor") if vision == "tensor" else "fsdp", None, None, None)
+
+
+def test_rules_must_match_and_be_used():
+    tree = chat_model.abstract_params(NANO)
+    with pytest.raises(ValueError, match=r"mlp1/fc3 \[7\] must match one sharding rule, it matches 0"):
+        sharding.param_specs({**tree, "mlp1": {**tree["mlp1"], "fc3": jax.ShapeDtypeStruct((7,), jnp.float32)}})
+    with pytest.raises(ValueError, match="match no parameter: mlp1/fc1/kernel, mlp1/fc1/bias"):
+        sharding.param_specs({"mlp1": {name: leaf for name, leaf in tree["mlp1"].items() if name != "fc1"}})
+    with pytest.raises(ValueError, match="vision mode 'pixels' is not one of tensor, data"):
+        sharding.param_specs(tree, vision="pixels")
+    with pytest.raises(ValueError, match="does not divide"):
+        sharding.param_shardings(tree, mesh_of(tensor=4))
+
+
+def test_layers_one_by_one_follow_the_same_rules():
+    tree = jax.eval_shape(unstack, chat_model.abstract_params(NANO)["language_model"]["layers"])
+    language = {**chat_model.abstract_params(NANO)["language_model"], "layers": tree}
+    specs = sharding.param_specs({"language_model": language})["language_model"]["layers"]
+    assert specs[1]["self_attn"]["q_proj"]["kernel"] == P("fsdp", "tensor", None)
+
+
+def test_padded_heads_are_exact():
+    config = NANO
+    params = chat_model.init_params(jax.random.key(0), config)
+    padded = sharding.pad_heads(params, config, 8)
+    assert padded["vision_model"]["layers"]["attn"]["proj"]["kernel"].shape[1] == 8
+    pixels = jax.random.normal(jax.random.key(1), (1, 3, config.image_size, config.image_size))
+    with jax.default_matmul_precision("highest"):
+        outputs = [intern_vit.forward(p["vision_model"], config.vision, pixels)[0] for p in (params, padded)]
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, sharding.unpad_heads(padded, config), params)
