@@ -1,0 +1,267 @@
+"""Parameters on disk: one layout, written in chunks, that Orbax can restore on its own.
+
+`DIRECTORY/params/` is an Orbax checkpoint of the parameter tree in its true shapes: a zarr array per leaf, beside
+config.json and the tokenizer files. Orbax's own checkpointer holds a whole leaf several times while it saves (14 GB for
+V1-1's largest stack of 5.7 GB, measured); here a leaf is written chunk by chunk through TensorStore, on which Orbax
+stands, so that memory is bounded by one chunk. A chunk is one layer, split along the axis that a mesh's tensor axis
+splits, and is not compressed: a device reads little more than its own part, and a truncated file shows by its size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+
+from internvl_jax.sharding import PARAM_RULES
+
+Progress = Callable[[int, int, str], None]
+
+PARAMS = "params"
+PARTS = 8  # chunks along the tensor axis, at most: the largest tensor axis that V1-1 can use
+READS = 16  # chunk reads under way at once
+_CONTEXT = ts.Context(
+    {"file_io_concurrency": {"limit": READS}, "file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}}
+)
+
+
+class CheckpointError(ValueError):
+    """A parameter directory that is missing, damaged or of another model; the message says which and what to do."""
+
+
+def is_converted(directory: str | Path) -> bool:
+    """Whether `directory` holds parameters in this project's format."""
+    return (Path(directory) / PARAMS / "_METADATA").is_file()
+
+
+class Writer:
+    """Write parameters piece by piece: `write` any part of any leaf, then `commit`.
+
+    Nothing stands at `directory`/params before commit; used as a context manager, leaving without it removes the rest.
+    """
+
+    def __init__(self, directory: Path, abstract: Any):
+        self._final = directory / PARAMS
+        self._temporary = directory / f".{PARAMS}.tmp-{os.getpid()}"
+        if self._final.exists():
+            raise CheckpointError(f"{self._final} exists already: remove it, or write somewhere else")
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        leaves = dict(_named_leaves(abstract))
+        self._stores = {name: self._create(name, leaf) for name, leaf in leaves.items()}
+        for name, value in _orbax_metadata(leaves).items():
+            (self._temporary / name).write_text(json.dumps(value))
+
+    def _create(self, name: str, leaf: Any) -> ts.TensorStore:
+        metadata = {
+            "zarr_format": 2,
+            "shape": list(leaf.shape),
+            "chunks": list(chunk_shape(name, leaf.shape)),
+            "compressor": None,
+            "dimension_separator": ".",
+            "fill_value": None,
+            "filters": None,
+            "order": "C",
+        }
+        path = self._temporary / name.replace("/", ".")
+        return _open(path, create=True, metadata=metadata, dtype=jnp.dtype(leaf.dtype).name)
+
+    def write(self, name: str, index: Any, values: np.ndarray) -> None:
+        """Write `values` at `index` (numpy's basic indexing) of the leaf called `name`, "a/b/c"."""
+        self._stores[name][index].write(values).result()
+
+    def commit(self) -> None:
+        """Everything is written: give the directory its name."""
+        self._temporary.rename(self._final)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def save(directory: str | Path, params: Any) -> None:
+    """Write a tree of arrays to `directory`/params, in its own dtypes, whole or not at all."""
+    with Writer(Path(directory), params) as writer:
+        for name, leaf in _named_leaves(params):
+            for index in _pieces(name, leaf.shape):
+                writer.write(name, index, np.asarray(leaf[index]))
+        writer.commit()
+
+
+def stored_tree(directory: str | Path) -> Any:
+    """What `directory`/params holds, as a tree of jax.ShapeDtypeStruct. Raises CheckpointError where it is damaged."""
+    tree: dict[str, Any] = {}
+    for name, (shape, dtype) in _stored(Path(directory)).items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = jax.ShapeDtypeStruct(shape, dtype)
+    return tree
+
+
+def load(directory: str | Path, abstract: Any, *, progress: Progress | None = None) -> Any:
+    """Read the leaves of `abstract`, a tree of jax.ShapeDtypeStruct, in its dtypes and onto its shardings.
+
+    Only what is needed is read: leaves that `abstract` lacks are skipped, of the vision layers the first ones are read
+    where it has fewer (select_layer), and with shardings each process reads what its own devices hold.
+    progress: called as progress(done_bytes, total_bytes, what).
+    Raises CheckpointError for files that are missing or truncated, and for leaves of other names or shapes, all listed.
+    """
+    directory = Path(directory)
+    stored = _stored(directory)
+    wanted = dict(_named_leaves(abstract))
+    _check_shapes(directory, wanted, {name: shape for name, (shape, _) in stored.items()})
+    sizes = {name: math.prod(leaf.shape) * stored[name][1].itemsize for name, leaf in wanted.items()}
+    done, leaves = 0, []
+    for name, leaf in wanted.items():
+        leaves.append(_load_leaf(_open(_leaf_path(directory, name)), leaf))
+        done += sizes[name]
+        if progress is not None:
+            progress(done, sum(sizes.values()), "loading")
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def chunk_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a leaf's chunks: one layer of a stack, in equal parts along the axis that tensor parallelism splits."""
+    chunk = list(shape)
+    if "/layers/" in name:
+        chunk[0] = 1
+    axis = _tensor_axis(name)
+    if axis is not None:
+        chunk[axis] //= max(parts for parts in range(1, PARTS + 1) if shape[axis] % parts == 0)
+    return tuple(chunk)
+
+
+def _tensor_axis(name: str) -> int | None:
+    for rule in PARAM_RULES:
+        if re.fullmatch(rule.pattern, name):
+            return next((axis for axis, mesh_axis in enumerate(rule.spec) if mesh_axis == "tensor"), None)
+    return None
+
+
+def _load_leaf(store: ts.TensorStore, leaf: Any) -> jax.Array:
+    def read(index: tuple[slice, ...] = ()) -> np.ndarray:
+        # The leaf may have fewer layers than the file: its own bounds decide.
+        bounds = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, leaf.shape))
+        bounds = bounds or tuple(slice(0, size) for size in leaf.shape)
+        return store[bounds].read().result().astype(leaf.dtype, copy=False)
+
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        return jnp.asarray(read())
+    return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+
+def _check_shapes(directory: Path, wanted: dict[str, Any], stored: dict[str, tuple[int, ...]]) -> None:
+    problems = [f"missing: {name} {list(leaf.shape)}" for name, leaf in wanted.items() if name not in stored]
+    for name in wanted.keys() & stored.keys():
+        have, want = stored[name], wanted[name].shape
+        fewer = name.startswith("vision_model/layers/") and have[1:] == want[1:] and want[0] <= have[0]
+        if have != want and not fewer:
+            problems.append(f"misshapen: {name} is {list(have)}, config.json asks for {list(want)}")
+    if problems:
+        raise CheckpointError(
+            f"{directory}: parameters and config.json do not belong together:\n  " + "\n  ".join(sorted(problems))
+        )
+
+
+def _stored(directory: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shapes and dtypes by leaf, after a look at every file's size."""
+    params = directory / PARAMS
+    try:
+        keys = json.loads((params / "_METADATA").read_text())["tree_metadata"].values()
+        names = ["/".join(part["key"] for part in entry["key_metadata"]) for entry in keys]
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no {PARAMS}/ written by this project: convert a checkpoint") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{params}/_METADATA is damaged ({error}); convert the checkpoint again") from None
+    found, problems = {}, []
+    for name in names:
+        path = _leaf_path(directory, name)
+        try:
+            array = json.loads((path / ".zarray").read_text())
+            shape, chunks = tuple(array["shape"]), array["chunks"]
+            dtype = np.dtype(jnp.bfloat16 if array["dtype"] == "bfloat16" else array["dtype"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problems.append(f"{path / '.zarray'}: {error}")
+            continue
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(path)}
+        expected = math.prod(chunks) * dtype.itemsize
+        for number in np.ndindex(*(-(-size // chunk) for size, chunk in zip(shape, chunks))):
+            file = ".".join(map(str, number)) or "0"
+            if sizes.get(file) != expected:
+                problems.append(f"{path / file}: {sizes.get(file, 'no')} bytes, expected {expected}")
+        found[name] = (shape, dtype)
+    if problems:
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise CheckpointError(
+            f"{params} is damaged or incomplete; convert or download it again:\n  " + "\n  ".join(problems[:10]) + more
+        )
+    return found
+
+
+def _leaf_path(directory: Path, name: str) -> Path:
+    return directory / PARAMS / name.replace("/", ".")
+
+
+def _open(path: Path, **options: Any) -> ts.TensorStore:
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path}/"}}
+    if "metadata" in options:
+        spec["metadata"] = options.pop("metadata")
+    return ts.open(spec, context=_CONTEXT, open=True, **options).result()
+
+
+def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield "/".join(part.key for part in path), leaf
+
+
+def _pieces(name: str, shape: tuple[int, ...]) -> Iterator[Any]:
+    """Indices that together cover a leaf, a layer at a time where it is a stack."""
+    if "/layers/" in name:
+        yield from range(shape[0])
+    else:
+        yield ...
+
+
+def _orbax_metadata(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The two files by which Orbax recognises a tree of arrays in the form that we write."""
+    tree = {}
+    for name, leaf in leaves.items():
+        keys = name.split("/")
+        tree[str(tuple(keys))] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: a dictionary's key
+            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(leaf.shape)},
+        }
+    now = time.time_ns()
+    return {
+        "_METADATA": {
+            "tree_metadata": tree,
+            "use_ocdbt": False,
+            "use_zarr3": False,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        },
+        "_CHECKPOINT_METADATA": {
+            "item_handlers": "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler",
+            "metrics": {},
+            "performance_metrics": {},
+            "init_timestamp_nsecs": now,
+            "commit_timestamp_nsecs": now,
+            "custom_metadata": {},
+        },
+    }
