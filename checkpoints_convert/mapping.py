@@ -1,0 +1,282 @@
+"""Which published tensor is which part of our parameter tree: one table per layout, and the way there and back.
+
+A row says: this key is this leaf. Weights of linear layers are transposed, [out, in] to [in, out]; then everything is
+reshaped to our axes (heads apart, for example). Both steps only move numbers, so the way back is exact.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from internvl_jax.config import ChatConfig, TextConfig, VisionConfig
+
+
+class ConversionError(ValueError):
+    """A checkpoint that cannot be converted; the message lists everything that is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A published tensor and its place in the tree."""
+
+    key: str  # in the file
+    shape: tuple[int, ...]  # in the file
+    path: str  # leaf of our tree, "a/b/c"
+    index: tuple[Any, ...]  # which part of the leaf: (layer,) of a stack, (layer, slice, part) of a fused one, or ()
+    transposed: bool
+    our_shape: tuple[int, ...]  # of that part
+
+    def to_ours(self, values: np.ndarray) -> np.ndarray:
+        """From the file's shape to ours."""
+        if self.transposed:
+            values = values.reshape(values.shape[0], -1).T
+        return values.reshape(self.our_shape)
+
+    def to_theirs(self, values: np.ndarray) -> np.ndarray:
+        """From our shape back to the file's."""
+        if self.transposed:
+            values = values.reshape(-1, self.shape[0]).T
+        return values.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a table; `{}` in key stands for the layer's number, a path under /layers/ is a stack."""
+
+    key: str
+    shape: tuple[int, ...]
+    path: str
+    our_shape: tuple[int, ...]
+    transposed: bool = False
+    part: int | None = None  # of a fused kernel [D,3,N,H] or bias [3,N,H]: 0 q, 1 k, 2 v
+
+
+def tensors(config: ChatConfig) -> list[Tensor]:
+    """Every tensor of a checkpoint with this configuration, in the layout's own order, layer after layer."""
+    return [tensor for rows, layers in _tables(config) for tensor in _expand(rows, layers)]
+
+
+def plan(config: ChatConfig, found: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Match the tensors in a checkpoint's files (key -> shape) with the tree: the files' key -> Tensor.
+
+    Raises ConversionError that lists every missing, unexpected and misshapen tensor.
+    """
+    expected = {tensor.key: tensor for tensor in tensors(config)}
+    names = {name: canonical(config.layout, name) for name in found}
+    problems, matched = [], {}
+    for name, key in names.items():
+        if key is None:
+            continue
+        tensor = expected.pop(key, None)
+        if tensor is None:
+            problems.append(f"unexpected: {name} {list(found[name])}")
+        elif tuple(found[name]) != tensor.shape:
+            problems.append(f"misshapen: {name} is {list(found[name])}, config.json asks for {list(tensor.shape)}")
+        else:
+            matched[name] = tensor
+    tied = config.text is not None and config.text.tie_word_embeddings
+    if tied:  # some files hold the head although it is the embedding; it says nothing new
+        problems = [p for p in problems if not re.match(r"unexpected: (language_model\.)?lm_head\.weight ", p)]
+    problems += [f"missing: {tensor.key} {list(tensor.shape)}" for tensor in expected.values()]
+    if problems:
+        raise ConversionError(
+            "the tensors do not fit config.json (is it the file of this checkpoint?):\n  "
+            + "\n  ".join(sorted(problems))
+        )
+    return matched
+
+
+# Older checkpoints of the same models under other names, and buffers that are no parameters.
+_RENAMED = {
+    "internvl": (
+        (r"^model\.vision_tower\.", "vision_tower."),
+        (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+    ),
+}
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq$")
+
+
+def canonical(layout: str, name: str) -> str | None:
+    """The name that the tables use for a tensor called `name` in a file; None for what is no parameter."""
+    if _BUFFERS.search(name):
+        return None
+    for pattern, replacement in _RENAMED.get(layout, ()):
+        renamed = re.sub(pattern, replacement, name)
+        if renamed != name:
+            return renamed
+    return name
+
+
+def _tables(config: ChatConfig) -> Iterator[tuple[list[_Row], int]]:
+    layout, vision, text = config.layout, config.vision, config.text
+    if layout == "internvl":
+        yield from _hf_vision(vision, "vision_tower.")
+        yield _projector(config, "multi_modal_projector.", ("layer_norm", "linear_1", "linear_2")), 0
+        yield from _llama(text, "language_model.")
+        return
+    if vision is not None:
+        yield from _intern_vit(vision, "vision_model." if layout == "internvl_chat" else "")
+    if config.projector is not None:
+        yield _projector(config, "mlp1.", ("0", "1", "3")), 0
+    if text is not None:
+        yield from _llama(text, "language_model." if layout == "internvl_chat" else "")
+
+
+def _expand(rows: list[_Row], layers: int) -> Iterator[Tensor]:
+    """Rows to tensors: as they stand (layers 0), or once per layer."""
+    for layer in range(layers) if layers else (None,):
+        for row in rows:
+            index: tuple[Any, ...] = () if layer is None else (layer,)
+            if row.part is not None:
+                # The fused axis comes before heads: [D,3,N,H] for kernels, [3,N,H] for biases.
+                index += (slice(None),) * (len(row.our_shape) - 2) + (row.part,)
+            yield Tensor(
+                row.key if layer is None else row.key.format(layer),
+                row.shape, row.path, index, row.transposed, row.our_shape,
+            )  # fmt: skip
+
+
+def _vector(key: str, path: str, width: int) -> _Row:
+    return _Row(key, (width,), path, (width,))
+
+
+def _linear(key: str, path: str, inputs: int, outputs: int, *, bias: bool, kernel: Any = None) -> list[_Row]:
+    """A torch Linear: weight [out,in] and maybe bias. `kernel`: our axes where they are more than [in,out]."""
+    rows = [_Row(f"{key}.weight", (outputs, inputs), f"{path}/kernel", kernel or (inputs, outputs), transposed=True)]
+    return rows + [_vector(f"{key}.bias", f"{path}/bias", outputs)] if bias else rows
+
+
+def _norm(key: str, path: str, width: int, *, bias: bool) -> list[_Row]:
+    rows = [_vector(f"{key}.weight", f"{path}/scale", width)]
+    return rows + [_vector(f"{key}.bias", f"{path}/bias", width)] if bias else rows
+
+
+def _embeddings(vision: VisionConfig, names: tuple[str, str, str]) -> list[_Row]:
+    """Class token, positions and patches; names: of the class token, of the positions, of the patch convolution."""
+    width, size = vision.hidden_size, vision.patch_size
+    positions = 1 + vision.grid**2
+    pixels = vision.num_channels * size * size
+    path = "vision_model/embeddings"
+    return [
+        _Row(names[0], (1, 1, width), f"{path}/class_embedding", (width,)),
+        _Row(names[1], (1, positions, width), f"{path}/position_embedding", (positions, width)),
+        _Row(
+            f"{names[2]}.weight", (width, vision.num_channels, size, size),
+            f"{path}/patch_embedding/kernel", (pixels, width), transposed=True,
+        ),
+        _vector(f"{names[2]}.bias", f"{path}/patch_embedding/bias", width),
+    ]  # fmt: skip
+
+
+def _intern_vit(vision: VisionConfig, prefix: str) -> Iterator[tuple[list[_Row], int]]:
+    """OpenGVLab's InternViT."""
+    width, heads, dim, hidden = (
+        vision.hidden_size,
+        vision.num_attention_heads,
+        vision.head_dim,
+        vision.intermediate_size,
+    )
+    names = (f"{prefix}embeddings.class_embedding", f"{prefix}embeddings.position_embedding")
+    yield _embeddings(vision, (*names, f"{prefix}embeddings.patch_embedding")), 0
+    key, path = f"{prefix}encoder.layers.{{}}", "vision_model/layers"
+    has_bias = vision.norm_type == "layer_norm"
+    rows = [_Row(f"{key}.attn.qkv.weight", (3 * width, width), f"{path}/attn/qkv/kernel", (width, 3, heads, dim), True)]
+    if vision.qkv_bias:
+        rows.append(_Row(f"{key}.attn.qkv.bias", (3 * width,), f"{path}/attn/qkv/bias", (3, heads, dim)))
+    if vision.qk_normalization:
+        rows += [
+            _Row(f"{key}.attn.{name}.weight", (width,), f"{path}/attn/{name}/scale", (heads, dim))
+            for name in ("q_norm", "k_norm")
+        ]
+    rows += _linear(f"{key}.attn.proj", f"{path}/attn/proj", width, width, bias=True, kernel=(heads, dim, width))
+    rows += [_vector(f"{key}.{name}", f"{path}/{name}", width) for name in ("ls1", "ls2")]
+    rows += _norm(f"{key}.norm1", f"{path}/norm1", width, bias=has_bias)
+    rows += _norm(f"{key}.norm2", f"{path}/norm2", width, bias=has_bias)
+    rows += _linear(f"{key}.mlp.fc1", f"{path}/mlp/fc1", width, hidden, bias=True)
+    rows += _linear(f"{key}.mlp.fc2", f"{path}/mlp/fc2", hidden, width, bias=True)
+    yield rows, vision.num_hidden_layers
+
+
+def _hf_vision(vision: VisionConfig, prefix: str) -> Iterator[tuple[list[_Row], int]]:
+    """transformers' InternVLVisionModel: the same tower with q, k and v apart and other names."""
+    width, heads, dim, hidden = (
+        vision.hidden_size,
+        vision.num_attention_heads,
+        vision.head_dim,
+        vision.intermediate_size,
+    )
+    names = (f"{prefix}embeddings.cls_token", f"{prefix}embeddings.position_embeddings")
+    yield _embeddings(vision, (*names, f"{prefix}embeddings.patch_embeddings.projection")), 0
+    key, path = f"{prefix}encoder.layer.{{}}", "vision_model/layers"
+    attention = f"{key}.attention"
+    has_bias = vision.norm_type == "layer_norm"
+    rows: list[_Row] = []
+    for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        shape = (width, width)
+        rows.append(
+            _Row(f"{attention}.{name}.weight", shape, f"{path}/attn/qkv/kernel", (width, heads, dim), True, part)
+        )
+        if vision.qkv_bias:
+            rows.append(_Row(f"{attention}.{name}.bias", (width,), f"{path}/attn/qkv/bias", (heads, dim), part=part))
+    if vision.qk_normalization:
+        rows += [
+            _Row(f"{attention}.{name}.weight", (width,), f"{path}/attn/{name}/scale", (heads, dim))
+            for name in ("q_norm", "k_norm")
+        ]
+    rows += _linear(
+        f"{attention}.projection_layer", f"{path}/attn/proj", width, width, bias=True, kernel=(heads, dim, width)
+    )
+    rows += [_vector(f"{key}.lambda_{n}", f"{path}/ls{n}", width) for n in (1, 2)]
+    rows += _norm(f"{key}.layernorm_before", f"{path}/norm1", width, bias=has_bias)
+    rows += _norm(f"{key}.layernorm_after", f"{path}/norm2", width, bias=has_bias)
+    rows += _linear(f"{key}.mlp.fc1", f"{path}/mlp/fc1", width, hidden, bias=True)
+    rows += _linear(f"{key}.mlp.fc2", f"{path}/mlp/fc2", hidden, width, bias=True)
+    yield rows, vision.num_hidden_layers
+
+
+def _projector(config: ChatConfig, prefix: str, names: tuple[str, str, str]) -> list[_Row]:
+    """LayerNorm, Linear and Linear under the layout's names."""
+    inputs, outputs = config.projector.in_features, config.projector.out_features
+    rows = _norm(prefix + names[0], "mlp1/norm", inputs, bias=True)
+    rows += _linear(prefix + names[1], "mlp1/fc1", inputs, outputs, bias=True)
+    return rows + _linear(prefix + names[2], "mlp1/fc2", outputs, outputs, bias=True)
+
+
+def _llama(text: TextConfig, prefix: str) -> Iterator[tuple[list[_Row], int]]:
+    """LlamaForCausalLM."""
+    width, dim = text.hidden_size, text.head_dim
+    path = "language_model"
+    outer = [_Row(f"{prefix}model.embed_tokens.weight", (text.vocab_size, width), f"{path}/embed_tokens/embedding",
+                  (text.vocab_size, width))]  # fmt: skip
+    outer += _norm(f"{prefix}model.norm", f"{path}/norm", width, bias=False)
+    if not text.tie_word_embeddings:
+        outer += _linear(f"{prefix}lm_head", f"{path}/lm_head", width, text.vocab_size, bias=False)
+    yield outer, 0
+    key, path = f"{prefix}model.layers.{{}}", f"{path}/layers"
+    rows = _norm(f"{key}.input_layernorm", f"{path}/input_layernorm", width, bias=False)
+    for name, heads in (
+        ("q_proj", text.num_attention_heads),
+        ("k_proj", text.num_key_value_heads),
+        ("v_proj", text.num_key_value_heads),
+    ):
+        where = f"{path}/self_attn/{name}"
+        rows += _linear(f"{key}.self_attn.{name}", where, width, heads * dim, bias=False, kernel=(width, heads, dim))
+        if text.attention_bias:
+            rows.append(_Row(f"{key}.self_attn.{name}.bias", (heads * dim,), f"{where}/bias", (heads, dim)))
+    inner = text.num_attention_heads * dim
+    rows += _linear(
+        f"{key}.self_attn.o_proj", f"{path}/self_attn/o_proj", inner, width,
+        bias=text.attention_bias, kernel=(text.num_attention_heads, dim, width),
+    )  # fmt: skip
+    rows += _norm(f"{key}.post_attention_layernorm", f"{path}/post_attention_layernorm", width, bias=False)
+    for name in ("gate_proj", "up_proj"):
+        rows += _linear(f"{key}.mlp.{name}", f"{path}/mlp/{name}", width, text.intermediate_size, bias=text.mlp_bias)
+    rows += _linear(f"{key}.mlp.down_proj", f"{path}/mlp/down_proj", text.intermediate_size, width, bias=text.mlp_bias)
+    yield rows, text.num_hidden_layers
