@@ -1,0 +1,557 @@
+"""The object that people hold: `load(...)` gives a Chat, which answers questions about images."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from internvl_jax import checkpoint
+from internvl_jax.config import ChatConfig, ConfigError, read_json
+from internvl_jax.generate import DecodeState, GenerationConfig, Generator
+from internvl_jax.models import chat_model, intern_vit
+from internvl_jax.models.layers import Params, unstack
+from internvl_jax.processing.conversation import IMG_CONTEXT, TEMPLATES, place_images, prepare_prompt
+from internvl_jax.processing.images import ImageProcessor, load_image
+from internvl_jax.processing.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, pad_left
+
+ImageSource = str | Path | bytes | Image.Image | np.ndarray
+History = Sequence[tuple[str, str]]
+
+NANO = Path(__file__).parent / "nano" / "model"
+DEFAULT_NEW_TOKENS = 1024  # the longest answer where the caller sets no limit and the context has room
+STREAM_CHUNK = 4  # tokens between looks at a streamed answer: small enough to feel live
+STOP_CHUNK = 16  # tokens between looks for a stop string
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer and what it took."""
+
+    text: str
+    tokens: list[int]  # new token ids, with the end token where there was one
+    finish_reason: str  # "stop" (end token or stop string) or "length"
+    history: list[tuple[str, str]]  # for the next call's `history`
+    prompt_tokens: int
+    timings: dict[str, float]  # seconds: encode, prefill, decode, total (of the whole batch)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the fields, with `text` under the name `answer`."""
+        values = asdict(self)
+        return {"answer": values.pop("text"), **values}
+
+
+class Stream:
+    """An answer as it comes: iterate over its pieces of text; `reply` is the whole once they are used up."""
+
+    def __init__(self, pieces: Iterator[str | Reply]):
+        self._pieces = pieces
+        self._reply: Reply | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        for piece in self._pieces:
+            if isinstance(piece, Reply):
+                self._reply = piece
+            else:
+                yield piece
+
+    @property
+    def reply(self) -> Reply:
+        """The whole answer. Raises RuntimeError before the pieces are used up."""
+        if self._reply is None:
+            raise RuntimeError("the answer is not finished: iterate over the stream first")
+        return self._reply
+
+
+class Chat:
+    """A model with its tokenizer and image processor. Made by `load`.
+
+    Three levels: `chat`, `batch_chat` and `stream` take questions and pictures; `generate`, `logits` and `encode` take
+    numpy arrays; `params` and `config` go with the pure functions of `internvl_jax.models`.
+    """
+
+    def __init__(
+        self,
+        config: ChatConfig,
+        params: Params,
+        *,
+        dtype: Any,
+        tokenizer: Tokenizer | None = None,
+        processor: ImageProcessor | None = None,
+        eos_token_ids: tuple[int, ...] | None = None,
+        name: str = "model",
+    ):
+        self.config = config
+        self.params = params
+        self.dtype = jnp.dtype(dtype)
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.name = name
+        self.eos_token_ids = eos_token_ids
+        self.image_token_id = config.image_token_id
+        if self.image_token_id is None and tokenizer is not None:
+            self.image_token_id = tokenizer.token_to_id(IMG_CONTEXT)
+        self.generator = Generator(config, params, dtype=self.dtype, image_token_id=self.image_token_id)
+
+    # Questions and pictures.
+
+    def chat(
+        self,
+        question: str,
+        images: Sequence[ImageSource] | ImageSource = (),
+        history: History = (),
+        *,
+        system: str | None = None,
+        honour_exif: bool = True,
+        image_path: str = "eval",
+        **generation: Any,
+    ) -> Reply:
+        """Answer one question.
+
+        question: may place each picture with "<image>"; otherwise they stand in front of the first question.
+        images: all pictures of the conversation, those of its history included: paths, bytes, PIL images or arrays.
+        history: (question, answer) pairs, as the previous reply's `history` gives them.
+        honour_exif: turn pictures as their EXIF orientation says. The reference does not; evaluation passes False.
+        image_path: "eval" (convert to RGB, then resize) or "native" (the quick-start page's resize in the file's mode).
+        generation: fields of GenerationConfig (max_new_tokens, temperature, num_beams, stop, ...); without
+            max_new_tokens an answer may take 1024 tokens or what the context has room for.
+        Raises ValueError for what cannot be answered: unreadable images, placeholders and images that do not agree, an
+        empty question, prompt and answer beyond the context.
+        """
+        return self.batch_chat(
+            [question],
+            [images],
+            [history],
+            system=system,
+            honour_exif=honour_exif,
+            image_path=image_path,
+            **generation,
+        )[0]
+
+    def batch_chat(
+        self,
+        questions: Sequence[str],
+        images: Sequence[Sequence[ImageSource] | ImageSource] | None = None,
+        histories: Sequence[History] | None = None,
+        *,
+        system: str | None = None,
+        honour_exif: bool = True,
+        image_path: str = "eval",
+        **generation: Any,
+    ) -> list[Reply]:
+        """Answer several questions at once; each gets the answer that it gets alone. Arguments as for `chat`."""
+        self._check_generation(generation)
+        batch = self._prepare(questions, images, histories, system, honour_exif, image_path)
+        gen = self._generation_config(generation, batch.attention_mask)
+        timer = _Timer()
+        features = self._encode_batch(batch, timer)
+        if gen.num_beams > 1:
+            tokens, reasons = self.generator.generate(batch.input_ids, batch.attention_mask, features, gen)
+            timer.lap("decode")
+            rows = [_trim(row, reason, self._ends(gen)) for row, reason in zip(tokens, reasons)]
+        else:
+            state = self.generator.prefill(batch.input_ids, batch.attention_mask, features, gen)
+            jax.block_until_ready(state.done)
+            timer.lap("prefill")
+            rows, reasons = self._decode(state, gen)
+            timer.lap("decode")
+        return [
+            self._reply(row, reason, gen, question, history, prompt_tokens, timer)
+            for row, reason, question, history, prompt_tokens in zip(
+                rows, reasons, batch.questions, batch.histories, batch.attention_mask.sum(axis=1)
+            )
+        ]
+
+    def stream(
+        self,
+        question: str,
+        images: Sequence[ImageSource] | ImageSource = (),
+        history: History = (),
+        *,
+        system: str | None = None,
+        honour_exif: bool = True,
+        image_path: str = "eval",
+        **generation: Any,
+    ) -> Stream:
+        """Answer one question piece by piece; the pieces joined are the reply's text. Arguments as for `chat`.
+
+        Bad input raises here, before the first piece. Beam search decides at the end, so it cannot be streamed.
+        """
+        self._check_generation(generation)
+        batch = self._prepare([question], [images], [history], system, honour_exif, image_path)
+        gen = self._generation_config(generation, batch.attention_mask)
+        if gen.num_beams > 1:
+            raise ValueError("beam search cannot be streamed: use chat(), or num_beams=1")
+        return Stream(self._stream(batch, gen))
+
+    # Arrays.
+
+    def generate(
+        self,
+        input_ids: np.ndarray,
+        pixel_values: np.ndarray | None = None,
+        attention_mask: np.ndarray | None = None,
+        **generation: Any,
+    ) -> np.ndarray:
+        """New token ids [B, <=max_new_tokens] int32 for prompts that are already tokens.
+
+        input_ids [B,T] (or [T]) with image tokens in place; pixel_values [images,3,H,W] float, normalised, in prompt
+        order over the batch; attention_mask [B,T], 0 on padding, on either side. The end token is kept, rows that end
+        early are filled with the pad id. `generation`: fields of GenerationConfig, `stop` excepted.
+        """
+        self._check_generation(generation)
+        input_ids = np.atleast_2d(np.asarray(input_ids))
+        gen = self._generation_config(generation, np.ones_like(input_ids) if attention_mask is None else attention_mask)
+        if gen.stop:
+            raise ValueError("stop strings need text: use chat(), or eos_token_ids here")
+        features = None if pixel_values is None else self.generator.encode(self._check_pixels(pixel_values))
+        return self.generator.generate(input_ids, attention_mask, features, gen)[0]
+
+    def logits(
+        self,
+        input_ids: np.ndarray,
+        pixel_values: np.ndarray | None = None,
+        attention_mask: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Logits at every position, [B,T,V] float32; arguments as for `generate`. Rows of padding mean nothing."""
+        return self.generator.logits(
+            np.atleast_2d(np.asarray(input_ids)),
+            attention_mask,
+            None if pixel_values is None else self.generator.encode(self._check_pixels(pixel_values)),
+        )
+
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Visual tokens [M,P,D] float32 of pixel_values [M,3,H,W]; of a bare InternViT its last state [M,1+P,D]."""
+        pixels = self._check_pixels(pixel_values)
+        if self.config.projector is None:
+            hidden = _tower(self.params["vision_model"], pixels, config=self.config.vision, dtype=self.dtype)
+        else:
+            hidden = self.generator.encode(pixels)
+        return np.asarray(hidden, np.float32)
+
+    # What is behind them.
+
+    def _check_generation(self, values: dict[str, Any]) -> None:
+        if self.config.text is None:
+            raise ValueError(f"{self.name} is a vision tower without a language model: it can only `encode`")
+        unknown = set(values) - set(GenerationConfig.__dataclass_fields__)
+        if unknown:
+            known = ", ".join(GenerationConfig.__dataclass_fields__)
+            raise ValueError(f"no such generation setting: {', '.join(sorted(unknown))}; there are {known}")
+        GenerationConfig(**{name: value for name, value in values.items() if value is not None})
+
+    def _generation_config(self, values: dict[str, Any], attention_mask: np.ndarray) -> GenerationConfig:
+        """The caller's settings with this checkpoint's defaults. Without max_new_tokens the context sets the limit."""
+        values = {name: value for name, value in values.items() if value is not None}
+        longest = int(np.asarray(attention_mask).sum(axis=-1).max(initial=0))
+        room = self.config.text.max_position_embeddings - longest
+        values.setdefault("max_new_tokens", max(1, min(DEFAULT_NEW_TOKENS, room)))
+        values.setdefault("eos_token_ids", self.eos_token_ids)
+        return GenerationConfig(**values)
+
+    def _check_pixels(self, pixel_values: np.ndarray) -> np.ndarray:
+        if self.config.vision is None:
+            raise ValueError(f"{self.name} is a language model without a vision tower: it reads no images")
+        pixels = np.asarray(pixel_values, np.float32)
+        pixels = pixels[None] if pixels.ndim == 3 else pixels
+        if pixels.ndim != 4 or pixels.shape[1] != self.config.vision.num_channels:
+            raise ValueError(f"pixel_values must be [images, 3, height, width], not {list(np.shape(pixel_values))}")
+        return pixels
+
+    def _prepare(
+        self,
+        questions: Sequence[str],
+        images: Sequence[Any] | None,
+        histories: Sequence[History] | None,
+        system: str | None,
+        honour_exif: bool,
+        image_path: str,
+    ) -> _Batch:
+        """Text and pictures to arrays; everything that can be refused is refused here."""
+        if isinstance(questions, str) or not questions:
+            raise ValueError("batch_chat takes a list of at least one question")
+        template, tokenizer = self._template(), self.tokenizer
+        image_rows = [_as_list(row) for row in images] if images is not None else [[] for _ in questions]
+        histories = [list(h) for h in histories] if histories is not None else [[] for _ in questions]
+        if not len(questions) == len(image_rows) == len(histories):
+            raise ValueError(
+                f"{len(questions)} questions, {len(image_rows)} lists of images and {len(histories)} histories: give "
+                "one of each per row"
+            )
+        placed, rows, pixels = [], [], []
+        for number, (question, row_images, history) in enumerate(zip(questions, image_rows, histories)):
+            where = f"question {number + 1}: " if len(questions) > 1 else ""
+            try:
+                if not question.strip():
+                    raise ValueError("the question is empty")
+                if row_images and self.processor is None:
+                    raise ValueError(f"{self.name} has no vision tower: it reads no images")
+                question = place_images(question, len(row_images), bool(history))
+                tokens = self.config.tokens_per_image if row_images else 0
+                prompt = prepare_prompt(template, question, history, len(row_images), tokens, system=system)
+                for source in row_images:
+                    pixels.append(self.processor(load_image(source, honour_exif=honour_exif), path=image_path))
+            except ValueError as error:
+                raise type(error)(f"{where}{error}") from None
+            placed.append(question)
+            rows.append(tokenizer.encode(prompt))
+        input_ids, mask = pad_left(rows, tokenizer.pad_id or 0)
+        return _Batch(input_ids, mask, np.stack(pixels) if pixels else None, placed, histories)
+
+    def _template(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} has no tokenizer files: put them beside its config.json, or use generate()")
+        if self.config.template not in TEMPLATES:
+            raise ValueError(
+                f"{self.name} names the conversation template {self.config.template!r}; known are "
+                f"{sorted(TEMPLATES)}: set `template` in its config.json, or use generate()"
+            )
+        return TEMPLATES[self.config.template]
+
+    def _encode_batch(self, batch: _Batch, timer: _Timer) -> jax.Array | None:
+        if batch.pixel_values is None:
+            return None
+        features = jax.block_until_ready(self.generator.encode(batch.pixel_values))
+        timer.lap("encode")
+        return features
+
+    def _decode(self, state: DecodeState, gen: GenerationConfig) -> tuple[list[list[int]], list[str]]:
+        """Decode every row to its end; with stop strings the host looks between chunks and ends rows itself."""
+        chunk = STOP_CHUNK if gen.stop else gen.max_new_tokens
+        while True:
+            rows, reasons, running = self.generator.read(state)
+            if gen.stop:
+                for number, row in enumerate(rows):
+                    if self._cut_at_stop(self._text(row), gen.stop) is not None:
+                        reasons[number], running[number] = "stop", False
+                state = self.generator.end_rows(state, ~running)
+            if not running.any():
+                return rows, reasons
+            state = self.generator.decode(state, chunk)
+
+    def _stream(self, batch: _Batch, gen: GenerationConfig) -> Iterator[str | Reply]:
+        timer = _Timer()
+        features = self._encode_batch(batch, timer)
+        state = self.generator.prefill(batch.input_ids, batch.attention_mask, features, gen)
+        jax.block_until_ready(state.done)
+        timer.lap("prefill")
+        decoder, seen, given, text = StreamDecoder(self.tokenizer), 0, "", ""
+        while True:
+            (row,), (reason,), running = self.generator.read(state)
+            text += decoder.push(row[seen:])
+            seen = len(row)
+            finished = not running[0]
+            if finished:
+                text += decoder.flush()
+            cut = self._cut_at_stop(text, gen.stop)
+            if cut is not None:
+                text, reason, finished = cut, "stop", True
+            # Leading and trailing blanks are not part of the answer, nor may the beginning of a stop string be shown.
+            visible = text.strip() if finished else _held_back(text.lstrip().rstrip(), gen.stop)
+            if len(visible) > len(given):
+                yield visible[len(given) :]
+                given = visible
+            if finished:
+                timer.lap("decode")
+                prompt_tokens = batch.attention_mask[0].sum()
+                yield self._reply(row, reason, gen, batch.questions[0], batch.histories[0], prompt_tokens, timer)
+                return
+            state = self.generator.decode(state, STREAM_CHUNK)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    @staticmethod
+    def _cut_at_stop(text: str, stops: Sequence[str]) -> str | None:
+        """The text before the first stop string, None where there is none."""
+        found = [text.find(stop) for stop in stops if stop in text]
+        return text[: min(found)] if found else None
+
+    def _ends(self, gen: GenerationConfig) -> tuple[int, ...]:
+        return gen.eos_token_ids if gen.eos_token_ids is not None else self.config.text.eos_token_ids
+
+    def _reply(
+        self,
+        tokens: list[int],
+        reason: str,
+        gen: GenerationConfig,
+        question: str,
+        history: History,
+        prompt_tokens: int,
+        timer: _Timer,
+    ) -> Reply:
+        text = self._text(tokens)
+        cut = self._cut_at_stop(text, gen.stop)
+        if cut is not None:
+            text, reason = cut, "stop"
+        text = text.strip()
+        turns = [(str(q), str(a)) for q, a in history] + [(question, text)]
+        return Reply(text, [int(t) for t in tokens], reason, turns, int(prompt_tokens), timer.seconds())
+
+
+@dataclass(frozen=True)
+class _Batch:
+    input_ids: np.ndarray  # [B,T] int32, left-padded
+    attention_mask: np.ndarray  # [B,T] int32
+    pixel_values: np.ndarray | None  # [M,3,H,W] float32
+    questions: list[str]  # with their image placeholders
+    histories: list[list[tuple[str, str]]]
+
+
+class _Timer:
+    """Wall time by phase."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[name] = now - self._last
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        return {**self._laps, "total": self._last - self._start}
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def _tower(params: Params, pixel_values: jax.Array, *, config: Any, dtype: Any) -> jax.Array:
+    return intern_vit.forward(params, config, pixel_values, dtype=dtype)[0]
+
+
+def load(
+    path: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = None,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Chat:
+    """Load a checkpoint and return the Chat that runs it.
+
+    path: a directory that `internvl-jax convert` wrote, or a published Hugging Face directory as it is (extra
+        `convert`). None: the small model "nano" that ships with the project.
+    mesh: a device mesh to shard the model over (not yet: see the issue list); None: one device.
+    dtype: of parameters and compute, "bfloat16" or "float32". None: bfloat16 on TPU and GPU, float32 on CPU, whose XLA
+        backend has no bfloat16 kernels.
+    progress: called as progress(done_bytes, total_bytes, what) while reading.
+    Raises ConfigError, CheckpointError or TokenizerError (ValueErrors all) naming the file and what to do.
+    """
+    directory = NANO if path is None else Path(path)
+    if not directory.is_dir():
+        hint = "is a file: pass the directory that holds config.json" if directory.exists() else "does not exist"
+        raise ConfigError(f"{directory} {hint}")
+    _enable_compilation_cache()
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = jnp.dtype((jnp.float32 if on_cpu else jnp.bfloat16) if dtype is None else dtype)
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"dtype {dtype.name} is not supported: use float32 or bfloat16")
+    config = ChatConfig.from_file(directory)
+    params = _load_params(directory, config, dtype, progress)
+    if on_cpu:
+        params = unstack_towers(params)
+    has_tokenizer = any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+    return Chat(
+        config,
+        params,
+        dtype=dtype,
+        tokenizer=load_tokenizer(directory) if has_tokenizer and config.text is not None else None,
+        processor=_load_processor(directory, config),
+        eos_token_ids=_generation_eos(directory),
+        name="nano" if path is None else directory.name,
+    )
+
+
+def check_images(paths: Sequence[Path]) -> None:
+    """Raise ImageError for a picture that cannot be read, before a model is loaded for it."""
+    for path in paths:
+        load_image(path, honour_exif=True)
+
+
+def abstract_for_running(config: ChatConfig, dtype: Any) -> Params:
+    """The parameters that running needs: all but the vision layers past select_layer."""
+    tree = chat_model.abstract_params(config, dtype)
+    if config.vision is not None:
+        count = config.num_vision_layers
+        layers = tree["vision_model"]["layers"]
+        tree["vision_model"]["layers"] = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), layers
+        )
+    return tree
+
+
+def unstack_towers(params: Params) -> Params:
+    """Both towers' layers as tuples, for CPU, where a scan copies every layer's weights at each step."""
+    towers = {name: {**params[name], "layers": unstack(params[name]["layers"])} for name in _TOWERS if name in params}
+    return {**params, **towers}
+
+
+_TOWERS = ("vision_model", "language_model")
+
+
+def _load_params(
+    directory: Path, config: ChatConfig, dtype: Any, progress: Callable[[int, int, str], None] | None
+) -> Params:
+    abstract = abstract_for_running(config, dtype)
+    if checkpoint.is_converted(directory):
+        return checkpoint.load(directory, abstract, progress=progress)
+    try:
+        from checkpoints_convert.convert import load_hf
+    except ImportError as error:
+        raise ImportError(
+            f"{directory} is not converted, and reading PyTorch weights needs more packages ({error}): "
+            "pip install 'internvl-jax[convert]'"
+        ) from None
+    return load_hf(directory, abstract, progress=progress)
+
+
+def _load_processor(directory: Path, config: ChatConfig) -> ImageProcessor | None:
+    if config.vision is None:
+        return None
+    return ImageProcessor.from_dir(directory, config.image_size, pad_to_square=config.pad_to_square)
+
+
+def _generation_eos(directory: Path) -> tuple[int, ...] | None:
+    """The end tokens of generation_config.json, where there is one: transformers prefers them to config.json's."""
+    path = directory / "generation_config.json"
+    eos = read_json(path).get("eos_token_id") if path.exists() else None
+    return None if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def _as_list(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    return [images] if isinstance(images, (str, Path, bytes, Image.Image, np.ndarray)) else list(images)
+
+
+def _held_back(text: str, stops: Sequence[str]) -> str:
+    """`text` without an ending that may turn out to be the beginning of a stop string."""
+    longest = max(
+        (n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0
+    )
+    return text[: len(text) - longest]
+
+
+def _trim(row: np.ndarray, reason: str, ends: tuple[int, ...]) -> list[int]:
+    """A padded row of tokens up to its end token."""
+    tokens = [int(token) for token in row]
+    hits = [index for index, token in enumerate(tokens) if token in ends]
+    return tokens[: hits[0] + 1] if reason == "stop" and hits else tokens
+
+
+def _enable_compilation_cache() -> None:
+    """Keep compiled programs on disk, so that the second process starts fast; JAX_COMPILATION_CACHE_DIR overrides."""
+    if jax.config.jax_compilation_cache_dir is not None or os.environ.get("INTERNVL_JAX_CACHE") == "off":
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(home / "internvl_jax" / "xla"))
+    # By default only programs that took over a second to compile are kept; nano's all take less.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,0 +1,290 @@
+"""The `internvl-jax` command: argv in, printing out. Answers go to stdout; progress and messages to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+err = Console(stderr=True, highlight=False)
+
+INTERACTIVE_HELP = """\
+  /image FILE   show the model a picture (several: repeat it, then ask)
+  /clear        forget the pictures and the conversation
+  /help         this text
+  /quit         leave (Ctrl-D too); Ctrl-C stops an answer, not the program"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 1 a failed check, 2 an error that the user can mend."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        return 130
+    except BrokenPipeError:
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        # The project's own errors are ValueErrors that say what to do; a traceback would bury them.
+        err.print(f"[bold red]error:[/] {_escape(str(error) or type(error).__name__)}")
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="internvl-jax",
+        description="InternVL-Chat-V1-1 in JAX: chat about images, convert checkpoints, check the numbers.",
+        epilog="'internvl-jax COMMAND --help' explains each command.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    chat = commands.add_parser(
+        "chat",
+        help="ask a question about images, or talk in a session",
+        description="Without --checkpoint the small model 'nano' answers that ships with the project. Without a "
+        "PROMPT a session starts.\n\nexamples:\n  internvl-jax chat --image photo.jpg 'What is in this picture?'\n"
+        "  internvl-jax chat --checkpoint ./InternVL-Chat-V1-1-jax",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    chat.add_argument("prompt", nargs="?", metavar="PROMPT", help="the question; '-' reads it from standard input")
+    chat.add_argument("--checkpoint", type=Path, metavar="DIR", help="a converted directory, or a published one as is")
+    chat.add_argument("--image", type=Path, action="append", default=[], metavar="F", help="a picture; repeatable")
+    chat.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on TPU/GPU, float32 on CPU")
+    chat.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (1024, if the context has room)")
+    chat.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 (default) always takes the best")
+    chat.add_argument("--top-p", type=float, default=1.0, metavar="X", help="sample from this much probability (1)")
+    chat.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K best tokens (0: all)")
+    chat.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 discourages repeats")
+    chat.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search with N beams (1: none)")
+    chat.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (0)")
+    chat.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
+    chat.add_argument("--system", metavar="TEXT", help="a system message")
+    chat.add_argument("--ignore-exif", action="store_true", help="do not turn pictures as their EXIF data says")
+    chat.add_argument("--json", action="store_true", help="print one JSON object: answer, tokens, finish_reason, ...")
+    chat.set_defaults(run=_chat)
+
+    convert = commands.add_parser(
+        "convert",
+        help="turn a published PyTorch checkpoint into this project's format",
+        description="Reads SRC, a downloaded Hugging Face directory (pytorch_model-*.bin or model-*.safetensors), and "
+        "writes DST with the weights in Orbax format, config.json and tokenizer. Needs the extra 'convert'.",
+    )
+    convert.add_argument("src", type=Path, metavar="SRC", help="the published directory")
+    convert.add_argument("dst", type=Path, metavar="DST", help="the directory to write; must not exist")
+    convert.set_defaults(run=_convert)
+
+    export = commands.add_parser(
+        "export",
+        help="write a converted checkpoint back in its published PyTorch layout",
+        description="Reads SRC, a directory that 'convert' or training wrote, and writes DST with the published key "
+        "names, bit for bit. Needs the extra 'convert'.",
+    )
+    export.add_argument("src", type=Path, metavar="SRC", help="the converted directory")
+    export.add_argument("dst", type=Path, metavar="DST", help="the directory to write; must not exist")
+    export.add_argument("--safetensors", action="store_true", help="write model-*.safetensors, not pytorch_model-*.bin")
+    export.set_defaults(run=_export)
+
+    parity = commands.add_parser(
+        "parity",
+        help="compare this implementation with PyTorch's, layer by layer",
+        description="Runs the PyTorch reference and this project on the same picture and prompt, one layer at a time "
+        "from disk, and prints how far each stage differs. Exit code 0: all within tolerance. Needs the extra "
+        "'convert'.",
+    )
+    parity.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a published or a converted directory")
+    parity.add_argument("--reference", type=Path, metavar="DIR", help="the published directory to compare with")
+    parity.add_argument("--image", type=Path, metavar="F", help="a picture (default: a drawn test picture)")
+    parity.add_argument("--prompt", metavar="P", help="a question (default: a description is asked for)")
+    parity.add_argument("--json", action="store_true", help="print one JSON object")
+    parity.set_defaults(run=_parity)
+    return parser
+
+
+def _chat(args: argparse.Namespace) -> int:
+    generation = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "repetition_penalty": args.repetition_penalty,
+        "num_beams": args.num_beams,
+        "seed": args.seed,
+        "stop": tuple(args.stop),
+    }
+    if args.prompt is None and args.json:
+        raise ValueError("--json prints one answer: give it a PROMPT")
+    prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
+    if prompt is not None and not prompt.strip():
+        raise ValueError("the prompt is empty: ask a question, or leave PROMPT out to start a session")
+
+    from internvl_jax.chat import check_images, load
+    from internvl_jax.generate import GenerationConfig
+
+    GenerationConfig(**{name: value for name, value in generation.items() if value is not None})
+    check_images(args.image)
+    with _progress() as progress:
+        chat = load(args.checkpoint, dtype=args.dtype, progress=progress)
+    options = {"system": args.system, "honour_exif": not args.ignore_exif, **generation}
+    if prompt is None:
+        return _session(chat, list(args.image), options)
+    if args.json or args.num_beams > 1:
+        with _status("answering"):
+            reply = chat.chat(prompt, images=args.image, **options)
+    else:
+        reply = _print_stream(chat.stream(prompt, images=args.image, **options))
+    if args.json:
+        print(json.dumps(reply.to_dict(), ensure_ascii=False))
+    elif args.num_beams > 1:
+        print(reply.text)
+    if reply.finish_reason == "length":
+        err.print(f"(cut off after {len(reply.tokens)} tokens: --max-new-tokens allows more)", style="dim")
+    return 0
+
+
+def _print_stream(stream: Any) -> Any:
+    """Print the pieces of an answer as they come; returns the whole Reply."""
+    with _status("answering") as waiting:
+        for piece in stream:
+            waiting.stop()
+            print(piece, end="", flush=True)
+    print(flush=True)
+    return stream.reply
+
+
+def _session(chat: Any, images: list[Path], options: dict[str, Any]) -> int:
+    """Ask, answer, ask again, until end of input."""
+    from internvl_jax.chat import check_images
+
+    try:
+        import readline  # noqa: F401  (line editing for input(); absent on some systems)
+    except ImportError:
+        pass
+    if sys.stdin.isatty():
+        err.print(f"{chat.name}: type a question. /image FILE shows a picture, /help tells more.", markup=False)
+    history: list[tuple[str, str]] = []
+    while True:
+        try:
+            line = _ask(f"[{len(images)} image(s)] > " if images else "> ").strip()
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            err.print("\n(Ctrl-D or /quit leaves)")
+            continue
+        if not line:
+            continue
+        command, _, argument = line.partition(" ")
+        try:
+            if command in ("/quit", "/exit"):
+                return 0
+            elif command == "/help":
+                err.print(INTERACTIVE_HELP, markup=False)
+            elif command == "/clear":
+                images, history = [], []
+            elif command == "/image":
+                path = Path(argument.strip().strip("'\"")).expanduser()
+                check_images([path])
+                if history:
+                    err.print("(a new picture starts a new conversation)")
+                    images, history = [], []
+                images.append(path)
+            elif command.startswith("/"):
+                err.print(f"{command} is no command here; there are:\n{INTERACTIVE_HELP}", markup=False)
+            else:
+                history = _print_stream(chat.stream(line, images=images, history=history, **options)).history
+        except KeyboardInterrupt:
+            print()
+            err.print("(stopped; this answer is not remembered)")
+        except ValueError as error:
+            err.print(f"[bold red]error:[/] {_escape(str(error))}")
+
+
+def _ask(prompt: str) -> str:
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line
+    # input() writes its prompt to stdout; stdout is for answers.
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    return input()
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from checkpoints_convert.convert import convert
+
+    with _progress() as progress:
+        report = convert(args.src, args.dst, progress=progress)
+    err.print(report.summary(), markup=False)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from checkpoints_convert.export import export
+
+    with _progress() as progress:
+        report = export(args.src, args.dst, safe_serialization=args.safetensors or None, progress=progress)
+    err.print(report.summary(), markup=False)
+    return 0
+
+
+def _parity(args: argparse.Namespace) -> int:
+    from checkpoints_convert.parity import run_parity
+
+    with _progress() as progress:
+        report = run_parity(
+            args.checkpoint, image=args.image, prompt=args.prompt, reference=args.reference, progress=progress
+        )
+    if args.json:
+        print(json.dumps(report.to_dict(), ensure_ascii=False))
+    else:
+        report.print(Console(highlight=False))
+    return 0 if report.passed else 1
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr for `progress(done_bytes, total_bytes, what)`; silent where stderr is no terminal."""
+    columns = ("[progress.description]{task.description}", BarColumn())
+    with Progress(
+        *(TextColumn(c) if isinstance(c, str) else c for c in columns),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        disable=not err.is_terminal,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def report(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield report
+
+
+@contextmanager
+def _status(what: str) -> Iterator[Any]:
+    """A spinner on stderr while the first token is awaited (the first call of a shape also compiles)."""
+    status = err.status(f"{what} (the first time also compiles)")
+    if err.is_terminal:
+        status.start()
+    try:
+        yield status
+    finally:
+        status.stop()
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
