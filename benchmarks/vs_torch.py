@@ -1,0 +1,199 @@
+"""The same weights and inputs through transformers/torch and through this project, on this machine, in one run.
+
+    python benchmarks/vs_torch.py [--dtype float32 bfloat16] [--runs 5] [--json]
+
+A model of 236M parameters in transformers' InternVL layout is built with random weights, saved, and loaded here from
+the saved files. Timed, each implementation in turns: encoding images, prefill (first token included), and decoding.
+Torch runs eagerly with its default attention (sdpa) in inference_mode, its decode loop written by hand (transformers'
+generate() would add its own overhead); here the loops are the ones that `internvl_jax.load(...)` runs. The ratio is
+torch's time over ours: above 1 we are faster. Outputs are compared first, so that equal work is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+import internvl_jax
+from internvl_jax.generate import GenerationConfig
+
+IMAGES, PROMPT, NEW_TOKENS = 2, 512, 64
+IMAGE_TOKEN = 5
+
+
+def build(seed: int) -> torch.nn.Module:
+    """Random InternVL: a ViT of 25M parameters at 448 pixels (1025 tokens) and a LLaMA of 211M."""
+    torch.manual_seed(seed)
+    text = transformers.LlamaConfig(
+        vocab_size=32000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    vision = transformers.InternVLVisionConfig(
+        hidden_size=640,
+        intermediate_size=2560,
+        num_hidden_layers=5,
+        num_attention_heads=5,
+        norm_type="rms_norm",
+        use_qk_norm=True,
+    )
+    config = transformers.InternVLConfig(
+        vision_config=vision.to_dict(),
+        text_config=text.to_dict(),
+        image_token_id=IMAGE_TOKEN,
+        tie_word_embeddings=False,
+    )
+    return transformers.InternVLForConditionalGeneration(config).eval()
+
+
+def timed(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def compare(model: torch.nn.Module, directory: Path, dtype: str, runs: int) -> list[dict[str, Any]]:
+    """Time every stage in both implementations, in turns; one dict per stage."""
+    torch_dtype = getattr(torch, dtype)
+    model = model.to(torch_dtype)
+    ours = internvl_jax.load(directory, dtype=dtype)
+    generator = ours.generator
+    rng = np.random.default_rng(0)
+    pixels = rng.standard_normal((IMAGES, 3, 448, 448), dtype=np.float32)
+    ids = rng.integers(10, 32000, (1, PROMPT)).astype(np.int32)
+    # No token ends the answer: both decode NEW_TOKENS tokens.
+    gen = GenerationConfig(max_new_tokens=NEW_TOKENS + 1, min_new_tokens=NEW_TOKENS + 1)
+    torch_pixels, torch_ids = torch.from_numpy(pixels).to(torch_dtype), torch.from_numpy(ids).long()
+
+    def torch_prefill() -> tuple[Any, Any]:
+        out = model(input_ids=torch_ids, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1:].argmax(-1), out.past_key_values
+
+    def torch_decode(token: Any, cache: Any) -> list[int]:
+        tokens = []
+        for _ in range(NEW_TOKENS):
+            out = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1:].argmax(-1)
+            tokens.append(int(token))
+        return tokens
+
+    def torch_features() -> torch.Tensor:
+        features = model.get_image_features(pixel_values=torch_pixels)
+        return getattr(features, "pooler_output", features)
+
+    times: dict[str, tuple[list[float], list[float]]] = {stage: ([], []) for stage in ("encode", "prefill", "decode")}
+    with torch.inference_mode():
+        difference = np.abs(torch_features().float().numpy() - np.asarray(generator.encode(pixels), np.float32)).max()
+        first, cache = torch_prefill()
+        state = generator.prefill(ids, None, None, gen)
+        mine = generator.read(generator.decode(state, NEW_TOKENS))[0][0]
+        theirs = [int(first), *torch_decode(first, cache)]
+        agree = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), len(theirs))
+        for _ in range(runs):
+            times["encode"][0].append(timed(torch_features))
+            times["encode"][1].append(timed(lambda: jax.block_until_ready(generator.encode(pixels))))
+            start = time.perf_counter()
+            first, cache = torch_prefill()
+            times["prefill"][0].append(time.perf_counter() - start)
+            times["decode"][0].append(timed(lambda first=first, cache=cache: torch_decode(first, cache)))
+            start = time.perf_counter()
+            state = jax.block_until_ready(generator.prefill(ids, None, None, gen))
+            times["prefill"][1].append(time.perf_counter() - start)
+            times["decode"][1].append(
+                timed(lambda state=state: jax.block_until_ready(generator.decode(state, NEW_TOKENS)))
+            )
+    work = {"encode": (IMAGES, "images/s"), "prefill": (PROMPT, "tokens/s"), "decode": (NEW_TOKENS, "tokens/s")}
+    rows = []
+    for stage, (theirs_s, ours_s) in times.items():
+        amount, unit = work[stage]
+        a, b = statistics.median(theirs_s), statistics.median(ours_s)
+        rows.append(
+            {
+                "dtype": dtype,
+                "stage": stage,
+                "unit": unit,
+                "torch": amount / a,
+                "ours": amount / b,
+                "ratio": a / b,
+                "torch_seconds": theirs_s,
+                "our_seconds": ours_s,
+                "max_feature_difference": float(difference),
+                "equal_greedy_tokens": agree,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    model = build(seed=0)
+    parameters = sum(p.numel() for p in model.parameters())
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        for dtype in args.dtype:
+            rows += compare(model, Path(directory), dtype, args.runs)
+    machine = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "transformers": transformers.__version__,
+        "jax": jax.__version__,
+        "parameters": parameters,
+    }
+    if args.json:
+        print(json.dumps({"machine": machine, "rows": rows}))
+        return
+    table = Table(title=f"{parameters / 1e6:.0f}M parameters, {machine['cores']} cores, {machine['processor']}")
+    for column in ("dtype", "stage", "torch", "ours", "ratio", "equal tokens"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        speeds = (f"{row[k]:.2f} {row['unit']}" for k in ("torch", "ours"))
+        table.add_row(
+            row["dtype"],
+            row["stage"],
+            *speeds,
+            f"{row['ratio']:.2f}",
+            f"{row['equal_greedy_tokens']}/{NEW_TOKENS + 1}",
+        )
+    Console().print(table)
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, jax {jax.__version__}; median of runs")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
