@@ -1,1 +1,1 @@
-"""Between PyTorch checkpoints and this project's: read, map, convert, export, compare. The one room that knows torch."""
+"""Between PyTorch checkpoints and this project's: read, map, convert, export, compare. Only this room knows torch."""

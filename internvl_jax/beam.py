@@ -42,8 +42,7 @@ EARLY_STOPPING = {False: 0, True: 1, "never": 2}
 _ABSENT = -1e9
 
 
-@flax.struct.dataclass
-class BeamState:
+class BeamState(flax.struct.PyTreeNode):
     """Beams on their way: W beams for each of B rows, W = num_beams."""
 
     cache: KVCache  # of B*W rows, the beams of a row side by side

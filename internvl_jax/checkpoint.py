@@ -136,7 +136,7 @@ def load(directory: str | Path, abstract: Any, *, progress: Progress | None = No
 
 
 def chunk_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a leaf's chunks: one layer of a stack, in equal parts along the axis that tensor parallelism splits."""
+    """The shape of a leaf's chunks: one layer of a stack, in equal parts along the axis that a mesh splits."""
     chunk = list(shape)
     if "/layers/" in name:
         chunk[0] = 1

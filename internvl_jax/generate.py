@@ -36,8 +36,7 @@ from internvl_jax.sampling import GenerationConfig, Settings, make_settings, sel
 SMALLEST_BUCKET = 64  # tokens; shorter prompts cost about the same
 
 
-@flax.struct.dataclass
-class DecodeState:
+class DecodeState(flax.struct.PyTreeNode):
     """Rows on their way. A value: `decode_loop` takes one and returns the next, and its buffers are donated."""
 
     cache: KVCache  # keys and values of the prompt and of every generated token but the last

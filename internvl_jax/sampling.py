@@ -76,13 +76,12 @@ class GenerationConfig:
 def _whole(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be a whole number, not {value!r}")
-    if not least <= value < 2**31:
+    if not least <= int(value) < 2**31:
         raise ValueError(f"{name} must be at least {least} and below 2**31, not {value}")
     return int(value)
 
 
-@flax.struct.dataclass
-class Settings:
+class Settings(flax.struct.PyTreeNode):
     """A GenerationConfig on the device. Rows have their own values, so that one batch may serve several callers."""
 
     max_new_tokens: Array  # [B] int32

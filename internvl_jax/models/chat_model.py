@@ -114,7 +114,8 @@ def forward(
     Returns logits [B,T,V] float32 and `out`: with collect, "vision" and "language" hold each part's own.
     """
     valid = jnp.ones(input_ids.shape, bool) if valid is None else valid
-    features, vision_out = None, {}
+    features = None
+    vision_out: dict[str, Array] = {}
     if pixel_values is not None:
         features, vision_out = encode_images(params, config, pixel_values, dtype=dtype, collect=collect, remat=remat)
     x = embed_prompt(params, input_ids, features, image_token_id, dtype=dtype)
@@ -123,7 +124,5 @@ def forward(
     hidden, _, language_out = llama.forward(
         language, config.text, x, positions, valid, dtype=dtype, collect=collect, remat=remat
     )
-    return llama.logits(language, config.text, hidden), {
-        "vision": vision_out,
-        "language": language_out,
-    } if collect else {}
+    out = {"vision": vision_out, "language": language_out} if collect else {}
+    return llama.logits(language, config.text, hidden), out

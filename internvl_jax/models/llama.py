@@ -39,15 +39,14 @@ CACHE = P(None, *PER_LAYER_CACHE)  # [L,B,K,S,H]
 COLUMNS = P("fsdp", TENSOR)  # kernels [D,F]
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """Keys and values of what was read so far. A value: passed in, returned, donated by the caller.
 
     Slots are shared by the rows: token i of a call goes to slot length + i of every row, whatever its position.
     """
 
-    k: Array | tuple[Array, ...]  # [L,B,K,S,H], or a tuple of L [B,K,S,H] where the parameters are a tuple
-    v: Array | tuple[Array, ...]
+    k: Any  # Array [L,B,K,S,H], or a tuple of L [B,K,S,H] where the parameters are a tuple
+    v: Any
     positions: Array  # [B,S] int32, the position of the token in each slot
     valid: Array  # [B,S] bool, False for padding and for slots not yet written
     length: Array  # [] int32, slots written
@@ -67,12 +66,13 @@ class KVCache:
     def append(self, layer: int | Array, k: Array, v: Array) -> tuple[KVCache, Array, Array]:
         """Write one layer's k and v [B,K,T,H] at the next slots; return all of that layer's, [B,K,S,H]."""
         if isinstance(self.k, tuple):
-            start = (0, 0, self.length, 0)
-            k = jax.lax.dynamic_update_slice(self.k[layer], k.astype(self.k[layer].dtype), start)
-            v = jax.lax.dynamic_update_slice(self.v[layer], v.astype(self.v[layer].dtype), start)
-            keys = self.k[:layer] + (k,) + self.k[layer + 1 :]
-            values = self.v[:layer] + (v,) + self.v[layer + 1 :]
-            return self.replace(k=keys, v=values), k, v
+            slot = (0, 0, self.length, 0)
+            k = jax.lax.dynamic_update_slice(self.k[layer], k.astype(self.k[layer].dtype), slot)
+            v = jax.lax.dynamic_update_slice(self.v[layer], v.astype(self.v[layer].dtype), slot)
+            cache = self.replace(
+                k=(*self.k[:layer], k, *self.k[layer + 1 :]), v=(*self.v[:layer], v, *self.v[layer + 1 :])
+            )
+            return cache, k, v
         # The whole stack is carried through the scan and updated in place: as a scanned input and output it would be
         # held twice.
         start = (layer, 0, 0, self.length, 0)

@@ -251,8 +251,8 @@ def _word(rng: np.random.Generator, split: str) -> _Picture:
     shown = word.upper() if rng.random() < 0.5 else word
     font = ImageFont.load_default(int(rng.integers(28, 37)))
     left, top, right, bottom = draw.textbbox((0, 0), shown, font=font)
-    x = rng.integers(2, max(3, SIZE - (right - left) - 2)) - left
-    y = rng.integers(4, SIZE - (bottom - top) - 4) - top
+    x = int(rng.integers(2, max(3, SIZE - int(right - left) - 2))) - left
+    y = int(rng.integers(4, SIZE - int(bottom - top) - 4)) - top
     draw.text((x, y), shown, font=font, fill=tuple(int(v) for v in rng.integers(0, 110, 3)))
     asked: _Bilingual = ("word", ("What word is written here?", word), ("图中写的是什么单词？", word), 1 / len(WORDS))
     return _finish(image, rng), [asked], (0,) * 20 + (1 + WORDS.index(word),)

@@ -3,8 +3,8 @@
     python -m internvl_jax.nano.train --out DIR [--steps N]
 
 Two stages. First the tower and the projector alone, against labels of what is in the picture, read off the visual
-tokens by one linear layer: learning to see through the language model's few answer tokens takes many times as long. Then
-everything together on questions and answers, the labels still helping. The linear layer is not part of the model.
+tokens by one linear layer: learning to see through the language model's few answer tokens takes many times as long.
+Then everything together on questions and answers, the labels still helping. The linear layer is not part of the model.
 
 Deterministic: a batch is a function of its step's number. Resumable: a run that is killed goes on from its last
 checkpoint when the same command is given again, with the same result.
@@ -61,15 +61,14 @@ class Recipe:
     checkpoint_every: int = 100
 
 
-@flax.struct.dataclass
-class Batch:
+class Batch(flax.struct.PyTreeNode):
     """Rows with pictures come first, so that the pictures in order are the prompts' pictures in order."""
 
-    input_ids: np.ndarray  # [B,T] int32, padded on the right
-    valid: np.ndarray  # [B,T] bool
-    supervised: np.ndarray  # [B,T] bool: answers and their end tokens
-    pixel_values: np.ndarray  # [B,3,S,S] float32; those of text-only rows are never read
-    contents: np.ndarray  # [B,21] int32, see render.CONTENTS
+    input_ids: Any  # [B,T] int32, padded on the right
+    valid: Any  # [B,T] bool
+    supervised: Any  # [B,T] bool: answers and their end tokens
+    pixel_values: Any  # [B,3,S,S] float32; those of text-only rows are never read
+    contents: Any  # [B,21] int32, see render.CONTENTS
 
 
 def tokenize(sample: Sample, tokenizer: Tokenizer, tokens_per_image: int) -> tuple[list[int], list[bool]]:

@@ -208,7 +208,8 @@ class SentencePieceTokenizer:
         pieces = list(pieces)
         if pieces[0].startswith(SPACE_MARK):
             pieces[0] = pieces[0][1:]
-        text, run, after_special = "", [], False
+        text, after_special = "", False
+        run: list[str] = []
         for at, piece in enumerate(pieces):
             if piece in self._special:
                 if self.legacy and at and not after_special:
