@@ -30,6 +30,7 @@ Progress = Callable[[int, int, str], None]
 
 PARAMS = "params"
 PARTS = 8  # chunks along the tensor axis, at most: the largest tensor axis that V1-1 can use
+SMALLEST_PART = 1 << 20  # bytes; below, a read costs more than it saves, and a small model would be a thousand files
 READS = 16  # chunk reads under way at once
 _CONTEXT = ts.Context(
     {"file_io_concurrency": {"limit": READS}, "file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}}
@@ -67,7 +68,7 @@ class Writer:
         metadata = {
             "zarr_format": 2,
             "shape": list(leaf.shape),
-            "chunks": list(chunk_shape(name, leaf.shape)),
+            "chunks": list(chunk_shape(name, leaf.shape, jnp.dtype(leaf.dtype).itemsize)),
             "compressor": None,
             "dimension_separator": ".",
             "fill_value": None,
@@ -135,14 +136,15 @@ def load(directory: str | Path, abstract: Any, *, progress: Progress | None = No
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def chunk_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """The shape of a leaf's chunks: one layer of a stack, in equal parts along the axis that a mesh splits."""
     chunk = list(shape)
     if "/layers/" in name:
         chunk[0] = 1
     axis = _tensor_axis(name)
     if axis is not None:
-        chunk[axis] //= max(parts for parts in range(1, PARTS + 1) if shape[axis] % parts == 0)
+        most = min(PARTS, math.prod(chunk) * itemsize // SMALLEST_PART)
+        chunk[axis] //= max((parts for parts in range(2, most + 1) if shape[axis] % parts == 0), default=1)
     return tuple(chunk)
 
 
