@@ -1,0 +1,121 @@
+"""Measure nano on held-out pictures, by kind of question and language.
+
+    python -m internvl_jax.nano.evaluate [--checkpoint DIR] [--count N] [--json] [--pictures DIR]
+
+The pictures come from random streams that training never used, the handwritten digits from scans that it never saw
+(render.py). An answer is right when its text equals the expected one exactly. Decoding is greedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import internvl_jax
+from internvl_jax.chat import Chat
+from internvl_jax.nano.render import KINDS, heldout_questions, make_sample
+
+BATCH = 50
+LANGUAGES = ("en", "zh")
+PICTURES = {"shapes.png": 3, "digits.png": 0, "word.png": 10}  # held-out samples that ship with the package
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers of `count`; `chance` is what guessing among the answers that can occur would give."""
+
+    kind: str
+    language: str
+    count: int
+    right: int
+    chance: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.count
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the 95% interval (Wilson, 1927)."""
+        z, n, p = 1.96, self.count, self.accuracy
+        return z / (1 + z**2 / n) * float(np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)))
+
+
+def score(chat: Chat, kind: str, language: str, count: int) -> Score:
+    """Ask `count` held-out questions of one kind in one language, in batches."""
+    asked = heldout_questions(kind, language, count)
+    right = 0
+    for start in range(0, count, BATCH):
+        part = asked[start : start + BATCH]
+        questions, images = [question.text for _, question in part], [image for image, _ in part]
+        replies = chat.batch_chat(questions, images, max_new_tokens=16)
+        right += sum(reply.text == question.answer for reply, (_, question) in zip(replies, part))
+    return Score(kind, language, count, right, float(np.mean([question.chance for _, question in asked])))
+
+
+def evaluate(chat: Chat, count: int, progress: Callable[[Any], Any] = iter) -> list[Score]:
+    """All kinds of questions in both languages; `progress` wraps the list of what is asked."""
+    return [
+        score(chat, kind, language, count) for kind, language in progress([(k, x) for k in KINDS for x in LANGUAGES])
+    ]
+
+
+def write_pictures(directory: Path) -> None:
+    """Write the held-out pictures that ship with the package."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, index in PICTURES.items():
+        Image.fromarray(make_sample("heldout", index).image).save(directory / name)
+
+
+def print_table(scores: list[Score], console: Console) -> None:
+    """One row per kind, then all together."""
+    table = Table(title=f"held-out questions answered exactly right, {scores[0].count} per cell (95% interval)")
+    for column in ("question", "English", "Chinese", "chance"):
+        table.add_column(column, justify="left" if column == "question" else "right")
+    for kind in KINDS:
+        row = [s for s in scores if s.kind == kind]
+        table.add_row(kind, *(f"{s.accuracy:.1%} ± {s.margin:.1%}" for s in row), f"{row[0].chance:.0%}")
+    means = [np.mean([s.accuracy for s in scores if s.language == language]) for language in LANGUAGES]
+    table.add_row("mean", *(f"{mean:.1%}" for mean in means), f"{np.mean([s.chance for s in scores]):.0%}")
+    console.print(table)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse arguments, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the model that ships")
+    parser.add_argument("--count", type=int, default=500, metavar="N", help="questions per kind and language")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="write the pictures that ship, and stop")
+    args = parser.parse_args(argv)
+    if args.count < 1:
+        parser.error("--count must be at least 1")
+    if args.pictures:
+        write_pictures(args.pictures)
+        return
+    chat = internvl_jax.load(args.checkpoint)
+    quiet = Console(stderr=True)
+    scores = evaluate(
+        chat, args.count, lambda parts: track(parts, "asking", console=quiet, disable=not quiet.is_terminal)
+    )
+    if args.json:
+        print(json.dumps({"dtype": chat.dtype.name, "scores": [{**asdict(s), "accuracy": s.accuracy} for s in scores]}))
+        return
+    print_table(scores, Console())
+    print(f"{chat.name}, {chat.dtype.name}, {platform.machine()} with {os.cpu_count()} cores")
+
+
+if __name__ == "__main__":
+    main()
