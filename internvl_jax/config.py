@@ -9,7 +9,9 @@ Values are read from the checkpoint's own file; nothing here assumes a published
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +54,21 @@ class VisionConfig:
     drop_path_rate: float = 0.0
 
     def __post_init__(self):
-        require_positive(self, "hidden_size num_hidden_layers num_attention_heads intermediate_size image_size")
-        require(self.hidden_size % self.num_attention_heads == 0, "vision hidden_size must be a multiple of its heads")
-        require(self.image_size >= self.patch_size > 0, "vision image_size must be at least one patch_size")
+        require_kinds(self)
+        require_positive(
+            self,
+            "hidden_size num_hidden_layers num_attention_heads intermediate_size image_size patch_size num_channels "
+            "layer_norm_eps qk_norm_eps",
+        )
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"vision hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+            f"({self.num_attention_heads})",
+        )
+        require(
+            self.image_size >= self.patch_size,
+            f"vision image_size ({self.image_size}) must be at least one patch_size ({self.patch_size})",
+        )
         require(self.norm_type in ("rms_norm", "layer_norm"), f"vision norm_type {self.norm_type!r} is not known")
         require(0.0 <= self.drop_path_rate < 1.0, "vision drop_path_rate must lie in [0, 1)")
 
@@ -87,13 +101,21 @@ class RopeScaling:
             self.rope_type in ("linear", "dynamic", "llama3"),
             f"rope scaling {self.rope_type!r} is not implemented (linear, dynamic and llama3 are)",
         )
-        require(isinstance(self.factor, (int, float)), f"rope scaling {self.rope_type!r} needs a factor")
+        require(self.factor is not None, f"rope scaling {self.rope_type!r} needs a factor")
+        require_kinds(self)
         if self.rope_type == "llama3":
             values = (self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings)
             require(
                 None not in values,
                 "rope scaling llama3 needs low_freq_factor, high_freq_factor and original_max_position_embeddings",
             )
+            require_positive(self, "original_max_position_embeddings")
+            require(
+                self.low_freq_factor < self.high_freq_factor,
+                f"rope scaling llama3 needs a low_freq_factor ({self.low_freq_factor}) below its high_freq_factor "
+                f"({self.high_freq_factor})",
+            )
+        require_positive(self, "factor")
 
 
 @dataclass(frozen=True)
@@ -119,10 +141,11 @@ class TextConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self):
+        require_kinds(self)
         require_positive(
             self,
             "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size num_key_value_heads "
-            "head_dim max_position_embeddings",
+            "head_dim max_position_embeddings rms_norm_eps rope_theta",
         )
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
@@ -139,6 +162,10 @@ class ProjectorConfig:
     in_features: int
     out_features: int
     layer_norm_eps: float = 1e-5  # torch's default, which the reference uses: no config.json names it
+
+    def __post_init__(self):
+        require_kinds(self)
+        require_positive(self, "in_features out_features layer_norm_eps")
 
 
 @dataclass(frozen=True)
@@ -158,8 +185,10 @@ class ChatConfig:
     image_token_id: int | None = None  # only where config.json gives it; else the tokenizer's <IMG_CONTEXT>
 
     def __post_init__(self):
+        require_kinds(self)
         require(self.layout in LAYOUTS, f"layout {self.layout!r} is not one of {sorted(LAYOUTS)}")
         require(self.ps_version in ("v1", "v2"), f"ps_version {self.ps_version!r} is not known (v1 and v2 are)")
+        unshuffle_of(self.downsample_ratio)
         if self.vision is not None:
             layers = self.vision.num_hidden_layers
             require(
@@ -175,14 +204,11 @@ class ChatConfig:
         if self.projector is not None:
             require(self.vision is not None and self.text is not None, "a projector needs a tower on either side")
             ratio = self.unshuffle
-            require(
-                abs(ratio * self.downsample_ratio - 1) < 1e-6,
-                f"downsample_ratio {self.downsample_ratio} is not one over a whole number",
-            )
             grid = self.image_size // self.vision.patch_size
             require(
                 grid % ratio == 0,
-                f"an image of {self.image_size} pixels has {grid} patches per side, not a multiple of {ratio}",
+                f"an image of {self.image_size} pixels has {grid} patches per side, not a multiple of {ratio} "
+                f"(downsample_ratio {self.downsample_ratio})",
             )
             require(
                 self.projector.in_features == self.vision.hidden_size * ratio**2,
@@ -194,7 +220,7 @@ class ChatConfig:
     @property
     def unshuffle(self) -> int:
         """Side of the square of patches that pixel_unshuffle folds into one token."""
-        return round(1 / self.downsample_ratio)
+        return unshuffle_of(self.downsample_ratio)
 
     @property
     def num_vision_layers(self) -> int:
@@ -250,11 +276,53 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+# How an error names what a field's annotation asks for.
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "tuple[int, ...]": "whole numbers",
+    "None": "null",
+}
+
+
+def require_kinds(config: Any) -> None:
+    """Every plain field of a configuration holds what its annotation says: config.json may hold anything."""
+    for field in dataclasses.fields(config):
+        kinds = [kind for kind in str(field.type).split(" | ") if kind in _KINDS]
+        value = getattr(config, field.name)
+        if kinds[:1] not in ([], ["None"]) and not any(_is_kind(value, kind) for kind in kinds):
+            expected = " or ".join(_KINDS[kind] for kind in kinds)
+            raise ConfigError(f"{type(config).__name__}.{field.name} must be {expected}, not {value!r}")
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    if kind == "None":
+        return value is None
+    if kind == "tuple[int, ...]":
+        return isinstance(value, tuple) and all(_is_kind(item, "int") for item in value)
+    if kind in ("bool", "str"):
+        return isinstance(value, bool if kind == "bool" else str)
+    number = (int,) if kind == "int" else (int, float)
+    return isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def require_positive(config: Any, names: str) -> None:
     for name in names.split():
         value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ConfigError(f"{type(config).__name__}.{name} must be a positive whole number, not {value!r}")
+        require(value > 0, f"{type(config).__name__}.{name} must be positive, not {value!r}")
+
+
+def unshuffle_of(downsample_ratio: Any) -> int:
+    """The whole number that a downsample_ratio is one over."""
+    valid = _is_kind(downsample_ratio, "float") and 0 < downsample_ratio <= 1
+    ratio = round(1 / downsample_ratio) if valid else 0
+    require(
+        abs(ratio * downsample_ratio - 1) < 1e-6 if valid else False,
+        f"downsample_ratio {downsample_ratio!r} is not one over a whole number",
+    )
+    return ratio
 
 
 def _internvl_chat_v1_1() -> ChatConfig:

@@ -21,6 +21,7 @@ from internvl_jax.config import (
     TextConfig,
     VisionConfig,
     require,
+    unshuffle_of,
 )
 
 # What PretrainedConfig writes into every section and what describes training, generation defaults or kernels only.
@@ -41,7 +42,7 @@ _BOILERPLATE = frozenset(
 def read(config: Mapping[str, Any]) -> ChatConfig:
     """The configuration that a published config.json describes. Raises ConfigError naming what cannot be run."""
     model_type = config.get("model_type")
-    if model_type not in LAYOUTS:
+    if not isinstance(model_type, str) or model_type not in LAYOUTS:
         known = ", ".join(f"{name} ({what})" for name, what in LAYOUTS.items())
         raise ConfigError(f"config.json has model_type {model_type!r}; the layouts that can be read are: {known}")
     try:
@@ -55,7 +56,7 @@ def read(config: Mapping[str, Any]) -> ChatConfig:
         return ChatConfig(vision=None, projector=None, text=_text_from_hf(config, "config.json"), layout="llama")
     except ConfigError:
         raise
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         # A text where a number belongs, a list where a section belongs: the file is not what its model_type says.
         raise ConfigError(f"config.json of model_type {model_type!r} has a value of the wrong kind ({error})") from None
 
@@ -207,13 +208,11 @@ def _rope(section: _Section) -> tuple[float, RopeScaling | None]:
     section.used.add("rope_theta")
     values.setdefault("rope_type", values.pop("type", "default"))
     values.pop("type", None)
-    if values["rope_type"] == "default":
-        return float(theta), None
     known = {name: values.pop(name, None) for name in RopeScaling.__dataclass_fields__}
-    scaling = RopeScaling(**known)
+    scaling = None if known["rope_type"] == "default" else RopeScaling(**known)
     if values:
         raise ConfigError(f"{section.where}: rope scaling has fields that are not implemented: {sorted(values)}")
-    return float(theta), scaling
+    return theta, scaling
 
 
 def _chat_from_internvl_chat(config: Mapping[str, Any]) -> ChatConfig:
@@ -224,13 +223,13 @@ def _chat_from_internvl_chat(config: Mapping[str, Any]) -> ChatConfig:
     section.only("use_llm_lora", 0, why="merge the LoRA weights into the checkpoint first")
     architecture = (text_section.get("architectures") or ["LlamaForCausalLM"])[0]
     if text_section.get("model_type", "llama") != "llama" or architecture != "LlamaForCausalLM":
-        raise ConfigError(f"llm_config is {architecture}: only LlamaForCausalLM is implemented")
+        raise ConfigError(f"llm_config has architectures {architecture}: only LlamaForCausalLM is implemented")
     vision = _vision_from_internvit(vision_section, "config.json: vision_config")
     text = _text_from_hf(text_section, "config.json: llm_config")
     ratio = section.get("downsample_ratio", 0.5)
     chat = ChatConfig(
         vision=vision,
-        projector=ProjectorConfig(vision.hidden_size * round(1 / ratio) ** 2, text.hidden_size),
+        projector=ProjectorConfig(vision.hidden_size * unshuffle_of(ratio) ** 2, text.hidden_size),
         text=text,
         layout="internvl_chat",
         select_layer=section.get("select_layer", -1),
@@ -253,7 +252,7 @@ def _chat_from_hf_internvl(config: Mapping[str, Any]) -> ChatConfig:
     if text_section.get("model_type") != "llama":
         raise ConfigError(f"text_config has model_type {text_section.get('model_type')!r}: only llama is implemented")
     select = section.get("vision_feature_layer", -1)
-    if not isinstance(select, int):
+    if isinstance(select, (list, tuple)):
         raise ConfigError(f"config.json has vision_feature_layer = {select!r}: only one layer can be selected")
     vision = _vision_from_hf_internvl(vision_section, "config.json: vision_config")
     # transformers 5 ties by the outer flag, earlier versions wrote the inner one only.
@@ -262,7 +261,7 @@ def _chat_from_hf_internvl(config: Mapping[str, Any]) -> ChatConfig:
     ratio = section.get("downsample_ratio", 0.5)
     chat = ChatConfig(
         vision=vision,
-        projector=ProjectorConfig(vision.hidden_size * round(1 / ratio) ** 2, text.hidden_size),
+        projector=ProjectorConfig(vision.hidden_size * unshuffle_of(ratio) ** 2, text.hidden_size),
         text=text,
         layout="internvl",
         select_layer=select,
