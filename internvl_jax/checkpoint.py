@@ -57,18 +57,25 @@ class Writer:
         self._temporary = directory / f".{PARAMS}.tmp-{os.getpid()}"
         if self._final.exists():
             raise CheckpointError(f"{self._final} exists already: remove it, or write somewhere else")
+        self._pending: ts.WriteFutures | None = None
+        leaves = dict(named_leaves(abstract))
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(parents=True)
-        leaves = dict(_named_leaves(abstract))
-        self._stores = {name: self._create(name, leaf) for name, leaf in leaves.items()}
-        for name, value in _orbax_metadata(leaves).items():
-            (self._temporary / name).write_text(json.dumps(value))
+        try:
+            self._stores = {name: self._create(name, leaf) for name, leaf in leaves.items()}
+            for name, value in _orbax_metadata(leaves).items():
+                (self._temporary / name).write_text(json.dumps(value))
+        except BaseException:
+            self.__exit__()
+            raise
 
     def _create(self, name: str, leaf: Any) -> ts.TensorStore:
+        dtype = jnp.dtype(leaf.dtype)
         metadata = {
             "zarr_format": 2,
             "shape": list(leaf.shape),
-            "chunks": list(chunk_shape(name, leaf.shape, jnp.dtype(leaf.dtype).itemsize)),
+            "chunks": list(chunk_shape(name, leaf.shape, dtype.itemsize)),
+            "dtype": "bfloat16" if dtype == jnp.bfloat16 else dtype.str,
             "compressor": None,
             "dimension_separator": ".",
             "fill_value": None,
@@ -76,11 +83,12 @@ class Writer:
             "order": "C",
         }
         path = self._temporary / name.replace("/", ".")
-        return _open(path, create=True, metadata=metadata, dtype=jnp.dtype(leaf.dtype).name)
+        return _open(path, create=True, metadata=metadata)
 
     def write(self, name: str, index: Any, values: np.ndarray) -> None:
         """Write `values` at `index` (numpy's basic indexing) of the leaf called `name`, "a/b/c"."""
-        self._stores[name][index].write(values).result()
+        self._pending = self._stores[name][index].write(values)
+        self._pending.result()
 
     def commit(self) -> None:
         """Everything is written: give the directory its name."""
@@ -90,13 +98,15 @@ class Writer:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if self._pending is not None:  # after an interrupt it would go on writing into what is removed here
+            self._pending.exception()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def save(directory: str | Path, params: Any) -> None:
     """Write a tree of arrays to `directory`/params, in its own dtypes, whole or not at all."""
     with Writer(Path(directory), params) as writer:
-        for name, leaf in _named_leaves(params):
+        for name, leaf in named_leaves(params):
             for index in _pieces(name, leaf.shape):
                 writer.write(name, index, np.asarray(leaf[index]))
         writer.commit()
@@ -124,8 +134,8 @@ def load(directory: str | Path, abstract: Any, *, progress: Progress | None = No
     """
     directory = Path(directory)
     stored = _stored(directory)
-    wanted = dict(_named_leaves(abstract))
-    _check_shapes(directory, wanted, {name: shape for name, (shape, _) in stored.items()})
+    wanted = dict(named_leaves(abstract))
+    check_shapes(directory, wanted, {name: shape for name, (shape, _) in stored.items()})
     sizes = {name: math.prod(leaf.shape) * stored[name][1].itemsize for name, leaf in wanted.items()}
     done, leaves = 0, []
     for name, leaf in wanted.items():
@@ -168,7 +178,8 @@ def _load_leaf(store: ts.TensorStore, leaf: Any) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
 
-def _check_shapes(directory: Path, wanted: dict[str, Any], stored: dict[str, tuple[int, ...]]) -> None:
+def check_shapes(directory: Path, wanted: dict[str, Any], stored: dict[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError where stored leaves are missing or misshapen; fewer vision layers may be wanted."""
     problems = [f"missing: {name} {list(leaf.shape)}" for name, leaf in wanted.items() if name not in stored]
     for name in wanted.keys() & stored.keys():
         have, want = stored[name], wanted[name].shape
@@ -227,7 +238,8 @@ def _open(path: Path, **options: Any) -> ts.TensorStore:
     return ts.open(spec, context=_CONTEXT, open=True, **options).result()
 
 
-def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of a parameter tree by their whole name, "a/b/c", in jax's order."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield "/".join(part.key for part in path), leaf
 

@@ -27,8 +27,8 @@ def init_params(key: Array, config: ChatConfig, dtype: Any = jnp.float32) -> Par
 
 
 def abstract_params(config: ChatConfig, dtype: Any = jnp.float32) -> Params:
-    """Shapes and dtypes of `init_params` as a tree of jax.ShapeDtypeStruct, without computing anything."""
-    return jax.eval_shape(lambda key: init_params(key, config, dtype), jax.random.key(0))
+    """Shapes and dtypes of `init_params` as a tree of jax.ShapeDtypeStruct; computes nothing, needs no device."""
+    return jax.eval_shape(lambda: init_params(jax.random.key(0), config, dtype))
 
 
 def count_params(tree: Any) -> int:

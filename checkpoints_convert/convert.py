@@ -1,0 +1,182 @@
+"""From a published directory to this project's format, or straight into memory, one tensor at a time.
+
+What is converted: the layouts of `internvl_jax.config.LAYOUTS`. A leaf keeps the dtype that its tensors have in the
+files, so that the way back (export.py) is bit for bit; what a parameter tree has no place for is kept beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from checkpoints_convert.files import ConversionReport, copy_side_files, make_report, new_directory
+from checkpoints_convert.mapping import ConversionError, Tensor, canonical, plan
+from checkpoints_convert.readers import Weights, open_weights
+from internvl_jax import checkpoint
+from internvl_jax.checkpoint import Progress
+from internvl_jax.config import ChatConfig, read_json
+from internvl_jax.models import chat_model
+
+PUBLISHED = "published.json"  # which file held which tensor
+BUFFERS = "published_buffers.safetensors"  # tensors that are no parameters
+FLOATS = tuple(np.dtype(name) for name in ("float32", "float16", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A whole leaf, or one layer of a stack, and the tensors that make it (several where we fuse what they split)."""
+
+    path: str
+    layer: int | None
+    tensors: tuple[tuple[str, Tensor], ...]  # by key in the files
+
+    def read(self, weights: Weights, dtype: np.dtype) -> np.ndarray:
+        """The part in our shape."""
+        (key, tensor), *others = self.tensors
+        if not others:
+            return tensor.to_ours(weights.read(key)).astype(dtype, copy=False)
+        axis = len(tensor.index) - 2  # index is (layer, slices, part)
+        parts = [tensor.to_ours(weights.read(key)).astype(dtype, copy=False) for key, tensor in self.tensors]
+        order = np.argsort([tensor.index[-1] for _, tensor in self.tensors])
+        return np.stack([parts[number] for number in order], axis)
+
+
+def convert(source: str | Path, destination: str | Path, *, progress: Progress | None = None) -> ConversionReport:
+    """Write the checkpoint of the published directory `source` to `destination`, in this project's format.
+
+    Memory is bounded by a few copies of the largest tensor. Beside the parameters come config.json, tokenizer and other
+    small files as they are, and `published.json`, by which an export restores the published files.
+    progress: called as progress(done_bytes, total_bytes, what).
+    Raises ConversionError or ConfigError that lists all that is wrong before anything is written; whatever goes wrong
+    later, `destination` does not come into being.
+    """
+    started = time.perf_counter()
+    source = Path(source)
+    if checkpoint.is_converted(source):
+        raise ConversionError(f"{source} is converted already")
+    config = ChatConfig.from_file(source)
+    with open_weights(source) as weights:
+        parts, dtypes = _match(config, weights)
+        abstract = _with_dtypes(chat_model.abstract_params(config), dtypes)
+        total, done = weights.total_bytes, 0
+        with new_directory(destination, total) as directory:
+            with checkpoint.Writer(directory, abstract) as writer:
+                for part in parts:
+                    values = part.read(weights, dtypes[part.path])
+                    writer.write(part.path, ... if part.layer is None else part.layer, values)
+                    done += values.nbytes
+                    if progress is not None:
+                        progress(done, total, "converting")
+                writer.commit()
+            copy_side_files(source, directory)
+            _keep_published(config, weights, directory)
+    return make_report(Path(destination), len(weights.shapes), total, started)
+
+
+def load_hf(directory: str | Path, abstract: Any, *, progress: Progress | None = None) -> Any:
+    """Read a published directory as it is into a tree of jax arrays, without converting it first.
+
+    abstract: a tree of jax.ShapeDtypeStruct as in checkpoint.load: dtypes, and shardings where arrays shall have one.
+    Where its vision stack is shorter than the stored one, the layers beyond are not read. Host memory is bounded by the
+    largest leaf beside what is loaded.
+    Raises ConversionError, ConfigError or CheckpointError that list all that is wrong, before a tensor is read.
+    """
+    directory = Path(directory)
+    config = ChatConfig.from_file(directory)
+    with open_weights(directory) as weights:
+        parts, _ = _match(config, weights)
+        wanted = dict(checkpoint.named_leaves(abstract))
+        stored = {name: leaf.shape for name, leaf in checkpoint.named_leaves(chat_model.abstract_params(config))}
+        checkpoint.check_shapes(directory, wanted, stored)
+        by_path: dict[str, list[_Part]] = {}
+        for part in parts:
+            if part.path in wanted and (part.layer is None or part.layer < wanted[part.path].shape[0]):
+                by_path.setdefault(part.path, []).append(part)
+        total = sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
+        done, leaves = 0, []
+        for path, leaf in wanted.items():
+            host = np.empty(leaf.shape, leaf.dtype)
+            for part in by_path[path]:
+                place = ... if part.layer is None else part.layer
+                host[place] = part.read(weights, host.dtype)
+                done += host[place].nbytes
+                if progress is not None:
+                    progress(done, total, "loading")
+            leaves.append(_place(host, getattr(leaf, "sharding", None)))
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _place(host: np.ndarray, sharding: Any) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(host)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _match(config: ChatConfig, weights: Weights) -> tuple[list[_Part], dict[str, np.dtype]]:
+    """Parts of our tree in the order of the files, and the dtype of every leaf. Raises where something does not fit."""
+    matched = plan(config, weights.shapes)
+    grouped: dict[tuple[str, int | None], list[tuple[str, Tensor]]] = {}
+    dtypes: dict[str, np.dtype] = {}
+    problems = []
+    for key, tensor in matched.items():
+        grouped.setdefault((tensor.path, tensor.index[0] if tensor.index else None), []).append((key, tensor))
+        dtype = weights.dtypes[key]
+        if dtype not in FLOATS:
+            problems.append(f"{key} is {dtype}: only {', '.join(map(str, FLOATS))} can be read")
+        elif dtypes.setdefault(tensor.path, dtype) != dtype:
+            problems.append(f"{key} is {dtype}, the same tensor of an earlier layer {dtypes[tensor.path]}")
+    problems += _untied(config, weights, matched)
+    if problems:
+        raise ConversionError(f"{weights.directory} cannot be read:\n  " + "\n  ".join(problems))
+    return [_Part(path, layer, tuple(tensors)) for (path, layer), tensors in grouped.items()], dtypes
+
+
+def _untied(config: ChatConfig, weights: Weights, matched: dict[str, Tensor]) -> list[str]:
+    """A head that config.json calls tied, stored all the same, has to be the embedding."""
+    problems = []
+    for head in tied_heads(config, weights.shapes, matched):
+        embedding = next(key for key, tensor in matched.items() if tensor.path.endswith("embed_tokens/embedding"))
+        same = weights.shapes[head] == weights.shapes[embedding] and weights.dtypes[head] == weights.dtypes[embedding]
+        if not same or weights.read(head).tobytes() != weights.read(embedding).tobytes():
+            problems.append(f"config.json has tie_word_embeddings, but {head} differs from {embedding}")
+    return problems
+
+
+def tied_heads(config: ChatConfig, found: Any, matched: Any) -> list[str]:
+    """The keys of a published file that only repeat the embedding."""
+    return [key for key in found if key not in matched and canonical(config.layout, key) is not None]
+
+
+def _with_dtypes(abstract: Any, dtypes: dict[str, np.dtype]) -> Any:
+    leaves = [jax.ShapeDtypeStruct(leaf.shape, dtypes[name]) for name, leaf in checkpoint.named_leaves(abstract)]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _keep_published(config: ChatConfig, weights: Weights, directory: Path) -> None:
+    """Record what the parameter tree does not say: the file of each tensor, and buffers that are no parameters."""
+    (directory / PUBLISHED).write_text(json.dumps({"weight_map": weights.weight_map}, indent=1), encoding="utf-8")
+    buffers = [key for key in weights.shapes if canonical(config.layout, key) is None]
+    if buffers:
+        save_file({key: as_torch(weights.read(key)) for key in buffers}, directory / BUFFERS)
+
+
+def as_torch(values: np.ndarray) -> torch.Tensor:
+    """The same memory as a tensor of torch."""
+    if values.dtype == jnp.bfloat16:
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
+
+
+def published_map(directory: Path) -> dict[str, str] | None:
+    """The weight_map that `convert` recorded: key -> file; None where the parameters never were published."""
+    path = directory / PUBLISHED
+    return read_json(path)["weight_map"] if path.exists() else None

@@ -1,0 +1,179 @@
+"""Published weights on disk, read one tensor at a time: pytorch_model*.bin pickles and model*.safetensors, with index.
+
+Both forms are mapped into memory, so that a tensor costs only its own bytes. Mapped pages count as memory in use as
+long as the map stands, so one shard is mapped at a time, and mapped anew after every REMAP bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (makes numpy know the name "bfloat16")
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from checkpoints_convert.mapping import ConversionError
+from internvl_jax.config import ConfigError, read_json
+
+REMAP = 256 * 2**20
+
+# Index and single file of either form, the order in which transformers looks for them.
+_FORMS = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
+_SHARD = re.compile(r"(pytorch_model|model)-\d+-of-\d+\.(bin|safetensors)")
+
+
+class Weights:
+    """The tensors of a published directory; a context manager, which ends the mapping."""
+
+    weight_map: dict[str, str]  # key -> the file that holds it, in the order of the files and of the keys in them
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
+
+    def __init__(self, directory: Path, files: list[str], index: Mapping[str, str] | None):
+        self.directory = directory
+        self.weight_map, self.shapes, self.dtypes = {}, {}, {}
+        self._open: tuple[str, dict[str, torch.Tensor]] | None = None
+        self._read = 0  # bytes, from the shard that is open
+        problems = []
+        for file in files:
+            try:
+                tensors = _map(directory / file)
+            except ConversionError as error:
+                problems.append(str(error))
+                continue
+            problems += self._add(file, tensors)
+            if index is not None:
+                problems += _compare(file, {key for key, name in index.items() if name == file}, set(tensors))
+        if problems:
+            raise ConversionError(f"{directory}: the weights cannot be read:\n  " + "\n  ".join(problems))
+
+    def _add(self, file: str, tensors: dict[str, Any]) -> list[str]:
+        """Note what a file holds; returns what is wrong with it."""
+        problems = []
+        for key, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                problems.append(f"{file}: {key} is a {type(tensor).__name__}, not a tensor")
+                continue
+            if key in self.weight_map:
+                problems.append(f"{key} is in {self.weight_map[key]} and in {file}")
+            self.weight_map[key] = file
+            self.shapes[key] = tuple(tensor.shape)
+            try:
+                self.dtypes[key] = _numpy_dtype(tensor.dtype)
+            except TypeError:
+                problems.append(f"{file}: {key} is {tensor.dtype}, which numpy has no type for")
+        return problems
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(math.prod(shape) * self.dtypes[key].itemsize for key, shape in self.shapes.items())
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor, in its own shape and dtype, bit for bit, in memory of its own."""
+        file = self.weight_map[key]
+        if self._open is None or self._open[0] != file or self._read > REMAP:
+            self._open = None  # ends the old map before there is a new one
+            self._open, self._read = (file, _map(self.directory / file)), 0
+        tensor = self._open[1][key]
+        self._read += tensor.nbytes
+        # numpy cannot take a bfloat16 tensor from torch: its bits travel as integers.
+        if tensor.dtype is torch.bfloat16:
+            return np.array(tensor.detach().view(torch.int16).numpy(), order="C").view(self.dtypes[key])
+        return np.array(tensor.detach().numpy(), order="C")
+
+    def close(self) -> None:
+        self._open = None
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def open_weights(directory: str | Path) -> Weights:
+    """Find the weights of a published directory and list what they hold; no tensor is read yet.
+
+    Raises ConversionError that lists every missing, truncated or damaged file and every tensor in which index and files
+    differ.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ConversionError(f"{directory} is not a directory: pass the one that holds config.json and the weights")
+    for index_name, single in _FORMS:
+        if (directory / index_name).is_file():
+            index = _read_index(directory / index_name)
+            return Weights(directory, sorted(set(index.values())), index)
+        if (directory / single).is_file():
+            return Weights(directory, [single], None)
+    shards = sorted(path.name for path in directory.iterdir() if _SHARD.fullmatch(path.name))
+    if shards:
+        index_name = _FORMS[0 if shards[0].endswith("safetensors") else 1][0]
+        raise ConversionError(f"{directory} has {', '.join(shards)} but no {index_name}: download that file too")
+    raise ConversionError(
+        f"{directory} has no weights: neither pytorch_model*.bin nor model*.safetensors is there; was it downloaded "
+        "completely?"
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index = read_json(path).get("weight_map")
+    except ConfigError as error:
+        raise ConversionError(str(error)) from None
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+        raise ConversionError(f'{path} has no "weight_map" of keys and file names; download it again')
+    outside = sorted({name for name in index.values() if Path(name).name != name})
+    if outside:
+        raise ConversionError(f"{path} names files outside its directory: {', '.join(outside)}")
+    return index
+
+
+def _map(path: Path) -> dict[str, Any]:
+    """The tensors of one file, mapped and not read. Raises ConversionError naming the file."""
+    if not path.is_file():
+        raise ConversionError(f"missing: {path.name} (named in the index)")
+    with path.open("rb") as file:
+        if file.read(8) == b"version ":
+            raise ConversionError(f"{path.name} is a git-lfs pointer, not the file itself: run 'git lfs pull'")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ConversionError(f"{path.name} is truncated or damaged ({error}); download it again") from None
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"Unsupported (?:global|class|operand)[^\n]*?(?=was not|\n|$)", str(error))
+        raise ConversionError(
+            f"{path.name} is not a pickle of tensors only ({(refused or [str(error).splitlines()[0]])[0].strip()}). "
+            "Code in a pickle is never run: get the safetensors form, or re-save its state_dict"
+        ) from None
+    except Exception as error:  # a damaged zip or pickle can fail in any way
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "mmap can only be used" in why:  # what torch says of a file that is no zip
+            why = "it is not the zip that torch.save has written since version 1.6"
+        raise ConversionError(f"{path.name} is truncated or damaged ({why}); download it again") from None
+    if not isinstance(tensors, dict):
+        raise ConversionError(f"{path.name} holds a {type(tensors).__name__}, not a dictionary of tensors")
+    return tensors
+
+
+def _compare(file: str, indexed: set[str], found: set[str]) -> list[str]:
+    return [f"{file} lacks {key}, which the index names" for key in sorted(indexed - found)] + [
+        f"{file} holds {key}, which the index does not name there" for key in sorted(found - indexed)
+    ]
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    return np.dtype(str(dtype).removeprefix("torch."))
