@@ -15,6 +15,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8, "s4": 0.5, "u4": 0.5}
@@ -85,6 +87,7 @@ class Collective:
     times: int
     loop: str | None
     trips: int | None
+    group: tuple[int, ...]  # places in the mesh of the devices that take part, of the first group; () for all
 
 
 def parse(text: str) -> Program:
@@ -181,21 +184,57 @@ def collectives(program: Program) -> list[Collective]:
         if run.instruction.opcode in ("all-gather-start", "collective-permute-start"):
             shapes = shapes[1:2]  # (operand, result, bookkeeping)
         size = sum(shape.bytes for shape in shapes)
-        found.append(Collective(kind, size, run.times, run.loop, run.trips))
+        group = replica_group(run.instruction.attributes)
+        found.append(Collective(kind, size, run.times, run.loop, run.trips, group))
     return found
 
 
+def replica_group(attributes: str) -> tuple[int, ...]:
+    """The first group of devices that a collective joins, () where all take part or none are named.
+
+    XLA writes groups as lists {{0,1},{2,3}}, as iotas [2,4]<=[4,2]T(1,0), as axes of a mesh, or as pairs of a permute.
+    """
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
+    if pairs:
+        links = [tuple(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", pairs[1])]
+        following, group = dict(links), [links[0][0]]
+        while (after := following.get(group[-1])) is not None and after not in group:
+            group.append(after)
+        return tuple(group)
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    if listed:
+        return tuple(map(int, listed[1].split(",")))
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota:
+        groups, sizes, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
+        ids = np.arange(math.prod(sizes)).reshape(sizes)
+        return tuple(ids.transpose(order).reshape(groups)[0].tolist())
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", attributes)
+    if mesh:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        taken = re.findall(r"'(\w+)'", mesh[2])
+        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        return tuple(ids[tuple(slice(None) if name in taken else 0 for name in sizes)].reshape(-1).tolist())
+    return ()
+
+
 def matmul_flops(program: Program) -> int:
-    """Floating point operations of all matrix products (2 per multiply-add) on one device. Pallas kernels are not
-    counted, nor products that XLA turned into sums on the vector unit (one query against the cache)."""
+    """Floating point operations of all matrix products (2 per multiply-add) on one device, those included that XLA
+    turned into sums on the vector unit (one query against the cache). Pallas kernels are not counted."""
     return sum(run.times * flops_of(run.instruction, program.computations[run.computation]) for run in runs(program))
 
 
 def flops_of(instruction: Instruction, computation: tuple[Instruction, ...]) -> int:
-    """Floating point operations of one `dot` or `convolution`, 0 for anything else."""
+    """Floating point operations of one `dot`, `convolution` or sum of products that was a dot; 0 for anything else."""
+    shapes = {line.name: line.shapes[0] for line in computation if line.shapes}
+    if instruction.opcode == "reduce" and "dot_general" in instruction.attributes:
+        summed = next((line for line in computation if line.name == instruction.operands[0]), None)
+        while summed is not None and summed.opcode in ("convert", "bitcast", "copy"):
+            summed = next((line for line in computation if line.name == summed.operands[0]), None)
+        is_product = summed is not None and summed.opcode == "multiply"
+        return 2 * math.prod(shapes[instruction.operands[0]].dims) if is_product else 0
     if instruction.opcode not in ("dot", "convolution"):
         return 0
-    shapes = {line.name: line.shapes[0] for line in computation if line.shapes}
     left, right = (shapes[name].dims for name in instruction.operands[:2])
     result = instruction.shapes[0].dims
     if instruction.opcode == "dot":

@@ -1,0 +1,498 @@
+"""What the programs of this project become on a TPU, found out by compiling them for one that is not there.
+
+The very functions that run (generate.py's, donation included) are lowered with shapes that carry the shardings of
+sharding.py over the mesh of a described slice, and compiled by the TPU's own compiler. Memory is the compiler's
+account. FLOPs and collectives are counted in the optimized HLO (hlo.py). Times are rooflines from published figures
+(chips.py): no program can be faster than its bound, and none was run.
+
+Figures are per chip. A TPU7x chip is two devices for JAX, and its figures are those of both.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from internvl_jax import generate, sharding
+from internvl_jax.config import PRESETS, ChatConfig
+from internvl_jax.loading import abstract_for_running
+from internvl_jax.models.layers import Params, fit_spec
+from internvl_jax.sampling import GenerationConfig, make_settings
+from tpu_scripts import hlo
+from tpu_scripts.chips import DIE_TO_DIE, GIB, Topology, parse_topology
+
+ShapeDtype = jax.ShapeDtypeStruct
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model on a mesh, and how much it is given."""
+
+    config: ChatConfig
+    topology: Topology
+    mesh: Mesh
+    vision: str  # how the tower is spread, a key of sharding.IMAGE_AXES
+    params: Params  # ShapeDtypeStructs with shardings
+    batch: int  # rows, and images: one per row
+    length: int  # slots of the cache: tokens of prompt and answer
+    prompt: int  # tokens that prefill reads
+    dtype: Any
+
+    @property
+    def image_axes(self) -> tuple[str, ...]:
+        return sharding.IMAGE_AXES[self.vision]
+
+    @property
+    def mesh_name(self) -> str:
+        return ",".join(f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1) or "tensor=1"
+
+
+# Programs.
+
+
+@dataclass(frozen=True)
+class Program:
+    """One of the functions that run: how it is lowered, what it reads, what it must compute at least."""
+
+    lower: Callable[[Workload], jax.stages.Lowered]
+    parts: tuple[str, ...]  # of the parameter tree that it reads
+    layers: Callable[[ChatConfig], int]
+    ideal_flops: Callable[[Workload], float]  # of all devices: true heads, tokens and vocabulary, matrix products only
+    amount: Callable[[Workload], int]  # what one run yields,
+    unit: str  # in these
+
+
+def _encode(load: Workload) -> jax.stages.Lowered:
+    vision = load.config.vision
+    pixels = ShapeDtype((load.batch, vision.num_channels, *[load.config.image_size] * 2), jnp.float32)
+    multiple = math.prod(load.mesh.shape[axis] for axis in load.image_axes)
+    pixels = jax.eval_shape(partial(generate._pad_images, multiple=multiple), pixels)
+    return generate._encode.lower(load.params, pixels, config=load.config, dtype=load.dtype, image_axes=load.image_axes)
+
+
+def _prefill_arguments(load: Workload) -> tuple[Any, ...]:
+    config, shape = load.config, (load.batch, load.prompt)
+    features = None
+    if config.projector is not None and load.prompt > config.tokens_per_image:
+        features = ShapeDtype((load.batch, config.tokens_per_image, config.text.hidden_size), load.dtype)
+        features = jax.eval_shape(generate._pad_images, features)
+        features = ShapeDtype(features.shape, features.dtype, sharding=NamedSharding(load.mesh, P()))
+    settings = make_settings(GenerationConfig(), load.batch, config.text.eos_token_ids)
+    settings = jax.tree.map(lambda row: ShapeDtype(row.shape, row.dtype), settings)
+    token = ShapeDtype((), jnp.int32)
+    return load.params, ShapeDtype(shape, jnp.int32), ShapeDtype(shape, bool), features, token, settings
+
+
+def _prefill(load: Workload) -> jax.stages.Lowered:
+    return generate._prefill.lower(*_prefill_arguments(load), config=load.config, slots=load.length, dtype=load.dtype)
+
+
+def _decode(load: Workload) -> jax.stages.Lowered:
+    step = partial(generate.prefill_step, config=load.config, slots=load.length, dtype=load.dtype)
+    state = jax.eval_shape(step, *_prefill_arguments(load))
+    state = jax.tree.map(
+        lambda leaf, spec: ShapeDtype(
+            leaf.shape,
+            leaf.dtype,
+            sharding=NamedSharding(load.mesh, fit_spec(spec, leaf.shape, load.mesh.shape)),
+        ),
+        state,
+        generate.state_specs(state),
+    )
+    return generate._decode.lower(load.params, state, ShapeDtype((), jnp.int32), config=load.config, dtype=load.dtype)
+
+
+def _encode_flops(load: Workload) -> float:
+    config = load.config
+    vision, projector = config.vision, config.projector
+    width, patches = vision.hidden_size, (config.image_size // vision.patch_size) ** 2
+    tokens = patches + 1
+    layer = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * tokens**2 * width
+    embed = 2 * patches * vision.num_channels * vision.patch_size**2 * width
+    project = 2 * config.tokens_per_image * (projector.in_features + projector.out_features) * projector.out_features
+    return load.batch * (config.num_vision_layers * layer + embed + project)
+
+
+def _text_weights(config: ChatConfig) -> int:
+    """Elements of the matrices of the language model's layers."""
+    text = config.text
+    heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
+    return text.num_hidden_layers * text.hidden_size * (heads + 3 * text.intermediate_size)
+
+
+def _prefill_flops(load: Workload) -> float:
+    """Layers, the causal half of attention, logits of the last position only."""
+    text, length = load.config.text, load.prompt
+    attention = 2 * length**2 * text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    head = 2 * text.hidden_size * text.vocab_size
+    return load.batch * (2 * length * _text_weights(load.config) + attention + head)
+
+
+def _decode_flops(load: Workload) -> float:
+    """One step: layers, attention over every slot of the cache, logits."""
+    text = load.config.text
+    attention = 4 * load.length * text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    return load.batch * (2 * _text_weights(load.config) + attention + 2 * text.hidden_size * text.vocab_size)
+
+
+def _text_layers(config: ChatConfig) -> int:
+    return config.text.num_hidden_layers
+
+
+PROGRAMS = {
+    "encode": Program(
+        _encode,
+        ("vision_model", "mlp1"),
+        lambda config: config.num_vision_layers,
+        _encode_flops,
+        lambda load: load.batch,
+        "images/s",
+    ),
+    "prefill": Program(
+        _prefill,
+        ("language_model",),
+        _text_layers,
+        _prefill_flops,
+        lambda load: load.batch * load.prompt,
+        "prompt tokens/s",
+    ),
+    "decode": Program(_decode, ("language_model",), _text_layers, _decode_flops, lambda load: load.batch, "tokens/s"),
+}
+GENERATE = "generate"  # all of them, resident together: what a chat server needs
+
+
+# Reports.
+
+
+@dataclass(frozen=True)
+class Report:
+    """One program on one mesh; see the module's docstring for how each figure comes about. None: not known."""
+
+    topology: str
+    chips: int
+    program: str
+    mesh: str
+    vision: str
+    batch: int
+    length: int
+    prompt: int
+    dtype: str
+    # Bytes per chip: arguments, outputs, temporaries, aliased (outputs that are arguments' buffers), peak, parameters.
+    hbm_bytes: dict[str, int | None]
+    hbm_capacity_bytes: int
+    fits: bool
+    flops_per_chip: float | None
+    ideal_flops_per_chip: float
+    collectives: list[dict[str, Any]]  # kind, count_per_layer, bytes_per_layer, count, bytes: of the results
+    roofline_seconds: dict[str, float | None]  # compute, hbm, network
+    bound_by: str | None
+    throughput_bound: dict[str, Any]  # value, unit
+    compile_seconds: float
+    advice: tuple[str, ...] = ()  # where it does not fit: what would
+    parts: tuple[Report, ...] = ()  # of `generate`
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def make_workload(
+    preset: str = "internvl_chat_v1_1",
+    *,
+    topology: str,
+    mesh: str | None = None,
+    batch: int = 1,
+    length: int = 2048,
+    prompt: int | None = None,
+    vision: str | None = None,
+    dtype: str = "bfloat16",
+) -> Workload:
+    """Check what was asked for, and describe the devices.
+
+    preset: a name of config.PRESETS, or a directory with a config.json. topology: see chips.parse_topology.
+    mesh: as sharding.make_mesh takes it; None: the largest tensor axis, the rest on data. prompt: None for all of
+        length.
+    vision: "tensor" or "data"; None: sharding's default.
+    Raises ValueErrors that list the legal choices, ImportError without libtpu.
+    """
+    place = parse_topology(topology)
+    config = _config(preset)
+    if batch < 1:
+        raise ValueError(f"a batch has at least one row, not {batch}")
+    prompt = length if prompt is None else prompt
+    if config.text is not None and not 1 <= prompt <= length <= config.text.max_position_embeddings:
+        raise ValueError(
+            f"prompt {prompt} and length {length} must satisfy 1 <= prompt <= length <= "
+            f"{config.text.max_position_embeddings}, the model's context"
+        )
+    devices = place.devices()
+    over = sharding.make_mesh(mesh, devices, config)
+    if over.size != len(devices):
+        raise sharding.MeshError(
+            f"the mesh {mesh} uses {over.size} of the {len(devices)} devices of {place.name}: name a smaller slice, or "
+            f"give the rest to data"
+        )
+    sharding.validate_mesh(config, over, batch)
+    spread = sharding.default_vision_mode(over) if vision is None else vision
+    params = abstract_params(config, over, spread, jnp.dtype(dtype))
+    return Workload(config, place, over, spread, params, batch, length, prompt, jnp.dtype(dtype))
+
+
+def _config(preset: str) -> ChatConfig:
+    if preset in PRESETS:
+        return PRESETS[preset]()
+    if Path(preset).exists():
+        return ChatConfig.from_file(preset)
+    raise ValueError(f"preset {preset!r} is neither one of {', '.join(PRESETS)} nor a directory with a config.json")
+
+
+def abstract_params(config: ChatConfig, mesh: Mesh, vision: str, dtype: Any) -> Params:
+    """The parameters that running needs, as they lie on the mesh: ShapeDtypeStructs, padded and with shardings."""
+    params = abstract_for_running(config, dtype)
+    params = jax.eval_shape(lambda tree: sharding.pad_params(tree, config, mesh, vision=vision), params)
+    shardings = sharding.param_shardings(params, mesh, vision=vision)
+    return jax.tree.map(lambda leaf, where: ShapeDtype(leaf.shape, leaf.dtype, sharding=where), params, shardings)
+
+
+def report(load: Workload, program: str) -> Report:
+    """Compile one program (or `generate`: all three) and measure it. Raises ValueError for an unknown program."""
+    if program == GENERATE:
+        return _together(load, tuple(report(load, name) for name in PROGRAMS))
+    if program not in PROGRAMS:
+        raise ValueError(f"there is no program {program!r}; there are {', '.join((*PROGRAMS, GENERATE))}")
+    spec = PROGRAMS[program]
+    missing = [part for part in spec.parts if part not in load.params]
+    if missing:
+        raise ValueError(f"{program} needs {' and '.join(missing)}, which this model does not have")
+    chip = load.topology.chip
+    with jax.set_mesh(load.mesh):
+        lowered = spec.lower(load)
+        started = time.perf_counter()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = exhausted(str(error))
+            if needed is None:
+                raise
+            compiled = None
+        seconds = time.perf_counter() - started
+    parameters = chip.devices * param_bytes(load, spec.parts)
+    if compiled is None:
+        memory = {"arguments": None, "outputs": None, "temporaries": None, "aliased": None}
+        memory |= {"peak": chip.devices * needed, "parameters": parameters}
+        flops, collectives, roofline = None, [], {"compute": None, "hbm": None, "network": None}
+    else:
+        stats = compiled.memory_analysis()
+        memory = {
+            "arguments": stats.argument_size_in_bytes,
+            "outputs": stats.output_size_in_bytes,
+            "temporaries": stats.temp_size_in_bytes,
+            "aliased": stats.alias_size_in_bytes,
+            "peak": stats.peak_memory_in_bytes,
+        }
+        memory = {name: chip.devices * size for name, size in memory.items()} | {"parameters": parameters}
+        text = hlo.parse(compiled.as_text())
+        flops = chip.devices * hlo.matmul_flops(text)
+        found = hlo.collectives(text)
+        collectives = _summary(found, spec.layers(load.config))
+        roofline = {
+            "compute": flops / chip.bf16_flops,
+            "hbm": _least_traffic(load, spec, memory) / chip.hbm_bandwidth,
+            "network": sum(network_seconds(load, one) for one in found),
+        }
+    bound_by = max(roofline, key=lambda name: roofline[name]) if compiled is not None else None
+    done = Report(
+        topology=load.topology.name,
+        chips=load.topology.chips,
+        program=program,
+        mesh=load.mesh_name,
+        vision=load.vision,
+        batch=load.batch,
+        length=load.length,
+        prompt=load.prompt,
+        dtype=load.dtype.name,
+        hbm_bytes=memory,
+        hbm_capacity_bytes=chip.hbm_bytes,
+        fits=compiled is not None,
+        flops_per_chip=flops,
+        ideal_flops_per_chip=spec.ideal_flops(load) / load.topology.chips,
+        collectives=collectives,
+        roofline_seconds=roofline,
+        bound_by=bound_by,
+        throughput_bound={"value": spec.amount(load) / roofline[bound_by] if bound_by else None, "unit": spec.unit},
+        compile_seconds=seconds,
+    )
+    return done if done.fits else replace(done, advice=advice(load, done))
+
+
+def _together(load: Workload, parts: tuple[Report, ...]) -> Report:
+    """A chat's memory: every parameter stays on the device while each program runs in turn.
+
+    Figures of time are those of decoding steps, where a chat spends it; `parts` has the others.
+    """
+    chip, decode = load.topology.chip, parts[-1]
+    parameters = chip.devices * param_bytes(load, tuple(load.params))
+    peak = max(part.hbm_bytes["peak"] - part.hbm_bytes["parameters"] + parameters for part in parts)
+    extra = [part.hbm_bytes["temporaries"] for part in parts]
+    memory = decode.hbm_bytes | {
+        "arguments": (decode.fits and decode.hbm_bytes["arguments"] - decode.hbm_bytes["parameters"] + parameters)
+        or None,
+        "temporaries": None if None in extra else max(extra),
+        "peak": peak,
+        "parameters": parameters,
+    }
+    fits = all(part.fits for part in parts) and peak <= chip.hbm_bytes
+    whole = replace(
+        decode,
+        program=GENERATE,
+        hbm_bytes=memory,
+        fits=fits,
+        compile_seconds=sum(part.compile_seconds for part in parts),
+        advice=(),
+        parts=parts,
+    )
+    return whole if fits else replace(whole, advice=advice(load, whole))
+
+
+def param_bytes(load: Workload, parts: Iterable[str]) -> int:
+    """Bytes of these parts' parameters on one device."""
+    leaves = jax.tree.leaves([load.params[part] for part in parts if part in load.params])
+    return sum(math.ceil(math.prod(x.sharding.shard_shape(x.shape)) * _width(x.dtype)) for x in leaves)
+
+
+def _width(dtype: Any) -> float:
+    return 0.5 if jnp.dtype(dtype).name in ("int4", "uint4") else jnp.dtype(dtype).itemsize
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def exhausted(message: str) -> int | None:
+    """Bytes per device that a program needs which the compiler found too large; None where that is not the message."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    needed = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)i?B?\)", message) or re.search(
+        r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", message
+    )
+    return int(float(needed[1]) * _UNITS[needed[2]]) if needed else None
+
+
+def _summary(found: list[hlo.Collective], layers: int) -> list[dict[str, Any]]:
+    """Collectives by kind. What runs a multiple of `layers` times belongs to the layers."""
+    summary = []
+    for kind in dict.fromkeys(one.kind for one in found):
+        same = [one for one in found if one.kind == kind]
+        inside = [one for one in same if one.times % layers == 0]
+        summary.append(
+            {
+                "kind": kind,
+                "count_per_layer": sum(one.times for one in inside) // layers,
+                "bytes_per_layer": sum(one.times * one.bytes for one in inside) // layers,
+                "count": sum(one.times for one in same),
+                "bytes": sum(one.times * one.bytes for one in same),
+            }
+        )
+    return summary
+
+
+def _least_traffic(load: Workload, spec: Program, memory: dict[str, int]) -> int:
+    """Bytes that must pass between HBM and the chip: every argument is read once, every new output written once.
+
+    Of the embedding table few rows are read, so it does not count, unless it serves as head.
+    """
+    traffic = memory["arguments"] + memory["outputs"] - memory["aliased"]
+    if "language_model" in spec.parts and "lm_head" in load.params["language_model"]:
+        table = load.params["language_model"]["embed_tokens"]["embedding"]
+        shard = math.prod(table.sharding.shard_shape(table.shape))
+        traffic -= load.topology.chip.devices * math.ceil(shard * _width(table.dtype))
+    return traffic
+
+
+def network_seconds(load: Workload, one: hlo.Collective) -> float:
+    """The least time that a collective takes: what a chip must send, over its links to the chips that take part.
+
+    The formulas are those of bandwidth-optimal rings; latency is not counted.
+    """
+    devices = list(load.mesh.devices.flat)
+    group = [devices[place] for place in one.group] if one.group else devices
+    places = {tuple(device.coords) for device in group}
+    chips, chip = len(places), load.topology.chip
+    on_one_chip = chips == 1
+    k = len(group) if on_one_chip else chips
+    if k == 1:
+        return 0.0
+    sent = {
+        "all-reduce": 2 * (k - 1) / k,
+        "all-gather": (k - 1) / k,
+        "reduce-scatter": k - 1,
+        "all-to-all": (k - 1) / k,
+        "collective-permute": 1,
+    }[one.kind] * one.bytes
+    links = DIE_TO_DIE if on_one_chip else load.topology.links(places)
+    return one.times * sent / (links * chip.link_bandwidth)
+
+
+def advice(load: Workload, done: Report) -> tuple[str, ...]:
+    """By how much a program is too large, and what would fit by arithmetic: what is no parameter grows with rows."""
+    chip, memory = load.topology.chip, done.hbm_bytes
+    over = memory["peak"] - done.hbm_capacity_bytes
+    lines = [f"needs {memory['peak'] / GIB:.2f} GiB per chip, {over / GIB:.2f} GiB more than there are"]
+    room = done.hbm_capacity_bytes - memory["parameters"]
+    grows = memory["peak"] - memory["parameters"]
+    multiple = load.mesh.shape["data"] * load.mesh.shape["fsdp"]
+    rows = int(load.batch * room / grows) // multiple * multiple if room > 0 else 0
+    if rows:
+        lines.append(f"about {rows} rows of this length would fit on this mesh")
+    elif room <= 0:
+        lines.append(f"the parameters alone take {memory['parameters'] / GIB:.2f} GiB per chip")
+    tensor = load.mesh.shape["tensor"]
+    for size in sharding.legal_tensor_sizes(load.config, 64):
+        if size > tensor and memory["peak"] * tensor / size < done.hbm_capacity_bytes * 0.95:
+            needed = load.topology.chips * size // tensor
+            lines.append(f"about {needed} chips of {chip.name} would hold it, with tensor={size}")
+            break
+    return tuple(lines)
+
+
+def lines(done: Report) -> list[str]:
+    """A report for people."""
+    memory, gib = done.hbm_bytes, lambda size: "?" if size is None else f"{size / GIB:.2f}"
+    used = f"{gib(memory['peak'])} of {gib(done.hbm_capacity_bytes)} GiB per chip"
+    head = (
+        f"{done.program}: {done.topology} ({done.chips} chips), {done.mesh}, batch {done.batch}, length {done.length}"
+    )
+    if done.prompt != done.length and done.program != "encode":
+        head += f", prompt {done.prompt}"
+    text = [f"{head}, {done.dtype}", f"  fits         {'yes' if done.fits else 'NO'}: {used}"]
+    text += [f"               {line}" for line in done.advice]
+    kinds = ("arguments", "parameters", "outputs", "aliased", "temporaries")
+    text.append("  HBM          " + ", ".join(f"{kind} {gib(memory[kind])}" for kind in kinds) + " GiB")
+    ideal = done.ideal_flops_per_chip
+    if done.flops_per_chip is not None:
+        ratio = done.flops_per_chip / ideal
+        text.append(f"  FLOPs        {done.flops_per_chip:.4g} per chip, {ratio:.3f} x the ideal {ideal:.4g}")
+        text += [
+            f"  {'collectives' if number == 0 else '':<13}{one['count_per_layer']:g} {one['kind']} per layer "
+            f"({one['bytes_per_layer'] / 2**20:.3g} MiB), {one['count']} in all ({one['bytes'] / 2**20:.3g} MiB)"
+            for number, one in enumerate(done.collectives)
+        ]
+        times = ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in done.roofline_seconds.items())
+        bound = done.throughput_bound
+        text.append(f"  roofline ms  {times}: bound by {done.bound_by}, at most {bound['value']:,.4g} {bound['unit']}")
+    else:
+        text.append(f"  FLOPs        not known, ideal {ideal:.4g} per chip")
+    text.append(f"  compiled in  {done.compile_seconds:.1f} s")
+    for part in done.parts:
+        text += ["", *lines(part)]
+    return text
