@@ -20,14 +20,15 @@ from safetensors.torch import save_file
 
 from checkpoints_convert.files import ConversionReport, copy_side_files, make_report, new_directory
 from checkpoints_convert.mapping import ConversionError, Tensor, canonical, plan
-from checkpoints_convert.readers import Weights, open_weights
+from checkpoints_convert.readers import Weights, open_weights, read_index
 from internvl_jax import checkpoint
 from internvl_jax.checkpoint import Progress
-from internvl_jax.config import ChatConfig, read_json
+from internvl_jax.config import ChatConfig
 from internvl_jax.models import chat_model
 
 PUBLISHED = "published.json"  # which file held which tensor
 BUFFERS = "published_buffers.safetensors"  # tensors that are no parameters
+EMBEDDING = "language_model/embed_tokens/embedding"
 FLOATS = tuple(np.dtype(name) for name in ("float32", "float16", "bfloat16"))
 
 
@@ -117,7 +118,7 @@ def load_hf(directory: str | Path, abstract: Any, *, progress: Progress | None =
 
 def _place(host: np.ndarray, sharding: Any) -> jax.Array:
     if sharding is None:
-        return jnp.asarray(host)
+        return jax.device_put(host)  # jnp.asarray would compile a program for every shape
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
@@ -127,12 +128,13 @@ def _match(config: ChatConfig, weights: Weights) -> tuple[list[_Part], dict[str,
     grouped: dict[tuple[str, int | None], list[tuple[str, Tensor]]] = {}
     dtypes: dict[str, np.dtype] = {}
     problems = []
+    for key, dtype in weights.dtypes.items():
+        if dtype not in FLOATS:
+            problems.append(f"{key} is {dtype}: only {', '.join(map(str, FLOATS))} can be read")
     for key, tensor in matched.items():
         grouped.setdefault((tensor.path, tensor.index[0] if tensor.index else None), []).append((key, tensor))
         dtype = weights.dtypes[key]
-        if dtype not in FLOATS:
-            problems.append(f"{key} is {dtype}: only {', '.join(map(str, FLOATS))} can be read")
-        elif dtypes.setdefault(tensor.path, dtype) != dtype:
+        if dtypes.setdefault(tensor.path, dtype) != dtype:
             problems.append(f"{key} is {dtype}, the same tensor of an earlier layer {dtypes[tensor.path]}")
     problems += _untied(config, weights, matched)
     if problems:
@@ -143,17 +145,13 @@ def _match(config: ChatConfig, weights: Weights) -> tuple[list[_Part], dict[str,
 def _untied(config: ChatConfig, weights: Weights, matched: dict[str, Tensor]) -> list[str]:
     """A head that config.json calls tied, stored all the same, has to be the embedding."""
     problems = []
-    for head in tied_heads(config, weights.shapes, matched):
-        embedding = next(key for key, tensor in matched.items() if tensor.path.endswith("embed_tokens/embedding"))
+    heads = [key for key in weights.shapes if key not in matched and canonical(config.layout, key) is not None]
+    for head in heads:  # the only tensors that `plan` leaves out beside buffers
+        embedding = next(key for key, tensor in matched.items() if tensor.path == EMBEDDING)
         same = weights.shapes[head] == weights.shapes[embedding] and weights.dtypes[head] == weights.dtypes[embedding]
         if not same or weights.read(head).tobytes() != weights.read(embedding).tobytes():
             problems.append(f"config.json has tie_word_embeddings, but {head} differs from {embedding}")
     return problems
-
-
-def tied_heads(config: ChatConfig, found: Any, matched: Any) -> list[str]:
-    """The keys of a published file that only repeat the embedding."""
-    return [key for key in found if key not in matched and canonical(config.layout, key) is not None]
 
 
 def _with_dtypes(abstract: Any, dtypes: dict[str, np.dtype]) -> Any:
@@ -179,4 +177,4 @@ def as_torch(values: np.ndarray) -> torch.Tensor:
 def published_map(directory: Path) -> dict[str, str] | None:
     """The weight_map that `convert` recorded: key -> file; None where the parameters never were published."""
     path = directory / PUBLISHED
-    return read_json(path)["weight_map"] if path.exists() else None
+    return read_index(path) if path.exists() else None

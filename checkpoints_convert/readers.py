@@ -24,11 +24,9 @@ from internvl_jax.config import ConfigError, read_json
 
 REMAP = 256 * 2**20
 
-# Index and single file of either form, the order in which transformers looks for them.
-_FORMS = (
-    ("model.safetensors.index.json", "model.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-)
+# Index and single file of either form; transformers looks for safetensors first.
+SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
+PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 _SHARD = re.compile(r"(pytorch_model|model)-\d+-of-\d+\.(bin|safetensors)")
 
 
@@ -110,15 +108,15 @@ def open_weights(directory: str | Path) -> Weights:
     directory = Path(directory)
     if not directory.is_dir():
         raise ConversionError(f"{directory} is not a directory: pass the one that holds config.json and the weights")
-    for index_name, single in _FORMS:
+    for index_name, single in (SAFETENSORS, PICKLES):
         if (directory / index_name).is_file():
-            index = _read_index(directory / index_name)
+            index = read_index(directory / index_name)
             return Weights(directory, sorted(set(index.values())), index)
         if (directory / single).is_file():
             return Weights(directory, [single], None)
     shards = sorted(path.name for path in directory.iterdir() if _SHARD.fullmatch(path.name))
     if shards:
-        index_name = _FORMS[0 if shards[0].endswith("safetensors") else 1][0]
+        index_name = (SAFETENSORS if shards[0].endswith("safetensors") else PICKLES)[0]
         raise ConversionError(f"{directory} has {', '.join(shards)} but no {index_name}: download that file too")
     raise ConversionError(
         f"{directory} has no weights: neither pytorch_model*.bin nor model*.safetensors is there; was it downloaded "
@@ -126,7 +124,8 @@ def open_weights(directory: str | Path) -> Weights:
     )
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """The weight_map of an index: key -> file. Raises ConversionError."""
     try:
         index = read_json(path).get("weight_map")
     except ConfigError as error:

@@ -1,0 +1,118 @@
+"""From this project's format back to the published layout, bit for bit, one tensor at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from checkpoints_convert.convert import BUFFERS, EMBEDDING, PUBLISHED, published_map
+from checkpoints_convert.files import ConversionReport, copy_side_files, make_report, new_directory
+from checkpoints_convert.mapping import ConversionError, Tensor, canonical, tensors
+from checkpoints_convert.readers import PICKLES, SAFETENSORS, Weights
+from checkpoints_convert.writers import Specs, assign_files, is_safe, lay_out, write_at, write_index
+from internvl_jax import checkpoint
+from internvl_jax.checkpoint import Progress
+from internvl_jax.config import ChatConfig
+from internvl_jax.models import chat_model
+
+MAX_SHARD = 5 * 10**9  # bytes, where the published files are not known
+
+_PICKLED_LAYOUTS = ("internvl_chat", "intern_vit_6b")
+_NOT_THE_SAME = "it belongs to other parameters; without that file the export chooses names and files itself"
+
+
+def export(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    safe_serialization: bool | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Write the parameters of `source`, a directory in this project's format, under their published names.
+
+    What `convert` wrote goes back into the same files, layers past select_layer, repeated heads and buffers included.
+    Parameters that never were published go into files of at most MAX_SHARD bytes. config.json, tokenizer and other
+    small files come along as they are. Memory is bounded by a few copies of the largest tensor.
+    safe_serialization: True writes model*.safetensors, False pytorch_model*.bin; None: the form that was converted, or
+        the one in which the layout is published.
+    progress: called as progress(done_bytes, total_bytes, what).
+    Raises CheckpointError, ConversionError or ConfigError before anything is written; whatever goes wrong later,
+    `destination` does not come into being.
+    """
+    started = time.perf_counter()
+    source = Path(source)
+    config = ChatConfig.from_file(source)
+    specs, read = _published(source, config)
+    sizes = {key: math.prod(shape) * dtype.itemsize for key, (shape, dtype) in specs.items()}
+    total, done = sum(sizes.values()), 0
+    weight_map = _files(source, config, sizes, safe_serialization)
+    with new_directory(destination, total) as directory:
+        for file in dict.fromkeys(weight_map.values()):
+            places = lay_out(directory / file, {key: specs[key] for key in specs if weight_map[key] == file})
+            for key, place in places.items():
+                write_at(directory / file, place, read(key))
+                done += sizes[key]
+                if progress is not None:
+                    progress(done, total, "exporting")
+        write_index(directory, weight_map, total)
+        copy_side_files(source, directory, skip=(PUBLISHED,))
+    return make_report(Path(destination), len(specs), total, started)
+
+
+def _published(source: Path, config: ChatConfig) -> tuple[Specs, Callable[[str], np.ndarray]]:
+    """What there is to write, in the order of the published files, and the function that reads one tensor."""
+    stored = checkpoint.Reader(source)
+    _check_complete(source, config, {name: shape for name, (shape, _) in stored.leaves.items()})
+    table = {tensor.key: tensor for tensor in tensors(config)}
+    buffers = Weights(source, [BUFFERS], None) if (source / BUFFERS).exists() else None
+    chosen: dict[str, Tensor] = {}
+    specs: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    for key in published_map(source) or table:
+        name = canonical(config.layout, key)
+        if name is None and buffers is not None and key in buffers.shapes:
+            specs[key] = buffers.shapes[key], buffers.dtypes[key]
+            continue
+        tensor = table.get(name)
+        if tensor is None and config.text is not None and config.text.tie_word_embeddings:
+            tensor = next(t for t in table.values() if t.path == EMBEDDING)  # a head that only repeats it
+        if tensor is None:
+            raise ConversionError(f"{source / PUBLISHED} names {key}, which {source} does not have: {_NOT_THE_SAME}")
+        chosen[key] = tensor
+        specs[key] = tensor.shape, stored.leaves[tensor.path][1]
+    absent = sorted(table.keys() - {tensor.key for tensor in chosen.values()})
+    if absent:
+        raise ConversionError(f"{source / PUBLISHED} does not name {', '.join(absent)}: {_NOT_THE_SAME}")
+
+    def read(key: str) -> np.ndarray:
+        if key not in chosen:
+            return buffers.read(key)
+        tensor = chosen[key]
+        return tensor.to_theirs(stored.read(tensor.path, tensor.index))
+
+    return specs, read
+
+
+def _check_complete(source: Path, config: ChatConfig, stored: dict[str, tuple[int, ...]]) -> None:
+    """An export drops nothing and invents nothing: names and shapes have to be config.json's."""
+    wanted = {name: leaf.shape for name, leaf in checkpoint.named_leaves(chat_model.abstract_params(config))}
+    problems = [
+        f"{name}: {stored.get(name, 'missing')}, config.json asks for {wanted.get(name, 'none')}"
+        for name in sorted(wanted.keys() | stored.keys())
+        if wanted.get(name) != stored.get(name)
+    ]
+    if problems:
+        raise ConversionError(f"{source}: parameters and config.json do not agree:\n  " + "\n  ".join(problems))
+
+
+def _files(source: Path, config: ChatConfig, sizes: dict[str, int], safe: bool | None) -> dict[str, str]:
+    """The file of every tensor: the published one, where it is known and of the form that is asked for."""
+    recorded = published_map(source)
+    if recorded is not None and safe in (None, is_safe(recorded)):
+        return recorded
+    if safe is None:
+        safe = config.layout not in _PICKLED_LAYOUTS
+    return assign_files(sizes, MAX_SHARD, (SAFETENSORS if safe else PICKLES)[1])
