@@ -6,10 +6,10 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from internvl_jax.config import read_json
 
@@ -17,6 +17,17 @@ from internvl_jax.config import read_json
 MAX_PIXELS = 2 * 89_478_485
 
 IMAGE_MODES = ("eval", "native")
+
+# EXIF's orientation -> what turns the picture upright; 1 is upright.
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(ValueError):
@@ -33,11 +44,53 @@ def load_image(
     Raises ImageError for what is missing, unreadable, truncated, empty or larger than `max_pixels`.
     """
     if isinstance(source, Image.Image):
-        image, name = source, "the PIL image"
-    elif isinstance(source, np.ndarray):
-        image, name = _from_array(source), "the array"
-    else:
-        image, name = _open(source, max_pixels)
+        return _decode(source, "the PIL image", honour_exif, max_pixels)
+    if isinstance(source, np.ndarray):
+        return _decode(_from_array(source), "the array", honour_exif, max_pixels)
+    if isinstance(source, bytes):
+        return _read(io.BytesIO(source), f"the picture of {len(source)} bytes", honour_exif, max_pixels)
+    if not isinstance(source, (str, Path)):
+        raise ImageError(f"a picture must be a path, bytes, a PIL image or an array, not {type(source).__name__}")
+    name = str(source)
+    name = name if len(name) <= 300 else name[:300] + "..."
+    if "://" in name or name.startswith("data:"):
+        raise ImageError(f"{name} is a URL; nothing is fetched here: download it and pass the file")
+    try:
+        with Path(source).expanduser().open("rb") as file:
+            # PIL jumps about in the file, which a pipe (/dev/stdin) does not allow.
+            return _read(file if file.seekable() else io.BytesIO(file.read()), name, honour_exif, max_pixels)
+    except FileNotFoundError:
+        raise ImageError(f"{name} does not exist") from None
+    except IsADirectoryError:
+        raise ImageError(f"{name} is a directory, not a picture") from None
+    except OSError as error:
+        raise ImageError(f"{name} cannot be read ({error.strerror or error})") from None
+    except ImageError:
+        raise
+    except (ValueError, RuntimeError) as error:  # a NUL in the path; a home directory that nobody has
+        raise ImageError(f"{name} is not a path ({error})") from None
+
+
+def _read(file: IO[bytes], name: str, honour_exif: bool, max_pixels: int) -> Image.Image:
+    if not file.seek(0, io.SEEK_END):
+        raise ImageError(f"{name} is empty: it has no bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(file)
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name} has more than {max_pixels:,} pixels: scale it down first") from None
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"{name} is not a picture in a format that can be read (PNG, JPEG, WebP, GIF, ...), or its beginning is "
+            "damaged"
+        ) from None
+    except Exception as error:
+        raise ImageError(f"{name} is damaged ({error})") from None
+    return _decode(image, name, honour_exif, max_pixels)
+
+
+def _decode(image: Image.Image, name: str, honour_exif: bool, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError(f"{name} is empty ({width} x {height} pixels)")
@@ -47,40 +100,21 @@ def load_image(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()
-            return ImageOps.exif_transpose(image) if honour_exif else image
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # the decoders of the formats raise whatever they stumble over
         raise ImageError(f"{name} is damaged or truncated ({error})") from None
+    return _upright(image) if honour_exif else image
 
 
-def _open(source: str | Path | bytes, max_pixels: int) -> tuple[Image.Image, str]:
-    if isinstance(source, bytes):
-        name, file = f"the picture of {len(source)} bytes", io.BytesIO(source)
-    elif isinstance(source, (str, Path)):
-        if "://" in str(source):
-            raise ImageError(f"{source} is a URL; nothing is fetched here: download it and pass the file")
-        path = Path(source).expanduser()
-        name = str(path)
-        if path.is_dir():
-            raise ImageError(f"{name} is a directory, not a picture")
-        try:
-            # Read whole and closed at once: PIL would keep the file open until the picture is loaded.
-            file = io.BytesIO(path.read_bytes())
-        except FileNotFoundError:
-            raise ImageError(f"{name} does not exist") from None
-        except OSError as error:
-            raise ImageError(f"{name} cannot be read ({error.strerror or error})") from None
-    else:
-        raise ImageError(f"a picture must be a path, bytes, a PIL image or an array, not {type(source).__name__}")
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as the EXIF orientation says. EXIF data that cannot be read says nothing: the picture is still good."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Image.open(file), name
-    except Image.DecompressionBombError:
-        raise ImageError(f"{name} has more than {max_pixels:,} pixels: scale it down first") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{name} is not a picture in a format that can be read (PNG, JPEG, WebP, GIF, ...)") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{name} is damaged ({error})") from None
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:
+        return image
+    # PIL's exif_transpose also writes the EXIF data anew, which fails where another entry of it is odd.
+    return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -96,11 +130,16 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB as PIL does, but scale 16-bit grey down to 8 bits: PIL would clip it to white."""
+    """Convert to RGB as PIL does, except for 16-bit grey: PIL clips what is above 255 to white.
+
+    Grey values (modes I, I;16) that go above 255 are read as 16-bit and scaled down; others are as PIL has them.
+    """
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.size and values.max() > 255:
             image = Image.fromarray((np.clip(values, 0, 65535) // 257).astype(np.uint8))
+    elif image.mode == "La":  # premultiplied grey, which PIL converts to LA only
+        image = image.convert("LA")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL warns of palettes with transparency; the reference drops it too
         return image.convert("RGB")
@@ -121,7 +160,8 @@ class ImageProcessor:
     ) -> ImageProcessor:
         """Read preprocessor_config.json. Raises ImageError naming a setting that is not implemented.
 
-        image_size: pixels per side that the model's config asks for; by default the processor's own.
+        image_size: pixels per side that the model's config asks for; by default the processor's own `size`, which its
+        centre crop must not cut.
         """
         path = Path(directory) / "preprocessor_config.json"
         values = read_json(path)
@@ -130,25 +170,32 @@ class ImageProcessor:
                 raise ImageError(f"{path} has {name} false, which is not implemented")
         if values.get("resample", 3) != 3:
             raise ImageError(f"{path} has resample {values['resample']}: only 3 (bicubic) is implemented")
-        if abs(values.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-            raise ImageError(f"{path} has rescale_factor {values['rescale_factor']}: only 1/255 is implemented")
-        triples = []
-        for name in ("image_mean", "image_std"):
-            triple = values.get(name)
-            if not isinstance(triple, list) or len(triple) != 3 or not all(isinstance(v, (int, float)) for v in triple):
-                raise ImageError(f"{path} needs {name}, a list of three numbers")
-            triples.append(tuple(float(v) for v in triple))
-        return cls(image_size or _size(values.get("size"), path), *triples, pad_to_square=pad_to_square)
+        factor = values.get("rescale_factor", 1 / 255)
+        if not isinstance(factor, float) or abs(factor - 1 / 255) > 1e-9:
+            raise ImageError(f"{path} has rescale_factor {factor}: only 1/255 is implemented")
+        mean, std = (_triple(values.get(name), f"{path} needs {name}") for name in ("image_mean", "image_std"))
+        if min(std) <= 0:
+            raise ImageError(f"{path} has image_std {list(std)}: a picture cannot be divided by that")
+        if image_size is None:
+            image_size = _size(values.get("size"), f"{path} has no usable size")
+            if values.get("do_center_crop") and values.get("crop_size") is not None:
+                crop = _size(values["crop_size"], f"{path} has no usable crop_size")
+                if crop != image_size:
+                    raise ImageError(f"{path} crops {image_size} pixels to {crop}, which is not implemented")
+        return cls(image_size, mean, std, pad_to_square=pad_to_square)
 
     def __call__(self, image: Image.Image, path: str = "eval") -> np.ndarray:
         """The pixel values of one picture, [3,S,S] float32.
 
         path "eval": convert to RGB, then resize, as the reference's evaluation scripts do. "native": resize in the
         file's own mode, then convert, as its quick-start page does; the two differ where there is transparency or a
-        palette. The aspect ratio is not kept, unless `pad_to_square` fills up with the mean colour first.
+        palette (grey of 16 bits takes the first path always). The aspect ratio is not kept, unless `pad_to_square`
+        fills up with the mean colour first, which only the first path does.
         """
         if path not in IMAGE_MODES:
             raise ImageError(f"there is no image path {path!r}; there are {' and '.join(IMAGE_MODES)}")
+        if path == "native" and self.pad_to_square:
+            raise ImageError("pictures of this model are padded to a square in RGB: use the image path 'eval'")
         size = (self.image_size, self.image_size)
         if path == "native" and not image.mode.startswith("I"):
             resized = to_rgb(image.resize(size))
@@ -173,10 +220,16 @@ def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image
     return square
 
 
-def _size(size: Any, path: Path) -> int:
-    if isinstance(size, dict):
-        sides = {size[key] for key in ("height", "width", "shortest_edge") if key in size}
-        size = sides.pop() if len(sides) == 1 else None
-    if not isinstance(size, int) or size < 1:
-        raise ImageError(f"{path} has no usable size: a number, or one height and width, is needed")
-    return size
+def _triple(value: Any, complaint: str) -> tuple[float, float, float]:
+    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(v, (int, float)) for v in value):
+        raise ImageError(f"{complaint}, a list of three numbers")
+    first, second, third = map(float, value)
+    return first, second, third
+
+
+def _size(value: Any, complaint: str) -> int:
+    sides = list(value.values()) if isinstance(value, dict) else [value]
+    known = not isinstance(value, dict) or value.keys() in ({"height", "width"}, {"shortest_edge"})
+    if not known or not all(isinstance(side, int) and side > 0 and side == sides[0] for side in sides):
+        raise ImageError(f"{complaint} ({value}): a number, or one height and width, is needed")
+    return sides[0]
