@@ -103,6 +103,18 @@ class Writer:
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
+class Reader:
+    """Read parameters piece by piece. Raises CheckpointError as `load` does."""
+
+    def __init__(self, directory: str | Path):
+        self.leaves = _stored(Path(directory))  # name -> (shape, dtype)
+        self._stores = {name: _open(_leaf_path(Path(directory), name)) for name in self.leaves}
+
+    def read(self, name: str, index: Any = ()) -> np.ndarray:
+        """The part at `index` (numpy's basic indexing) of the leaf called `name`, "a/b/c"."""
+        return self._stores[name][index].read().result()
+
+
 def save(directory: str | Path, params: Any) -> None:
     """Write a tree of arrays to `directory`/params, in its own dtypes, whole or not at all."""
     with Writer(Path(directory), params) as writer:
