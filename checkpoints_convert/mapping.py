@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from internvl_jax.config import ChatConfig, TextConfig, VisionConfig
 
@@ -46,9 +45,13 @@ class Tensor:
 
 
 def _transpose(values: np.ndarray) -> np.ndarray:
-    """[a,b] to [b,a], copied: torch does so in blocks, five times as fast as numpy for a large matrix."""
-    bits = values.view(f"i{values.itemsize}")
-    return torch.from_numpy(bits).t().contiguous().numpy().view(values.dtype)
+    """[a,b] to [b,a], copied: a strip at a time stays in the processor's cache, which is five times as fast."""
+    result = np.empty(values.shape[::-1], values.dtype)
+    # As integers: numpy moves bfloat16, which is not its own, one number at a time.
+    source, target = (array.view(f"i{values.itemsize}") for array in (np.ascontiguousarray(values), result))
+    for row in range(0, len(source), 32):
+        target[:, row : row + 32] = source[row : row + 32].T
+    return result
 
 
 @dataclass(frozen=True)
