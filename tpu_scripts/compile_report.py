@@ -98,19 +98,21 @@ def _prefill(load: Workload) -> jax.stages.Lowered:
     return generate._prefill.lower(*_prefill_arguments(load), config=load.config, slots=load.length, dtype=load.dtype)
 
 
-def _decode(load: Workload) -> jax.stages.Lowered:
+def _state(load: Workload) -> generate.DecodeState:
+    """What prefill leaves and decoding goes on with, laid out as prefill lays it out."""
     step = partial(generate.prefill_step, config=load.config, slots=load.length, dtype=load.dtype)
     state = jax.eval_shape(step, *_prefill_arguments(load))
-    state = jax.tree.map(
-        lambda leaf, spec: ShapeDtype(
-            leaf.shape,
-            leaf.dtype,
-            sharding=NamedSharding(load.mesh, fit_spec(spec, leaf.shape, load.mesh.shape)),
-        ),
-        state,
-        generate.state_specs(state),
-    )
-    return generate._decode.lower(load.params, state, ShapeDtype((), jnp.int32), config=load.config, dtype=load.dtype)
+
+    def place(leaf: Any, spec: P) -> Any:
+        where = NamedSharding(load.mesh, fit_spec(spec, leaf.shape, load.mesh.shape))
+        return ShapeDtype(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(place, state, generate.state_specs(state))
+
+
+def _decode(load: Workload) -> jax.stages.Lowered:
+    steps = ShapeDtype((), jnp.int32)
+    return generate._decode.lower(load.params, _state(load), steps, config=load.config, dtype=load.dtype)
 
 
 def _encode_flops(load: Workload) -> float:
@@ -268,7 +270,7 @@ def abstract_params(config: ChatConfig, mesh: Mesh, vision: str, dtype: Any) -> 
 def report(load: Workload, program: str) -> Report:
     """Compile one program (or `generate`: all three) and measure it. Raises ValueError for an unknown program."""
     if program == GENERATE:
-        return _together(load, tuple(report(load, name) for name in PROGRAMS))
+        return together(load, {name: report(load, name) for name in PROGRAMS})
     if program not in PROGRAMS:
         raise ValueError(f"there is no program {program!r}; there are {', '.join((*PROGRAMS, GENERATE))}")
     spec = PROGRAMS[program]
@@ -303,7 +305,7 @@ def report(load: Workload, program: str) -> Report:
         }
         memory = {name: chip.devices * size for name, size in memory.items()} | {"parameters": parameters}
         text = hlo.parse(compiled.as_text())
-        flops = chip.devices * hlo.matmul_flops(text)
+        flops = chip.devices * hlo.flops(text)
         found = hlo.collectives(text)
         collectives = _summary(found, spec.layers(load.config))
         roofline = {
@@ -336,15 +338,15 @@ def report(load: Workload, program: str) -> Report:
     return done if done.fits else replace(done, advice=advice(load, done))
 
 
-def _together(load: Workload, parts: tuple[Report, ...]) -> Report:
-    """A chat's memory: every parameter stays on the device while each program runs in turn.
+def together(load: Workload, parts: dict[str, Report]) -> Report:
+    """`generate` from the reports of all programs: every parameter stays on the device while each runs in turn.
 
     Figures of time are those of decoding steps, where a chat spends it; `parts` has the others.
     """
-    chip, decode = load.topology.chip, parts[-1]
+    chip, decode = load.topology.chip, parts["decode"]
     parameters = chip.devices * param_bytes(load, tuple(load.params))
-    peak = max(part.hbm_bytes["peak"] - part.hbm_bytes["parameters"] + parameters for part in parts)
-    extra = [part.hbm_bytes["temporaries"] for part in parts]
+    peak = max(peak_together(load, part) for part in parts.values())
+    extra = [part.hbm_bytes["temporaries"] for part in parts.values()]
     memory = decode.hbm_bytes | {
         "arguments": (decode.fits and decode.hbm_bytes["arguments"] - decode.hbm_bytes["parameters"] + parameters)
         or None,
@@ -352,27 +354,42 @@ def _together(load: Workload, parts: tuple[Report, ...]) -> Report:
         "peak": peak,
         "parameters": parameters,
     }
-    fits = all(part.fits for part in parts) and peak <= chip.hbm_bytes
+    fits = all(part.fits for part in parts.values()) and peak <= chip.hbm_bytes
     whole = replace(
         decode,
         program=GENERATE,
         hbm_bytes=memory,
         fits=fits,
-        compile_seconds=sum(part.compile_seconds for part in parts),
+        compile_seconds=sum(part.compile_seconds for part in parts.values()),
         advice=(),
-        parts=parts,
+        parts=tuple(parts.values()),
     )
     return whole if fits else replace(whole, advice=advice(load, whole))
 
 
+def peak_together(load: Workload, part: Report) -> int:
+    """Bytes per chip at a program's peak, with the parameters that it does not read beside it."""
+    everything = load.topology.chip.devices * param_bytes(load, tuple(load.params))
+    return part.hbm_bytes["peak"] - part.hbm_bytes["parameters"] + everything
+
+
 def param_bytes(load: Workload, parts: Iterable[str]) -> int:
     """Bytes of these parts' parameters on one device."""
-    leaves = jax.tree.leaves([load.params[part] for part in parts if part in load.params])
-    return sum(math.ceil(math.prod(x.sharding.shard_shape(x.shape)) * _width(x.dtype)) for x in leaves)
+    return _bytes_on_device([load.params[part] for part in parts if part in load.params])
 
 
-def _width(dtype: Any) -> float:
-    return 0.5 if jnp.dtype(dtype).name in ("int4", "uint4") else jnp.dtype(dtype).itemsize
+def state_bytes(load: Workload) -> int:
+    """Bytes of the rows that are decoded, the cache above all, on one device."""
+    with jax.set_mesh(load.mesh):
+        return _bytes_on_device(_state(load))
+
+
+def _bytes_on_device(tree: Any) -> int:
+    def size(leaf: Any) -> int:
+        width = 0.5 if leaf.dtype.name in ("int4", "uint4") else leaf.dtype.itemsize
+        return math.ceil(math.prod(leaf.sharding.shard_shape(leaf.shape)) * width)
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -407,16 +424,16 @@ def _summary(found: list[hlo.Collective], layers: int) -> list[dict[str, Any]]:
 
 
 def _least_traffic(load: Workload, spec: Program, memory: dict[str, int]) -> int:
-    """Bytes that must pass between HBM and the chip: every argument is read once, every new output written once.
+    """Bytes that must pass between HBM and the chip: every argument is read once, every new output written once."""
+    skipped = load.topology.chip.devices * skipped_bytes(load, spec.parts)
+    return memory["arguments"] + memory["outputs"] - memory["aliased"] - skipped
 
-    Of the embedding table few rows are read, so it does not count, unless it serves as head.
-    """
-    traffic = memory["arguments"] + memory["outputs"] - memory["aliased"]
-    if "language_model" in spec.parts and "lm_head" in load.params["language_model"]:
-        table = load.params["language_model"]["embed_tokens"]["embedding"]
-        shard = math.prod(table.sharding.shard_shape(table.shape))
-        traffic -= load.topology.chip.devices * math.ceil(shard * _width(table.dtype))
-    return traffic
+
+def skipped_bytes(load: Workload, parts: Iterable[str]) -> int:
+    """Bytes of parameters on one device that a program need not read: of the embedding table it reads few rows, unless
+    the table is the head too."""
+    language = load.params["language_model"] if "language_model" in parts else {}
+    return _bytes_on_device(language["embed_tokens"]) if "lm_head" in language else 0
 
 
 def network_seconds(load: Workload, one: hlo.Collective) -> float:

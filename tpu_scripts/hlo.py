@@ -94,7 +94,7 @@ def parse(text: str) -> Program:
     """Read HLO text. Raises ValueError where there is no entry computation."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = None, None
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         header = _COMPUTATION.match(line)
         if header:
             current = computations.setdefault(header[1] or header[2], [])
@@ -113,6 +113,19 @@ def parse(text: str) -> Program:
     if entry is None:
         raise ValueError("no ENTRY computation: this is not the text of an HLO module")
     return Program({name: tuple(lines) for name, lines in computations.items()}, entry)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines of HLO; attributes of Pallas kernels, which XLA spreads over several, are put together again."""
+    whole = ""
+    for line in text.splitlines():
+        ends = line == "}" or line.startswith("}, execution_thread")
+        if line.startswith(('"', "}")) and not ends:
+            whole += line
+        else:
+            yield whole
+            whole = line
+    yield whole
 
 
 def _split_operands(text: str) -> tuple[str, str]:
@@ -218,10 +231,49 @@ def replica_group(attributes: str) -> tuple[int, ...]:
     return ()
 
 
-def matmul_flops(program: Program) -> int:
-    """Floating point operations of all matrix products (2 per multiply-add) on one device, those included that XLA
-    turned into sums on the vector unit (one query against the cache). Pallas kernels are not counted."""
-    return sum(run.times * flops_of(run.instruction, program.computations[run.computation]) for run in runs(program))
+def flops(program: Program) -> int:
+    """Floating point operations of all matrix products on one device, 2 per multiply-add: XLA's, those included that it
+    turned into sums on the vector unit (one query against the cache), and those of Pallas kernels."""
+    return sum(
+        run.times * (flops_of(run.instruction, program.computations[run.computation]) + kernel_flops(run.instruction))
+        for run in runs(program)
+    )
+
+
+# Matrix products of each splash attention kernel, by its name: scores and weighted sum; scores, dp and dq; scores, dp,
+# dk and dv (and dq, where one kernel does both).
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def kernel_flops(instruction: Instruction) -> int:
+    """Floating point operations of one Pallas kernel: as it states them (cost_estimate), or, for splash attention, which
+    does not, of the blocks that its mask leaves. 0 for anything else; ValueError for a kernel that is not known."""
+    if instruction.opcode != "custom-call" or '"tpu_custom_call"' not in instruction.attributes:
+        return 0
+    stated = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.attributes)
+    if stated:
+        return int(stated[1])
+    kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.name)
+    if not kind:
+        raise ValueError(f"the kernel {instruction.name} does not say how much it computes: give it a cost_estimate")
+    settings = {name: int(size) for name, size in re.findall(r"(block_\w+)\W+(\d+)", instruction.attributes)}
+    suffix = "" if kind[1] == "fwd" else f"_{kind[1]}"
+    fused = kind[1] == "dkv" and re.search(r"use_fused_bwd_kernel\W+true", instruction.attributes)
+    products = _SPLASH_PRODUCTS[kind[1]] + bool(fused)
+    constraints = re.search(r"operand_layout_constraints=\{(.*?)\}\}", instruction.attributes)[1]
+    shapes = re.findall(r"(\w+)\[([\d,]+)\]", constraints)
+    operands = [(dtype, [int(size) for size in dims.split(",")]) for dtype, dims in shapes]
+    queries, keys = [dims for dtype, dims in operands if dtype in ("bf16", "f32")][:2]
+    length, slots, heads = queries[-2], keys[-2], math.prod(queries[:-2])
+    rows, columns = settings[f"block_q{suffix}"], settings[f"block_kv{suffix}"]
+    # A causal mask is computed in the kernel, from the queries' places [T,128]; blocks above the diagonal are skipped.
+    causal = any(dtype == "s32" and dims == [length, 128] for dtype, dims in operands)
+    blocks = sum(
+        not causal or column * columns < (row + 1) * rows
+        for row in range(-(-length // rows))
+        for column in range(-(-slots // columns))
+    )
+    return 2 * products * heads * queries[-1] * blocks * rows * columns
 
 
 def flops_of(instruction: Instruction, computation: tuple[Instruction, ...]) -> int:
