@@ -3,8 +3,11 @@
 `DIRECTORY/params/` is an Orbax checkpoint of the parameter tree in its true shapes: a zarr array per leaf, beside
 config.json and the tokenizer files. Orbax's own checkpointer holds a whole leaf several times while it saves (14 GB for
 V1-1's largest stack of 5.7 GB, measured); here a leaf is written chunk by chunk through TensorStore, on which Orbax
-stands, so that memory is bounded by one chunk. A chunk is one layer, split along the axis that a mesh's tensor axis
-splits, and is not compressed: a device reads little more than its own part, and a truncated file shows by its size.
+stands, so that memory is bounded by one chunk. A chunk is one layer, split along the axes that a mesh splits,
+and is not compressed: a device reads little more than its own part, and a truncated file shows by its size.
+
+Several processes read and write one directory together, on a file system that all of them see: each reads what its
+devices hold and writes what no other process writes; process 0 makes the directory and gives it its name at the end.
 """
 
 from __future__ import annotations
@@ -24,12 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
+from internvl_jax import distributed
 from internvl_jax.sharding import PARAM_RULES
 
 Progress = Callable[[int, int, str], None]
+Bounds = tuple[tuple[int, int], ...]
 
 PARAMS = "params"
-PARTS = 8  # chunks along the tensor axis, at most: the largest tensor axis that V1-1 can use
+# Chunks along the axes that a mesh splits, at most: 8 is the largest tensor axis that V1-1 can use. Beyond 4 devices
+# along fsdp some bytes are read more than once; V1-1 is 15,000 files as it is.
+PARTS = {"tensor": 8, "fsdp": 4}
 SMALLEST_PART = 1 << 20  # bytes; below, a read costs more than it saves, and a small model would be a thousand files
 READS = 16  # chunk reads under way at once
 _CONTEXT = ts.Context(
@@ -50,15 +57,30 @@ class Writer:
     """Write parameters piece by piece: `write` any part of any leaf, then `commit`.
 
     Nothing stands at `directory`/params before commit; used as a context manager, leaving without it removes the rest.
+    Where there are several processes, all of them make a Writer and commit it, and each writes its own parts.
     """
 
     def __init__(self, directory: Path, abstract: Any):
         self._final = directory / PARAMS
-        self._temporary = directory / f".{PARAMS}.tmp-{os.getpid()}"
-        if self._final.exists():
-            raise CheckpointError(f"{self._final} exists already: remove it, or write somewhere else")
+        number = distributed.from_first(str(os.getpid()).encode()).decode()
+        self._temporary = directory / f".{PARAMS}.tmp-{number}"
         self._pending: ts.WriteFutures | None = None
         leaves = dict(named_leaves(abstract))
+        with distributed.first_alone() as first:
+            if first:
+                self._make(leaves)
+        with distributed.all_or_none():
+            if not first and not self._temporary.is_dir():
+                raise CheckpointError(
+                    f"{self._temporary} is on process 0 but not here: several processes write to a directory that all "
+                    "of them see (a mounted bucket, NFS)"
+                )
+            if not first:
+                self._stores = {name: _open(self._temporary / name.replace("/", ".")) for name in leaves}
+
+    def _make(self, leaves: dict[str, Any]) -> None:
+        if self._final.exists():
+            raise CheckpointError(f"{self._final} exists already: remove it, or write somewhere else")
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(parents=True)
         try:
@@ -92,7 +114,9 @@ class Writer:
 
     def commit(self) -> None:
         """Everything is written: give the directory its name."""
-        self._temporary.rename(self._final)
+        with distributed.first_alone() as first:
+            if first:
+                self._temporary.rename(self._final)
 
     def __enter__(self) -> Writer:
         return self
@@ -100,7 +124,8 @@ class Writer:
     def __exit__(self, *_: Any) -> None:
         if self._pending is not None:  # after an interrupt it would go on writing into what is removed here
             self._pending.exception()
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        if distributed.is_first():
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 class Reader:
@@ -116,11 +141,15 @@ class Reader:
 
 
 def save(directory: str | Path, params: Any) -> None:
-    """Write a tree of arrays to `directory`/params, in its own dtypes, whole or not at all."""
+    """Write a tree of arrays to `directory`/params, in its own dtypes, whole or not at all.
+
+    Arrays may lie over the devices of several processes, which then all call this.
+    """
     with Writer(Path(directory), params) as writer:
-        for name, leaf in named_leaves(params):
-            for index in _pieces(name, leaf.shape):
-                writer.write(name, index, np.asarray(leaf[index]))
+        with distributed.all_or_none():
+            for name, leaf in named_leaves(params):
+                for index, values in _own_pieces(name, leaf):
+                    writer.write(name, index, np.asarray(values))
         writer.commit()
 
 
@@ -140,54 +169,86 @@ def load(directory: str | Path, abstract: Any, *, progress: Progress | None = No
     """Read the leaves of `abstract`, a tree of jax.ShapeDtypeStruct, in its dtypes and onto its shardings.
 
     Only what is needed is read: leaves that `abstract` lacks are skipped, of the vision layers the first ones are read
-    where it has fewer (select_layer), and with shardings each process reads what its own devices hold.
-    progress: called as progress(done_bytes, total_bytes, what).
+    where it has fewer (select_layer), and with shardings each process reads what its own devices hold, once.
+    progress: called as progress(done_bytes, total_bytes, what), both of this process (see `bytes_read`).
     Raises CheckpointError for files that are missing or truncated, and for leaves of other names or shapes, all listed.
     """
     directory = Path(directory)
     stored = _stored(directory)
     wanted = dict(named_leaves(abstract))
     check_shapes(directory, wanted, {name: shape for name, (shape, _) in stored.items()})
-    sizes = {name: math.prod(leaf.shape) * stored[name][1].itemsize for name, leaf in wanted.items()}
+    stores = {name: _open(_leaf_path(directory, name)) for name in wanted}
+    sizes = {name: _bytes_to_read(stores[name], leaf) for name, leaf in wanted.items()}
     done, leaves = 0, []
     for name, leaf in wanted.items():
-        leaves.append(_load_leaf(_open(_leaf_path(directory, name)), leaf))
+        leaves.append(_load_leaf(stores[name], leaf))
         done += sizes[name]
         if progress is not None:
             progress(done, sum(sizes.values()), "loading")
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
+def bytes_read() -> int:
+    """Bytes that this process has read from checkpoint files since it started, by TensorStore's own count."""
+    metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in metrics for value in metric["values"])
+
+
 def chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The shape of a leaf's chunks: one layer of a stack, in equal parts along the axis that a mesh splits."""
+    """The shape of a leaf's chunks: one layer of a stack, in equal parts along the axes that a mesh splits."""
     chunk = list(shape)
     if "/layers/" in name:
         chunk[0] = 1
-    axis = _tensor_axis(name)
-    if axis is not None:
-        most = min(PARTS, math.prod(chunk) * itemsize // SMALLEST_PART)
-        chunk[axis] //= max((parts for parts in range(2, most + 1) if shape[axis] % parts == 0), default=1)
+    for mesh_axis, limit in PARTS.items():
+        axis = _split_axis(name, shape, mesh_axis)
+        if axis is not None:
+            most = min(limit, math.prod(chunk) * itemsize // SMALLEST_PART)
+            chunk[axis] //= max((parts for parts in range(2, most + 1) if chunk[axis] % parts == 0), default=1)
     return tuple(chunk)
 
 
-def _tensor_axis(name: str) -> int | None:
-    for rule in PARAM_RULES:
-        if re.fullmatch(rule.pattern, name):
-            return next((axis for axis, mesh_axis in enumerate(rule.spec) if mesh_axis == "tensor"), None)
-    return None
+def _split_axis(name: str, shape: tuple[int, ...], mesh_axis: str) -> int | None:
+    """The axis along which a mesh splits a leaf, as sharding.storage_shardings chooses it."""
+    rule = next((rule for rule in PARAM_RULES if re.fullmatch(rule.pattern, name)), None)
+    if rule is None or mesh_axis not in rule.spec:
+        return None
+    axis = tuple(rule.spec).index(mesh_axis)
+    others = range(1 if "/layers/" in name else 0, len(shape))
+    return next((other for other in (axis, *others) if shape[other] % PARTS[mesh_axis] == 0), axis)
 
 
 def _load_leaf(store: ts.TensorStore, leaf: Any) -> jax.Array:
+    values: dict[Bounds, np.ndarray] = {}  # devices that hold the same part share one read
+
     def read(index: tuple[slice, ...] = ()) -> np.ndarray:
-        # The leaf may have fewer layers than the file: its own bounds decide.
-        bounds = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, leaf.shape))
-        bounds = bounds or tuple(slice(0, size) for size in leaf.shape)
-        return store[bounds].read().result().astype(leaf.dtype, copy=False)
+        bounds = _bounds(index, leaf.shape)
+        if bounds not in values:
+            part = store[tuple(slice(*ends) for ends in bounds)].read().result()
+            values[bounds] = part.astype(leaf.dtype, copy=False)
+        return values[bounds]
 
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
-        return jnp.asarray(read())
+        return jax.device_put(read())  # jnp.asarray would compile a program for every shape
     return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    """(start, stop) along every axis. The leaf may have fewer layers than the file: its own shape decides."""
+    given = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
+    return given + tuple((0, size) for size in shape[len(given) :])
+
+
+def _bytes_to_read(store: ts.TensorStore, leaf: Any) -> int:
+    """Bytes of the chunks that hold this process's parts of a leaf. A chunk is read as a whole."""
+    sharding = getattr(leaf, "sharding", None)
+    parts = [()] if sharding is None else sharding.addressable_devices_indices_map(leaf.shape).values()
+    chunk = store.chunk_layout.read_chunk.shape
+    chunks = sum(
+        math.prod(-(-stop // size) - start // size for (start, stop), size in zip(bounds, chunk))
+        for bounds in {_bounds(part, leaf.shape) for part in parts}
+    )
+    return chunks * math.prod(chunk) * store.dtype.numpy_dtype.itemsize
 
 
 def check_shapes(directory: Path, wanted: dict[str, Any], stored: dict[str, tuple[int, ...]]) -> None:
@@ -256,12 +317,17 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
         yield "/".join(part.key for part in path), leaf
 
 
-def _pieces(name: str, shape: tuple[int, ...]) -> Iterator[Any]:
-    """Indices that together cover a leaf, a layer at a time where it is a stack."""
-    if "/layers/" in name:
-        yield from range(shape[0])
-    else:
-        yield ...
+def _own_pieces(name: str, leaf: Any) -> Iterator[tuple[Any, Any]]:
+    """Indices and values that this process writes of a leaf: each once, a layer at a time where it is a stack."""
+    parts: list[tuple[tuple[slice, ...], Any]] = [((), leaf)]
+    if isinstance(leaf, jax.Array):
+        parts = [(shard.index, shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
+    for index, values in parts:
+        if "/layers/" in name:
+            (first, last), *_ = _bounds(index, leaf.shape)
+            yield from (((layer, *index[1:]), values[layer - first]) for layer in range(first, last))
+        else:
+            yield (*index, ...), values
 
 
 def _orbax_metadata(leaves: dict[str, Any]) -> dict[str, Any]:
