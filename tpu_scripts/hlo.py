@@ -246,7 +246,7 @@ _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def kernel_flops(instruction: Instruction) -> int:
-    """Floating point operations of one Pallas kernel: as it states them (cost_estimate), or, for splash attention, which
+    """Floating point operations of one Pallas kernel: as it states them (cost_estimate), or, where splash attention
     does not, of the blocks that its mask leaves. 0 for anything else; ValueError for a kernel that is not known."""
     if instruction.opcode != "custom-call" or '"tpu_custom_call"' not in instruction.attributes:
         return 0
@@ -266,8 +266,11 @@ def kernel_flops(instruction: Instruction) -> int:
     queries, keys = [dims for dtype, dims in operands if dtype in ("bf16", "f32")][:2]
     length, slots, heads = queries[-2], keys[-2], math.prod(queries[:-2])
     rows, columns = settings[f"block_q{suffix}"], settings[f"block_kv{suffix}"]
-    # A causal mask is computed in the kernel, from the queries' places [T,128]; blocks above the diagonal are skipped.
-    causal = any(dtype == "s32" and dims == [length, 128] for dtype, dims in operands)
+    # A causal mask is computed in the kernel from the queries' places, one more operand of integers; blocks above the
+    # diagonal are skipped.
+    first = next(place for place, (dtype, _) in enumerate(operands) if dtype in ("bf16", "f32"))
+    integers = sum(dtype == "s32" for dtype, _ in operands[first:])
+    causal = integers > (2 if "segmented" in instruction.name else 0)
     blocks = sum(
         not causal or column * columns < (row + 1) * rows
         for row in range(-(-length // rows))
