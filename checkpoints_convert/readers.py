@@ -79,15 +79,17 @@ class Weights:
     def read(self, key: str) -> np.ndarray:
         """One tensor, in its own shape and dtype, bit for bit, in memory of its own."""
         file = self.weight_map[key]
-        if self._open is None or self._open[0] != file or self._read > REMAP:
+        if self._open is None or self._open[0] != file:
             self._open = None  # ends the old map before there is a new one
             self._open, self._read = (file, _map(self.directory / file)), 0
-        tensor = self._open[1][key]
-        self._read += tensor.nbytes
+        tensor = self._open[1][key].detach()
         # numpy cannot take a bfloat16 tensor from torch: its bits travel as integers.
-        if tensor.dtype is torch.bfloat16:
-            return np.array(tensor.detach().view(torch.int16).numpy(), order="C").view(self.dtypes[key])
-        return np.array(tensor.detach().numpy(), order="C")
+        bits = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+        values = np.array(bits.numpy(), order="C").view(self.dtypes[key])
+        self._read += values.nbytes
+        if self._read > REMAP:
+            self._open = None
+        return values
 
     def close(self) -> None:
         self._open = None
@@ -153,10 +155,14 @@ def _map(path: Path) -> dict[str, Any]:
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"Unsupported (?:global|class|operand)[^\n]*?(?=was not|\n|$)", str(error))
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked is None:
+            raise ConversionError(
+                f"{path.name} is truncated or damaged (no pickle of tensors); download it again"
+            ) from None
         raise ConversionError(
-            f"{path.name} is not a pickle of tensors only ({(refused or [str(error).splitlines()[0]])[0].strip()}). "
-            "Code in a pickle is never run: get the safetensors form, or re-save its state_dict"
+            f"{path.name} holds more than tensors, it asks for {asked[1]}. Code in a pickle is never run: get the "
+            "safetensors form, or have its author save the state_dict alone"
         ) from None
     except Exception as error:  # a damaged zip or pickle can fail in any way
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
