@@ -1,4 +1,4 @@
-"""Pictures: pixels against the golden bundles and transformers' processor, every mode of PIL, and files that are bad."""
+"""Pictures: pixels against the golden bundles and transformers' processor, every mode of PIL, and bad files."""
 
 import io
 import json
@@ -19,7 +19,9 @@ from internvl_jax.processing.images import ImageError, ImageProcessor, expand_to
 DATA = Path(__file__).parent / "data"
 CHAT = DATA / "internvl_chat_v1_1"
 GOLDENS = np.load(CHAT / "goldens.npz")
-FILES = {name: CHAT / entry["file"] for name, entry in json.loads((CHAT / "goldens.json").read_text())["images"].items()}
+FILES = {
+    name: CHAT / entry["file"] for name, entry in json.loads((CHAT / "goldens.json").read_text())["images"].items()
+}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -151,8 +153,8 @@ def test_deep_grey_is_scaled_down_and_not_clipped(dtype):
     image = load(encoded(Image.fromarray(values), "PNG" if dtype == np.uint16 else "TIFF"))
     assert image.mode in ("I;16", "I")
     np.testing.assert_array_equal(np.asarray(to_rgb(image)), np.repeat((values // 257)[..., None], 3, axis=2))
-    processor = ImageProcessor(8, (0, 0, 0), (1, 1, 1))
-    assert processor(image).max() == 1
+    assert ImageProcessor(8, (0, 0, 0), (1, 1, 1))(image).max() == 1
+    processor = ImageProcessor(5, (0, 0, 0), (1, 1, 1))
     np.testing.assert_array_equal(processor(image), processor(image, "native"))
 
 
@@ -165,7 +167,9 @@ def test_deep_grey_that_only_uses_eight_bits_is_as_pil_has_it():
 def test_modes_that_only_memory_holds(mode):
     image = Image.new(mode, (9, 5))
     for path in ("eval", "native"):
-        np.testing.assert_array_equal(ImageProcessor(14, (0, 0, 0), (1, 1, 1))(load(image), path), np.zeros((3, 14, 14)))
+        np.testing.assert_array_equal(
+            ImageProcessor(14, (0, 0, 0), (1, 1, 1))(load(image), path), np.zeros((3, 14, 14))
+        )
 
 
 @pytest.mark.parametrize(

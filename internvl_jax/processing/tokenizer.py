@@ -74,22 +74,22 @@ class _AddedToken:
 class SentencePieceTokenizer:
     """The slow LlamaTokenizer's rules on a sentencepiece model. Made by `load_tokenizer`."""
 
-    def __init__(self, model: bytes, files: _Files, *, legacy: bool):
+    def __init__(self, path: Path, files: _Files, *, legacy: bool):
         import sentencepiece
 
         try:
-            if not model:
+            if not (model := path.read_bytes()):
                 raise RuntimeError("it is empty")
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=model + (b"" if legacy else NO_DUMMY_PREFIX))
-        except RuntimeError as error:
-            raise TokenizerError(f"tokenizer.model is damaged ({error}); download it again") from None
+        except (OSError, RuntimeError) as error:
+            raise TokenizerError(f"{path} is damaged ({error}); download it again") from None
         self.legacy, self._clean_up = legacy, files.clean_up
         self._add_bos, self._add_eos = files.add_bos is not False, files.add_eos
         self._pieces = self._sp.get_piece_size()
         self._added = dict(files.added)
         self._ids = {token.content: index for index, token in self._added.items()}
         for token in (*files.named.values(), *files.additional):
-            self._add_special(token)
+            self._add_special(token, path)
         self._unk = files.content("unk_token") or DEFAULTS["unk_token"]
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (
             None if (content := files.content(name)) is None else self.token_to_id(content)
@@ -105,11 +105,16 @@ class SentencePieceTokenizer:
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._unk_length = len(self._sp.encode(self._unk, out_type=str))
 
-    def _add_special(self, token: _AddedToken) -> None:
+    def _add_special(self, token: _AddedToken, path: Path) -> None:
         """Special tokens are cut out whole too, whether the files list them as added or not; unknown ones get an id."""
         index = self.token_to_id(token.content)
         if index is None:
             index = self._pieces + sum(added >= self._pieces for added in self._added)
+            if index in self._added:
+                raise TokenizerError(
+                    f"{path.parent}: the special token {token.content!r} has no id, and {index}, the next, belongs to "
+                    f"{self._added[index].content!r}: the added tokens leave out an id; give it to {token.content!r}"
+                )
         self._added[index] = token
         self._ids[token.content] = index
 
@@ -122,6 +127,7 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Token ids of a text, as the reference's `tokenizer(text).input_ids`."""
+        _check_text(text)
         bos = [self.bos_id] if (self._add_bos if add_bos is None else add_bos) and self.bos_id is not None else []
         eos = [self.eos_id] if self._add_eos and self.eos_id is not None else []
         return bos + [self._id(piece) for piece in self._tokenize(text)] + eos
@@ -232,6 +238,14 @@ class FastTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
             raise TokenizerError(f"{path} is damaged ({error}); download it again") from None
+        self._tokenizer.no_truncation()  # the file may ask for either
+        self._tokenizer.no_padding()
+        for index, token in files.added.items():
+            if (known := self._tokenizer.token_to_id(token.content)) != index:
+                raise TokenizerError(
+                    f"{path} has {token.content!r} as {'no token' if known is None else known}, the files beside it as "
+                    f"{index}; keep the files that belong to the weights"
+                )
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (
             None if (content := files.content(name)) is None else self.token_to_id(content)
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -248,6 +262,7 @@ class FastTokenizer:
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Token ids of a text. By default tokenizer.json's own post-processor decides on the bos token."""
+        _check_text(text)
         if add_bos is None and self._add_bos is None:
             return self._tokenizer.encode(text).ids
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -264,12 +279,12 @@ class FastTokenizer:
         """As Tokenizer.settled: without the byte tokens at the end.
 
         This library decodes a run of byte tokens as one: a byte too many turns even its complete characters into
-        U+FFFD.
+        U+FFFD. Where every token is of bytes, only the last character may be incomplete.
         """
         end = len(ids)
         while end and (ids[end - 1] in self._bytes or ids[end - 1] in self._skipped):
             end -= 1
-        return "" if self._clean_up else self.decode(ids[:end]).rstrip(" ")
+        return "" if self._clean_up else self.decode(ids[:end]).rstrip(REPLACEMENT + " ")
 
 
 class StreamDecoder:
@@ -322,7 +337,7 @@ def load_tokenizer(directory: str | Path, *, legacy: bool | None = None) -> Toke
             f"{directory} names the tokenizer_class {files.tokenizer_class}; tokenizer.model is run only for "
             "LlamaTokenizer: add a tokenizer.json"
         )
-    return SentencePieceTokenizer(model.read_bytes(), files, legacy=files.legacy if legacy is None else legacy)
+    return SentencePieceTokenizer(model, files, legacy=files.legacy if legacy is None else legacy)
 
 
 @dataclass(frozen=True)
@@ -357,8 +372,7 @@ def _read_files(directory: Path) -> _Files:
         else:
             special_map = _read_optional(directory / "special_tokens_map.json")
             settings.update(special_map)
-            additional = [*(config.get("additional_special_tokens") or ())]
-            additional += [t for t in special_map.get("additional_special_tokens") or () if t not in additional]
+            additional = [t for file in (config, special_map) for t in file.get("additional_special_tokens") or ()]
             fast = _read_optional(directory / "tokenizer.json").get("added_tokens", [])
             added = {int(index): _AddedToken(content) for content, index in older.items()}
             added.update({int(value["id"]): _token(value) for value in fast})
@@ -408,6 +422,13 @@ def _read_optional(path: Path) -> dict[str, Any]:
         raise TokenizerError(str(error)) from None
 
 
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"the text is no Unicode: half of a surrogate pair at character {error.start}") from None
+
+
 def _clean_up(text: str) -> str:
     for pattern in CLEAN_UPS:
         text = text.replace(pattern, pattern.strip())
@@ -416,11 +437,11 @@ def _clean_up(text: str) -> str:
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids to one array, padding on the left: (input_ids [B,T], attention_mask [B,T]), both int32."""
-    width = max(map(len, rows))
+    width = max(map(len, rows), default=0)
     ids = np.full((len(rows), width), pad_id, np.int32)
     mask = np.zeros((len(rows), width), np.int32)
     for number, row in enumerate(rows):
-        if row:
+        if len(row):
             ids[number, width - len(row) :] = row
             mask[number, width - len(row) :] = 1
     return ids, mask

@@ -1,0 +1,105 @@
+"""Prompts: byte for byte against the golden bundle, and texts that do not agree with their images."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from internvl_jax.processing.conversation import (
+    IMG_CONTEXT,
+    TEMPLATES,
+    build_prompt,
+    expand_images,
+    place_images,
+    prepare_prompt,
+)
+
+GOLDENS = json.loads((Path(__file__).parent / "data" / "internvl_chat_v1_1" / "goldens.json").read_text("utf-8"))
+PER_IMAGE = GOLDENS["config"]["num_image_token"]
+ZH = TEMPLATES["internvl_zh"]
+
+
+def images(count):
+    return "<img>" + "<IMG_CONTEXT>" * count + "</img>"
+
+
+@pytest.mark.parametrize("case", GOLDENS["prompts"], ids=lambda case: case["id"])
+def test_golden_prompts(case):
+    history, number = case["history"] or [], len(case["images"])
+    question = place_images(case["question"], number, bool(history))
+    assert build_prompt(ZH, history, question) == case["template_prompt"]
+    assert prepare_prompt(ZH, question, history, number, PER_IMAGE) == case["query"]
+
+
+def test_the_goldens_cover_every_form():
+    cases = GOLDENS["prompts"]
+    assert any(len(case["images"]) == 2 and case["question"].count("<image>") == 1 for case in cases)
+    assert any(len(case["images"]) == 2 and case["question"].count("<image>") == 2 for case in cases)
+    assert any(case["images"] and "<image>" not in case["question"] and not case["history"] for case in cases)
+    assert any(len(case["history"] or []) == 2 for case in cases)
+    assert any(not case["images"] for case in cases)
+
+
+def test_the_prompt_starts_with_a_space_and_ends_without():
+    assert build_prompt(ZH, [], "hi") == " <human>: hi <bot>:"
+    assert build_prompt(ZH, [("a", "b")], "c") == " <human>: a <bot>: b</s><human>: c <bot>:"
+
+
+def test_a_system_message_takes_the_templates_place():
+    assert build_prompt(ZH, [], "hi", system="") == build_prompt(ZH, [], "hi")
+    assert build_prompt(ZH, [], "hi", system="Be brief.") == "Be brief. <human>: hi <bot>:"
+    prompt = prepare_prompt(ZH, "<image>\n你好", [], 1, 2, system="请用中文回答。")
+    assert prompt == f"请用中文回答。 <human>: {images(2)}\n你好 <bot>:"
+
+
+def test_texts_are_not_tidied():
+    question, answer = "  two  spaces\t\n", " lead <bot>: </s>\r\n"
+    assert build_prompt(ZH, [("", answer)], question) == (f" <human>:  <bot>: {answer}</s><human>: {question} <bot>:")
+
+
+def test_where_images_go_by_themselves():
+    assert place_images("What?", 0, False) == "What?"
+    assert place_images("What?", 1, False) == "<image>\nWhat?"
+    assert place_images("What?", 3, False) == "<image>\nWhat?"
+    assert place_images("What?", 1, True) == "What?"
+    assert place_images("Is <image> red?", 1, False) == "Is <image> red?"
+
+
+def test_one_placeholder_each_or_one_for_all():
+    assert expand_images("a <image> b", 3, 1) == f"a {images(3)} b"
+    assert expand_images("<image><image>", 3, 2) == images(3) + images(3)
+    assert expand_images("<image> both", 3, 2) == f"{images(6)} both"
+    assert expand_images("none", 3, 0) == "none"
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "complaint"),
+    [
+        ("<image> a", 0, r"has 1 <image> placeholder\(s\), but no images are given; images of earlier turns"),
+        ("a", 1, r"1 image\(s\) are given, but neither the question nor its history has an <image>"),
+        ("<image> <image>", 1, r"2 <image> placeholders for 1 image\(s\): write one for each, or a single one for all"),
+        ("<image> <image>", 3, r"2 <image> placeholders for 3 image\(s\)"),
+    ],
+)
+def test_placeholders_and_images_that_do_not_agree(text, number, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        expand_images(text, PER_IMAGE, number)
+    with pytest.raises(ValueError, match=complaint):
+        prepare_prompt(ZH, text, [], number, PER_IMAGE)
+
+
+def test_every_turn_counts():
+    history = [("<image>\nWhat?", "A bird."), ("And <image>?", "A car.")]
+    assert prepare_prompt(ZH, "Which is red?", history, 2, 1).count(IMG_CONTEXT) == 2
+    with pytest.raises(ValueError, match="2 <image> placeholders for 1 image"):
+        prepare_prompt(ZH, "Which is red?", history, 1, 1)
+    with pytest.raises(ValueError, match="images of earlier turns have to be given again"):
+        prepare_prompt(ZH, "Which is red?", history, 0, 1)
+
+
+@pytest.mark.parametrize("place", ["question", "asked", "answered", "system"])
+def test_image_tokens_that_are_typed_are_refused(place):
+    texts = {"question": "q", "asked": "a", "answered": "b", "system": "s"}
+    texts[place] += "x<IMG_CONTEXT>x"
+    with pytest.raises(ValueError, match="contains <IMG_CONTEXT>, which only images may bring; write it differently"):
+        prepare_prompt(ZH, texts["question"], [(texts["asked"], texts["answered"])], 0, 1, system=texts["system"])
