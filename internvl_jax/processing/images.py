@@ -134,6 +134,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Grey values (modes I, I;16) that go above 255 are read as 16-bit and scaled down; others are as PIL has them.
     """
+    if image.mode == "RGB":
+        return image  # PIL would copy it
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.size and values.max() > 255:
