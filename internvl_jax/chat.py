@@ -1,12 +1,12 @@
-"""The object that people hold: `load(...)` gives a Chat, which answers questions about images."""
+"""The object that people hold: a Chat answers questions about images. `internvl_jax.load` makes one."""
 
 from __future__ import annotations
 
-import os
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from internvl_jax import checkpoint
-from internvl_jax.config import ChatConfig, ConfigError, read_json
+from internvl_jax.config import ChatConfig
 from internvl_jax.generate import DecodeState, GenerationConfig, Generator
-from internvl_jax.models import chat_model, intern_vit
-from internvl_jax.models.layers import Params, unstack
+from internvl_jax.models.layers import BATCH, Params
 from internvl_jax.processing.conversation import IMG_CONTEXT, TEMPLATES, place_images, prepare_prompt
 from internvl_jax.processing.images import ImageProcessor, load_image
-from internvl_jax.processing.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, pad_left
+from internvl_jax.processing.tokenizer import StreamDecoder, Tokenizer, pad_left
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 History = Sequence[tuple[str, str]]
 
-NANO = Path(__file__).parent / "nano" / "model"
 DEFAULT_NEW_TOKENS = 1024  # the longest answer where the caller sets no limit and the context has room
 STREAM_CHUNK = 4  # tokens between looks at a streamed answer: small enough to feel live
 STOP_CHUNK = 16  # tokens between looks for a stop string
@@ -38,7 +35,7 @@ class Reply:
     """An answer and what it took."""
 
     text: str
-    tokens: list[int]  # new token ids, with the end token where there was one
+    tokens: list[int]  # new token ids, with the end token, or what completes the stop string, where there was one
     finish_reason: str  # "stop" (end token or stop string) or "length"
     history: list[tuple[str, str]]  # for the next call's `history`
     prompt_tokens: int
@@ -89,6 +86,8 @@ class Chat:
         processor: ImageProcessor | None = None,
         eos_token_ids: tuple[int, ...] | None = None,
         name: str = "model",
+        mesh: jax.sharding.Mesh | None = None,
+        image_axes: tuple[str, ...] = BATCH,
     ):
         self.config = config
         self.params = params
@@ -100,7 +99,9 @@ class Chat:
         self.image_token_id = config.image_token_id
         if self.image_token_id is None and tokenizer is not None:
             self.image_token_id = tokenizer.token_to_id(IMG_CONTEXT)
-        self.generator = Generator(config, params, dtype=self.dtype, image_token_id=self.image_token_id)
+        self.generator = Generator(
+            config, params, dtype=self.dtype, image_token_id=self.image_token_id, mesh=mesh, image_axes=image_axes
+        )
 
     # Questions and pictures.
 
@@ -148,10 +149,11 @@ class Chat:
         image_path: str = "eval",
         **generation: Any,
     ) -> list[Reply]:
-        """Answer several questions at once; each gets the answer that it gets alone. Arguments as for `chat`."""
-        self._check_generation(generation)
-        batch = self._prepare(questions, images, histories, system, honour_exif, image_path)
-        gen = self._generation_config(generation, batch.attention_mask)
+        """Answer several questions at once; each gets the answer that it gets alone. Arguments as for `chat`.
+
+        Sampled, row i gets the answer that it gets alone with seed + i; `seed` may also be a tuple, one per row.
+        """
+        batch, gen = self._prepare(questions, images, histories, system, honour_exif, image_path, generation)
         timer = _Timer()
         features = self._encode_batch(batch, timer)
         if gen.num_beams > 1:
@@ -186,9 +188,7 @@ class Chat:
 
         Bad input raises here, before the first piece. Beam search decides at the end, so it cannot be streamed.
         """
-        self._check_generation(generation)
-        batch = self._prepare([question], [images], [history], system, honour_exif, image_path)
-        gen = self._generation_config(generation, batch.attention_mask)
+        batch, gen = self._prepare([question], [images], [history], system, honour_exif, image_path, generation)
         if gen.num_beams > 1:
             raise ValueError("beam search cannot be streamed: use chat(), or num_beams=1")
         return Stream(self._stream(batch, gen))
@@ -209,11 +209,11 @@ class Chat:
         early are filled with the pad id. `generation`: fields of GenerationConfig, `stop` excepted.
         """
         self._check_generation(generation)
-        input_ids = np.atleast_2d(np.asarray(input_ids))
+        input_ids, attention_mask = _rows(input_ids), _rows(attention_mask)
         gen = self._generation_config(generation, np.ones_like(input_ids) if attention_mask is None else attention_mask)
         if gen.stop:
             raise ValueError("stop strings need text: use chat(), or eos_token_ids here")
-        features = None if pixel_values is None else self.generator.encode(self._check_pixels(pixel_values))
+        features = self._features(input_ids, attention_mask, pixel_values, gen)
         return self.generator.generate(input_ids, attention_mask, features, gen)[0]
 
     def logits(
@@ -223,22 +223,28 @@ class Chat:
         attention_mask: np.ndarray | None = None,
     ) -> np.ndarray:
         """Logits at every position, [B,T,V] float32; arguments as for `generate`. Rows of padding mean nothing."""
-        return self.generator.logits(
-            np.atleast_2d(np.asarray(input_ids)),
-            attention_mask,
-            None if pixel_values is None else self.generator.encode(self._check_pixels(pixel_values)),
-        )
+        self._check_generation({})
+        input_ids, attention_mask = _rows(input_ids), _rows(attention_mask)
+        features = self._features(input_ids, attention_mask, pixel_values, None)
+        return self.generator.logits(input_ids, attention_mask, features)
 
     def encode(self, pixel_values: np.ndarray) -> np.ndarray:
         """Visual tokens [M,P,D] float32 of pixel_values [M,3,H,W]; of a bare InternViT its last state [M,1+P,D]."""
-        pixels = self._check_pixels(pixel_values)
-        if self.config.projector is None:
-            hidden = _tower(self.params["vision_model"], pixels, config=self.config.vision, dtype=self.dtype)
-        else:
-            hidden = self.generator.encode(pixels)
-        return np.asarray(hidden, np.float32)
+        return np.asarray(self.generator.encode(self._check_pixels(pixel_values)), np.float32)
 
     # What is behind them.
+
+    def check_ready(self) -> None:
+        """Raise the ValueError that every question would meet: no language model, no tokenizer, no known template."""
+        self._check_generation({})
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} has no tokenizer files: put them beside its config.json, or use generate()")
+        if self.config.template not in TEMPLATES:
+            hint = "set `template` in its config.json, or " if self.config.layout == "internvl_chat" else ""
+            raise ValueError(
+                f"{self.name} was trained with the conversation template {self.config.template!r}, and the known ones "
+                f"are {', '.join(sorted(TEMPLATES))}: {hint}write the prompt yourself and use generate()"
+            )
 
     def _check_generation(self, values: dict[str, Any]) -> None:
         if self.config.text is None:
@@ -253,19 +259,60 @@ class Chat:
         """The caller's settings with this checkpoint's defaults. Without max_new_tokens the context sets the limit."""
         values = {name: value for name, value in values.items() if value is not None}
         longest = int(np.asarray(attention_mask).sum(axis=-1).max(initial=0))
-        room = self.config.text.max_position_embeddings - longest
-        values.setdefault("max_new_tokens", max(1, min(DEFAULT_NEW_TOKENS, room)))
+        context = self.config.text.max_position_embeddings
+        if "max_new_tokens" not in values:
+            if longest >= context:
+                raise ValueError(
+                    f"the prompt has {longest} tokens, which leaves no room for an answer in the context of {context}: "
+                    "shorten the question or its history, or show fewer images"
+                )
+            values["max_new_tokens"] = min(DEFAULT_NEW_TOKENS, context - longest)
         values.setdefault("eos_token_ids", self.eos_token_ids)
         return GenerationConfig(**values)
 
     def _check_pixels(self, pixel_values: np.ndarray) -> np.ndarray:
         if self.config.vision is None:
             raise ValueError(f"{self.name} is a language model without a vision tower: it reads no images")
-        pixels = np.asarray(pixel_values, np.float32)
-        pixels = pixels[None] if pixels.ndim == 3 else pixels
-        if pixels.ndim != 4 or pixels.shape[1] != self.config.vision.num_channels:
-            raise ValueError(f"pixel_values must be [images, 3, height, width], not {list(np.shape(pixel_values))}")
-        return pixels
+        given = np.asarray(pixel_values)
+        pixels = given[None] if given.ndim == 3 else given
+        vision = self.config.vision
+        if pixels.ndim != 4 or pixels.shape[1] != vision.num_channels:
+            raise ValueError(f"pixel_values must be [images, 3, height, width], not {list(given.shape)}")
+        if not pixels.shape[0]:
+            raise ValueError("pixel_values holds no images: leave it out for prompts without images")
+        if not jnp.issubdtype(given.dtype, jnp.floating):
+            raise ValueError(
+                f"pixel_values must be normalised numbers, not {given.dtype}: use chat.processor(picture), or scale to "
+                "0...1, subtract the mean and divide by the standard deviation of preprocessor_config.json"
+            )
+        ratio = 1 if self.config.projector is None else self.config.unshuffle
+        grid = [side // vision.patch_size for side in pixels.shape[2:]]
+        if not all(grid) or any(side % ratio for side in grid):
+            raise ValueError(
+                f"pixel_values of {pixels.shape[2]} x {pixels.shape[3]} pixels have {grid[0]} x {grid[1]} patches: "
+                f"whole multiples of {ratio * vision.patch_size} pixels are needed, best {self.config.image_size}"
+            )
+        return pixels.astype(np.float32, copy=False)
+
+    def _features(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None,
+        pixel_values: np.ndarray | None,
+        gen: GenerationConfig | None,
+    ) -> jax.Array | None:
+        """Visual tokens of a call's images; first everything that can be refused is."""
+        if pixel_values is None:
+            self.generator.check(input_ids, attention_mask, None, gen)
+            return None
+        pixels = self._check_pixels(pixel_values)
+        self.generator.check(input_ids, attention_mask, self._features_like(pixels), gen)
+        return self.generator.encode(pixels)
+
+    def _features_like(self, pixels: np.ndarray) -> jax.ShapeDtypeStruct:
+        """The shape of what `Generator.encode` makes of checked pixels."""
+        tokens = math.prod(side // self.config.vision.patch_size // self.config.unshuffle for side in pixels.shape[2:])
+        return jax.ShapeDtypeStruct((len(pixels), tokens, self.config.text.hidden_size), self.dtype)
 
     def _prepare(
         self,
@@ -275,47 +322,54 @@ class Chat:
         system: str | None,
         honour_exif: bool,
         image_path: str,
-    ) -> _Batch:
+        generation: dict[str, Any],
+    ) -> tuple[_Batch, GenerationConfig]:
         """Text and pictures to arrays; everything that can be refused is refused here."""
-        if isinstance(questions, str) or not questions:
-            raise ValueError("batch_chat takes a list of at least one question")
-        template, tokenizer = self._template(), self.tokenizer
+        self.check_ready()
+        self._check_generation(generation)
+        if isinstance(questions, str) or not len(questions):
+            raise ValueError("batch_chat takes a list of at least one question; chat() takes a single one")
+        template, tokenizer = TEMPLATES[self.config.template], self.tokenizer
         image_rows = [_as_list(row) for row in images] if images is not None else [[] for _ in questions]
-        histories = [list(h) for h in histories] if histories is not None else [[] for _ in questions]
-        if not len(questions) == len(image_rows) == len(histories):
+        turns = [_turns(history) for history in histories] if histories is not None else [[] for _ in questions]
+        if not len(questions) == len(image_rows) == len(turns):
             raise ValueError(
-                f"{len(questions)} questions, {len(image_rows)} lists of images and {len(histories)} histories: give "
+                f"{len(questions)} questions, {len(image_rows)} lists of images and {len(turns)} histories: give "
                 "one of each per row"
             )
         placed, rows, pixels = [], [], []
-        for number, (question, row_images, history) in enumerate(zip(questions, image_rows, histories)):
+        for number, (question, row_images, history) in enumerate(zip(questions, image_rows, turns)):
             where = f"question {number + 1}: " if len(questions) > 1 else ""
             try:
+                if not isinstance(question, str):
+                    raise ValueError(f"a question is a text, not {type(question).__name__}")
                 if not question.strip():
                     raise ValueError("the question is empty")
-                if row_images and self.processor is None:
-                    raise ValueError(f"{self.name} has no vision tower: it reads no images")
+                if row_images:
+                    self._check_sees()
                 question = place_images(question, len(row_images), bool(history))
                 tokens = self.config.tokens_per_image if row_images else 0
                 prompt = prepare_prompt(template, question, history, len(row_images), tokens, system=system)
+                rows.append(tokenizer.encode(_unicode(prompt)))
                 for source in row_images:
                     pixels.append(self.processor(load_image(source, honour_exif=honour_exif), path=image_path))
             except ValueError as error:
                 raise type(error)(f"{where}{error}") from None
             placed.append(question)
-            rows.append(tokenizer.encode(prompt))
         input_ids, mask = pad_left(rows, tokenizer.pad_id or 0)
-        return _Batch(input_ids, mask, np.stack(pixels) if pixels else None, placed, histories)
+        batch = _Batch(input_ids, mask, np.stack(pixels) if pixels else None, placed, turns)
+        gen = self._generation_config(generation, mask)
+        self.generator.check(input_ids, mask, None if not pixels else self._features_like(batch.pixel_values), gen)
+        return batch, gen
 
-    def _template(self) -> Any:
-        if self.tokenizer is None:
-            raise ValueError(f"{self.name} has no tokenizer files: put them beside its config.json, or use generate()")
-        if self.config.template not in TEMPLATES:
+    def _check_sees(self) -> None:
+        if self.config.vision is None:
+            raise ValueError(f"{self.name} is a language model without a vision tower: ask without images")
+        if self.processor is None:
             raise ValueError(
-                f"{self.name} names the conversation template {self.config.template!r}; known are "
-                f"{sorted(TEMPLATES)}: set `template` in its config.json, or use generate()"
+                f"{self.name} has no preprocessor_config.json: put it beside its config.json, or pass pixel_values to "
+                "generate()"
             )
-        return TEMPLATES[self.config.template]
 
     def _encode_batch(self, batch: _Batch, timer: _Timer) -> jax.Array | None:
         if batch.pixel_values is None:
@@ -393,8 +447,15 @@ class Chat:
         cut = self._cut_at_stop(text, gen.stop)
         if cut is not None:
             text, reason = cut, "stop"
+            # The host looks for stop strings now and then only: what was generated in between is not the answer's.
+            complete = bisect_left(
+                range(len(tokens)),
+                True,
+                key=lambda count: self._cut_at_stop(self._text(tokens[:count]), gen.stop) is not None,
+            )
+            tokens = tokens[:complete]
         text = text.strip()
-        turns = [(str(q), str(a)) for q, a in history] + [(question, text)]
+        turns = [*history, (question, text)]
         return Reply(text, [int(t) for t in tokens], reason, turns, int(prompt_tokens), timer.seconds())
 
 
@@ -423,107 +484,27 @@ class _Timer:
         return {**self._laps, "total": self._last - self._start}
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def _tower(params: Params, pixel_values: jax.Array, *, config: Any, dtype: Any) -> jax.Array:
-    return intern_vit.forward(params, config, pixel_values, dtype=dtype)[0]
+def _rows(array: Any) -> np.ndarray | None:
+    """An array of one row or several as several."""
+    return None if array is None else np.atleast_2d(np.asarray(array))
 
 
-def load(
-    path: str | Path | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    dtype: Any = None,
-    *,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> Chat:
-    """Load a checkpoint and return the Chat that runs it.
-
-    path: a directory that `internvl-jax convert` wrote, or a published Hugging Face directory as it is (extra
-        `convert`). None: the small model "nano" that ships with the project.
-    mesh: a device mesh to shard the model over (not yet: see the issue list); None: one device.
-    dtype: of parameters and compute, "bfloat16" or "float32". None: bfloat16 on TPU and GPU, float32 on CPU, whose XLA
-        backend has no bfloat16 kernels.
-    progress: called as progress(done_bytes, total_bytes, what) while reading.
-    Raises ConfigError, CheckpointError or TokenizerError (ValueErrors all) naming the file and what to do.
-    """
-    directory = NANO if path is None else Path(path)
-    if not directory.is_dir():
-        hint = "is a file: pass the directory that holds config.json" if directory.exists() else "does not exist"
-        raise ConfigError(f"{directory} {hint}")
-    _enable_compilation_cache()
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.dtype((jnp.float32 if on_cpu else jnp.bfloat16) if dtype is None else dtype)
-    if dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"dtype {dtype.name} is not supported: use float32 or bfloat16")
-    config = ChatConfig.from_file(directory)
-    params = _load_params(directory, config, dtype, progress)
-    if on_cpu:
-        params = unstack_towers(params)
-    has_tokenizer = any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
-    return Chat(
-        config,
-        params,
-        dtype=dtype,
-        tokenizer=load_tokenizer(directory) if has_tokenizer and config.text is not None else None,
-        processor=_load_processor(directory, config),
-        eos_token_ids=_generation_eos(directory),
-        name="nano" if path is None else directory.name,
-    )
-
-
-def check_images(paths: Sequence[Path]) -> None:
-    """Raise ImageError for a picture that cannot be read, before a model is loaded for it."""
-    for path in paths:
-        load_image(path, honour_exif=True)
-
-
-def abstract_for_running(config: ChatConfig, dtype: Any) -> Params:
-    """The parameters that running needs: all but the vision layers past select_layer."""
-    tree = chat_model.abstract_params(config, dtype)
-    if config.vision is not None:
-        count = config.num_vision_layers
-        layers = tree["vision_model"]["layers"]
-        tree["vision_model"]["layers"] = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), layers
-        )
-    return tree
-
-
-def unstack_towers(params: Params) -> Params:
-    """Both towers' layers as tuples, for CPU, where a scan copies every layer's weights at each step."""
-    towers = {name: {**params[name], "layers": unstack(params[name]["layers"])} for name in _TOWERS if name in params}
-    return {**params, **towers}
-
-
-_TOWERS = ("vision_model", "language_model")
-
-
-def _load_params(
-    directory: Path, config: ChatConfig, dtype: Any, progress: Callable[[int, int, str], None] | None
-) -> Params:
-    abstract = abstract_for_running(config, dtype)
-    if checkpoint.is_converted(directory):
-        return checkpoint.load(directory, abstract, progress=progress)
+def _unicode(text: str) -> str:
     try:
-        from checkpoints_convert.convert import load_hf
-    except ImportError as error:
-        raise ImportError(
-            f"{directory} is not converted, and reading PyTorch weights needs more packages ({error}): "
-            "pip install 'internvl-jax[convert]'"
-        ) from None
-    return load_hf(directory, abstract, progress=progress)
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds bytes that are no UTF-8 (lone surrogates): type or decode it anew") from None
+    return text
 
 
-def _load_processor(directory: Path, config: ChatConfig) -> ImageProcessor | None:
-    if config.vision is None:
-        return None
-    return ImageProcessor.from_dir(directory, config.image_size, pad_to_square=config.pad_to_square)
-
-
-def _generation_eos(directory: Path) -> tuple[int, ...] | None:
-    """The end tokens of generation_config.json, where there is one: transformers prefers them to config.json's."""
-    path = directory / "generation_config.json"
-    eos = read_json(path).get("eos_token_id") if path.exists() else None
-    return None if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+def _turns(history: Any) -> list[tuple[str, str]]:
+    turns = list(history or ())
+    if isinstance(history, str) or not all(
+        isinstance(turn, (tuple, list)) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in turns
+    ):
+        raise ValueError("a history is a list of (question, answer) texts, as a reply's `history`")
+    return [(question, answer) for question, answer in turns]
 
 
 def _as_list(images: Any) -> list[Any]:
@@ -545,13 +526,3 @@ def _trim(row: np.ndarray, reason: str, ends: tuple[int, ...]) -> list[int]:
     tokens = [int(token) for token in row]
     hits = [index for index, token in enumerate(tokens) if token in ends]
     return tokens[: hits[0] + 1] if reason == "stop" and hits else tokens
-
-
-def _enable_compilation_cache() -> None:
-    """Keep compiled programs on disk, so that the second process starts fast; JAX_COMPILATION_CACHE_DIR overrides."""
-    if jax.config.jax_compilation_cache_dir is not None or os.environ.get("INTERNVL_JAX_CACHE") == "off":
-        return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(home / "internvl_jax" / "xla"))
-    # By default only programs that took over a second to compile are kept; nano's all take less.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +16,24 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-err = Console(stderr=True, highlight=False)
+from internvl_jax.processing.images import load_image
+
+# Messages are printed as they are: no markup, no emoji codes, no line breaks inside a path.
+err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+# Settings of sampling.GenerationConfig that `chat` passes on; an option that is not given is None, its default.
+GENERATION = (
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "num_beams",
+    "seed",
+    "stop",
+)
+
+LESS_MEMORY = "try --dtype bfloat16, more devices (--mesh), a shorter --max-new-tokens or fewer beams"
 
 INTERACTIVE_HELP = """\
   /image FILE   show the model a picture (several: repeat it, then ask)
@@ -24,18 +44,41 @@ INTERACTIVE_HELP = """\
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 a failed check, 2 an error that the user can mend."""
-    args = _parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        return 130
-    except BrokenPipeError:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.run is None:
+        parser.print_help()
         return 0
-    except (ValueError, OSError, ImportError) as error:
-        # The project's own errors are ValueErrors that say what to do; a traceback would bury them.
-        err.print(f"[bold red]error:[/] {_escape(str(error) or type(error).__name__)}")
-        return 2
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no Chinese shows "?" instead of a traceback
+            stream.reconfigure(errors="replace")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: err.print(f"warning: {message}")
+        try:
+            code = args.run(args)
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            err.print("interrupted")
+            return 130
+        except BrokenPipeError:
+            # The reader has left. Python would complain once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (ValueError, OSError, ImportError) as error:
+            # The project's own errors are ValueErrors that say what to do; a traceback would bury them.
+            return _fail(str(error) or type(error).__name__)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            first = str(error).partition("\n")[0] or "out of memory"
+            return _fail(f"the device has too little memory ({first}); {LESS_MEMORY}")
+
+
+def _fail(message: str) -> int:
+    err.print("error:", style="bold red", end=" ")
+    err.print(message)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
         description="InternVL-Chat-V1-1 in JAX: chat about images, convert checkpoints, check the numbers.",
         epilog="'internvl-jax COMMAND --help' explains each command.",
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     chat = commands.add_parser(
         "chat",
@@ -58,15 +102,20 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--checkpoint", type=Path, metavar="DIR", help="a converted directory, or a published one as is")
     chat.add_argument("--image", type=Path, action="append", default=[], metavar="F", help="a picture; repeatable")
     chat.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on TPU/GPU, float32 on CPU")
+    chat.add_argument(
+        "--mesh",
+        metavar="SPEC",
+        help="spread the model over several devices, for example tensor=8 or data=2,tensor=4 (default: one device)",
+    )
     chat.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (1024, if the context has room)")
-    chat.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 (default) always takes the best")
-    chat.add_argument("--top-p", type=float, default=1.0, metavar="X", help="sample from this much probability (1)")
-    chat.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K best tokens (0: all)")
-    chat.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 discourages repeats")
-    chat.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search with N beams (1: none)")
-    chat.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (0)")
-    chat.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
-    chat.add_argument("--system", metavar="TEXT", help="a system message")
+    chat.add_argument("--temperature", type=float, metavar="X", help="0 (default) always takes the likeliest token")
+    chat.add_argument("--top-p", type=float, metavar="X", help="sample from this much of the probability (1: all)")
+    chat.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (0: all)")
+    chat.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 discourages repeats (1: off)")
+    chat.add_argument("--num-beams", type=int, metavar="N", help="beam search with N beams (1: none)")
+    chat.add_argument("--seed", type=int, metavar="N", help="of the sampling (0)")
+    chat.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
+    chat.add_argument("--system", metavar="TEXT", help="a system message, in front of the conversation")
     chat.add_argument("--ignore-exif", action="store_true", help="do not turn pictures as their EXIF data says")
     chat.add_argument("--json", action="store_true", help="print one JSON object: answer, tokens, finish_reason, ...")
     chat.set_defaults(run=_chat)
@@ -105,7 +154,6 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--prompt", metavar="P", help="a question (default: a description is asked for)")
     parity.add_argument("--json", action="store_true", help="print one JSON object")
     parity.set_defaults(run=_parity)
-
     report = commands.add_parser(
         "compile-report",
         help="compile for a TPU slice that is not here: what fits, and how fast it can be at most",
@@ -132,49 +180,47 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    generation = {
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "top_k": args.top_k,
-        "repetition_penalty": args.repetition_penalty,
-        "num_beams": args.num_beams,
-        "seed": args.seed,
-        "stop": tuple(args.stop),
-    }
     if args.prompt is None and args.json:
         raise ValueError("--json prints one answer: give it a PROMPT")
     prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
     if prompt is not None and not prompt.strip():
         raise ValueError("the prompt is empty: ask a question, or leave PROMPT out to start a session")
+    for path in args.image:  # before the model is read for them
+        load_image(path, honour_exif=False)
 
-    from internvl_jax.chat import check_images, load
-    from internvl_jax.generate import GenerationConfig
+    from internvl_jax.loading import load
+    from internvl_jax.sampling import GenerationConfig
 
-    GenerationConfig(**{name: value for name, value in generation.items() if value is not None})
-    check_images(args.image)
+    generation = {name: value for name in GENERATION if (value := getattr(args, name)) is not None}
+    GenerationConfig(**generation)
     with _progress() as progress:
-        chat = load(args.checkpoint, dtype=args.dtype, progress=progress)
+        chat = load(args.checkpoint, mesh=args.mesh, dtype=args.dtype, progress=progress)
+    chat.check_ready()
     options = {"system": args.system, "honour_exif": not args.ignore_exif, **generation}
     if prompt is None:
-        return _session(chat, list(args.image), options)
-    if args.json or args.num_beams > 1:
+        return _session(chat, args.image, options)
+    if args.json:
         with _status("answering"):
             reply = chat.chat(prompt, images=args.image, **options)
-    else:
-        reply = _print_stream(chat.stream(prompt, images=args.image, **options))
-    if args.json:
         print(json.dumps(reply.to_dict(), ensure_ascii=False))
-    elif args.num_beams > 1:
-        print(reply.text)
+        return 0
+    reply = _answer(chat, prompt, args.image, [], options)
     if reply.finish_reason == "length":
         err.print(f"(cut off after {len(reply.tokens)} tokens: --max-new-tokens allows more)", style="dim")
     return 0
 
 
-def _print_stream(stream: Any) -> Any:
-    """Print the pieces of an answer as they come; returns the whole Reply."""
+def _answer(
+    chat: Any, question: str, images: list[Path], history: list[tuple[str, str]], options: dict[str, Any]
+) -> Any:
+    """Print an answer, piece by piece where it can be streamed; returns the whole Reply."""
     with _status("answering") as waiting:
+        if options.get("num_beams", 1) > 1:  # beams decide at the end
+            reply = chat.chat(question, images, history, **options)
+            waiting.stop()
+            print(reply.text, flush=True)
+            return reply
+        stream = chat.stream(question, images, history, **options)
         for piece in stream:
             waiting.stop()
             print(piece, end="", flush=True)
@@ -184,14 +230,12 @@ def _print_stream(stream: Any) -> Any:
 
 def _session(chat: Any, images: list[Path], options: dict[str, Any]) -> int:
     """Ask, answer, ask again, until end of input."""
-    from internvl_jax.chat import check_images
-
     try:
         import readline  # noqa: F401  (line editing for input(); absent on some systems)
     except ImportError:
         pass
     if sys.stdin.isatty():
-        err.print(f"{chat.name}: type a question. /image FILE shows a picture, /help tells more.", markup=False)
+        err.print(f"{chat.name}: type a question. /image FILE shows a picture, /help tells more.")
     history: list[tuple[str, str]] = []
     while True:
         try:
@@ -208,25 +252,34 @@ def _session(chat: Any, images: list[Path], options: dict[str, Any]) -> int:
             if command in ("/quit", "/exit"):
                 return 0
             elif command == "/help":
-                err.print(INTERACTIVE_HELP, markup=False)
+                err.print(INTERACTIVE_HELP)
             elif command == "/clear":
                 images, history = [], []
             elif command == "/image":
-                path = Path(argument.strip().strip("'\"")).expanduser()
-                check_images([path])
+                path = _picture(argument)
                 if history:
                     err.print("(a new picture starts a new conversation)")
                     images, history = [], []
-                images.append(path)
+                images = [*images, path]
             elif command.startswith("/"):
-                err.print(f"{command} is no command here; there are:\n{INTERACTIVE_HELP}", markup=False)
+                err.print(f"{command} is no command here; there are:\n{INTERACTIVE_HELP}")
             else:
-                history = _print_stream(chat.stream(line, images=images, history=history, **options)).history
+                history = _answer(chat, line, images, history, options).history
         except KeyboardInterrupt:
-            print()
+            print(flush=True)
             err.print("(stopped; this answer is not remembered)")
         except ValueError as error:
-            err.print(f"[bold red]error:[/] {_escape(str(error))}")
+            _fail(str(error))
+
+
+def _picture(argument: str) -> Path:
+    """The file that /image names, once it has been seen to be a picture."""
+    name = argument.strip().strip("'\"")
+    if not name:
+        raise ValueError("/image needs a file: /image photo.jpg")
+    path = Path(name).expanduser()
+    load_image(path, honour_exif=False)
+    return path
 
 
 def _ask(prompt: str) -> str:
@@ -235,7 +288,9 @@ def _ask(prompt: str) -> str:
         if not line:
             raise EOFError
         return line
-    # input() writes its prompt to stdout; stdout is for answers.
+    if sys.stdout.isatty():
+        return input(prompt)
+    # input() would write its prompt to stdout, which is for answers.
     sys.stderr.write(prompt)
     sys.stderr.flush()
     return input()
@@ -246,7 +301,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     with _progress() as progress:
         report = convert(args.src, args.dst, progress=progress)
-    err.print(report.summary(), markup=False)
+    err.print(report.summary())
     return 0
 
 
@@ -255,7 +310,7 @@ def _export(args: argparse.Namespace) -> int:
 
     with _progress() as progress:
         report = export(args.src, args.dst, safe_serialization=args.safetensors or None, progress=progress)
-    err.print(report.summary(), markup=False)
+    err.print(report.summary())
     return 0
 
 
@@ -313,10 +368,6 @@ def _status(what: str) -> Iterator[Any]:
         yield status
     finally:
         status.stop()
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 if __name__ == "__main__":

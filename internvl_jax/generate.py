@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from internvl_jax.beam import EARLY_STOPPING, beam_search
 from internvl_jax.config import ChatConfig
-from internvl_jax.models import chat_model, llama
+from internvl_jax.models import chat_model, intern_vit, llama
 from internvl_jax.models.layers import BATCH, TENSOR, Array, Params, constrain, positions_from_valid
 from internvl_jax.models.llama import KVCache
 from internvl_jax.sampling import GenerationConfig, Settings, make_settings, select_tokens
@@ -179,8 +179,16 @@ def score_step(
 def encode_step(
     params: Params, pixel_values: Array, *, config: ChatConfig, dtype: Any, image_axes: tuple[str, ...] = BATCH
 ) -> Array:
-    """Visual tokens of images. pixel_values [M,3,H,W] -> [M,P,D], on every device: any row may have any image."""
-    return constrain(chat_model.encode_images(params, config, pixel_values, dtype=dtype, image_axes=image_axes)[0], P())
+    """Visual tokens of images, [M,3,H,W] -> [M,P,D], on every device: any row may have any image.
+
+    Of a bare tower its last state [M,1+P,D].
+    """
+    options = {"dtype": dtype, "image_axes": image_axes}
+    if config.projector is None:
+        encoded, _ = intern_vit.forward(params["vision_model"], config.vision, pixel_values, **options)
+    else:
+        encoded, _ = chat_model.encode_images(params, config, pixel_values, **options)
+    return constrain(encoded, P())
 
 
 # One compiled form of each, shared by every Generator of a process.
@@ -326,9 +334,7 @@ class Generator:
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, features: Array | None = None
     ) -> np.ndarray:
         """Logits at every position, [B,T,V] float32; positions of padding mean nothing. Arguments as `generate`'s."""
-        input_ids, valid = self._check_tokens(input_ids, attention_mask)
-        self._check_images(input_ids, valid, features)
-        self._check_length(valid, 0)
+        input_ids, valid, _ = self.check(input_ids, attention_mask, features, None)
         rows, length = input_ids.shape
         width = ((0, -rows % self._row_multiple), (0, bucket(length) - length))
         with self._on_mesh():
@@ -341,6 +347,23 @@ class Generator:
                 **self._static,
             )
         return np.asarray(logits)[:rows, :length, : self.config.text.vocab_size]
+
+    def check(
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        features: Array | jax.ShapeDtypeStruct | None,
+        gen: GenerationConfig | None,
+    ) -> tuple[np.ndarray, np.ndarray, Settings | None]:
+        """Refuse whatever `generate` (with gen None: `logits`) would refuse, before anything runs.
+
+        features: those of `encode`, or anything of their shape while they are still to be encoded.
+        Returns what passed: input_ids [B,T] int32, valid [B,T] bool, settings of the padded batch.
+        """
+        input_ids, valid = self._check_tokens(input_ids, attention_mask)
+        self._check_images(input_ids, valid, features)
+        self._check_length(valid, 0 if gen is None else gen.max_new_tokens)
+        return input_ids, valid, None if gen is None else self._settings(gen, len(input_ids))
 
     def _search(self, prompt: Prompt, gen: GenerationConfig) -> tuple[np.ndarray, list[str]]:
         width = prompt.input_ids.shape[1]
@@ -386,10 +409,7 @@ class Generator:
         return tokens
 
     def _prepare(self, input_ids: Any, attention_mask: Any, features: Array | None, gen: GenerationConfig) -> Prompt:
-        """Everything that can be refused is refused here, before anything runs."""
-        input_ids, valid = self._check_tokens(input_ids, attention_mask)
-        self._check_images(input_ids, valid, features)
-        self._check_length(valid, gen.max_new_tokens)
+        input_ids, valid, settings = self.check(input_ids, attention_mask, features, gen)
         rows = [ids[keep] for ids, keep in zip(input_ids, valid)]
         width = min(bucket(max(map(len, rows))), self.config.text.max_position_embeddings)
         padded = len(rows) + -len(rows) % self._row_multiple
@@ -399,7 +419,7 @@ class Generator:
             aligned[number, width - len(row) :] = row
             valid[number, width - len(row) :] = True
         features = None if features is None else _pad_images(features)
-        return Prompt(aligned, valid, features, self._settings(gen, len(rows)), len(rows))
+        return Prompt(aligned, valid, features, settings, len(rows))
 
     @property
     def _filler(self) -> int:
@@ -436,7 +456,7 @@ class Generator:
             )
         return np.where(valid, input_ids, self._filler).astype(np.int32), valid
 
-    def _check_images(self, input_ids: np.ndarray, valid: np.ndarray, features: Array | None) -> None:
+    def _check_images(self, input_ids: np.ndarray, valid: np.ndarray, features: Any) -> None:
         """No count can be checked under jit, and a wrong one would put images into the wrong places."""
         if features is not None and self.image_token_id is None:
             raise ValueError("there are images, but this model has no image token to put them at")
