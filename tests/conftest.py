@@ -1,0 +1,10 @@
+"""What every test runs under."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_compilation_cache(tmp_path_factory):
+    """Loading a model turns jax's cache on disk on: here, not in the home of whoever runs the tests."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))

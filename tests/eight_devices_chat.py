@@ -1,0 +1,124 @@
+"""The golden checkpoint loaded onto meshes of eight virtual CPU devices. Run by test_chat.py, in a process of its own:
+the number of devices is fixed when jax starts."""
+
+import jax
+import numpy as np
+import pytest
+from golden import DATA, assert_close, bundle
+
+import internvl_jax
+from internvl_jax import checkpoint, cli, loading, sharding
+from internvl_jax.sharding import IMAGE_AXES, make_mesh
+
+CHECKPOINT = DATA / "internvl_chat_v1_1" / "checkpoint"
+ARRAYS, FACTS = bundle("internvl_chat_v1_1")
+REFERENCE = {"honour_exif": False, "image_path": "native", "max_new_tokens": 32}
+
+
+def golden_prompts():
+    for prompt in FACTS["prompts"]:
+        images = [DATA / "internvl_chat_v1_1" / FACTS["images"][name]["file"] for name in prompt["images"]]
+        yield prompt, (prompt["question"], images, [tuple(turn) for turn in prompt["history"] or ()])
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """The golden checkpoint in this project's format: another way in, the same shards."""
+    from checkpoints_convert.convert import convert
+
+    directory = tmp_path_factory.mktemp("converted") / "golden"
+    convert(CHECKPOINT, directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("source", "spec", "vision"),
+    [
+        ("published", "data=2,tensor=4", None),
+        ("converted", {"fsdp": 4, "tensor": 2}, "data"),
+        ("converted", "fsdp=8", None),
+    ],
+)
+def test_answers_and_shares(source, spec, vision, converted, monkeypatch):
+    read = []
+    place = sharding.place_params
+    monkeypatch.setattr(
+        sharding, "place_params", lambda params, *a, **k: place(read.append(shares(params)) or params, *a, **k)
+    )
+    directory = converted if source == "converted" else CHECKPOINT
+    chat = internvl_jax.load(directory, mesh=spec, vision=vision)
+    mesh = make_mesh(spec)
+    mode = vision or ("data" if mesh.shape["tensor"] == 1 else "tensor")
+    assert chat.generator.mesh.shape == mesh.shape
+
+    # What was read lay on its storage shardings from the first byte on: no device ever held more.
+    abstract = loading.abstract_for_running(chat.config, np.float32)
+    expected = sharding.storage_shardings(abstract, mesh, vision=mode)
+    jax.tree.map(
+        lambda leaf, place, share: np.testing.assert_array_equal(share, place.shard_shape(leaf.shape)),
+        abstract,
+        expected,
+        jax.tree.unflatten(jax.tree.structure(abstract), read[0]),
+    )
+    # Layers stay stacked, and the pads of the mesh are there.
+    kernel = chat.params["vision_model"]["layers"]["attn"]["qkv"]["kernel"]
+    tensor = mesh.shape["tensor"]
+    assert kernel.shape[-2] == (5 if mode == "data" else -(-5 // tensor) * tensor)
+
+    questions, images, histories = zip(*(ask for _, ask in golden_prompts()))
+    for reply, (prompt, _) in zip(chat.batch_chat(questions, images, histories, **REFERENCE), golden_prompts()):
+        assert reply.tokens == prompt["generated_ids"], prompt["id"]
+    prompt, ask = next(golden_prompts())
+    assert "".join(chat.stream(*ask, **REFERENCE)) == prompt["response"]
+
+
+def shares(params):
+    """The shape of one device's part of every leaf."""
+    return [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(params)]
+
+
+def test_beams_and_numpy_level():
+    chat = internvl_jax.load(CHECKPOINT, mesh="data=2,tensor=4")
+    prompts = {prompt["id"]: ask for prompt, ask in golden_prompts()}
+    search = FACTS["beam_search"][0]
+    reply = chat.chat(*prompts[search["id"]], num_beams=search["num_beams"], **REFERENCE)
+    assert reply.tokens == search["generated_ids"]
+    ids, mask = ARRAYS["batch/batch_two/input_ids"], ARRAYS["batch/batch_two/attention_mask"]
+    pixels = np.stack([ARRAYS[f"images/{name}/quickstart"] for name in FACTS["batches"][0]["images"]])
+    logits = chat.logits(ids, pixels, mask)
+    assert_close(logits[mask > 0], ARRAYS["logits/batch_two/fp32"][mask > 0], 2e-4, "logits")
+
+
+@pytest.mark.parametrize(("spec", "vision"), [("data=2,tensor=4", "tensor"), ("tensor=8", "data")])
+def test_bare_tower(spec, vision):
+    arrays, _ = bundle("intern_vit")
+    chat = internvl_jax.load(DATA / "intern_vit" / "checkpoint_bin", mesh=spec, vision=vision)
+    assert chat.generator.mesh.shape == make_mesh(spec).shape
+    assert_close(chat.encode(arrays["pixel_values"]), arrays["last_hidden_state"], 1e-3, "last hidden state")
+    assert IMAGE_AXES[vision] == chat.generator._image_axes
+
+
+def test_illegal_meshes_are_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(loading, "_read", lambda *_: pytest.fail("parameters were read"))
+    monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("parameters were read"))
+    for spec, message in (
+        ("tensor=8", r"tensor=8 does not divide .*heads \(4\).*legal sizes of tensor on 8 devices are 1, 2, 4"),
+        ("tensor=16", "needs 16 devices, there are 8"),
+        ("tenser=4", "has the axis tenser; there are data, fsdp, tensor"),
+        ("four", 'write for example "data=2,tensor=8"'),
+        (make_mesh("tensor=8"), "tensor=8 does not divide"),
+        (jax.make_mesh((8,), ("tensor",)), "make it with make_mesh"),
+    ):
+        with pytest.raises(sharding.MeshError, match=message):
+            internvl_jax.load(CHECKPOINT, mesh=spec)
+    with pytest.raises(ValueError, match="vision mode 'both' is not one of tensor, data"):
+        internvl_jax.load(CHECKPOINT, mesh="tensor=4", vision="both")
+
+
+def test_command_line(capsys):
+    prompt, (question, images, _) = next(golden_prompts())
+    arguments = ["chat", "--checkpoint", str(CHECKPOINT), "--image", str(images[0]), "--max-new-tokens", "32"]
+    assert cli.main([*arguments, "--mesh", "data=2,tensor=4", question]) == 0
+    assert capsys.readouterr().out == prompt["response"] + "\n"
+    assert cli.main([*arguments, "--mesh", "tensor=3", question]) == 2
+    assert "legal sizes of tensor" in capsys.readouterr().err

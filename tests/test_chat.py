@@ -1,0 +1,615 @@
+"""Chat and load: golden answers from the published files, every refusal, bare towers, meshes, compiles."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from generation_cases import LLAMA, llama_weights, torch_llama
+from golden import DATA, assert_close, bundle, kl
+from PIL import Image
+
+import internvl_jax
+from internvl_jax import generate, loading
+from internvl_jax.chat import Chat
+from internvl_jax.config import ConfigError
+from internvl_jax.processing.images import ImageError
+
+pytest.importorskip("torch")  # the golden checkpoint is PyTorch's
+
+BUNDLE = DATA / "internvl_chat_v1_1"
+CHECKPOINT = BUNDLE / "checkpoint"
+ARRAYS, FACTS = bundle("internvl_chat_v1_1")
+PROMPTS = {prompt["id"]: prompt for prompt in FACTS["prompts"]}
+
+# The goldens are the quick-start page's: pictures resized in their own mode, EXIF ignored.
+REFERENCE = {"honour_exif": False, "image_path": "native", "max_new_tokens": 32}
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return internvl_jax.load(CHECKPOINT)
+
+
+def picture(name):
+    return BUNDLE / FACTS["images"][name]["file"]
+
+
+def asked(prompt):
+    """question, images, history of a golden prompt."""
+    history = [tuple(turn) for turn in prompt["history"] or ()]
+    return prompt["question"], [picture(name) for name in prompt["images"]], history
+
+
+def without_timings(reply):
+    return replace(reply, timings={})
+
+
+# Against the golden bundle.
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_golden_answers(chat, name, monkeypatch):
+    prompt = PROMPTS[name]
+    question, images, history = asked(prompt)
+    read = []
+    prefill = chat.generator.prefill
+    monkeypatch.setattr(chat.generator, "prefill", lambda *args: prefill(*(read.append(args[0]) or args)))
+    reply = chat.chat(question, images, history, **REFERENCE)
+    assert read[0].tolist() == [prompt["input_ids"]]
+    assert reply.tokens == prompt["generated_ids"]
+    assert reply.text == prompt["response"]
+    assert reply.finish_reason == ("stop" if prompt["finished_by_eos"] else "length")
+    assert reply.prompt_tokens == len(prompt["input_ids"])
+    placed = question if "<image>" in question or not images or history else f"<image>\n{question}"
+    assert reply.history == [*history, (placed, prompt["response"])]
+    assert set(reply.timings) == {"prefill", "decode", "total"} | ({"encode"} if images else set())
+
+
+@pytest.mark.parametrize("batch", FACTS["batches"], ids=lambda batch: batch["id"])
+def test_golden_batches(chat, batch):
+    images = [[picture(name)] for name in batch["images"]]
+    replies = chat.batch_chat(batch["questions"], images, **REFERENCE)
+    assert [reply.text for reply in replies] == batch["responses"]
+
+
+@pytest.mark.parametrize("search", FACTS["beam_search"], ids=lambda search: search["id"])
+def test_golden_beams(chat, search):
+    settings = {name: search[name] for name in ("num_beams", "length_penalty")}
+    reply = chat.chat(*asked(PROMPTS[search["id"]]), **REFERENCE, **settings)
+    assert reply.tokens == search["generated_ids"]
+    assert reply.text == search["response"]
+    assert reply.finish_reason == "length"
+
+
+def test_rows_get_what_they_get_alone(chat):
+    """All golden prompts in one batch: none, one or two images, none to two earlier turns."""
+    together = chat.batch_chat(*zip(*map(asked, PROMPTS.values())), **REFERENCE)
+    assert [reply.tokens for reply in together] == [prompt["generated_ids"] for prompt in PROMPTS.values()]
+    searches = FACTS["beam_search"]
+    asking = zip(*(asked(PROMPTS[search["id"]]) for search in searches))
+    together = chat.batch_chat(*asking, **REFERENCE, num_beams=5)
+    assert [reply.tokens for reply in together] == [search["generated_ids"] for search in searches]
+
+
+def test_history_goes_on(chat):
+    """A reply's history is the next call's, and the pictures of earlier turns are given again."""
+    first = chat.chat("What is shown?", picture("rgb"), **REFERENCE)
+    second = chat.chat("And where?", [picture("rgb")], first.history, **REFERENCE)
+    assert [question for question, _ in second.history] == ["<image>\nWhat is shown?", "And where?"]
+    assert second.history[0] == first.history[0]
+    written = [("<image>\nWhat is shown?", first.text)]
+    assert chat.chat("And where?", [picture("rgb")], written, **REFERENCE).tokens == second.tokens
+    assert chat.chat("And where?", [picture("gray")], written, **REFERENCE).tokens != second.tokens
+
+
+def test_pictures_in_every_form(chat):
+    path = picture("rgb")
+    with Image.open(path) as opened:
+        forms = [path, str(path), path.read_bytes(), opened.copy(), np.asarray(opened)]
+    answers = {chat.chat("What?", form, max_new_tokens=8).text for form in forms}
+    assert len(answers) == 1
+    assert {chat.chat("What?", (form,), max_new_tokens=8).text for form in forms} == answers
+
+
+def test_orientation_and_image_path_are_choices(chat):
+    """Phone pictures are turned upright unless asked otherwise; RGBA differs between the reference's two paths."""
+    upright, raw = (
+        chat.chat("What?", picture("exif_rot"), honour_exif=honour, max_new_tokens=8).tokens for honour in (True, False)
+    )
+    assert upright != raw
+    evaluation, native = (
+        chat.chat("What?", picture("rgba"), image_path=path, max_new_tokens=8).tokens for path in ("eval", "native")
+    )
+    assert evaluation != native
+
+
+def test_system_message_is_read(chat):
+    plain, told = (chat.chat("Hello", system=system, max_new_tokens=8) for system in (None, "Answer in Chinese."))
+    assert told.prompt_tokens > plain.prompt_tokens
+    assert told.tokens != plain.tokens
+
+
+# Streams, stop strings, samples.
+
+
+@pytest.mark.parametrize("name", ["en_single", "zh_single", "text_only_turn2"])
+def test_stream_equals_chat(chat, name):
+    asking = asked(PROMPTS[name])
+    stream = chat.stream(*asking, **REFERENCE)
+    with pytest.raises(RuntimeError, match="not finished"):
+        _ = stream.reply
+    pieces = list(stream)
+    reply = chat.chat(*asking, **REFERENCE)
+    assert "".join(pieces) == reply.text
+    assert len(pieces) > 1
+    assert without_timings(stream.reply) == without_timings(reply)
+    assert list(stream) == []
+    assert set(stream.reply.timings) == set(reply.timings)
+
+
+def test_stop_strings(chat):
+    """Every pair of characters of an answer as stop string, and two at once: cut in front of it, streamed or not."""
+    asking = asked(PROMPTS["two_combined"])
+    full = chat.chat(*asking, **REFERENCE)
+    decoded = chat.tokenizer.decode(full.tokens)
+    stops = [(decoded[at : at + 2],) for at in range(0, len(decoded) - 1, 5)] + [(decoded[30:33], decoded[12:14])]
+    for stop in (*stops, ("not in there", decoded[-1:] + "x"), (decoded[:1],)):
+        found = [decoded.index(text) for text in stop if text in decoded]
+        reply = chat.chat(*asking, **REFERENCE, stop=stop)
+        stream = chat.stream(*asking, **REFERENCE, stop=stop)
+        assert "".join(stream) == reply.text
+        assert without_timings(stream.reply) == without_timings(reply)
+        assert reply.text == (decoded[: min(found)].strip() if found else full.text)
+        assert reply.finish_reason == ("stop" if found else "length")
+        # The tokens end with the one that completes the stop string.
+        assert reply.tokens == full.tokens[: len(reply.tokens)]
+        if found:
+            assert any(text in chat.tokenizer.decode(reply.tokens) for text in stop)
+            assert not any(text in chat.tokenizer.decode(reply.tokens[:-1]) for text in stop)
+
+
+def test_stop_strings_row_by_row(chat):
+    """One row ends by its stop string, the others go on; beams are cut once they are chosen."""
+    questions, images, histories = zip(*(asked(PROMPTS[name]) for name in ("en_single", "text_only", "zh_single")))
+    text = PROMPTS["text_only"]["response"]
+    replies = chat.batch_chat(questions, images, histories, **REFERENCE, stop=text[9:12])
+    assert replies[0].text == PROMPTS["en_single"]["response"]
+    assert replies[1].text == text[:9].strip()
+    assert replies[2].text == PROMPTS["zh_single"]["response"]
+    assert [reply.finish_reason for reply in replies] == ["length", "stop", "stop"]
+    search = FACTS["beam_search"][1]
+    reply = chat.chat(*asked(PROMPTS[search["id"]]), **REFERENCE, num_beams=5, stop="三")
+    assert reply.text == search["response"].partition("三")[0]
+    assert reply.finish_reason == "stop"
+
+
+def test_settings_reach_the_generator(chat):
+    question = "Hello, who are you?"
+    free = chat.chat(question, max_new_tokens=12)
+    assert chat.chat(question, max_new_tokens=1).tokens == free.tokens[:1]
+    ended = chat.chat(question, max_new_tokens=12, eos_token_ids=(free.tokens[3],))
+    assert (ended.tokens, ended.finish_reason) == (free.tokens[:4], "stop")
+    later = chat.chat(question, max_new_tokens=12, eos_token_ids=(free.tokens[3],), min_new_tokens=6)
+    assert len(later.tokens) >= 6
+    assert chat.chat(question, max_new_tokens=None, temperature=None).tokens[:12] == free.tokens
+
+
+def test_samples_depend_on_the_seed_alone(chat):
+    question, images, history = asked(PROMPTS["en_single"])
+    options = {**REFERENCE, "temperature": 1.5}
+
+    def sample(seed):
+        return chat.chat(question, images, history, **options, seed=seed).tokens
+
+    first = sample(3)
+    assert sample(3) == first
+    assert list(chat.stream(question, images, history, **options, seed=3)) != []
+    assert sample(4) != first
+    rows = chat.batch_chat([question] * 2, [images] * 2, **options, seed=3)
+    assert [row.tokens for row in rows] == [first, sample(4)]
+    rows = chat.batch_chat([question] * 2, [images] * 2, **options, seed=(4, 3))
+    assert [row.tokens for row in rows] == [sample(4), first]
+
+
+def test_without_a_limit_the_context_is_one(chat):
+    reply = chat.chat("Hello", eos_token_ids=())
+    assert reply.prompt_tokens + len(reply.tokens) == chat.config.text.max_position_embeddings
+    assert reply.finish_reason == "length"
+
+
+# What is refused, and before anything runs.
+
+
+HISTORY = [("<image>\nWhat is shown?", "A bird.")]
+NUMBERS = np.zeros((4, 4), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("question", "options", "message"),
+    [
+        ("", {}, "the question is empty"),
+        (" \n", {}, "the question is empty"),
+        (None, {}, "a question is a text, not NoneType"),
+        ("\udcff", {}, "no UTF-8"),
+        ("Hi", {"max_tokens": 3}, "no such generation setting: max_tokens; there are max_new_tokens, "),
+        ("Hi", {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ("Hi", {"max_new_tokens": -1}, "max_new_tokens must be at least 1"),
+        ("Hi", {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
+        ("Hi", {"temperature": -0.5}, "temperature must be 0"),
+        ("Hi", {"top_p": 0}, "top_p must lie in"),
+        ("Hi", {"num_beams": 2, "temperature": 1.0}, "beam search does not sample"),
+        ("Hi", {"seed": (1, 2), "temperature": 1.0}, "2 seeds for 1 rows"),
+        ("Hi", {"eos_token_ids": (900,)}, "outside the vocabulary of 869"),
+        ("Hi", {"max_new_tokens": 600}, r"row 0: \d+ prompt tokens \+ 600 new ones exceed the context of 512 tokens"),
+        ("word " * 600, {}, "leaves no room for an answer in the context of 512: shorten the question"),
+        ("Hi", {"images": ["nowhere.png"]}, "nowhere.png does not exist"),
+        ("Hi", {"images": [DATA]}, "is a directory, not a picture"),
+        ("Hi", {"images": [CHECKPOINT / "config.json"]}, "is not a picture in a format that can be read"),
+        ("Hi", {"images": b"nothing"}, "the picture of 7 bytes is not a picture"),
+        ("Hi", {"images": [3]}, "a picture must be a path, bytes, a PIL image or an array, not int"),
+        ("Hi", {"images": NUMBERS.astype(float)}, "an array must be uint8"),
+        ("Hi", {"images": "https://example.com/a.png"}, "download it"),
+        ("Hi", {"images": NUMBERS, "image_path": "fast"}, "there is no image path 'fast'; there are eval and native"),
+        ("<image>\n<image>", {"images": NUMBERS}, "2 <image> placeholders for 1 image"),
+        ("What is in <image>?", {}, "1 <image> placeholder.s., but no images are given"),
+        ("Where?", {"history": HISTORY}, "images of earlier turns have to be given again"),
+        ("Where?", {"history": [("Hello", "Hi")], "images": NUMBERS}, "neither the question nor its history has an"),
+        ("<IMG_CONTEXT>", {}, "which only images may bring"),
+        ("Hi", {"history": "Hello"}, "a history is a list of .question, answer. texts"),
+        ("Hi", {"history": [("a", "b", "c")]}, "a history is a list of .question, answer. texts"),
+        ("Hi", {"history": [("a", None)]}, "a history is a list of .question, answer. texts"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+@pytest.mark.parametrize("call", ["chat", "stream"])
+def test_bad_questions(chat, question, options, message, call, monkeypatch):
+    for name in ("encode", "prefill", "generate"):
+        monkeypatch.setattr(chat.generator, name, lambda *_: pytest.fail("work has started"))
+    with pytest.raises(ValueError, match=message):
+        getattr(chat, call)(question, **options)
+
+
+def test_bad_batches(chat, monkeypatch):
+    for name in ("encode", "prefill", "generate"):
+        monkeypatch.setattr(chat.generator, name, lambda *_: pytest.fail("work has started"))
+    for arguments, message in (
+        (([],), "at least one question"),
+        (("Hello",), "takes a list"),
+        ((["a", "b"], [[]]), "2 questions, 1 lists of images and 2 histories"),
+        ((["a", "b"], None, [[]]), "2 questions, 2 lists of images and 1 histories"),
+        ((["a", " "],), "question 2: the question is empty"),
+        ((["a", "b"], [None, "nowhere.png"]), "question 2: nowhere.png does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chat.batch_chat(*arguments)
+    with pytest.raises(ImageError):
+        chat.batch_chat(["a", "b"], [None, "nowhere.png"])
+    with pytest.raises(ValueError, match="beam search cannot be streamed: use chat"):
+        chat.stream("Hello", num_beams=2)
+
+
+# On arrays.
+
+
+def golden_pixels(names):
+    return np.stack([ARRAYS[f"images/{name}/quickstart"] for name in names])
+
+
+def flipped(ids, mask):
+    """The same rows padded on the other side."""
+    return [np.stack([np.roll(row, -(keep == 0).sum()) for row, keep in zip(x, mask)]) for x in (ids, mask)]
+
+
+def test_generate_on_arrays(chat):
+    batch = FACTS["batches"][0]
+    ids, mask, expected = (
+        ARRAYS[f"batch/batch_two/{name}"] for name in ("input_ids", "attention_mask", "generated_ids")
+    )
+    pixels = golden_pixels(batch["images"])
+    tokens = chat.generate(ids, pixels, mask, max_new_tokens=32)
+    assert tokens.dtype == np.int32
+    np.testing.assert_array_equal(tokens, expected)
+    right, right_mask = flipped(ids, mask)
+    np.testing.assert_array_equal(chat.generate(right, pixels, right_mask, max_new_tokens=32), expected)
+    prompt = PROMPTS["text_only"]
+    assert chat.generate(prompt["input_ids"], max_new_tokens=32).tolist() == [prompt["generated_ids"]]
+    assert chat.generate([prompt["input_ids"]], attention_mask=[1] * 24, max_new_tokens=3).shape == (1, 3)
+    search = FACTS["beam_search"][1]
+    assert chat.generate(prompt["input_ids"], max_new_tokens=32, num_beams=5).tolist() == [search["generated_ids"]]
+
+
+def test_logits_on_arrays(chat):
+    for name in ("en_single", "zh_multi_turn", "two_separate"):
+        pixels = golden_pixels(PROMPTS[name]["images"])
+        logits = chat.logits(ARRAYS[f"logits/{name}/input_ids"], pixels)
+        assert logits.dtype == np.float32
+        assert_close(logits[0], ARRAYS[f"logits/{name}/fp32"], 2e-4, name)
+    ids, mask = ARRAYS["batch/batch_two/input_ids"], ARRAYS["batch/batch_two/attention_mask"]
+    pixels, expected = golden_pixels(FACTS["batches"][0]["images"]), ARRAYS["logits/batch_two/fp32"][mask > 0]
+    assert_close(chat.logits(ids, pixels, mask)[mask > 0], expected, 2e-4, "left padding")
+    right, right_mask = flipped(ids, mask)
+    assert_close(chat.logits(right, pixels, right_mask)[right_mask > 0], expected, 2e-4, "right padding")
+
+
+def test_encode(chat):
+    names = ["rgb", "exif_rot", "rgba", "gray", "palette"]
+    assert_close(chat.encode(golden_pixels(names)), ARRAYS["vision/mlp1_batch"], 1e-4, "visual tokens")
+    single = chat.encode(ARRAYS["images/rgb/quickstart"])
+    assert single.shape == (1, 16, 64)
+    assert_close(single[0], ARRAYS["vision/mlp1_v1"], 1e-4, "visual tokens of one image")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pixel_values": np.zeros((1, 3, 112, 112), np.float32)}, "0 image tokens .id 862; none., but 1 images x 16"),
+        ({"pixel_values": np.zeros((1, 112, 112, 3), np.float32)}, r"\[images, 3, height, width\], not \[1, 112"),
+        ({"pixel_values": np.zeros((0, 3, 112, 112), np.float32)}, "holds no images: leave it out"),
+        ({"pixel_values": np.zeros((1, 3, 112, 112), np.uint8)}, "must be normalised numbers, not uint8"),
+        ({"pixel_values": np.zeros((1, 3, 126, 112), np.float32)}, "9 x 8 patches: whole multiples of 28 pixels"),
+        ({"pixel_values": np.zeros((1, 3, 8, 112), np.float32)}, "0 x 8 patches"),
+        ({"input_ids": [[862] * 16]}, "16 image tokens .* but there are no images"),
+        ({"input_ids": [[869]]}, "token 869 at position 0 is outside the vocabulary of 869"),
+        ({"input_ids": [[1.5]]}, "input_ids must be integers"),
+        ({"attention_mask": [[1, 1, 1]]}, "attention_mask must hold 0 and 1"),
+        ({"max_new_tokens": 511}, r"row 0: 2 prompt tokens \+ 511 new ones exceed the context"),
+        ({"stop": "end"}, "stop strings need text: use chat"),
+        ({"beams": 2}, "no such generation setting: beams"),
+    ],
+    ids=str,
+)
+def test_bad_arrays(chat, options, message, monkeypatch):
+    monkeypatch.setattr(chat.generator, "encode", lambda *_: pytest.fail("work has started"))
+    arguments = {"input_ids": [[5, 6]], **options}
+    with pytest.raises(ValueError, match=message):
+        chat.generate(**arguments)
+    if set(options) <= {"input_ids", "pixel_values", "attention_mask"}:
+        with pytest.raises(ValueError, match=message):
+            chat.logits(**arguments)
+
+
+def test_bfloat16(chat):
+    """The bfloat16 model's logits, on the golden prompts that have some."""
+    half = internvl_jax.load(CHECKPOINT, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}
+    for name in ("en_single", "zh_multi_turn"):
+        ids, pixels = ARRAYS[f"logits/{name}/input_ids"], golden_pixels(PROMPTS[name]["images"])
+        divergence = kl(ARRAYS[f"logits/{name}/fp32"], half.logits(ids, pixels)[0])
+        assert divergence.mean() <= 1e-2, f"{name}: KL {divergence.mean():.2g}, at most {divergence.max():.2g}"
+
+
+# Loading.
+
+
+def test_only_what_runs_is_loaded(chat):
+    layers = chat.params["vision_model"]["layers"]
+    assert chat.config.vision.num_hidden_layers == 6
+    assert len(layers) == chat.config.num_vision_layers == 3  # hidden_states[-4]
+    abstract = loading.abstract_for_running(chat.config, jnp.bfloat16)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(abstract["vision_model"]["layers"])} == {3}
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(abstract["language_model"]["layers"])} == {4}
+    assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {jnp.dtype("bfloat16")}
+
+
+def test_progress_ends_at_the_whole():
+    seen = []
+    internvl_jax.load(CHECKPOINT, progress=lambda *step: seen.append(step))
+    done, totals, what = zip(*seen)
+    assert list(done) == sorted(done)
+    assert done[-1] == totals[-1] > 0
+    assert set(what) == {"loading"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "InternVL-Chat-V1-1"}, "InternVL-Chat-V1-1 does not exist: pass a directory on this machine"),
+        ({"path": CHECKPOINT / "config.json"}, "is a file: pass the directory that holds config.json"),
+        ({"path": DATA}, "config.json does not exist; a checkpoint directory needs its config.json"),
+        ({"dtype": "float16"}, "dtype 'float16' is not supported: use 'float32' or 'bfloat16'"),
+        ({"dtype": "half"}, "use 'float32' or 'bfloat16'"),
+        ({"dtype": "fp32"}, "dtype 'fp32' is not supported"),
+        ({"vision": "data"}, "pass a mesh too"),
+        ({"mesh": "tensor=4096"}, "needs 4096 devices"),
+        ({"mesh": "tensor"}, "is not understood"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(options, message, monkeypatch):
+    monkeypatch.setattr(loading, "_read", lambda *_: pytest.fail("parameters were read"))
+    with pytest.raises(ValueError, match=message):
+        internvl_jax.load(**{"path": CHECKPOINT, **options})
+
+
+def stripped(tmp_path, *missing, source=CHECKPOINT, **changes):
+    """A copy of a checkpoint without some files, and with other values in its config.json."""
+    for file in source.iterdir():
+        if file.name not in missing:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    return tmp_path
+
+
+def test_without_tokenizer_files_arrays_still_run(tmp_path):
+    tokenizer = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    bare = internvl_jax.load(stripped(tmp_path, *tokenizer))
+    prompt = PROMPTS["text_only"]
+    assert bare.generate(prompt["input_ids"], max_new_tokens=4).tolist() == [prompt["generated_ids"][:4]]
+    with pytest.raises(ValueError, match=r"has no tokenizer files: put them beside its config\.json"):
+        bare.chat("Hello")
+    with pytest.raises(ValueError, match="this model has no image token"):
+        bare.generate([[862] * 16], golden_pixels(["rgb"]))
+
+
+def test_without_image_processor_text_still_runs(tmp_path):
+    blind = internvl_jax.load(stripped(tmp_path, "preprocessor_config.json"))
+    prompt = PROMPTS["text_only"]
+    assert blind.chat(prompt["question"], max_new_tokens=32).text == prompt["response"]
+    with pytest.raises(ValueError, match=r"has no preprocessor_config\.json: put it beside its config"):
+        blind.chat("What?", picture("rgb"))
+
+
+def test_unknown_template(tmp_path):
+    chat = internvl_jax.load(stripped(tmp_path, template="vicuna_v7"))
+    with pytest.raises(ValueError, match=r"'vicuna_v7', and the known ones are .*internvl_zh.*: set `template`"):
+        chat.chat("Hello")
+
+
+def test_generation_config_names_the_end_tokens(tmp_path):
+    """transformers prefers generation_config.json to config.json; so do chat and generate."""
+    free = PROMPTS["text_only"]["generated_ids"]
+    directory = stripped(tmp_path)
+    for eos, length in (([2, free[5]], 6), (free[2], 3)):
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+        chat = internvl_jax.load(directory)
+        reply = chat.chat(PROMPTS["text_only"]["question"], max_new_tokens=32)
+        assert (len(reply.tokens), reply.finish_reason) == (length, "stop")
+        assert chat.generate(PROMPTS["text_only"]["input_ids"], max_new_tokens=32).shape == (1, length)
+        own = chat.chat(PROMPTS["text_only"]["question"], max_new_tokens=32, eos_token_ids=(free[7],))
+        assert len(own.tokens) == 8
+    (directory / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ConfigError, match=r"generation_config\.json has eos_token_id '</s>': a token id or a list"):
+        internvl_jax.load(directory)
+
+
+# Bare towers.
+
+
+@pytest.mark.parametrize("layout", ["checkpoint_bin", "checkpoint_safetensors"])
+def test_bare_vision_tower(layout):
+    arrays, _ = bundle("intern_vit")
+    tower = internvl_jax.load(DATA / "intern_vit" / layout)
+    assert_close(tower.encode(arrays["pixel_values"]), arrays["last_hidden_state"], 1e-3, "last hidden state")
+    with Image.open(DATA / "intern_vit" / "images" / "rgb.png") as image:
+        np.testing.assert_array_equal(tower.processor(image), arrays["pixel_values"][0])
+    if layout == "checkpoint_bin":  # other sizes than the trained one, remainders included
+        for name in ("interp_up_168", "interp_down_70", "interp_rect_84x140", "interp_remainder_177"):
+            encoded = tower.encode(arrays[f"{name}/pixel_values"])
+            assert_close(encoded[0], arrays[f"{name}/last_hidden_state"], 1e-3, name)
+    for call in (lambda: tower.chat("Hello"), lambda: tower.stream("Hello"), lambda: tower.generate([[1]])):
+        with pytest.raises(ValueError, match="is a vision tower without a language model: it can only `encode`"):
+            call()
+    with pytest.raises(ValueError, match="without a language model"):
+        tower.logits([[1]])
+
+
+def test_bare_language_model(tmp_path):
+    """A plain LlamaForCausalLM as transformers saves it, against transformers."""
+    import torch
+
+    reference = torch_llama(llama_weights(5))
+    reference.generation_config.update(eos_token_id=[2, 9], pad_token_id=LLAMA["pad_token_id"])
+    reference.save_pretrained(tmp_path)
+    language = internvl_jax.load(tmp_path)
+    ids, mask = np.array([[0, 0, 4, 5, 6], [7, 8, 3, 10, 11]]), np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        positions = torch.from_numpy(np.maximum(mask.cumsum(axis=1) - 1, 0))
+        logits = reference(**inputs, position_ids=positions).logits.numpy()
+        tokens = reference.generate(**inputs, max_new_tokens=20, do_sample=False)[:, 5:].numpy()
+    assert_close(language.logits(ids, attention_mask=mask)[mask > 0], logits[mask > 0], 1e-3, "logits")
+    np.testing.assert_array_equal(language.generate(ids, attention_mask=mask, max_new_tokens=20), tokens)
+    assert language.eos_token_ids == (2, 9)
+    with pytest.raises(ValueError, match="has no tokenizer files"):
+        language.chat("Hello")
+    for call in (language.encode, lambda pixels: language.generate([[1]], pixels)):
+        with pytest.raises(ValueError, match="without a vision tower: it reads no images"):
+            call(np.zeros((1, 3, 112, 112), np.float32))
+
+
+def test_bare_language_model_that_chats(chat):
+    """With a tokenizer and a template a model without a tower answers, and says that it cannot see."""
+    config = replace(chat.config, vision=None, projector=None)
+    params = {"language_model": chat.params["language_model"]}
+    blind = Chat(config, params, dtype=jnp.float32, tokenizer=chat.tokenizer)
+    prompt = PROMPTS["text_only"]
+    assert blind.chat(prompt["question"], max_new_tokens=32).text == prompt["response"]
+    with pytest.raises(ValueError, match="is a language model without a vision tower: ask without images"):
+        blind.chat("What?", picture("rgb"))
+
+
+# Meshes and compiles.
+
+
+def test_on_eight_devices():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "eight_devices_chat.py")]
+    result = subprocess.run(
+        command,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+def test_a_mesh_of_one_device(chat):
+    """The smallest mesh: layers stay stacked, nothing is padded, and the answers are the same."""
+    meshed = internvl_jax.load(CHECKPOINT, mesh="tensor=1", vision="tensor")
+    assert meshed.params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"].shape[0] == 4
+    batch = FACTS["batches"][0]
+    replies = meshed.batch_chat(batch["questions"], [[picture(name)] for name in batch["images"]], **REFERENCE)
+    assert [reply.text for reply in replies] == batch["responses"]
+
+
+def test_a_second_question_compiles_nothing(chat):
+    """On top of test_generate.py's count of the programs: nothing around them compiles either."""
+    compiles = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiles.append(event) if event.endswith("backend_compile_duration") else None
+    )
+
+    def converse(name, question, **options):
+        options = {**REFERENCE, **options}
+        history = chat.chat(question, picture(name), **options).history
+        list(chat.stream("And then?", picture(name), history, **options))
+        chat.batch_chat([question, "图中有几个人？"], [[picture(name)] * 2, []], **options, stop="no such text")
+
+    converse("rgb", "What is this?")
+    compiles.clear()
+    converse("gray", "Where was it taken?", max_new_tokens=20, temperature=0.8, seed=5)
+    assert compiles == []
+    programs = generate._decode._cache_size()
+    chat.chat("A longer one. " * 20, picture("rgb"), **REFERENCE)  # another bucket
+    assert compiles != []
+    assert generate._decode._cache_size() == programs + 1
+
+
+COLD_START = """
+import collections, json, sys
+import jax
+events = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition("/")[2]]))
+import internvl_jax
+chat = internvl_jax.load(sys.argv[1])
+reply = chat.chat("What is this?", images=sys.argv[2], max_new_tokens=8)
+names = ("compile_requests_use_cache", "cache_hits", "cache_misses")
+print(json.dumps([reply.tokens, *(events[name] for name in names)]))
+"""
+
+
+def test_the_second_process_compiles_nothing(tmp_path):
+    """From load to the last token there are three programs, and a later process finds all of them on disk."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    command = [sys.executable, "-c", COLD_START, str(CHECKPOINT), str(picture("rgb"))]
+    runs = []
+    for _ in range(2):
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        runs.append(json.loads(result.stdout))
+    (tokens, requests, hits, misses), second = runs
+    assert (requests, hits, misses) == (3, 0, 3)  # encode, prefill, decode
+    assert second == [tokens, 3, 3, 0]
+    assert len(list((tmp_path / "internvl_jax" / "xla").glob("*-cache"))) == 3
