@@ -160,20 +160,23 @@ def _parser() -> argparse.ArgumentParser:
         description="Compiles the programs that run for a named TPU slice with the TPU's own compiler, which needs no "
         "TPU, and prints memory, FLOPs, collectives and rooflines per chip. Needs the extra 'tpu'.\n\nexamples:\n"
         "  internvl-jax compile-report --topology v5e-8 --program decode --batch 8 --length 2048\n"
-        "  internvl-jax compile-report --topology v6e:2x2 --mesh tensor=4 --batch 16 --json",
+        "  internvl-jax compile-report --topology v6e:2x2 --mesh tensor=4 --batch 16 --json\n"
+        "  internvl-jax compile-report --topology v5e-16 --plan",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    report.add_argument("--topology", required=True, metavar="T", help="v5e-8, v6e-1, v5p-8, tpu7x or v5e:2x4")
+    report.add_argument("--topology", metavar="T", help="v5e-8, v6e-1, v5p-8, tpu7x or v5e:2x4")
     report.add_argument(
         "--program", default="generate", metavar="P", help="encode, prefill, decode, or generate (all of them together)"
     )
     report.add_argument("--preset", default="internvl_chat_v1_1", metavar="M", help="its name, or a directory's")
     report.add_argument("--mesh", metavar="SPEC", help="like data=2,tensor=4 (the largest tensor axis, rest on data)")
-    report.add_argument("--batch", type=int, default=1, metavar="N", help="rows, each with one image (1)")
+    report.add_argument("--batch", type=int, metavar="N", help="rows, each with one image (1; --plan: what fits)")
     report.add_argument("--length", type=int, default=2048, metavar="T", help="tokens of prompt and answer (2048)")
     report.add_argument("--prompt", type=int, metavar="T", help="tokens of the prompt that prefill reads (length)")
     report.add_argument("--vision", metavar="MODE", help="spread the tower by 'tensor' or 'data' (the mesh decides)")
     report.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="default: bfloat16")
+    report.add_argument("--plan", action="store_true", help="choose mesh and batch for the slice")
+    report.add_argument("--table", action="store_true", help="plan for all usual slices, or T,T,...; Markdown (slow)")
     report.add_argument("--json", action="store_true", help="print one JSON object")
     report.set_defaults(run=_compile_report)
     return parser
@@ -329,12 +332,25 @@ def _parity(args: argparse.Namespace) -> int:
 
 
 def _compile_report(args: argparse.Namespace) -> int:
-    from tpu_scripts import compile_report
+    names = ("preset", "topology", "batch", "length", "prompt", "vision", "dtype")
+    asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if (args.plan or args.table) and args.mesh:
+        raise ValueError("--plan and --table choose the mesh: leave --mesh out, or both of them")
+    if not args.table and not args.topology:
+        raise ValueError("name the slice: --topology v5e-8 for example")
 
-    asked = ("preset", "topology", "mesh", "batch", "length", "prompt", "vision", "dtype")
-    load = compile_report.make_workload(**{name: getattr(args, name) for name in asked})
-    report = compile_report.report(load, args.program)
-    print(json.dumps(report.to_dict()) if args.json else "\n".join(compile_report.lines(report)))
+    from tpu_scripts import compile_report, plan
+
+    if args.table:
+        slices = args.topology.split(",") if args.topology else plan.SLICES
+        for line in plan.table(asked, slices, say=err.print):
+            print(line, flush=True)
+    elif args.plan:
+        made = plan.plan(asked, say=err.print)
+        print(json.dumps(made.to_dict()) if args.json else "\n".join(plan.lines(made)))
+    else:
+        report = compile_report.report(compile_report.make_workload(**asked, mesh=args.mesh), args.program)
+        print(json.dumps(report.to_dict()) if args.json else "\n".join(compile_report.lines(report)))
     return 0
 
 
