@@ -1,10 +1,13 @@
-"""What the parity tests share: golden data, published tensors to our tree and back, comparisons that say where."""
+"""What the parity tests share: golden data, published tensors to our tree and back, comparisons that say where.
+
+All of it is numpy: outside jit, jax would compile every small operation.
+"""
 
 import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from checkpoints_convert import mapping
@@ -18,18 +21,32 @@ def bundle(name):
     return np.load(directory / "goldens.npz"), json.loads((directory / "goldens.json").read_text(encoding="utf-8"))
 
 
+def read_safetensors(directory):
+    """The tensors of a directory's safetensors files, key -> float32 array, read without torch."""
+    state = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        data = path.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        for key, entry in json.loads(data[8:start]).items():
+            if key != "__metadata__":
+                dtype = {"BF16": ml_dtypes.bfloat16, "F32": np.float32}[entry["dtype"]]
+                first, last = (start + offset for offset in entry["data_offsets"])
+                state[key] = np.frombuffer(data[first:last], dtype).reshape(entry["shape"]).astype(np.float32)
+    return state
+
+
 def tree_of(config, state):
     """Our float32 parameters from published tensors, key -> array; none may be missing or unexpected."""
     leaves = {}
     for name, tensor in mapping.plan(config, {name: values.shape for name, values in state.items()}).items():
-        leaves.setdefault(tensor.path, []).append((tensor.index, tensor.to_ours(np.asarray(state[name], np.float32))))
+        leaves.setdefault(tensor.path, []).append((tensor.index, tensor.to_ours(np.array(state[name], np.float32))))
     tree = {}
     for path, parts in leaves.items():
         *parents, leaf = path.split("/")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = jnp.asarray(_joined(parts))
+        node[leaf] = _joined(parts)
     return tree
 
 
@@ -68,7 +85,21 @@ def published(config, tree):
 def torch_tree(config, model):
     """Our parameters from a torch module that was built in the test."""
     state = {name: values.detach().float().numpy() for name, values in model.state_dict().items()}
-    return jax.tree.map(jnp.copy, tree_of(config, state))
+    return tree_of(config, state)
+
+
+def random_tree(abstract, seed=0):
+    """Random float32 parameters of the given shapes, spread out as `spread` does it."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/").rsplit("/", 1)[-1]
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        if name in ("scale", "ls1", "ls2"):
+            return 1 + 0.3 * noise
+        return noise * (0.2 if name == "kernel" else 0.7)
+
+    return jax.tree.map_with_path(draw, abstract)
 
 
 def spread(model, seed):
@@ -105,5 +136,5 @@ def assert_close(ours, theirs, tolerance, what=""):
 
 def kl(reference, ours):
     """Kullback-Leibler divergence at every position: logits [...,V] -> [...]."""
-    p, q = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in (reference, ours))
-    return np.asarray(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+    p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (reference, ours))
+    return np.sum(np.exp(p) * (p - q), axis=-1)
