@@ -59,7 +59,9 @@ class Question:
 
 
 # What `Sample.contents` lists, as class counts: the shape and the colour in each cell of the grid, two digits, a word.
-CONTENTS = (len(SHAPES) + 1,) * 9 + (len(COLOURS) + 1,) * 9 + (11, 11, len(WORDS) + 1)
+CELL_CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1)
+PICTURE_CLASSES = (11, 11, len(WORDS) + 1)
+CONTENTS = CELL_CLASSES[:1] * 9 + CELL_CLASSES[1:] * 9 + PICTURE_CLASSES
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,16 @@ def make_sample(split: str, index: int, questions: int = 4) -> Sample:
         language = "en" if text.isascii() else "zh"
         return Sample(None, (Question("greeting", language, text, answer, 0.0),))
     image, asked, contents = (_scene, _digits, _word)[kind](rng, split)
-    picked = [asked[i] for i in rng.permutation(len(asked))[:questions]]
+    picked = _pick(asked, questions, rng)
     return Sample(image, tuple(_in_language(question, rng) for question in picked), contents)
+
+
+def _pick(asked: list[_Bilingual], count: int, rng: np.random.Generator) -> list[_Bilingual]:
+    """Up to `count` questions in random order, each kind once before any kind twice, or rare kinds are hardly asked."""
+    shuffled = [asked[i] for i in rng.permutation(len(asked))]
+    kinds = [question[0] for question in shuffled]
+    order = sorted(range(len(shuffled)), key=lambda i: kinds[:i].count(kinds[i]))
+    return [shuffled[i] for i in sorted(order[:count])]
 
 
 def heldout_questions(kind: str, language: str, count: int) -> list[tuple[np.ndarray, Question]]:

@@ -1,10 +1,11 @@
 """Train nano from scratch on the CPU.
 
-    python -m internvl_jax.nano.train --out DIR [--steps N]
+    python -m internvl_jax.nano.train --out DIR
 
-Two stages. First the tower and the projector alone, against labels of what is in the picture, read off the visual
-tokens by one linear layer: learning to see through the language model's few answer tokens takes many times as long.
-Then everything together on questions and answers, the labels still helping. The linear layer is not part of the model.
+Two stages, as V1-1 had. First the tower and the projector, against labels of what is in the picture, which one linear
+layer reads off the visual tokens: learning to see through the language model's few answer tokens takes many times as
+long. Then projector and language model on questions and answers, the tower frozen and the labels still helping. The
+linear layer is not part of the model.
 
 Deterministic: a batch is a function of its step's number. Resumable: a run that is killed goes on from its last
 checkpoint when the same command is given again, with the same result.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +39,7 @@ from internvl_jax.config import PRESETS, ChatConfig
 from internvl_jax.models import chat_model, llama
 from internvl_jax.models.layers import Array, Params, positions_from_valid, unstack
 from internvl_jax.nano import build_tokenizer
-from internvl_jax.nano.render import CONTENTS, Sample, make_sample
+from internvl_jax.nano.render import CELL_CLASSES, PICTURE_CLASSES, Sample, make_sample
 from internvl_jax.processing.conversation import IMG_CONTEXT, TEMPLATES, build_prompt, place_images, prepare_prompt
 from internvl_jax.processing.images import ImageProcessor
 from internvl_jax.processing.tokenizer import Tokenizer, load_tokenizer
@@ -49,13 +51,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in th
 class Recipe:
     """Settings of a run; the defaults made the shipped model."""
 
-    vision_steps: int = 1200  # of the first stage
-    steps: int = 2200  # of both
+    vision_steps: int = 1400  # of the first stage
+    steps: int = 3800  # of both
     batch: int = 64
     length: int = 84  # tokens per row; four questions about a picture take at most 82
     learning_rate: float = 1.5e-3
     warmup: int = 100
-    label_weight: float = 1.0  # of the first stage's loss in the second
+    label_weight: float = 0.5  # of the first stage's loss in the second
     weight_decay: float = 0.05
     clip: float = 1.0
     checkpoint_every: int = 100
@@ -110,34 +112,61 @@ def make_batch(step: int, recipe: Recipe, config: ChatConfig, tokenizer: Tokeniz
 
 
 def init_params(key: Array, config: ChatConfig) -> Params:
-    """The model's parameters, and under "labels" the linear layer of the first stage."""
+    """The model's parameters, and under "labels" the linear layer that reads labels off the visual tokens."""
     params = chat_model.init_params(key, config)
     # The published initial layer scale of 0.1 suits 48 layers; five learn faster with whole branches.
     for name in ("ls1", "ls2"):
         params["vision_model"]["layers"][name] *= 5
-    width = config.tokens_per_image * config.text.hidden_size
-    return {**params, "labels": {"kernel": jnp.zeros((width, sum(CONTENTS))), "bias": jnp.zeros(sum(CONTENTS))}}
+    width, local = config.text.hidden_size, sum(CELL_CLASSES)
+
+    def linear(outputs: int) -> Params:
+        return {"kernel": jnp.zeros((width, outputs)), "bias": jnp.zeros(outputs)}
+
+    return {**params, "labels": {"cell": linear(local), "picture": linear(sum(PICTURE_CLASSES))}}
 
 
-def label_loss(params: Params, features: Array, contents: Array) -> tuple[Array, Array]:
-    """Mean cross-entropy of the labels read off the visual tokens, and the share of pictures read without a mistake."""
-    flat = features.reshape(len(features), -1)
-    logits = flat @ params["labels"]["kernel"] + params["labels"]["bias"]
-    parts = jnp.split(logits, np.cumsum(CONTENTS)[:-1], axis=-1)
+def label_loss(params: Params, config: ChatConfig, features: Array, contents: Array) -> tuple[Array, Array]:
+    """Mean cross-entropy of the labels read off the visual tokens, and the share of pictures read without a mistake.
+
+    What stands in a cell of the pictures' 3x3 grid is read off the tokens that lie there, by the same weights in every
+    cell, and words and digits off the mean of all: so that a token says the same thing in the same way wherever it is,
+    which is what the language model's attention can read.
+    """
+    cells = cell_means(features, config)
+    local = cells @ params["labels"]["cell"]["kernel"] + params["labels"]["cell"]["bias"]
+    picture = jnp.mean(features, axis=1) @ params["labels"]["picture"]["kernel"] + params["labels"]["picture"]["bias"]
+    shapes, colours = jnp.split(local, [CELL_CLASSES[0]], axis=-1)
+    parts = [shapes[:, i] for i in range(9)] + [colours[:, i] for i in range(9)]
+    parts += jnp.split(picture, np.cumsum(PICTURE_CLASSES)[:-1], axis=-1)
     losses = [optax.softmax_cross_entropy_with_integer_labels(p, contents[:, i]) for i, p in enumerate(parts)]
     right = [jnp.argmax(p, axis=-1) == contents[:, i] for i, p in enumerate(parts)]
     return jnp.mean(jnp.stack(losses)), jnp.mean(jnp.all(jnp.stack(right), axis=0))
 
 
+def cell_means(features: Array, config: ChatConfig) -> Array:
+    """Means of the visual tokens over the cells of the pictures' grid, by area. [M,P,D] -> [M,9,D]."""
+    images, tokens, width = features.shape
+    side = math.isqrt(tokens)
+    edges = np.arange(4) * side / 3
+    token = np.arange(side)
+    # [3, side]: how much of each token lies in each third.
+    overlap = np.clip(np.minimum(edges[1:, None], token + 1) - np.maximum(edges[:-1, None], token), 0, None) * 3 / side
+    grid = features.reshape(images, side, side, width)
+    if config.ps_version == "v1":  # which leaves columns before rows
+        grid = grid.transpose(0, 2, 1, 3)
+    return jnp.einsum("ih,jw,mhwd->mijd", overlap, overlap, grid).reshape(images, 9, width)
+
+
 def loss_fn(
-    params: Params, batch: Batch, config: ChatConfig, image_token_id: int, label_weight: float | None
+    trained: Params, frozen: Params, batch: Batch, config: ChatConfig, image_token_id: int, label_weight: float | None
 ) -> tuple[Array, Array]:
     """The loss, and what is right of it. label_weight None: first stage, labels only; else answers plus labels."""
     # As a loop over layers: on CPU a scan copies every layer's weights (see models.layers.run_layers).
+    params = {**trained, **frozen}
     towers = ("vision_model", "language_model")
     params = {**params, **{name: {**params[name], "layers": unstack(params[name]["layers"])} for name in towers}}
     features, _ = chat_model.encode_images(params, config, batch.pixel_values)
-    seen_loss, seen_right = label_loss(params, features, batch.contents)
+    seen_loss, seen_right = label_loss(params, config, features, batch.contents)
     if label_weight is None:
         return seen_loss, seen_right
     language = params["language_model"]
@@ -152,13 +181,20 @@ def loss_fn(
     return answers + label_weight * seen_loss, jnp.sum(right) / jnp.sum(weights)
 
 
-def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine decay and clipping; matrices only are decayed."""
-    first, second = (
-        optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, recipe.warmup, steps, 0.1 * recipe.learning_rate)
-        for steps in (recipe.vision_steps, recipe.steps - recipe.vision_steps)
-    )
-    schedule = optax.join_schedules([first, second], [recipe.vision_steps])
+FROZEN = {False: ("language_model",), True: ("vision_model",)}  # by whether answers are trained
+
+
+def split(params: Params, answers: bool) -> tuple[Params, Params]:
+    """What the stage trains, and what it leaves alone."""
+    frozen = {name: params[name] for name in FROZEN[answers]}
+    return {name: part for name, part in params.items() if name not in frozen}, frozen
+
+
+def make_optimizer(recipe: Recipe, answers: bool) -> optax.GradientTransformation:
+    """A stage's AdamW with warm-up, cosine decay and clipping; matrices only are decayed."""
+    steps = recipe.steps - recipe.vision_steps if answers else recipe.vision_steps
+    peak = recipe.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, recipe.warmup, steps, 0.02 * peak)
     # Stacked vectors have two axes; layer scales are the only such leaves without "scale" or "bias" in their names.
     vectors = ("scale", "bias", "ls1", "ls2", "class_embedding", "position_embedding")
 
@@ -172,10 +208,11 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 @partial(
     jax.jit,
     static_argnames=("recipe", "config", "image_token_id", "answers"),
-    donate_argnames=("params", "opt_state"),
+    donate_argnames=("trained", "opt_state"),
 )
 def train_step(
-    params: Params,
+    trained: Params,
+    frozen: Params,
     opt_state: Any,
     batch: Batch,
     *,
@@ -184,12 +221,12 @@ def train_step(
     image_token_id: int,
     answers: bool,
 ) -> tuple[Params, Any, Array, Array]:
-    """One optimizer step; `answers`: of the second stage. Returns parameters, optimizer state, loss and accuracy."""
+    """One optimizer step; `answers`: of the second stage. Returns trained, optimizer state, loss and accuracy."""
     weight = recipe.label_weight if answers else None
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, accuracy), grads = grad_fn(params, batch, config, image_token_id, weight)
-    updates, opt_state = make_optimizer(recipe).update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, loss, accuracy
+    (loss, accuracy), grads = grad_fn(trained, frozen, batch, config, image_token_id, weight)
+    updates, opt_state = make_optimizer(recipe, answers).update(grads, opt_state, trained)
+    return optax.apply_updates(trained, updates), opt_state, loss, accuracy
 
 
 def train(
@@ -199,40 +236,50 @@ def train(
     tokenizer = load_tokenizer(out)
     image_token_id = tokenizer.token_to_id(IMG_CONTEXT)
     params = init_params(jax.random.key(seed), config)
-    state = {"step": 0, "params": params, "opt_state": make_optimizer(recipe).init(params)}
-    saved = out / "training.msgpack"
+    saved, first = out / "training.msgpack", 0
     if saved.exists():
-        state = flax.serialization.from_bytes(state, saved.read_bytes())
-        console.print(f"resuming at step {state['step']}")
-    first, last = int(state["step"]), recipe.steps if stop_at is None else stop_at
-    params, opt_state = jax.tree.map(jnp.asarray, (state["params"], state["opt_state"]))
+        state = flax.serialization.msgpack_restore(saved.read_bytes())
+        first = int(state["step"])
+        console.print(f"resuming at step {first}")
+        params = flax.serialization.from_state_dict(params, state["params"])
+    answers = first >= recipe.vision_steps
+    trained, frozen = split(jax.tree.map(jnp.asarray, params), answers)
+    opt_state = make_optimizer(recipe, answers).init(trained)
+    if first not in (0, recipe.vision_steps):  # each stage starts with a fresh optimizer
+        opt_state = jax.tree.map(jnp.asarray, flax.serialization.from_state_dict(opt_state, state["opt_state"]))
+    last = recipe.steps if stop_at is None else stop_at
     make = partial(make_batch, recipe=recipe, config=config, tokenizer=tokenizer)
     with ThreadPoolExecutor(1) as pool, _progress_bar(console) as bar:
         task = bar.add_task("training", total=recipe.steps, completed=first, figures="")
         coming = pool.submit(make, first)
         start = time.perf_counter()
         for step in range(first, last):
+            if step == recipe.vision_steps and not answers:
+                answers = True
+                trained, frozen = split({**trained, **frozen}, answers)
+                opt_state = make_optimizer(recipe, answers).init(trained)
             batch, coming = coming.result(), pool.submit(make, step + 1)
-            params, opt_state, loss, accuracy = train_step(
-                params,
+            trained, opt_state, loss, accuracy = train_step(
+                trained,
+                frozen,
                 opt_state,
                 batch,
                 recipe=recipe,
                 config=config,
                 image_token_id=image_token_id,
-                answers=step >= recipe.vision_steps,
+                answers=answers,
             )
             if (step + 1) % 50 == 0 or step + 1 == last:
                 rate = (step + 1 - first) * recipe.batch / (time.perf_counter() - start)
-                what = "answer tokens" if step >= recipe.vision_steps else "pictures"
+                what = "answer tokens" if answers else "pictures"
                 figures = f"loss {float(loss):.3f}, {what} right {float(accuracy):.1%}, {rate:.0f} pictures/s"
                 bar.update(task, figures=figures)
                 if not console.is_terminal:
                     console.print(f"step {step + 1}/{recipe.steps}: {figures}")
-            if (step + 1) % recipe.checkpoint_every == 0:
-                _save_state(saved, {"step": step + 1, "params": params, "opt_state": opt_state})
+            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+                _save_state(saved, {"step": step + 1, "params": {**trained, **frozen}, "opt_state": opt_state})
             bar.update(task, completed=step + 1)
-    return {name: part for name, part in params.items() if name != "labels"}
+    return {name: part for name, part in {**trained, **frozen}.items() if name != "labels"}
 
 
 def _save_state(path: Path, state: Any) -> None:
@@ -270,13 +317,12 @@ def main(argv: list[str] | None = None) -> None:
     """Parse arguments and train."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the model's directory; holds the checkpoint too")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
     args = parser.parse_args(argv)
     console = Console(stderr=True, highlight=False)
     if not (args.out / "tokenizer.model").exists():
         build_tokenizer.build(args.out)
     config = nano_config(args.out)
-    params = train(args.out, replace(Recipe(), steps=args.steps), config, console=console)
+    params = train(args.out, Recipe(), config, console=console)
     write_model(args.out, params, config)
     console.print(f"wrote {args.out}: {chat_model.count_params(params):,} parameters")
 
