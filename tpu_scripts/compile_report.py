@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,9 @@ PROGRAMS = {
 GENERATE = "generate"  # all of them, resident together: what a chat server needs
 
 
+_running = lru_cache(abstract_for_running)  # it traces the whole initialisation
+
+
 # Reports.
 
 
@@ -261,7 +264,7 @@ def _config(preset: str) -> ChatConfig:
 
 def abstract_params(config: ChatConfig, mesh: Mesh, vision: str, dtype: Any) -> Params:
     """The parameters that running needs, as they lie on the mesh: ShapeDtypeStructs, padded and with shardings."""
-    params = abstract_for_running(config, dtype)
+    params = _running(config, dtype)
     params = jax.eval_shape(lambda tree: sharding.pad_params(tree, config, mesh, vision=vision), params)
     shardings = sharding.param_shardings(params, mesh, vision=vision)
     return jax.tree.map(lambda leaf, where: ShapeDtype(leaf.shape, leaf.dtype, sharding=where), params, shardings)

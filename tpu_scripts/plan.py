@@ -79,12 +79,14 @@ def candidates(asked: dict[str, Any]) -> list[Candidate]:
 def _candidate(load: Workload, grow: bool) -> Candidate:
     chip = load.topology.chip
     parameters = chip.devices * param_bytes(load, tuple(load.params))
-    while grow:
-        more = replace(load, batch=2 * load.batch)
-        if parameters + chip.devices * state_bytes(more) > chip.hbm_bytes:
-            break
-        load = more
-    resident = parameters + chip.devices * state_bytes(load)
+    rows = chip.devices * state_bytes(load)
+    if grow:
+        more = chip.devices * state_bytes(replace(load, batch=2 * load.batch)) - rows  # for as many rows again
+        factor = 1
+        while parameters + rows + (2 * factor - 1) * more <= chip.hbm_bytes:
+            factor *= 2
+        load, rows = replace(load, batch=factor * load.batch), rows + (factor - 1) * more
+    resident = parameters + rows
     fits = resident <= chip.hbm_bytes
     decode = PROGRAMS["decode"]
     unread = parameters - chip.devices * (param_bytes(load, decode.parts) - skipped_bytes(load, decode.parts))
