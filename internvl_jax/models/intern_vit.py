@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from internvl_jax.config import VisionConfig
+from internvl_jax.models.attention import attention
 from internvl_jax.models.layers import (
     BATCH,
     TENSOR,
@@ -21,7 +22,6 @@ from internvl_jax.models.layers import (
     Linear,
     Params,
     RMSNorm,
-    attention,
     constrain,
     gelu,
     init_stack,
@@ -83,7 +83,8 @@ class Attention(nn.Module):
         if cfg.qk_normalization:
             q = RMSNorm(shape, cfg.qk_norm_eps, cfg.hidden_size, name="q_norm")(q)
             k = RMSNorm(shape, cfg.qk_norm_eps, cfg.hidden_size, name="k_norm")(k)
-        y = attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask=None)
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        y = attention(q, k, v, axes=self.axes, split=split_over(self.axes))
         y = Linear("BTNH,NHD->BTD", (*shape, cfg.hidden_size), self.dtype, use_bias=True, name="proj")(y)
         return constrain(y, P(self.axes, None, None))
 

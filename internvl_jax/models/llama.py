@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from internvl_jax.config import TextConfig
+from internvl_jax.models.attention import Mask, attention, cache_mask, self_mask
 from internvl_jax.models.layers import (
     BATCH,
     MASK_VALUE,
@@ -22,8 +23,6 @@ from internvl_jax.models.layers import (
     Params,
     RMSNorm,
     apply_rope,
-    attention,
-    attention_mask,
     constrain,
     init_stack,
     pin_layout,
@@ -63,16 +62,15 @@ class KVCache(flax.struct.PyTreeNode):
             valid=jax.lax.dynamic_update_slice(self.valid, valid, start),
         )
 
-    def append(self, layer: int | Array, k: Array, v: Array) -> tuple[KVCache, Array, Array]:
-        """Write one layer's k and v [B,K,T,H] at the next slots; return all of that layer's, [B,K,S,H]."""
+    def append(self, layer: int | Array, k: Array, v: Array) -> KVCache:
+        """Write one layer's k and v [B,K,T,H] at the next slots."""
         if isinstance(self.k, tuple):
             slot = (0, 0, self.length, 0)
             k = jax.lax.dynamic_update_slice(self.k[layer], k.astype(self.k[layer].dtype), slot)
             v = jax.lax.dynamic_update_slice(self.v[layer], v.astype(self.v[layer].dtype), slot)
-            cache = self.replace(
+            return self.replace(
                 k=(*self.k[:layer], k, *self.k[layer + 1 :]), v=(*self.v[:layer], v, *self.v[layer + 1 :])
             )
-            return cache, k, v
         # The whole stack is carried through the scan and updated in place: as a scanned input and output it would be
         # held twice.
         start = (layer, 0, 0, self.length, 0)
@@ -80,8 +78,11 @@ class KVCache(flax.struct.PyTreeNode):
         keys, values = (pin_layout(stack, CACHE, (0, 1, 2, 3, 4)) for stack in (self.k, self.v))
         keys = jax.lax.dynamic_update_slice(keys, k.astype(keys.dtype)[None], start)
         values = jax.lax.dynamic_update_slice(values, v.astype(values.dtype)[None], start)
-        read = [jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False) for stack in (keys, values)]
-        return self.replace(k=keys, v=values), *read
+        return self.replace(k=keys, v=values)
+
+    def read(self, layer: int | Array) -> tuple[Array, Array, int | Array | None]:
+        """k and v that hold a layer, and which layer of them it is: [B,K,S,H] and None, or the stacks and `layer`."""
+        return (self.k[layer], self.v[layer], None) if isinstance(self.k, tuple) else (self.k, self.v, layer)
 
 
 def init_cache(config: TextConfig, batch: int, slots: int, dtype: Any, *, stacked: bool = True) -> KVCache:
@@ -110,7 +111,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, angles: Array, mask: Array, cache: KVCache | None, layer: Any, fresh: bool
+        self, x: Array, angles: Array, mask: Mask, cache: KVCache | None, layer: Any, fresh: bool
     ) -> tuple[Array, KVCache | None]:
         cfg = self.config
         heads = (cfg.num_attention_heads, cfg.head_dim)
@@ -123,10 +124,12 @@ class Attention(nn.Module):
         q, k = apply_rope(q, angles), apply_rope(k, angles)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         if cache is not None:
-            cache, all_k, all_v = cache.append(layer, k, v)
-            if not fresh:
-                k, v = all_k.astype(self.dtype), all_v.astype(self.dtype)
-        y = attention(q, k, v, mask)
+            cache = cache.append(layer, k, v)
+        if cache is None or fresh:
+            y = attention(q, k, v, mask)
+        else:
+            keys, values, index = cache.read(layer)
+            y = attention(q, keys, values, mask, index)
         y = Linear("BTNH,NHD->BTD", (*heads, cfg.hidden_size), self.dtype, bias, name="o_proj")(y)
         return constrain(y, HIDDEN), cache
 
@@ -156,7 +159,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, angles: Array, mask: Array, cache: KVCache | None = None, layer: Any = 0, fresh: bool = False
+        self, x: Array, angles: Array, mask: Mask, cache: KVCache | None = None, layer: Any = 0, fresh: bool = False
     ) -> tuple[Array, KVCache | None]:
         cfg = self.config
         h = RMSNorm((cfg.hidden_size,), cfg.rms_norm_eps, name="input_layernorm")(x)
@@ -171,12 +174,11 @@ def init_params(key: Array, config: TextConfig) -> Params:
     k_embed, k_layers, k_head = jax.random.split(key, 3)
     x = jnp.zeros((1, 2, config.hidden_size))
     angles = jnp.zeros((1, 2, config.head_dim // 2))
+    mask = self_mask(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
     normal = nn.initializers.normal(0.02)
     params = {
         "embed_tokens": {"embedding": normal(k_embed, (config.vocab_size, config.hidden_size), jnp.float32)},
-        "layers": init_stack(
-            Block(config, jnp.float32), k_layers, config.num_hidden_layers, x, angles, jnp.ones((1, 2, 2), bool)
-        ),
+        "layers": init_stack(Block(config, jnp.float32), k_layers, config.num_hidden_layers, x, angles, mask),
         "norm": {"scale": jnp.ones(config.hidden_size)},
     }
     if not config.tie_word_embeddings:
@@ -214,9 +216,10 @@ def forward(
 ) -> tuple[Array, KVCache | None, dict[str, Array]]:
     """Read embeddings, after those that the cache holds.
 
-    x [B,T,D]; positions [B,T] int32; valid [B,T] bool (False: padding, attended by nobody). fresh: the cache is empty,
-    so attention needs to look at these T tokens only (prefill). Positions at or beyond max_position_embeddings, and
-    tokens beyond the cache's slots, are the caller's to refuse: neither can raise under jit.
+    x [B,T,D]; positions [B,T] int32, not falling along a row; valid [B,T] bool (False: padding, attended by nobody).
+    fresh: the cache is empty, so attention needs to look at these T tokens only (prefill). Positions at or
+    beyond max_position_embeddings, and tokens beyond the cache's slots, are the caller's to refuse: neither can raise
+    under jit.
     Returns the hidden states after the final norm [B,T,D], the cache with T more slots written, and `out`: with
     collect, "hidden_states" [1+L,B,T,D] as transformers counts them: the input, each layer's output, and last the
     normalised one in place of the last layer's.
@@ -226,9 +229,9 @@ def forward(
     if cache is not None:
         cache = cache.note(positions, valid)
     if cache is None or fresh:
-        mask = attention_mask(positions, positions, valid)
+        mask = self_mask(positions, valid)
     else:
-        mask = attention_mask(positions, cache.positions, cache.valid)
+        mask = cache_mask(positions, cache.positions, cache.valid)
     block = Block(config, dtype)
 
     def apply(carry: tuple[Array, KVCache | None], layer: Params, extra: tuple[Any, None]) -> tuple[Any, Array | None]:

@@ -1,0 +1,197 @@
+"""Attention: one seam for both towers, prefill, decoding and training, and the rule by which it finds its program.
+
+`attention_xla` runs anywhere and is what the kernels (kernels.py) are tested against. On a TPU XLA writes the scores of
+long sequences to memory and reads them twice, and multiplies single queries outside the matrix unit; there the kernels
+take over, each device for its own rows and heads.
+
+The rule, where `implementation` is "auto": on TPUs, in bfloat16, with a head size in multiples of 128 and kv heads that
+divide over the mesh,
+
+    decoding, one query per row      decode_attention, from 256 slots on (a multiple of 128)
+    causal, no cache before it       splash attention, from 512 tokens on (a multiple of 128)
+    no mask (the vision tower)       splash attention, from 1024 tokens on (any number; padded)
+
+and XLA everywhere else. One layer compiled for one v5e chip of tensor=8, in thousands of cycles: XLA's own estimate of
+its fusions; for a kernel its instructions times its steps or, if longer, the time its reads take:
+
+                                     XLA    kernel, and what prepares its input
+    decode, 8 rows x 2048 slots      302    77, and less where fewer slots are in use
+    prefill, 8 rows x 512            271    73 + 39
+    vision tower, 8 images x 1025   1539    246 + 121; 8 MiB of temporaries instead of 145
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from internvl_jax.models.kernels import decode_attention, decode_block, splash_attention
+from internvl_jax.models.layers import BATCH, LANES, MASK_VALUE, TENSOR, Array, fit_spec, precision_of
+
+# "auto" (the rule above), "xla", or "pallas": a kernel wherever one takes the shapes, interpreted without a TPU.
+# `with implementation("xla"): ...`, or implementation.set_global("xla"); part of the key of compiled programs.
+implementation = jax.make_user_context("auto")
+
+DECODE_FROM = 256  # slots
+CAUSAL_FROM = 512  # tokens
+UNMASKED_FROM = 1024
+
+
+class Mask(NamedTuple):
+    """Who may attend to whom, in the forms that the programs want; what a program does not use is never computed."""
+
+    allowed: Array  # [B,T,S] bool
+    segments: Array | None = None  # [B,T] int32 where queries and keys are the same tokens, 0 for padding: slots are
+    # then ordered as positions, and one attends to earlier slots of its own segment
+    span: Array | None = None  # [B,2] int32 for T = 1: the first allowed slot, and one past the last
+
+
+def self_mask(positions: Array, valid: Array) -> Mask:
+    """Tokens among themselves: real ones (valid [B,T] bool) attend to real ones up to their own position [B,T].
+
+    Positions must not fall along a row; padding may stand anywhere. What padding attends to is left open.
+    """
+    return Mask(attention_mask(positions, positions, valid), segments=valid.astype(jnp.int32))
+
+
+def cache_mask(q_positions: Array, kv_positions: Array, kv_valid: Array) -> Mask:
+    """New tokens [B,T] against the slots of a cache [B,S]."""
+    allowed = attention_mask(q_positions, kv_positions, kv_valid)
+    if q_positions.shape[1] > 1:
+        return Mask(allowed)
+    slots = kv_positions.shape[1]
+    first = jnp.argmax(allowed[:, 0], axis=1)
+    last = slots - jnp.argmax(allowed[:, 0, ::-1], axis=1)
+    return Mask(allowed, span=jnp.stack([first, last], axis=1).astype(jnp.int32))
+
+
+def attention_mask(q_positions: Array, kv_positions: Array, kv_valid: Array) -> Array:
+    """Who may attend to whom: real tokens (kv_valid [B,S]) at positions up to one's own. -> [B,T,S] bool.
+
+    The one mask of prefill, decode, padded batches and training: it compares positions, not slots, so padding may
+    stand anywhere.
+    """
+    return kv_valid[:, None, :] & (kv_positions[:, None, :] <= q_positions[:, :, None])
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask | None = None,
+    layer: int | Array | None = None,
+    *,
+    scales: tuple[Array, Array] | None = None,
+    axes: tuple[str, ...] = BATCH,
+    split: str | None = TENSOR,
+) -> Array:
+    """Scaled dot-product attention by the program that suits. q [B,T,N,H], k and v [B,K,S,H] -> [B,T,N,H] in q's dtype.
+
+    layer: k and v are stacks [L,B,K,S,H], of which this layer is meant; a kernel reads it where it lies.
+    scales: of k and v where they are int8, one per token and head, float32 [B,K,S] each or stacks as k and v are.
+    axes, split: the mesh axes along which rows and heads lie.
+    Raises ValueError where `implementation` is none of its three values.
+    """
+    program = choose(q, k, mask, split) if scales is None else "xla"
+    if program == "xla":
+        if layer is not None:
+            k, v, scales = jax.tree.map(
+                lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False), (k, v, scales)
+            )
+        return attention_xla(q, k.astype(q.dtype), v.astype(q.dtype), None if mask is None else mask.allowed, scales)
+
+    interpret = not on_tpu()
+    rows, queries, keys = P(axes, None), P(axes, None, split, None), P(axes, split, None, None)
+    if program == "splash":
+        kernel = partial(splash_attention, causal=mask is not None, interpret=interpret)
+        if mask is None:
+            return _on_devices(kernel, (q, k, v), (queries, keys, keys), queries)
+        return _on_devices(kernel, (q, k, v, mask.segments), (queries, keys, keys, rows), queries)
+    if layer is None:
+        k, v, layer = k[None], v[None], 0
+    y = _on_devices(
+        partial(decode_attention, interpret=interpret),
+        (q[:, 0], k, v, jnp.asarray(layer, jnp.int32), mask.allowed[:, 0], mask.span),
+        (P(axes, split, None), P(None, *keys), P(None, *keys), P(), rows, rows),
+        P(axes, split, None),
+    )
+    return y[:, None]
+
+
+def choose(q: Array, k: Array, mask: Mask | None, split: str | None) -> str:
+    """ "xla", "splash" or "decode", by the rule at the top of this file. k [...,K,S,H]."""
+    wish = implementation.value
+    if wish not in ("auto", "xla", "pallas"):
+        raise ValueError(f'the attention implementation is "auto", "xla" or "pallas", not {wish!r}')
+    if wish == "xla" or (wish == "auto" and not (on_tpu() and q.dtype == jnp.bfloat16 and q.shape[-1] % LANES == 0)):
+        return "xla"
+    length, (kv_heads, slots, head_dim) = q.shape[1], k.shape[-3:]
+    mesh = jax.sharding.get_abstract_mesh()
+    if split is not None and not mesh.empty and kv_heads % mesh.shape[split]:
+        return "xla"
+    always = wish == "pallas"
+    if mask is None:
+        return "splash" if always or length >= UNMASKED_FROM else "xla"
+    if mask.segments is not None:
+        return "splash" if length % LANES == 0 and (always or length >= CAUSAL_FROM) else "xla"
+    if mask.span is not None and decode_block(kv_heads, slots, head_dim, k.dtype.itemsize):
+        return "decode" if always or slots >= DECODE_FROM else "xla"
+    return "xla"
+
+
+def on_tpu() -> bool:
+    """Whether this is traced for a TPU: the mesh's, which may be a described one, else the default device's kind."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "tpu"
+
+
+def _on_devices(kernel: Callable[..., Array], args: tuple[Array, ...], specs: tuple[P, ...], out: P) -> Array:
+    """Run a kernel on each device's part: the partitioner cannot see into one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(*args)
+    fitted = tuple(fit_spec(spec, arg.shape, mesh.shape) for spec, arg in zip(specs, args))
+    out = fit_spec(out, args[0].shape, mesh.shape)
+    return jax.shard_map(kernel, in_specs=fitted, out_specs=out, check_vma=False)(*args)
+
+
+def attention_xla(
+    q: Array, k: Array, v: Array, allowed: Array | None, scales: tuple[Array, Array] | None = None
+) -> Array:
+    """Scaled dot-product attention, grouped where there are fewer kv heads than heads: what the kernels must equal.
+
+    q [B,T,N,H], k and v [B,K,S,H], allowed [B,T,S] bool or None -> [B,T,N,H] in q's dtype. scales [B,K,S] of k and v
+    are folded into scores and weights: cheaper than into k and v, H times as many numbers.
+    Scores and softmax are float32; the weights are cast to q's dtype before they meet v, and divided by their sum after
+    it, when there are fewer numbers to divide.
+
+    Keys lie heads first, and the queries of a group are folded into one matrix, so that both products are plain
+    batched matrix products: measured on CPU, 7 times faster in decode than with keys [B,S,K,H], 2 times in prefill.
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads, slots = k.shape[1:3]
+    groups = heads // kv_heads
+    precision = precision_of(q.dtype)
+    folded = q.reshape(batch, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
+    folded = folded.reshape(batch, kv_heads, groups * length, head_dim)
+    scores = jnp.einsum("BKTH,BKSH->BKTS", folded, k, precision=precision, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, groups, length, slots) / math.sqrt(head_dim)
+    if scales is not None:
+        scores = scores * scales[0][:, :, None, None]
+    if allowed is not None:
+        scores = jnp.where(allowed[:, None, None], scores, MASK_VALUE)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if scales is not None:
+        weights = weights * scales[1][:, :, None, None]
+    weights = weights.astype(q.dtype).reshape(batch, kv_heads, groups * length, slots)
+    y = jnp.einsum("BKTS,BKSH->BKTH", weights, v, precision=precision, preferred_element_type=jnp.float32)
+    y = (y.reshape(batch, kv_heads, groups, length, head_dim) / total).astype(q.dtype)
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)

@@ -1,0 +1,198 @@
+"""Pallas TPU kernels for attention: splash attention, which comes with jax, and one of our own for decoding.
+
+Both work on what one device holds; attention.py decides when they run and spreads them over a mesh. On other platforms
+they run interpreted, for tests.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+from internvl_jax.models.layers import LANES, MASK_VALUE, Array, precision_of
+
+SPLASH_BLOCK = 512  # queries and keys that meet at once
+WIDE_BLOCK = 1152  # without a mask: as many as an image of 448 pixels has, in whole tiles
+DECODE_BLOCK_BYTES = 1 << 20  # of keys that the decode kernel holds at once; it holds four such blocks
+
+
+# Whole sequences: splash attention.
+
+
+def splash_attention(
+    q: Array, k: Array, v: Array, segments: Array | None = None, *, causal: bool, interpret: bool = False
+) -> Array:
+    """Attention over whole sequences without their scores ever leaving the chip; differentiable.
+
+    q [B,T,N,H], k and v [B,K,T,H]; segments [B,T] int32, of which one attends to one's own only, or None: all.
+    causal: only to oneself and to earlier tokens. -> [B,T,N,H] in q's dtype.
+    T may be any length; it is padded to whole tiles. Scores and softmax are float32; unlike attention_xla, q is scaled
+    in its own dtype before it meets k, and the weights stay float32.
+    """
+    return _forward_only(q, k, v, jnp.ones(q.shape[:2], jnp.int32) if segments is None else segments, causal, interpret)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _forward_only(q: Array, k: Array, v: Array, segments: Array, causal: bool, interpret: bool) -> Array:
+    """The backward kernels want queries padded to 128, the forward one only to 16: 1040 for 1025, not 1152."""
+    return _splash(q, k, v, segments, causal, interpret, backward=False)
+
+
+def _with_backward(q: Array, k: Array, v: Array, segments: Array, causal: bool, interpret: bool) -> tuple[Array, Any]:
+    run = partial(_splash, segments=segments, causal=causal, interpret=interpret, backward=True)
+    return jax.vjp(run, q, k, v)
+
+
+_forward_only.defvjp(_with_backward, lambda causal, interpret, vjp, cotangent: (*vjp(cotangent), None))
+
+
+def _splash(q: Array, k: Array, v: Array, segments: Array, causal: bool, interpret: bool, *, backward: bool) -> Array:
+    length, heads, head_dim = q.shape[1:]
+    sizes, queries, keys = splash_sizes(length, causal=causal, backward=backward)
+    mask = splash_mask.CausalMask((queries, keys)) if causal else splash_mask.FullMask((queries, keys))
+    kernel = splash.make_splash_mha(
+        splash_mask.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def pad(x: Array, size: int, axis: int) -> Array:
+        return jnp.pad(x, [(0, size - length if i == axis else 0) for i in range(x.ndim)])
+
+    q = pad((q * head_dim**-0.5).astype(q.dtype).transpose(0, 2, 1, 3), queries, 2)
+    k, v = pad(k, keys, 2), pad(v, keys, 2)
+    # Padding has segment 0 and meets nothing real; nothing is meant to be seen of what it computes.
+    ids = splash.SegmentIds(pad(segments, queries, 1), pad(segments, keys, 1))
+    return jax.vmap(kernel)(q, k, v, ids)[:, :, :length].transpose(0, 2, 1, 3)
+
+
+def splash_sizes(length: int, *, causal: bool, backward: bool) -> tuple[splash.BlockSizes, int, int]:
+    """Blocks for sequences of `length`, and the lengths to which queries and keys are padded.
+
+    Causal: blocks of up to 512 by 512, so that most of what nobody attends to is skipped. Otherwise few large ones.
+    """
+    keys = -(-length // LANES) * LANES
+    block = _largest_divisor(keys, SPLASH_BLOCK)
+    if backward:
+        return splash.BlockSizes(block, block, block, block, block, block, block, block), keys, keys
+    if causal:
+        return splash.BlockSizes(block, block, block), keys, keys
+    parts = -(-length // WIDE_BLOCK)
+    q_block = -(-length // (parts * 16)) * 16
+    wide = _largest_divisor(keys, WIDE_BLOCK)
+    return splash.BlockSizes(q_block, wide, _largest_divisor(wide, SPLASH_BLOCK)), parts * q_block, keys
+
+
+def _largest_divisor(size: int, most: int) -> int:
+    """The largest multiple of LANES up to `most` that divides size."""
+    return max(block for block in range(LANES, most + 1, LANES) if size % block == 0)
+
+
+# Decoding: one query per row against the cache.
+
+
+def decode_block(kv_heads: int, slots: int, head_dim: int, itemsize: int) -> int:
+    """Slots that the decode kernel reads at once: the most that fit; 0 where no multiple of LANES divides `slots`."""
+    fitting = [
+        size
+        for size in range(LANES, slots + 1, LANES)
+        if slots % size == 0 and (size == LANES or kv_heads * size * head_dim * itemsize <= DECODE_BLOCK_BYTES)
+    ]
+    return max(fitting, default=0)
+
+
+def decode_attention(
+    q: Array, k: Array, v: Array, layer: Array, allowed: Array, span: Array, *, interpret: bool = False
+) -> Array:
+    """One query per row against one layer of the cache, of which only the slots in use are read.
+
+    q [B,N,H]; k and v [L,B,K,S,H], any number of kv heads; layer [] int32; allowed [B,S] bool, slots that count; span
+    [B,2] int32, the first of them and one past the last. -> [B,N,H] in q's dtype. Numerics as attention_xla's: scores
+    and softmax in float32 (Dao et al., 2022, for the running softmax), weights in q's dtype.
+    """
+    batch, heads, head_dim = q.shape
+    kv_heads, slots = k.shape[2:4]
+    groups = heads // kv_heads
+    size = decode_block(kv_heads, slots, head_dim, k.dtype.itemsize)
+
+    def blocks(span: Any, row: Any) -> tuple[Any, Any]:
+        return span[row, 0] // size, jnp.maximum(span[row, 1] - 1, 0) // size
+
+    def block_of(row: Any, step: Any, layer: Any, span: Any) -> tuple[Any, ...]:
+        # Before the first and after the last block of a row the same one stays: nothing is copied.
+        return layer[0], row, 0, jnp.clip(step, *blocks(span, row)), 0
+
+    def kernel(layer: Any, span: Any, q: Any, k: Any, v: Any, allowed: Any, out: Any, top: Any, total: Any, sums: Any):
+        row, step = pl.program_id(0), pl.program_id(1)
+        first, last = blocks(span, row)
+        dot = partial(jax.lax.dot_general, precision=precision_of(q.dtype), preferred_element_type=jnp.float32)
+
+        @pl.when(step == 0)
+        def _() -> None:
+            top[...] = jnp.full_like(top, MASK_VALUE)
+            total[...] = jnp.zeros_like(total)
+            sums[...] = jnp.zeros_like(sums)
+
+        @pl.when((first <= step) & (step <= last))
+        def _() -> None:
+            contract_heads = (((1,), (1,)), ((), ()))
+            scores = [dot(q[head], k[head].astype(q.dtype), contract_heads) for head in range(kv_heads)]
+            scores = jnp.concatenate(scores) / math.sqrt(head_dim)
+            scores = jnp.where(allowed[...] > 0, scores, MASK_VALUE)  # [N,slots of the block]
+            old = top[:, :1]
+            new = jnp.maximum(old, jnp.max(scores, axis=-1, keepdims=True))
+            weights = jnp.exp(scores - new)
+            shrink = jnp.exp(old - new)
+            top[...] = jnp.broadcast_to(new, top.shape)
+            total[...] = total[...] * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+            weights = weights.astype(q.dtype)
+            parts = [
+                dot(weights[head * groups : (head + 1) * groups], v[head].astype(q.dtype), (((1,), (0,)), ((), ())))
+                for head in range(kv_heads)
+            ]
+            sums[...] = sums[...] * shrink + jnp.concatenate(parts)
+
+        @pl.when(step == pl.num_programs(1) - 1)
+        def _() -> None:
+            out[...] = (sums[...] / total[:, :1]).astype(out.dtype)
+
+    queries = pl.BlockSpec((None, kv_heads, groups, head_dim), lambda row, *_: (row, 0, 0, 0))
+    keys = pl.BlockSpec((None, None, kv_heads, size, head_dim), block_of)
+    slots_used = pl.BlockSpec((None, 1, size), lambda *at: (at[0], 0, block_of(*at)[3]))
+    cells = batch * kv_heads * slots * head_dim
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, slots // size),
+            in_specs=[queries, keys, keys, slots_used],
+            out_specs=pl.BlockSpec((None, heads, head_dim), lambda row, *_: (row, 0, 0)),
+            scratch_shapes=[pltpu.VMEM((heads, LANES), jnp.float32)] * 2 + [pltpu.VMEM((heads, head_dim), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * groups * cells,
+            transcendentals=batch * heads * slots,
+            bytes_accessed=2 * cells * k.dtype.itemsize,
+        ),
+        interpret=interpret,
+        name="decode_attention",
+    )(
+        jnp.reshape(layer, 1),
+        span,
+        q.reshape(batch, kv_heads, groups, head_dim),
+        k,
+        v,
+        allowed.astype(jnp.int32)[:, None],
+    )
