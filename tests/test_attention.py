@@ -82,6 +82,23 @@ def test_decode_kernel_equals_xla(kv_heads, groups, monkeypatch):
     assert np.isfinite(y).all()  # a row that may attend to nothing stays a number
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_decode_kernel_with_int8_keys(groups, monkeypatch):
+    """Integers with a scale per token and head, against the same numbers in float32."""
+    monkeypatch.setattr(kernels, "DECODE_BLOCK_BYTES", 0)
+    rng = np.random.RandomState(0)
+    stack = (2, 2, 3, 256, HEAD_DIM)
+    k, v = (rng.randint(-127, 128, stack).astype(np.int8) for _ in "kv")
+    scales = tuple(rng.uniform(0.005, 0.02, stack[:-1]).astype(np.float32) for _ in "kv")
+    (q,) = random((2, 1, 3 * groups, HEAD_DIM))
+    place = np.tile(np.arange(256), (2, 1))
+    mask = cache_mask(jnp.full((2, 1), 256), jnp.asarray(place), jnp.asarray(place < 200))
+    with implementation("pallas"):
+        y = attention(q, *map(jnp.asarray, (k, v)), mask, 1, scales=tuple(map(jnp.asarray, scales)))
+    full = [jnp.asarray(x[1] * scale[1][..., None]) for x, scale in zip((k, v), scales)]
+    assert_close(y, attention_xla(q, *full, mask.allowed), 1e-5, "int8")
+
+
 def test_decode_kernel_reads_only_slots_in_use(monkeypatch):
     """Blocks outside a row's span are never touched: what is there does not matter, even if it is no number."""
     monkeypatch.setattr(kernels, "DECODE_BLOCK_BYTES", 0)

@@ -98,7 +98,7 @@ def attention(
     axes, split: the mesh axes along which rows and heads lie.
     Raises ValueError where `implementation` is none of its three values.
     """
-    program = choose(q, k, mask, split) if scales is None else "xla"
+    program = choose(q, k, mask, split)
     if program == "xla":
         if layer is not None:
             k, v, scales = jax.tree.map(
@@ -113,12 +113,22 @@ def attention(
         if mask is None:
             return _on_devices(kernel, (q, k, v), (queries, keys, keys), queries)
         return _on_devices(kernel, (q, k, v, mask.segments), (queries, keys, keys, rows), queries)
+    stacks = (k, v, *(scales or ()))
     if layer is None:
-        k, v, layer = k[None], v[None], 0
+        stacks, layer = tuple(stack[None] for stack in stacks), 0
+    k, v, *scales = stacks
     y = _on_devices(
         partial(decode_attention, interpret=interpret),
-        (q[:, 0], k, v, jnp.asarray(layer, jnp.int32), mask.allowed[:, 0], mask.span),
-        (P(axes, split, None), P(None, *keys), P(None, *keys), P(), rows, rows),
+        (q[:, 0], k, v, jnp.asarray(layer, jnp.int32), mask.allowed[:, 0], mask.span, *scales),
+        (
+            P(axes, split, None),
+            P(None, *keys),
+            P(None, *keys),
+            P(),
+            rows,
+            rows,
+            *[P(None, axes, split, None)] * len(scales),
+        ),
         P(axes, split, None),
     )
     return y[:, None]

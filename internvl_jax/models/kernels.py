@@ -112,13 +112,14 @@ def decode_block(kv_heads: int, slots: int, head_dim: int, itemsize: int) -> int
 
 
 def decode_attention(
-    q: Array, k: Array, v: Array, layer: Array, allowed: Array, span: Array, *, interpret: bool = False
+    q: Array, k: Array, v: Array, layer: Array, allowed: Array, span: Array, *scales: Array, interpret: bool = False
 ) -> Array:
     """One query per row against one layer of the cache, of which only the slots in use are read.
 
     q [B,N,H]; k and v [L,B,K,S,H], any number of kv heads; layer [] int32; allowed [B,S] bool, slots that count; span
-    [B,2] int32, the first of them and one past the last. -> [B,N,H] in q's dtype. Numerics as attention_xla's: scores
-    and softmax in float32 (Dao et al., 2022, for the running softmax), weights in q's dtype.
+    [B,2] int32, the first of them and one past the last; scales: k's and v's where they are int8, [L,B,K,S] float32.
+    -> [B,N,H] in q's dtype. Numerics as attention_xla's: scores and softmax in float32 (with a running maximum and sum:
+    Milakov and Gimelshein, 2018), weights in q's dtype.
     """
     batch, heads, head_dim = q.shape
     kv_heads, slots = k.shape[2:4]
@@ -132,7 +133,8 @@ def decode_attention(
         # Before the first and after the last block of a row the same one stays: nothing is copied.
         return layer[0], row, 0, jnp.clip(step, *blocks(span, row)), 0
 
-    def kernel(layer: Any, span: Any, q: Any, k: Any, v: Any, allowed: Any, out: Any, top: Any, total: Any, sums: Any):
+    def kernel(layer: Any, span: Any, q: Any, k: Any, v: Any, allowed: Any, *refs: Any) -> None:
+        *scales, out, top, total, sums = refs
         row, step = pl.program_id(0), pl.program_id(1)
         first, last = blocks(span, row)
         dot = partial(jax.lax.dot_general, precision=precision_of(q.dtype), preferred_element_type=jnp.float32)
@@ -145,8 +147,9 @@ def decode_attention(
 
         @pl.when((first <= step) & (step <= last))
         def _() -> None:
-            contract_heads = (((1,), (1,)), ((), ()))
-            scores = [dot(q[head], k[head].astype(q.dtype), contract_heads) for head in range(kv_heads)]
+            scores = [dot(q[head], k[head].astype(q.dtype), (((1,), (1,)), ((), ()))) for head in range(kv_heads)]
+            if scales:
+                scores = [part * scales[0][head : head + 1] for head, part in enumerate(scores)]
             scores = jnp.concatenate(scores) / math.sqrt(head_dim)
             scores = jnp.where(allowed[...] > 0, scores, MASK_VALUE)  # [N,slots of the block]
             old = top[:, :1]
@@ -155,10 +158,12 @@ def decode_attention(
             shrink = jnp.exp(old - new)
             top[...] = jnp.broadcast_to(new, top.shape)
             total[...] = total[...] * shrink + jnp.sum(weights, axis=-1, keepdims=True)
-            weights = weights.astype(q.dtype)
+            parts = [weights[head * groups : (head + 1) * groups] for head in range(kv_heads)]
+            if scales:
+                parts = [part * scales[1][head : head + 1] for head, part in enumerate(parts)]
             parts = [
-                dot(weights[head * groups : (head + 1) * groups], v[head].astype(q.dtype), (((1,), (0,)), ((), ())))
-                for head in range(kv_heads)
+                dot(part.astype(q.dtype), v[head].astype(q.dtype), (((1,), (0,)), ((), ())))
+                for head, part in enumerate(parts)
             ]
             sums[...] = sums[...] * shrink + jnp.concatenate(parts)
 
@@ -169,13 +174,14 @@ def decode_attention(
     queries = pl.BlockSpec((None, kv_heads, groups, head_dim), lambda row, *_: (row, 0, 0, 0))
     keys = pl.BlockSpec((None, None, kv_heads, size, head_dim), block_of)
     slots_used = pl.BlockSpec((None, 1, size), lambda *at: (at[0], 0, block_of(*at)[3]))
+    per_token = pl.BlockSpec((None, None, kv_heads, size), lambda *at: block_of(*at)[:4])
     cells = batch * kv_heads * slots * head_dim
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, slots // size),
-            in_specs=[queries, keys, keys, slots_used],
+            in_specs=[queries, keys, keys, slots_used, *[per_token for _ in scales]],
             out_specs=pl.BlockSpec((None, heads, head_dim), lambda row, *_: (row, 0, 0)),
             scratch_shapes=[pltpu.VMEM((heads, LANES), jnp.float32)] * 2 + [pltpu.VMEM((heads, head_dim), jnp.float32)],
         ),
@@ -195,4 +201,5 @@ def decode_attention(
         k,
         v,
         allowed.astype(jnp.int32)[:, None],
+        *scales,
     )
