@@ -7,8 +7,10 @@ files, so that the way back (export.py) is bit for bit; what a parameter tree ha
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from internvl_jax import checkpoint
 from internvl_jax.checkpoint import Progress
 from internvl_jax.config import ChatConfig
 from internvl_jax.models import chat_model
+from internvl_jax.quantize import Scheme, is_quantized, quantize_kernel, quantize_params, quantize_while_reading
 
 PUBLISHED = "published.json"  # which file held which tensor
 BUFFERS = "published_buffers.safetensors"  # tensors that are no parameters
@@ -51,11 +54,18 @@ class _Part:
         return np.stack([parts[number] for number in order], axis)
 
 
-def convert(source: str | Path, destination: str | Path, *, progress: Progress | None = None) -> ConversionReport:
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    quantize: Scheme | str | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
     """Write the checkpoint of the published directory `source` to `destination`, in this project's format.
 
     Memory is bounded by a few copies of the largest tensor. Beside the parameters come config.json, tokenizer and other
     small files as they are, and `published.json`, by which an export restores the published files.
+    quantize: "int8" or "int4" weights, layer by layer as they come; such parameters cannot be exported.
     progress: called as progress(done_bytes, total_bytes, what).
     Raises ConversionError or ConfigError that lists all that is wrong before anything is written; whatever goes wrong
     later, `destination` does not come into being.
@@ -68,25 +78,40 @@ def convert(source: str | Path, destination: str | Path, *, progress: Progress |
     with open_weights(source) as weights:
         parts, dtypes = _match(config, weights)
         abstract = _with_dtypes(chat_model.abstract_params(config), dtypes)
+        if quantize is not None:
+            abstract = jax.eval_shape(partial(quantize_params, scheme=quantize), abstract)
+        kernels = {name: leaf for name, leaf in checkpoint.named_leaves(abstract, is_quantized) if is_quantized(leaf)}
         total, done = weights.total_bytes, 0
-        with new_directory(destination, total) as directory:
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+        with new_directory(destination, size) as directory:
             with checkpoint.Writer(directory, abstract) as writer:
                 for part in parts:
                     values = part.read(weights, dtypes[part.path])
-                    writer.write(part.path, ... if part.layer is None else part.layer, values)
+                    place = ... if part.layer is None else part.layer
+                    if part.path in kernels:
+                        kernel = _quantize(values, name=part.path, qtype=kernels[part.path].qvalue.dtype)
+                        for name, leaf in checkpoint.named_leaves(kernel):
+                            writer.write(f"{part.path}/{name}", place, np.asarray(leaf))
+                    else:
+                        writer.write(part.path, place, values)
                     done += values.nbytes
                     if progress is not None:
                         progress(done, total, "converting")
                 writer.commit()
             copy_side_files(source, directory)
-            _keep_published(config, weights, directory)
-    return make_report(Path(destination), len(weights.shapes), total, started)
+            if quantize is None:
+                _keep_published(config, weights, directory)
+    return make_report(Path(destination), len(weights.shapes), size, started)
+
+
+_quantize = jax.jit(quantize_kernel, static_argnames=("name", "qtype"))
 
 
 def load_hf(directory: str | Path, abstract: Any, *, progress: Progress | None = None) -> Any:
     """Read a published directory as it is into a tree of jax arrays, without converting it first.
 
-    abstract: a tree of jax.ShapeDtypeStruct as in checkpoint.load: dtypes, and shardings where arrays shall have one.
+    abstract: a tree of jax.ShapeDtypeStruct as in checkpoint.load: dtypes, and shardings where arrays shall have one;
+    kernels that are quantized in it are quantized here, a layer at a time.
     Where its vision stack is shorter than the stored one, the layers beyond are not read. Host memory is bounded by the
     largest leaf beside what is loaded.
     Raises ConversionError, ConfigError or CheckpointError that list all that is wrong, before a tensor is read.
@@ -94,26 +119,36 @@ def load_hf(directory: str | Path, abstract: Any, *, progress: Progress | None =
     directory = Path(directory)
     config = ChatConfig.from_file(directory)
     with open_weights(directory) as weights:
-        parts, _ = _match(config, weights)
-        wanted = dict(checkpoint.named_leaves(abstract))
-        stored = {name: leaf.shape for name, leaf in checkpoint.named_leaves(chat_model.abstract_params(config))}
-        checkpoint.check_shapes(directory, wanted, stored)
-        by_path: dict[str, list[_Part]] = {}
+        parts, dtypes = _match(config, weights)
+        wanted = dict(checkpoint.named_leaves(abstract, is_quantized))
+        shapes = {name: leaf.shape for name, leaf in checkpoint.named_leaves(chat_model.abstract_params(config))}
+        checkpoint.check_shapes(directory, wanted, shapes)
+        by_path: dict[str, dict[int | None, _Part]] = {}
         for part in parts:
             if part.path in wanted and (part.layer is None or part.layer < wanted[part.path].shape[0]):
-                by_path.setdefault(part.path, []).append(part)
-        total = sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
+                by_path.setdefault(part.path, {})[part.layer] = part
+        stored = {name: dtypes[name] if is_quantized(leaf) else leaf.dtype for name, leaf in wanted.items()}
+        total = sum(math.prod(leaf.shape) * stored[name].itemsize for name, leaf in wanted.items())
         done, leaves = 0, []
+
+        def read(path: str, layer: int | None) -> np.ndarray:
+            nonlocal done
+            values = by_path[path][layer].read(weights, stored[path])
+            done += values.nbytes
+            if progress is not None:
+                progress(done, total, "loading")
+            return values
+
         for path, leaf in wanted.items():
+            if is_quantized(leaf):
+                part_of = lambda layer, where, path=path: _place(read(path, layer), where)  # noqa: E731
+                leaves.append(quantize_while_reading(path, leaf, part_of))
+                continue
             host = np.empty(leaf.shape, leaf.dtype)
-            for part in by_path[path]:
-                place = ... if part.layer is None else part.layer
-                host[place] = part.read(weights, host.dtype)
-                done += host[place].nbytes
-                if progress is not None:
-                    progress(done, total, "loading")
+            for layer in by_path[path]:
+                host[... if layer is None else layer] = read(path, layer)
             leaves.append(_place(host, getattr(leaf, "sharding", None)))
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=is_quantized), leaves)
 
 
 def _place(host: np.ndarray, sharding: Any) -> jax.Array:

@@ -40,8 +40,8 @@ def export(
     safe_serialization: True writes model*.safetensors, False pytorch_model*.bin; None: the form that was converted, or
         the one in which the layout is published.
     progress: called as progress(done_bytes, total_bytes, what).
-    Raises CheckpointError, ConversionError or ConfigError before anything is written; whatever goes wrong later,
-    `destination` does not come into being.
+    Raises CheckpointError, ConversionError (for quantized parameters too) or ConfigError before anything is written;
+    whatever goes wrong later, `destination` does not come into being.
     """
     started = time.perf_counter()
     source = Path(source)
@@ -66,6 +66,11 @@ def export(
 def _published(source: Path, config: ChatConfig) -> tuple[Specs, Callable[[str], np.ndarray]]:
     """What there is to write, in the order of the published files, and the function that reads one tensor."""
     stored = checkpoint.Reader(source)
+    if any(name.endswith(f"/{checkpoint.QVALUE}") for name in stored.leaves):
+        raise ConversionError(
+            f"{source} is quantized, and the published weights cannot be made from it again: export the checkpoint "
+            "that was converted without --quantize"
+        )
     _check_complete(source, config, {name: shape for name, (shape, _) in stored.leaves.items()})
     table = {tensor.key: tensor for tensor in tensors(config)}
     buffers = Weights(source, [BUFFERS], None) if (source / BUFFERS).exists() else None

@@ -188,6 +188,7 @@ def widen(cache: KVCache, beams: int, max_tokens: int) -> KVCache:
     return cache.replace(
         k=jax.tree.map(lambda leaf: grow(leaf, -4, -2), cache.k),
         v=jax.tree.map(lambda leaf: grow(leaf, -4, -2), cache.v),
+        scales=jax.tree.map(lambda leaf: grow(leaf, -3, -1), cache.scales),
         positions=grow(cache.positions, 0, 1),
         valid=grow(cache.valid, 0, 1),
     )
@@ -199,8 +200,14 @@ def reorder(cache: KVCache, source: Array, prompt_slots: int) -> KVCache:
     Beams of a row share their prompt, so only the slots after it move, and positions and validity are equal anyway.
     """
 
-    def move(leaf: Array) -> Array:
-        tail = jnp.take(leaf[..., prompt_slots:, :], source, axis=-4)
-        return jax.lax.dynamic_update_slice_in_dim(leaf, tail, prompt_slots, axis=leaf.ndim - 2)
+    def move(leaf: Array, row_axis: int, slot_axis: int) -> Array:
+        slot_axis %= leaf.ndim
+        tail = jax.lax.slice_in_dim(leaf, prompt_slots, None, axis=slot_axis)
+        tail = jnp.take(tail, source, axis=row_axis)
+        return jax.lax.dynamic_update_slice_in_dim(leaf, tail, prompt_slots, axis=slot_axis)
 
-    return cache.replace(k=jax.tree.map(move, cache.k), v=jax.tree.map(move, cache.v))
+    return cache.replace(
+        k=jax.tree.map(lambda leaf: move(leaf, -4, -2), cache.k),
+        v=jax.tree.map(lambda leaf: move(leaf, -4, -2), cache.v),
+        scales=jax.tree.map(lambda leaf: move(leaf, -3, -1), cache.scales),
+    )

@@ -82,6 +82,7 @@ class Chat:
         params: Params,
         *,
         dtype: Any,
+        cache_dtype: Any = None,
         tokenizer: Tokenizer | None = None,
         processor: ImageProcessor | None = None,
         eos_token_ids: tuple[int, ...] | None = None,
@@ -100,7 +101,13 @@ class Chat:
         if self.image_token_id is None and tokenizer is not None:
             self.image_token_id = tokenizer.token_to_id(IMG_CONTEXT)
         self.generator = Generator(
-            config, params, dtype=self.dtype, image_token_id=self.image_token_id, mesh=mesh, image_axes=image_axes
+            config,
+            params,
+            dtype=self.dtype,
+            cache_dtype=cache_dtype,
+            image_token_id=self.image_token_id,
+            mesh=mesh,
+            image_axes=image_axes,
         )
 
     # Questions and pictures.

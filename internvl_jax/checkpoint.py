@@ -26,19 +26,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
+from qwix import QArray
 
 from internvl_jax import distributed
+from internvl_jax.quantize import is_quantized, quantize_while_reading
 from internvl_jax.sharding import PARAM_RULES
 
 Progress = Callable[[int, int, str], None]
 Bounds = tuple[tuple[int, int], ...]
 
 PARAMS = "params"
+QVALUE = "qvalue"  # the integers of a quantized kernel; their scales lie beside them
 # Chunks along the axes that a mesh splits, at most: 8 is the largest tensor axis that V1-1 can use. Beyond 4 devices
 # along fsdp some bytes are read more than once; V1-1 is 15,000 files as it is.
 PARTS = {"tensor": 8, "fsdp": 4}
 SMALLEST_PART = 1 << 20  # bytes; below, a read costs more than it saves, and a small model would be a thousand files
 READS = 16  # chunk reads under way at once
+_OWN_TYPES = tuple(jnp.dtype(name) for name in ("bfloat16", "int4"))  # which zarr has no codes for
 _CONTEXT = ts.Context(
     {"file_io_concurrency": {"limit": READS}, "file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}}
 )
@@ -97,7 +101,7 @@ class Writer:
             "zarr_format": 2,
             "shape": list(leaf.shape),
             "chunks": list(chunk_shape(name, leaf.shape, dtype.itemsize)),
-            "dtype": "bfloat16" if dtype == jnp.bfloat16 else dtype.str,
+            "dtype": dtype.name if dtype in _OWN_TYPES else dtype.str,
             "compressor": None,
             "dimension_separator": ".",
             "fill_value": None,
@@ -154,7 +158,10 @@ def save(directory: str | Path, params: Any) -> None:
 
 
 def stored_tree(directory: str | Path) -> Any:
-    """What `directory`/params holds, as a tree of jax.ShapeDtypeStruct. Raises CheckpointError where it is damaged."""
+    """What `directory`/params holds, as a tree of jax.ShapeDtypeStruct, quantized kernels as such.
+
+    Raises CheckpointError where it is damaged.
+    """
     tree: dict[str, Any] = {}
     for name, (shape, dtype) in _stored(Path(directory)).items():
         *parents, last = name.split("/")
@@ -162,30 +169,36 @@ def stored_tree(directory: str | Path) -> Any:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = jax.ShapeDtypeStruct(shape, dtype)
-    return tree
+
+    def quantized(node: Any) -> bool:
+        return isinstance(node, dict) and QVALUE in node
+
+    return jax.tree.map(lambda node: QArray(**node) if quantized(node) else node, tree, is_leaf=quantized)
 
 
 def load(directory: str | Path, abstract: Any, *, progress: Progress | None = None) -> Any:
     """Read the leaves of `abstract`, a tree of jax.ShapeDtypeStruct, in its dtypes and onto its shardings.
 
     Only what is needed is read: leaves that `abstract` lacks are skipped, of the vision layers the first ones are read
-    where it has fewer (select_layer), and with shardings each process reads what its own devices hold, once.
+    where it has fewer (select_layer), and with shardings each process reads what its own devices hold, once. Kernels
+    that are quantized in `abstract` but not on disk are quantized here, a layer at a time.
     progress: called as progress(done_bytes, total_bytes, what), both of this process (see `bytes_read`).
     Raises CheckpointError for files that are missing or truncated, and for leaves of other names or shapes, all listed.
     """
     directory = Path(directory)
     stored = _stored(directory)
-    wanted = dict(named_leaves(abstract))
+    whole = None if any(name.endswith(f"/{QVALUE}") for name in stored) else is_quantized
+    wanted = dict(named_leaves(abstract, is_leaf=whole))
     check_shapes(directory, wanted, {name: shape for name, (shape, _) in stored.items()})
     stores = {name: _open(_leaf_path(directory, name)) for name in wanted}
     sizes = {name: _bytes_to_read(stores[name], leaf) for name, leaf in wanted.items()}
     done, leaves = 0, []
     for name, leaf in wanted.items():
-        leaves.append(_load_leaf(stores[name], leaf))
+        leaves.append((_quantize_leaf if is_quantized(leaf) else _load_leaf)(name, stores[name], leaf))
         done += sizes[name]
         if progress is not None:
             progress(done, sum(sizes.values()), "loading")
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=whole), leaves)
 
 
 def bytes_read() -> int:
@@ -209,7 +222,8 @@ def chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, 
 
 def _split_axis(name: str, shape: tuple[int, ...], mesh_axis: str) -> int | None:
     """The axis along which a mesh splits a leaf, as sharding.storage_shardings chooses it."""
-    rule = next((rule for rule in PARAM_RULES if re.fullmatch(rule.pattern, name)), None)
+    kernel = re.sub(rf"/kernel/({QVALUE}|scale)$", "/kernel", name)
+    rule = next((rule for rule in PARAM_RULES if re.fullmatch(rule.pattern, kernel)), None)
     if rule is None or mesh_axis not in rule.spec:
         return None
     axis = tuple(rule.spec).index(mesh_axis)
@@ -217,7 +231,15 @@ def _split_axis(name: str, shape: tuple[int, ...], mesh_axis: str) -> int | None
     return next((other for other in (axis, *others) if shape[other] % PARTS[mesh_axis] == 0), axis)
 
 
-def _load_leaf(store: ts.TensorStore, leaf: Any) -> jax.Array:
+def _quantize_leaf(name: str, store: ts.TensorStore, leaf: QArray) -> QArray:
+    def read(layer: int | None, sharding: Any) -> jax.Array:
+        part = store if layer is None else store[layer]
+        return _load_leaf(name, part, jax.ShapeDtypeStruct(part.shape, store.dtype.numpy_dtype, sharding=sharding))
+
+    return quantize_while_reading(name, leaf, read)
+
+
+def _load_leaf(name: str, store: ts.TensorStore, leaf: Any) -> jax.Array:
     values: dict[Bounds, np.ndarray] = {}  # devices that hold the same part share one read
 
     def read(index: tuple[slice, ...] = ()) -> np.ndarray:
@@ -241,7 +263,7 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
 
 def _bytes_to_read(store: ts.TensorStore, leaf: Any) -> int:
     """Bytes of the chunks that hold this process's parts of a leaf. A chunk is read as a whole."""
-    sharding = getattr(leaf, "sharding", None)
+    sharding = getattr(leaf.qvalue if is_quantized(leaf) else leaf, "sharding", None)
     parts = [()] if sharding is None else sharding.addressable_devices_indices_map(leaf.shape).values()
     chunk = store.chunk_layout.read_chunk.shape
     chunks = sum(
@@ -281,7 +303,7 @@ def _stored(directory: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         try:
             array = json.loads((path / ".zarray").read_text())
             shape, chunks = tuple(array["shape"]), array["chunks"]
-            dtype = np.dtype(jnp.bfloat16 if array["dtype"] == "bfloat16" else array["dtype"])
+            dtype = jnp.dtype(array["dtype"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             problems.append(f"{path / '.zarray'}: {error}")
             continue
@@ -311,10 +333,13 @@ def _open(path: Path, **options: Any) -> ts.TensorStore:
     return ts.open(spec, context=_CONTEXT, open=True, **options).result()
 
 
-def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    """The leaves of a parameter tree by their whole name, "a/b/c", in jax's order."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield "/".join(part.key for part in path), leaf
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[tuple[str, Any]]:
+    """The leaves of a parameter tree by their whole name, "a/b/c", in jax's order.
+
+    A quantized kernel is two, "a/kernel/qvalue" and "a/kernel/scale", unless is_leaf takes it whole.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 
 def _own_pieces(name: str, leaf: Any) -> Iterator[tuple[Any, Any]]:

@@ -92,16 +92,17 @@ def read_prompt(
     config: ChatConfig,
     slots: int,
     dtype: Any,
+    cache_dtype: Any = None,
 ) -> tuple[Array, KVCache]:
     """Read left-padded prompts into a new cache of `slots` slots. Returns the last position's logits [B,V], the cache.
 
     input_ids [B,T] int32, valid [B,T] bool; features [M,P,D] of the images in prompt order (more than needed is fine:
-    padding) or None.
+    padding) or None. cache_dtype: int8, or a float type; None: dtype.
     """
     language = params["language_model"]
     x = chat_model.embed_prompt(params, input_ids, features, image_token_id, dtype=dtype)
     stacked = not isinstance(language["layers"], tuple)
-    cache = llama.init_cache(config.text, input_ids.shape[0], slots, dtype, stacked=stacked)
+    cache = llama.init_cache(config.text, input_ids.shape[0], slots, cache_dtype or dtype, stacked=stacked)
     cache = jax.tree.map(constrain, cache, llama.cache_specs(cache))
     positions = positions_from_valid(valid)
     hidden, cache, _ = llama.forward(language, config.text, x, positions, valid, cache, fresh=True, dtype=dtype)
@@ -119,10 +120,19 @@ def prefill_step(
     config: ChatConfig,
     slots: int,
     dtype: Any,
+    cache_dtype: Any = None,
 ) -> DecodeState:
     """Read prompts and generate the first token of each. Arguments as for `read_prompt`."""
     logits, cache = read_prompt(
-        params, input_ids, valid, features, image_token_id, config=config, slots=slots, dtype=dtype
+        params,
+        input_ids,
+        valid,
+        features,
+        image_token_id,
+        config=config,
+        slots=slots,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
     )
     batch, vocabulary = logits.shape
     state = DecodeState(
@@ -194,8 +204,8 @@ def encode_step(
 # One compiled form of each, shared by every Generator of a process.
 _encode = jax.jit(encode_step, static_argnames=("config", "dtype", "image_axes"))
 _score = jax.jit(score_step, static_argnames=("config", "dtype"))
-_read_prompt = jax.jit(read_prompt, static_argnames=("config", "slots", "dtype"))
-_prefill = jax.jit(prefill_step, static_argnames=("config", "slots", "dtype"))
+_read_prompt = jax.jit(read_prompt, static_argnames=("config", "slots", "dtype", "cache_dtype"))
+_prefill = jax.jit(prefill_step, static_argnames=("config", "slots", "dtype", "cache_dtype"))
 _beam_search = jax.jit(beam_search, static_argnames=("config", "num_beams", "max_tokens", "dtype"))
 _decode = jax.jit(decode_loop, static_argnames=("config", "dtype"), donate_argnames=("state",))
 
@@ -227,7 +237,8 @@ class Prompt:
 class Generator:
     """Parameters, and the programs that run them: numpy arrays in, numpy arrays out.
 
-    params: chat_model's tree, layers stacked or as tuples of per-layer trees. dtype: of computation and cache.
+    params: chat_model's tree, layers stacked or as tuples of per-layer trees. dtype: of computation.
+    cache_dtype: of the cache, int8 or a float type; None: dtype.
     image_token_id: the token that stands where images are merged in; None where there is none.
     mesh: the devices over which params lie (sharding.place_params); None: one device. Batches of any size are accepted:
         they are padded to what divides the mesh.
@@ -241,12 +252,14 @@ class Generator:
         *,
         dtype: Any,
         image_token_id: int | None,
+        cache_dtype: Any = None,
         mesh: jax.sharding.Mesh | None = None,
         image_axes: tuple[str, ...] = BATCH,
     ):
         self.config = config
         self.params = params
         self.dtype = jnp.dtype(dtype)
+        self.cache_dtype = self.dtype if cache_dtype is None else jnp.dtype(cache_dtype)
         self.image_token_id = image_token_id
         self.mesh = mesh
         self._image_axes = image_axes
@@ -284,7 +297,9 @@ class Generator:
         prompt = self._prepare(input_ids, attention_mask, features, gen)
         slots = bucket(prompt.input_ids.shape[1] + gen.max_new_tokens)
         with self._on_mesh():
-            return _prefill(*self._arguments(prompt), prompt.settings, slots=slots, **self._static)
+            return _prefill(
+                *self._arguments(prompt), prompt.settings, slots=slots, cache_dtype=self.cache_dtype, **self._static
+            )
 
     def decode(self, state: DecodeState, steps: int) -> DecodeState:
         """Up to `steps` more tokens per row. The state passed in is used up: its buffers become the result's."""
@@ -368,7 +383,9 @@ class Generator:
     def _search(self, prompt: Prompt, gen: GenerationConfig) -> tuple[np.ndarray, list[str]]:
         width = prompt.input_ids.shape[1]
         with self._on_mesh():
-            logits, cache = _read_prompt(*self._arguments(prompt), slots=width, **self._static)
+            logits, cache = _read_prompt(
+                *self._arguments(prompt), slots=width, cache_dtype=self.cache_dtype, **self._static
+            )
             result = _beam_search(
                 self.params,
                 logits,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from internvl_jax.models import chat_model
 from internvl_jax.models.layers import BATCH, Params
 from internvl_jax.processing.images import ImageProcessor
 from internvl_jax.processing.tokenizer import load_tokenizer
+from internvl_jax.quantize import QuantizeError, Scheme, quantize_params, scheme_of
 
 Progress = Callable[[int, int, str], None]
 
+DTYPES = ("float32", "bfloat16")
 NANO = Path(__file__).parent / "nano" / "model"
 
 
@@ -31,6 +34,8 @@ def load(
     dtype: Any = None,
     *,
     vision: str | None = None,
+    quantize: Scheme | str | None = None,
+    cache_dtype: Any = None,
     progress: Progress | None = None,
 ) -> Chat:
     """Load a checkpoint and return the Chat that runs it.
@@ -43,9 +48,12 @@ def load(
         backend has no bfloat16 kernels.
     vision: how the vision tower lies on the mesh, "tensor" or "data" (sharding.IMAGE_AXES). None:
         sharding.default_vision_mode.
+    quantize: "int8" or "int4" weights (quantize.py says which), quantized while they are read, so that no device ever
+        holds more than one layer as it was. None: as they are stored, which may be quantized already.
+    cache_dtype: of keys and values of what was read, "int8" for half the memory of bfloat16. None: dtype.
     progress: called as progress(done_bytes, total_bytes, what) while reading.
-    Raises ConfigError, CheckpointError, TokenizerError, ImageError or MeshError (ValueErrors all) naming the file or
-    the setting and what to do; everything but a damaged parameter is refused before parameters are read.
+    Raises ConfigError, CheckpointError, TokenizerError, ImageError, MeshError or QuantizeError (ValueErrors all) naming
+    the file or the setting and what to do; everything but a damaged parameter is refused before parameters are read.
     """
     directory = NANO if path is None else Path(path).expanduser()
     if not directory.is_dir():
@@ -53,6 +61,7 @@ def load(
             raise ConfigError(f"{directory} is a file: pass the directory that holds config.json")
         raise ConfigError(f"{directory} does not exist: pass a directory on this machine (nothing is downloaded here)")
     dtype = _dtype(dtype)
+    cache_dtype = dtype if cache_dtype is None else _dtype(cache_dtype, "cache_dtype", ("int8", *DTYPES))
     config = ChatConfig.from_file(directory)
     if mesh is None:
         if vision is not None:
@@ -67,8 +76,9 @@ def load(
     _enable_compilation_cache()
     return Chat(
         config,
-        _load_params(directory, config, dtype, mesh, vision, progress),
+        _load_params(directory, config, dtype, mesh, vision, quantize, progress),
         dtype=dtype,
+        cache_dtype=cache_dtype,
         tokenizer=tokenizer,
         processor=processor,
         eos_token_ids=eos_token_ids,
@@ -108,15 +118,16 @@ def unstack_towers(params: Params) -> Params:
     return {**params, **towers}
 
 
-def _dtype(dtype: Any) -> jnp.dtype:
+def _dtype(dtype: Any, what: str = "dtype", names: tuple[str, ...] = DTYPES) -> jnp.dtype:
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     try:
         known = jnp.dtype(dtype)
     except TypeError:
         known = None
-    if known not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"dtype {getattr(known, 'name', dtype)!r} is not supported: use 'float32' or 'bfloat16'")
+    name = getattr(known, "name", dtype)
+    if name not in names:
+        raise ValueError(f"{what} {name!r} is not supported: use {' or '.join(map(repr, names))}")
     return known
 
 
@@ -129,9 +140,15 @@ def _mesh(mesh: Mesh | str | Mapping[str, int], config: ChatConfig) -> Mesh:
 
 
 def _load_params(
-    directory: Path, config: ChatConfig, dtype: Any, mesh: Mesh | None, vision: str | None, progress: Progress | None
+    directory: Path,
+    config: ChatConfig,
+    dtype: Any,
+    mesh: Mesh | None,
+    vision: str | None,
+    scheme: Scheme | str | None,
+    progress: Progress | None,
 ) -> Params:
-    abstract = abstract_for_running(config, dtype)
+    abstract = _quantized(abstract_for_running(config, dtype), directory, scheme)
     if mesh is None:
         params = _read(directory, abstract, progress)
         return unstack_towers(params) if jax.default_backend() == "cpu" else params
@@ -140,6 +157,18 @@ def _load_params(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
     )
     return sharding.place_params(_read(directory, abstract, progress), config, mesh, vision=vision)
+
+
+def _quantized(abstract: Params, directory: Path, scheme: Scheme | str | None) -> Params:
+    """What is wanted of parameters that are stored as they were, or quantized as they are stored."""
+    scheme = Scheme(scheme) if isinstance(scheme, str) else scheme
+    stored = scheme_of(checkpoint.stored_tree(directory)) if checkpoint.is_converted(directory) else None
+    if stored is not None and scheme not in (None, stored):
+        raise QuantizeError(
+            f"{directory} is {stored.name} already: leave quantize out, or quantize the weights as they were published"
+        )
+    wanted = stored or scheme
+    return jax.eval_shape(partial(quantize_params, scheme=wanted), abstract) if wanted else abstract
 
 
 def _read(directory: Path, abstract: Params, progress: Progress | None) -> Params:

@@ -9,12 +9,16 @@ Some true sizes divide no mesh: InternViT-6B's 25 heads, a vocabulary of any num
 parameters are placed on a mesh (`pad_params`) and cropped when they leave it (`unpad_params`); a checkpoint never holds
 pads. Zero heads are exact: their q, k and v are zero, their output meets zero rows of `proj`, and the q/k norm divides
 by the true width. Their gradient is exactly zero too, so training leaves them zero.
+
+A quantized kernel (quantize.py) is two leaves under the kernel's name, and the kernel's rule lays out both: scales lie
+where their integers lie, axes that share a scale aside.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -211,7 +215,10 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def path_of(keys: Sequence[Any]) -> str:
-    """A tree path as the table writes it: names joined by "/", without the index of a per-layer tree."""
+    """A tree path as the table writes it: names joined by "/", without the index of a per-layer tree.
+
+    Integers and scales of a quantized kernel are attributes, not names: both are called what the kernel is called.
+    """
     names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey)]
     return "/".join(map(str, names))
 
@@ -237,7 +244,7 @@ def param_specs(abstract: Any, *, vision: str = "tensor") -> Any:
             spec = spec[1:]
         if vision == "data" and path.startswith(("vision_model/", "mlp1/")):
             spec = tuple(None if axis == "tensor" else axis for axis in spec)
-        return P(*spec)
+        return P(*(None if _is_scale(keys) and size == 1 else axis for axis, size in zip(spec, leaf.shape)))
 
     specs = jax.tree_util.tree_map_with_path(spec_of, abstract)
     parts = tuple(f"{part}/" for part in abstract)
@@ -255,6 +262,9 @@ def param_shardings(abstract: Any, mesh: Mesh, *, vision: str = "tensor") -> Any
 
     def place(keys: Sequence[Any], leaf: Any, spec: P) -> NamedSharding:
         path = path_of(keys)
+        if _is_scale(keys):  # groups that do not divide are kept whole
+            fits = (size % axis_size(axis, mesh.shape) == 0 for size, axis in zip(leaf.shape, spec))
+            spec = P(*(axis if fit else None for fit, axis in zip(fits, spec)))
         if not _divides(leaf.shape, spec, mesh):
             if not _SHARED_IF_FEW.fullmatch(path):
                 raise ValueError(f"{path} {list(leaf.shape)} does not divide as {spec} over {dict(mesh.shape)}")
@@ -283,6 +293,11 @@ def storage_shardings(abstract: Any, mesh: Mesh, *, vision: str = "tensor") -> A
         return NamedSharding(mesh, P(*rest))
 
     return jax.tree.map(place, abstract, param_specs(abstract, vision=vision))
+
+
+def _is_scale(keys: Sequence[Any]) -> bool:
+    """Whether a path leads to the scales of a quantized kernel."""
+    return keys[-1] == jax.tree_util.GetAttrKey("scale")
 
 
 def _divides(shape: Sequence[int], spec: P, mesh: Mesh) -> bool:
@@ -339,7 +354,10 @@ def place_params(params: Any, config: ChatConfig, mesh: Mesh, *, vision: str = "
     shardings = param_shardings(padded, mesh, vision=vision)
     params = jax.device_put(params, storage_shardings(params, mesh, vision=vision))
     pad = jax.jit(lambda tree: pad_params(tree, config, mesh, vision=vision), out_shardings=shardings, donate_argnums=0)
-    return pad(params)
+    with warnings.catch_warnings():
+        # Those that grow cannot be used again; the others are.
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        return pad(params)
 
 
 def _resize_heads(params: Any, heads: int) -> Any:
@@ -352,7 +370,7 @@ def _resize(params: Any, axes: Mapping[str, int], prefix: str, size: int) -> Any
 
     def fit(keys: Sequence[Any], leaf: Any) -> Any:
         axis = axes.get(path_of(keys).removeprefix(prefix)) if path_of(keys).startswith(prefix) else None
-        if axis is None or leaf.shape[axis] == size:
+        if axis is None or leaf.shape[axis] == size or (_is_scale(keys) and leaf.shape[axis] == 1):
             return leaf
         if leaf.shape[axis] > size:
             return jax.lax.slice_in_dim(leaf, 0, size, axis=axis % leaf.ndim)

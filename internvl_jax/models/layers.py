@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
+from qwix import QArray
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -70,24 +71,69 @@ def pin_layout(x: Array, spec: P, order: tuple[int, ...]) -> Array:
     return jax.shard_map(pin, in_specs=spec, out_specs=spec)(x)
 
 
-def pin_matrix(kernel: Array, spec: P) -> Array:
+def pin_matrix(kernel: Array | QArray, spec: P) -> Array | QArray:
     """Have XLA keep a layer's slice of stacked matrices [D,F] as the TPU stores the stack.
 
     That is with F innermost unless a device's part of F would need padding to whole tiles and D would not. Left alone,
     the loop over layers prefers F innermost and copies the stack (two thirds of LLaMA-13B's weights for tensor=8).
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or kernel.ndim > 2:  # groups apart
         return kernel
+    if isinstance(kernel, QArray):
+        return kernel.replace(qvalue=pin_matrix(kernel.qvalue, spec))
     rows, columns = jax.sharding.NamedSharding(mesh, fit_spec(spec, kernel.shape, mesh.shape)).shard_shape(kernel.shape)
     return pin_layout(kernel, spec, (1, 0)) if columns % LANES and not rows % LANES else kernel
+
+
+def product(eqn: str, x: Array, kernel: Array | QArray, dtype: Any, **options: Any) -> Array:
+    """jnp.einsum(eqn, x, kernel) in `dtype`, of a kernel that may be quantized.
+
+    eqn in capitals, the kernel's axes that are not summed last in the result; options are einsum's. Scales of whole
+    columns are multiplied after the product, in float32; what is summed over devices stays in `dtype`. Where groups
+    have scales of their own, integers and scales meet before it; grouped kernels come from `split_groups` or as stored.
+    """
+    options = {"precision": precision_of(dtype), **options}
+    x = x.astype(dtype)
+    if not isinstance(kernel, QArray):
+        return jnp.einsum(eqn, x, kernel.astype(dtype), **options)
+    kernel = split_groups(kernel)
+    left, right, out = eqn.replace("->", ",").split(",")
+    summed = [axis for axis in right if axis not in out]
+    if kernel.ndim > len(right):  # the first axis that is summed, in groups
+        groups, size = kernel.shape[right.index(summed[0]) :][:2]
+        place = left.replace("...", "").index(summed[0]) - len(left.replace("...", ""))
+        x = x.reshape(*x.shape[:place], groups, size, *x.shape[place:][1:])
+        eqn = eqn.replace(summed[0], f"{summed[0]}g")
+        right, summed = right.replace(summed[0], f"{summed[0]}g"), [*summed, "g"]
+    scale = kernel.scale
+    if any(size > 1 for axis, size in zip(right, scale.shape) if axis in summed):
+        return jnp.einsum(eqn, x, kernel.qvalue.astype(dtype) * scale.astype(dtype), **options)
+    y = jnp.einsum(eqn, x, kernel.qvalue.astype(dtype), **options)
+    return (y * scale.reshape([size for axis, size in zip(right, scale.shape) if axis not in summed])).astype(y.dtype)
+
+
+def split_groups(kernel: QArray) -> QArray:
+    """Give groups that share a scale, where one axis has several, an axis of their own: [...,G*g,...] to [...,G,g,...].
+
+    Free on a stack. Of one layer, inside the loop, the TPU's compiler would first write all of its scales or integers
+    out as bfloat16, 4 times the memory traffic of the integers themselves.
+    """
+    pairs = zip(kernel.shape, kernel.scale.shape)
+    axis = next((axis for axis, (size, groups) in enumerate(pairs) if 1 < groups < size), None)
+    if axis is None:
+        return kernel
+    before, groups, after = kernel.shape[:axis], kernel.scale.shape[axis], kernel.shape[axis + 1 :]
+    return kernel.replace(
+        qvalue=kernel.qvalue.reshape(*before, groups, -1, *after), scale=jnp.expand_dims(kernel.scale, axis + 1)
+    )
 
 
 class Linear(nn.Module):
     """A matrix product over named axes, `eqn` in capitals, for example "BTD,DNH->BTNH".
 
     The kernel has the axes of the equation's second operand; the bias those of them that reach the output.
-    Parameters may be stored in any dtype: they are cast to `dtype` where they are used.
+    Parameters may be stored in any dtype, or quantized: they are cast to `dtype` where they are used.
     `split` is a two-axis kernel's place on the mesh where the axis that reaches the output is split.
     """
 
@@ -103,10 +149,12 @@ class Linear(nn.Module):
         contracted = tuple(i for i, axis in enumerate(kernel_axes) if axis not in out_axes)
         kept = tuple(i for i, axis in enumerate(kernel_axes) if axis in out_axes)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=contracted, out_axis=kept)
-        kernel = self.param("kernel", init, self.shape)
+        kernel = self.get_variable("params", "kernel")
+        if not isinstance(kernel, QArray):  # whose groups may be split: Flax would miss the declared shape
+            kernel = self.param("kernel", init, self.shape)
         if self.split is not None:
             kernel = pin_matrix(kernel, self.split)
-        y = jnp.einsum(self.eqn, x.astype(self.dtype), kernel.astype(self.dtype), precision=precision_of(self.dtype))
+        y = product(self.eqn, x, kernel, self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), tuple(self.shape[i] for i in kept))
             y = y + bias.astype(self.dtype)
@@ -195,6 +243,8 @@ def run_layers(
     """
     if remat:
         apply = jax.checkpoint(apply)
+    quantized = lambda leaf: isinstance(leaf, QArray)  # noqa: E731
+    layers = jax.tree.map(lambda leaf: split_groups(leaf) if quantized(leaf) else leaf, layers, is_leaf=quantized)
     if isinstance(layers, tuple):
         ys = []
         for index, layer in enumerate(layers[:num_layers]):

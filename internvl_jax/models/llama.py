@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import qwix
 from jax.sharding import PartitionSpec as P
 
 from internvl_jax.config import TextConfig
@@ -26,7 +27,7 @@ from internvl_jax.models.layers import (
     constrain,
     init_stack,
     pin_layout,
-    precision_of,
+    product,
     rope_angles,
     run_layers,
 )
@@ -36,6 +37,15 @@ PER_HEAD = P(BATCH, None, TENSOR, None)  # [B,T,N,H]
 PER_LAYER_CACHE = P(BATCH, TENSOR, None, None)  # [B,K,S,H]
 CACHE = P(None, *PER_LAYER_CACHE)  # [L,B,K,S,H]
 COLUMNS = P("fsdp", TENSOR)  # kernels [D,F]
+
+
+class KeysValues(NamedTuple):
+    """Keys and values where they lie: one layer's [B,K,S,H], or all layers' [L,B,K,S,H] and which of them is meant."""
+
+    k: Array
+    v: Array
+    scales: tuple[Array, Array] | None = None  # as KVCache's
+    layer: int | Array | None = None
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -49,6 +59,8 @@ class KVCache(flax.struct.PyTreeNode):
     positions: Array  # [B,S] int32, the position of the token in each slot
     valid: Array  # [B,S] bool, False for padding and for slots not yet written
     length: Array  # [] int32, slots written
+    # Of an int8 cache: k's and v's scales, one per token and head, float32 [L,B,K,S] each (or tuples of [B,K,S]).
+    scales: Any = None
 
     @property
     def slots(self) -> int:
@@ -64,39 +76,46 @@ class KVCache(flax.struct.PyTreeNode):
 
     def append(self, layer: int | Array, k: Array, v: Array) -> KVCache:
         """Write one layer's k and v [B,K,T,H] at the next slots."""
-        if isinstance(self.k, tuple):
-            slot = (0, 0, self.length, 0)
-            k = jax.lax.dynamic_update_slice(self.k[layer], k.astype(self.k[layer].dtype), slot)
-            v = jax.lax.dynamic_update_slice(self.v[layer], v.astype(self.v[layer].dtype), slot)
-            return self.replace(
-                k=(*self.k[:layer], k, *self.k[layer + 1 :]), v=(*self.v[:layer], v, *self.v[layer + 1 :])
-            )
-        # The whole stack is carried through the scan and updated in place: as a scanned input and output it would be
-        # held twice.
-        start = (layer, 0, 0, self.length, 0)
-        # For one token at a time the TPU's compiler would have the loop keep slots outermost, and copy the cache.
-        keys, values = (pin_layout(stack, CACHE, (0, 1, 2, 3, 4)) for stack in (self.k, self.v))
-        keys = jax.lax.dynamic_update_slice(keys, k.astype(keys.dtype)[None], start)
-        values = jax.lax.dynamic_update_slice(values, v.astype(values.dtype)[None], start)
-        return self.replace(k=keys, v=values)
+        if self.scales is None:
+            return self.replace(k=self._write(self.k, layer, k), v=self._write(self.v, layer, v))
+        quantized = [qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=(0, 1, 2)) for x in (k, v)]
+        k, v = (self._write(stack, layer, x.qvalue) for stack, x in zip((self.k, self.v), quantized))
+        scales = tuple(self._write(stack, layer, x.scale[..., 0]) for stack, x in zip(self.scales, quantized))
+        return self.replace(k=k, v=v, scales=scales)
 
-    def read(self, layer: int | Array) -> tuple[Array, Array, int | Array | None]:
-        """k and v that hold a layer, and which layer of them it is: [B,K,S,H] and None, or the stacks and `layer`."""
-        return (self.k[layer], self.v[layer], None) if isinstance(self.k, tuple) else (self.k, self.v, layer)
+    def _write(self, stack: Any, layer: int | Array, new: Array) -> Any:
+        """One layer's new [B,K,T,H] or [B,K,T] into a stack (or tuple) of them."""
+        slot = (0, 0, self.length, 0)[: new.ndim]
+        if isinstance(stack, tuple):
+            written = jax.lax.dynamic_update_slice(stack[layer], new.astype(stack[layer].dtype), slot)
+            return (*stack[:layer], written, *stack[layer + 1 :])
+        # The whole stack is carried through the scan and updated in place: as a scanned input and output it would be
+        # held twice. For one token at a time the TPU's compiler would have the loop keep slots outermost, and copy it.
+        stack = pin_layout(stack, P(*CACHE[: stack.ndim]), tuple(range(stack.ndim)))
+        return jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype)[None], (layer, *slot))
+
+    def read(self, layer: int | Array) -> KeysValues:
+        """What holds a layer's k and v, for `attention`."""
+        if isinstance(self.k, tuple):
+            scales = self.scales and tuple(stack[layer] for stack in self.scales)
+            return KeysValues(self.k[layer], self.v[layer], scales)
+        return KeysValues(self.k, self.v, self.scales, layer)
 
 
 def init_cache(config: TextConfig, batch: int, slots: int, dtype: Any, *, stacked: bool = True) -> KVCache:
-    """An empty cache of `slots` tokens for `batch` rows."""
-    shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+    """An empty cache of `slots` tokens for `batch` rows; dtype int8 keeps a scale beside each token's k and v."""
+    per_token = (batch, config.num_key_value_heads, slots)
 
-    def zeros() -> Array | tuple[Array, ...]:
+    def zeros(shape: tuple[int, ...], dtype: Any) -> Array | tuple[Array, ...]:
         if stacked:
             return jnp.zeros((config.num_hidden_layers, *shape), dtype)
         return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
 
+    scaled = jnp.dtype(dtype) == jnp.int8
     return KVCache(
-        k=zeros(),
-        v=zeros(),
+        k=zeros((*per_token, config.head_dim), dtype),
+        v=zeros((*per_token, config.head_dim), dtype),
+        scales=(zeros(per_token, jnp.float32), zeros(per_token, jnp.float32)) if scaled else None,
         positions=jnp.zeros((batch, slots), jnp.int32),
         valid=jnp.zeros((batch, slots), bool),
         length=jnp.zeros((), jnp.int32),
@@ -128,8 +147,8 @@ class Attention(nn.Module):
         if cache is None or fresh:
             y = attention(q, k, v, mask)
         else:
-            keys, values, index = cache.read(layer)
-            y = attention(q, keys, values, mask, index)
+            keys = cache.read(layer)
+            y = attention(q, keys.k, keys.v, mask, keys.layer, scales=keys.scales)
         y = Linear("BTNH,NHD->BTD", (*heads, cfg.hidden_size), self.dtype, bias, name="o_proj")(y)
         return constrain(y, HIDDEN), cache
 
@@ -189,11 +208,17 @@ def init_params(key: Array, config: TextConfig) -> Params:
 def cache_specs(cache: KVCache) -> KVCache:
     """How a cache lies over the mesh: rows along BATCH, kv heads along TENSOR. A KVCache of PartitionSpecs."""
 
-    def heads(leaf: Any) -> P:
-        return CACHE if leaf.ndim == len(CACHE) else PER_LAYER_CACHE
+    def heads(stack: Any, spec: P) -> Any:
+        return tuple(P(*spec[1:]) for _ in stack) if isinstance(stack, tuple) else spec
 
-    k, v = jax.tree.map(heads, (cache.k, cache.v))
-    return KVCache(k=k, v=v, positions=P(BATCH, None), valid=P(BATCH, None), length=P())
+    return KVCache(
+        k=heads(cache.k, CACHE),
+        v=heads(cache.v, CACHE),
+        positions=P(BATCH, None),
+        valid=P(BATCH, None),
+        length=P(),
+        scales=cache.scales and tuple(heads(stack, P(*CACHE[:-1])) for stack in cache.scales),
+    )
 
 
 def embed(params: Params, token_ids: Array, dtype: Any) -> Array:
@@ -258,7 +283,7 @@ def logits(params: Params, config: TextConfig, hidden: Array) -> Array:
         kernel, eqn = params["lm_head"]["kernel"], "...D,DV->...V"
     else:
         kernel, eqn = params["embed_tokens"]["embedding"], "...D,VD->...V"
-    y = jnp.einsum(eqn, hidden, kernel.astype(dtype), precision=precision_of(dtype), preferred_element_type=jnp.float32)
+    y = product(eqn, hidden, kernel, dtype, preferred_element_type=jnp.float32)
     y = constrain(y, P(BATCH, *[None] * (y.ndim - 2), TENSOR))
     vocabulary = y.shape[-1]
     return (
