@@ -474,13 +474,12 @@ def test_select_layer(tiny, select_layer):
 
 
 def test_parts_alone(tiny):
-    """A tower without the rest has parameters of that part only; abstract parameters are the real ones' shapes."""
+    """A tower without the rest has parameters of that part only."""
     config, params = tiny
     vision = dataclasses.replace(config, projector=None, text=None)
     text = dataclasses.replace(config, projector=None, vision=None)
     assert set(chat_model.abstract_params(vision)) == {"vision_model"}
     assert set(chat_model.abstract_params(text)) == {"language_model"}
-    abstract = chat_model.abstract_params(config, jnp.bfloat16)
-    real = jax.jit(lambda key: chat_model.init_params(key, config, jnp.bfloat16))(jax.random.key(0))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(lambda x: (x.shape, x.dtype), real)
+    abstract = jax.tree.leaves(chat_model.abstract_params(config, jnp.bfloat16))
+    assert [(leaf.shape, leaf.dtype) for leaf in abstract] == [(x.shape, jnp.bfloat16) for x in jax.tree.leaves(params)]
     assert chat_model.count_params(params) == sum(x.size for x in jax.tree.leaves(params))
