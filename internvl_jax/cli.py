@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="internvl-jax",
         description="InternVL-Chat-V1-1 in JAX: chat about images, convert checkpoints, check the numbers.",
-        epilog="'internvl-jax COMMAND --help' explains each command.",
+        epilog="To begin: internvl-jax chat --image photo.jpg 'What is in this picture?'\n"
+        "'internvl-jax COMMAND --help' explains each command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -93,15 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser(
         "chat",
         help="ask a question about images, or talk in a session",
-        description="Without --checkpoint the small model 'nano' answers that ships with the project. Without a "
-        "PROMPT a session starts.\n\nexamples:\n  internvl-jax chat --image photo.jpg 'What is in this picture?'\n"
+        description="Answers a question, about pictures if there are any. Without --checkpoint it goes to 'nano', the\n"
+        "small model that ships with the project. Without a PROMPT a session starts.\n\nexamples:\n"
+        "  internvl-jax chat --image photo.jpg 'What is in this picture?'\n"
         "  internvl-jax chat --checkpoint ./InternVL-Chat-V1-1-jax",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     chat.add_argument("prompt", nargs="?", metavar="PROMPT", help="the question; '-' reads it from standard input")
     chat.add_argument("--checkpoint", type=Path, metavar="DIR", help="a converted directory, or a published one as is")
     chat.add_argument("--image", type=Path, action="append", default=[], metavar="F", help="a picture; repeatable")
-    chat.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on TPU/GPU, float32 on CPU")
+    chat.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="to compute in; default: bfloat16 on TPU/GPU, float32 on CPU"
+    )
     chat.add_argument(
         "--mesh",
         metavar="SPEC",
@@ -113,10 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (0: all)")
     chat.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 discourages repeats (1: off)")
     chat.add_argument("--num-beams", type=int, metavar="N", help="beam search with N beams (1: none)")
-    chat.add_argument("--seed", type=int, metavar="N", help="of the sampling (0)")
+    chat.add_argument("--seed", type=int, metavar="N", help="makes samples repeatable (0)")
     chat.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
     chat.add_argument("--system", metavar="TEXT", help="a system message, in front of the conversation")
-    chat.add_argument("--ignore-exif", action="store_true", help="do not turn pictures as their EXIF data says")
+    chat.add_argument("--ignore-exif", action="store_true", help="do not turn pictures upright (EXIF orientation)")
     chat.add_argument("--json", action="store_true", help="print one JSON object: answer, tokens, finish_reason, ...")
     chat.set_defaults(run=_chat)
 

@@ -1,0 +1,459 @@
+"""The command line: what it prints where, exit codes, sessions, interrupts. Mostly in this process, some in others."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+from golden import DATA, bundle
+from PIL import Image
+
+import internvl_jax
+from internvl_jax import cli
+from internvl_jax.config import ConfigWarning
+
+BUNDLE = DATA / "internvl_chat_v1_1"
+CHECKPOINT = BUNDLE / "checkpoint"
+_, FACTS = bundle("internvl_chat_v1_1")
+PROMPTS = {prompt["id"]: prompt for prompt in FACTS["prompts"]}
+TEXT, SEEN = PROMPTS["text_only"], PROMPTS["en_single"]  # RGB: the same pixels on the reference's two paths
+PICTURE = str(BUNDLE / FACTS["images"]["rgb"]["file"])
+QUESTION = SEEN["question"].removeprefix("<image>\n")
+GOLDEN = ("chat", "--checkpoint", str(CHECKPOINT), "--max-new-tokens", "32")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Programs compiled in one process are read in the next."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def run(*argv, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = cli.main([str(argument) for argument in argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def chat():
+    pytest.importorskip("torch")  # the golden checkpoint is PyTorch's
+    return internvl_jax.load(CHECKPOINT)
+
+
+@pytest.fixture
+def golden(run, chat, monkeypatch):
+    """Run `chat` with the golden model, read once for all. What `load` was given is in `golden.loaded`."""
+
+    def golden(*argv, **options):
+        return run(*GOLDEN, *argv, **options)
+
+    def load(path, **options):
+        golden.loaded = (path, options)
+        return chat
+
+    monkeypatch.setattr("internvl_jax.loading.load", load)
+    return golden
+
+
+def process(cache, *argv, code=None, **options):
+    """Start `internvl-jax ARGV` in a process of its own; `code` runs first."""
+    start = f"import sys\n{code or ''}\nfrom internvl_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
+    environment.update(TERM="xterm", COLUMNS="100")
+    return subprocess.Popen([sys.executable, "-c", start, *argv], env=environment, **options)
+
+
+# Help.
+
+
+def commands():
+    """The parser of every command, by its name."""
+    return cli._parser()._subparsers._group_actions[0].choices
+
+
+@pytest.mark.parametrize("argv", [(), ("--help",)], ids=str)
+def test_help_names_every_command(run, argv, capsys):
+    if argv:
+        with pytest.raises(SystemExit, match="0"):
+            run(*argv)
+        out, err = capsys.readouterr()
+    else:
+        code, out, err = run()
+        assert code == 0
+    assert err == ""
+    assert {"chat", "convert", "export", "parity"} <= set(commands())
+    for command in commands():
+        assert re.search(rf"\n    {command}\s", out)
+    assert "'internvl-jax COMMAND --help' explains each command" in out
+
+
+@pytest.mark.parametrize("command", commands())
+def test_help_of_every_command(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    out, err = capsys.readouterr()
+    assert out.startswith(f"usage: internvl-jax {command} ")
+    assert err == ""
+    parser = commands()[command]
+    assert len(parser.description) > 80
+    assert [action.dest for action in parser._actions if not action.help] == []
+
+
+def test_help_needs_no_jax():
+    """--help answers at once: the slow imports come later."""
+    code = (
+        "import sys; from internvl_jax import cli; cli._parser(); print('jax' in sys.modules, 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("chatt",), "invalid choice: 'chatt'"),
+        (("chat", "--colour", "red"), "unrecognized arguments: --colour"),
+        (("chat", "--max-new-tokens", "many", "Hi"), "--max-new-tokens: invalid int value: 'many'"),
+        (("chat", "--dtype", "float16", "Hi"), "--dtype: invalid choice: 'float16'"),
+        (("convert", "somewhere"), "the following arguments are required: DST"),
+    ],
+    ids=str,
+)
+def test_bad_options(argv, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(list(argv))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+
+
+# One question.
+
+
+def test_an_answer_and_nothing_else(golden):
+    code, out, err = golden("--image", PICTURE, QUESTION)
+    assert code == 0
+    assert out == SEEN["response"] + "\n"
+    assert err == "(cut off after 32 tokens: --max-new-tokens allows more)\n"
+
+
+def test_a_question_from_standard_input(golden):
+    code, out, _ = golden("-", stdin=TEXT["question"] + "\n")
+    assert (code, out) == (0, TEXT["response"] + "\n")
+
+
+def test_an_answer_that_ends_by_itself_says_nothing_more(golden):
+    assert golden("--stop", TEXT["response"][9:12], TEXT["question"]) == (0, TEXT["response"][:9].strip() + "\n", "")
+
+
+@pytest.mark.parametrize("question", ["请详细描述这张图片。", "What is 😀 in this café?"])
+def test_json(golden, question):
+    code, out, err = golden("--json", "--image", PICTURE, "--image", PICTURE, question)
+    assert (code, err) == (0, "")
+    assert out.count("\n") == 1
+    reply = json.loads(out)
+    assert set(reply) == {"answer", "tokens", "finish_reason", "history", "prompt_tokens", "timings"}
+    assert set(reply["timings"]) == {"encode", "prefill", "decode", "total"}
+    assert all(seconds > 0 for seconds in reply["timings"].values())
+    assert len(reply["tokens"]) == 32
+    assert reply["finish_reason"] == "length"
+    assert reply["history"] == [[f"<image>\n{question}", reply["answer"]]]
+    assert question in out  # readable, not escaped
+
+
+def test_json_is_what_is_printed(golden):
+    code, out, _ = golden("--json", TEXT["question"])
+    reply = json.loads(out)
+    assert code == 0
+    assert (reply["answer"], reply["tokens"]) == (TEXT["response"], TEXT["generated_ids"])
+
+
+def test_settings_arrive(golden):
+    search = FACTS["beam_search"][0]
+    assert golden("--num-beams", 5, "--image", PICTURE, QUESTION)[:2] == (0, search["response"] + "\n")
+    warm = [golden("--temperature", 1.5, "--seed", seed, TEXT["question"])[1] for seed in (1, 1, 2)]
+    assert warm[0] == warm[1] != warm[2]
+    for option in (("--top-k", 1), ("--top-p", 1e-6)):
+        assert golden("--temperature", 1.5, *option, TEXT["question"])[1] == TEXT["response"] + "\n"
+    for option in (("--repetition-penalty", 5), ("--system", "Answer in Chinese.")):
+        code, out, _ = golden(*option, TEXT["question"])
+        assert code == 0
+        assert out not in ("\n", TEXT["response"] + "\n")
+    turned = BUNDLE / FACTS["images"]["exif_rot"]["file"]
+    assert golden("--image", turned, QUESTION)[1] != golden("--image", turned, "--ignore-exif", QUESTION)[1]
+
+
+def test_the_model_is_loaded_as_asked(golden):
+    golden(TEXT["question"])
+    path, options = golden.loaded
+    assert path == CHECKPOINT
+    assert (options["mesh"], options["dtype"]) == (None, None)
+    golden("--mesh", "data=2,tensor=4", "--dtype", "bfloat16", TEXT["question"])
+    _, options = golden.loaded
+    assert (options["mesh"], options["dtype"]) == ("data=2,tensor=4", "bfloat16")
+
+
+def test_a_picture_of_one_pixel(golden, tmp_path):
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
+    code, out, _ = golden("--image", tmp_path / "dot.png", QUESTION)
+    assert code == 0
+    assert out.strip()
+
+
+# Errors.
+
+
+def test_errors_say_what_to_do(run, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    truncated = tmp_path / "truncated.png"
+    truncated.write_bytes((BUNDLE / FACTS["images"]["rgb"]["file"]).read_bytes()[:2000])
+    text = tmp_path / "text[bold].txt"
+    text.write_text("no picture")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for argv, message in (
+        ((*GOLDEN, ""), "the prompt is empty: ask a question, or leave PROMPT out to start a session"),
+        ((*GOLDEN, "-"), "the prompt is empty"),
+        ((*GOLDEN, "--json"), "--json prints one answer: give it a PROMPT"),
+        ((*GOLDEN, "--image", "nowhere.png", "Hi"), "nowhere.png does not exist"),
+        ((*GOLDEN, "--image", truncated, "Hi"), f"{truncated} is damaged or truncated"),
+        ((*GOLDEN, "--image", text, "Hi"), f"{text} is not a picture in a format that can be read"),
+        ((*GOLDEN, "--image", tmp_path, "Hi"), "is a directory, not a picture"),
+        ((*GOLDEN, "--temperature", "-1", "Hi"), "temperature must be 0 (greedy) or more, not -1.0"),
+        ((*GOLDEN, "--num-beams", 2, "--temperature", 1, "Hi"), "beam search does not sample"),
+        ((*GOLDEN, "--mesh", "tensor:4", "Hi"), 'write for example "data=2,tensor=8"'),
+        ((*GOLDEN, "--mesh", "tensor=4096", "Hi"), "needs 4096 devices"),
+        ((*GOLDEN, "Look: <image>"), "no images are given"),
+        (("chat", "--checkpoint", tmp_path / "nowhere", "Hi"), "nowhere does not exist: pass a directory"),
+        (("chat", "--checkpoint", text, "Hi"), "is a file: pass the directory that holds config.json"),
+        (("chat", "--checkpoint", empty, "Hi"), "config.json does not exist"),
+        (("chat", "--checkpoint", DATA / "intern_vit" / "checkpoint_bin", "Hi"), "can only `encode`"),
+        (("chat", "--checkpoint", DATA / "intern_vit" / "checkpoint_bin"), "can only `encode`"),  # not asked first
+    ):
+        monkeypatch.setattr(cli, "_ask", lambda _: pytest.fail("a session has started"))
+        code, out, err = run(*argv)
+        assert code == 2, argv
+        assert out == ""
+        assert err.startswith("error: ")
+        assert message in err
+        assert err.count("\n") == 1  # in one line, whatever the terminal's width
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ImportError("no torch: pip install 'internvl-jax[convert]'"), 2, "pip install 'internvl-jax[convert]'"),
+        (PermissionError(13, "Permission denied", "out"), 2, "Permission denied: 'out'"),
+        (MemoryError(), 2, "too little memory (out of memory); try --dtype bfloat16"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 GB\nmore"), 2, "too little memory (RESOURCE_EXHAUSTED: 9 GB); try"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_failures_of_the_machine(run, monkeypatch, raised, code, message):
+    monkeypatch.setattr("internvl_jax.loading.load", lambda *_, **__: (_ for _ in ()).throw(raised))
+    got, out, err = run("chat", "Hi")
+    assert (got, out) == (code, "")
+    assert message in err
+
+
+def test_our_own_mistakes_keep_their_traceback(run, monkeypatch):
+    monkeypatch.setattr("internvl_jax.loading.load", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("chat", "Hi")
+
+
+def test_warnings_are_one_line(run, monkeypatch):
+    def load(*_, **__):
+        warnings.warn("config.json: no effect here: answer_style", ConfigWarning, stacklevel=1)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("internvl_jax.loading.load", load)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "filters", [("always", None, ConfigWarning, None, 0)])
+        _, _, err = run("chat", "Hi")
+    assert err == "warning: config.json: no effect here: answer_style\nerror: enough\n"
+
+
+# Sessions.
+
+
+def test_a_session(golden, chat):
+    turns = PROMPTS["en_multi_turn"]["history"][0][0].removeprefix("<image>\n"), "And then?"
+    lines = [
+        "",
+        "/help",
+        "/fly",
+        "/image",
+        "/image nowhere.png",
+        f"/image '{PICTURE}'",
+        *turns,
+        "<image>",
+        f"/image {PICTURE}",
+        QUESTION,
+        "/clear",
+        TEXT["question"],
+        "/quit",
+        "not asked",
+    ]
+    code, out, err = golden(stdin="\n".join(lines))
+    assert code == 0
+    answers = out.removesuffix("\n")
+    assert answers.endswith("\n".join((SEEN["response"], TEXT["response"])))  # after a new picture, after /clear
+    assert err.count("/image FILE") == 2  # for /help and for /fly
+    assert "/fly is no command here" in err
+    assert "error: /image needs a file: /image photo.jpg" in err
+    assert "error: nowhere.png does not exist" in err
+    assert "error: the text has 2 <image> placeholders for 1 image(s)" in err
+    assert "(a new picture starts a new conversation)" in err
+
+    # The first two questions were one conversation.
+    first = golden("--json", "--image", PICTURE, turns[0])[1]
+    second = chat.chat(turns[1], PICTURE, json.loads(first)["history"], max_new_tokens=32)
+    assert answers.startswith("\n".join((json.loads(first)["answer"], second.text)))
+
+
+def test_a_session_with_beams_and_pictures_from_the_start(golden):
+    search = FACTS["beam_search"][0]
+    code, out, err = golden("--image", PICTURE, "--num-beams", 5, stdin=QUESTION + "\n")
+    assert (code, out, err) == (0, search["response"] + "\n", "")
+
+
+class Terminal:
+    """`internvl-jax` in a pseudo-terminal of its own, which is its controlling one: Ctrl-C typed there reaches it."""
+
+    def __init__(self, cache, *argv, code=""):
+        self.fd, terminal = pty.openpty()
+        # The leader of a session gets the first terminal that it opens.
+        code = f"import os; os.close(os.open(os.ttyname(0), os.O_RDWR))\n{code}"
+        options = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+        self.process = process(cache, *argv, code=code, start_new_session=True, **options)
+        os.close(terminal)
+        self.seen = ""
+
+    def expect(self, text, seconds=120):
+        """Wait for a text on the screen; what was shown up to its end is then forgotten."""
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([self.fd], [], [], left)[0]:
+                raise AssertionError(f"{text!r} did not come; shown: {self.seen!r}")
+            try:
+                self.seen += os.read(self.fd, 65536).decode("utf-8", "replace")
+            except OSError:
+                raise AssertionError(f"ended before {text!r}; shown: {self.seen!r}") from None
+        shown, _, self.seen = self.seen.partition(text)
+        return shown
+
+    def send(self, text):
+        os.write(self.fd, text.encode())
+
+    def leave(self):
+        """Read what is left and return the exit code."""
+        try:
+            while data := os.read(self.fd, 65536):
+                self.seen += data.decode("utf-8", "replace")
+        except OSError:
+            pass
+        return self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.fd)
+
+
+# Tokens come one by one, with time in between to interrupt them.
+SLOW = """
+import time
+from internvl_jax import chat, generate
+chat.STREAM_CHUNK = 1
+decode = generate.Generator.decode
+generate.Generator.decode = lambda *args: time.sleep(0.25) or decode(*args)
+"""
+
+
+def test_a_session_in_a_terminal(cache):
+    """Ctrl-C stops the answer and not the program, and an empty line's Ctrl-C only says how to leave."""
+    pytest.importorskip("torch")
+    with Terminal(cache, *GOLDEN, code=SLOW) as terminal:
+        assert "loading" in terminal.expect("checkpoint: type a question.")  # the progress bar
+        terminal.expect("> ")
+        terminal.send(TEXT["question"] + "\n")
+        terminal.expect("answering")  # the first answer compiles: the screen says so
+        terminal.expect(TEXT["response"][1:5])
+        terminal.send("\x03")
+        rest = terminal.expect("(stopped; this answer is not remembered)")
+        assert TEXT["response"][-5:] not in rest
+        terminal.expect("> ")
+        terminal.send("\x03")
+        terminal.expect("(Ctrl-D or /quit leaves)")
+        terminal.expect("> ")
+        terminal.send(f"/image {PICTURE}\n")
+        terminal.expect("[1 image(s)] > ")
+        terminal.send("\x04")
+        assert terminal.leave() == 0
+        assert "Traceback" not in terminal.seen
+
+
+def test_interrupted_while_loading(cache):
+    code = "from internvl_jax import checkpoint, loading\nimport time\nloading._read = lambda *_: time.sleep(60)"
+    with Terminal(cache, *GOLDEN, "Hi", code=code) as terminal:
+        terminal.expect("starting")
+        time.sleep(3)
+        terminal.send("\x03")
+        terminal.expect("interrupted")
+        assert terminal.leave() == 130
+
+
+# Other processes.
+
+
+def test_pipes(cache):
+    """stdout holds the answer alone, stderr nothing that only a terminal should see."""
+    pytest.importorskip("torch")
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with process(cache, *GOLDEN, "--image", PICTURE, QUESTION, **options) as running:
+        out, err = running.communicate()
+    assert running.returncode == 0
+    assert out.decode() == SEEN["response"] + "\n"
+    assert err.decode() == "(cut off after 32 tokens: --max-new-tokens allows more)\n"
+
+
+def test_a_reader_that_leaves(cache):
+    pytest.importorskip("torch")
+    for option in ((), ("--json",)):
+        with process(
+            cache, *GOLDEN, *option, TEXT["question"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as running:
+            running.stdout.close()
+            err = running.stderr.read().decode()
+        assert running.returncode == 0
+        assert err == "" if option else "Broken" not in err
+
+
+def test_a_terminal_that_knows_no_chinese(cache):
+    pytest.importorskip("torch")
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    code = "sys.stdout.reconfigure(encoding='ascii'); sys.stderr.reconfigure(encoding='ascii')"
+    with process(cache, *GOLDEN, TEXT["question"], code=code, **options) as running:
+        out, err = running.communicate()
+    assert running.returncode == 0
+    assert out.decode("ascii") == "".join(c if c.isascii() else "?" for c in TEXT["response"]) + "\n"
+    assert b"Traceback" not in err
