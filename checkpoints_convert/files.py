@@ -39,9 +39,12 @@ class ConversionReport:
 
 def make_report(destination: Path, tensors: int, size: int, started: float) -> ConversionReport:
     """started: time.perf_counter() at the beginning; size: bytes of the tensors."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return ConversionReport(destination, tensors, size, time.perf_counter() - started, peak)
+    return ConversionReport(destination, tensors, size, time.perf_counter() - started, peak_rss())
+
+
+def peak_rss() -> int:
+    """The most memory that this process has held since it started, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager

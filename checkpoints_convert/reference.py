@@ -1,0 +1,242 @@
+"""The PyTorch side of a comparison, one stage at a time: transformers' modules under a published checkpoint's weights.
+
+What stands for the original code at each stage:
+    pixels              PIL (convert to RGB) and transformers' CLIPImageProcessor; EXIF orientation is ignored
+    vision.embeddings   transformers' InternVLVisionEmbeddings
+    vision.layers.N     transformers' InternVLVisionLayer (rms_norm, use_qk_norm, eager attention)
+    features            hidden_states[select_layer], InternVLModel.pixel_shuffle (v1: its last transpose undone)
+    projector           torch.nn LayerNorm, Linear, GELU, Linear
+    text.embeddings     torch.nn.functional.embedding; rows of image tokens are overwritten
+    text.layers.N       transformers' LlamaDecoderLayer under LlamaRotaryEmbedding and create_causal_mask
+    text.norm, logits   transformers' LlamaRMSNorm, torch.nn.functional.linear
+Everything is float32, weights upcast. This file reads config.json and key names itself and shares nothing with the
+code that it judges; the tests hold it to hidden states that the original InternVL code computed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import CLIPImageProcessorPil, InternVLVisionConfig, LlamaConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLVisionEmbeddings, InternVLVisionLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+Stage = Callable[[np.ndarray], np.ndarray]
+
+# OpenGVLab's names -> transformers', inside the embeddings and inside a layer (qkv is split besides).
+_VISION_NAMES = (
+    (r"^class_embedding$", "cls_token"),
+    (r"^position_embedding$", "position_embeddings"),
+    (r"^patch_embedding\.", "patch_embeddings.projection."),
+    (r"^attn\.proj\.", "attention.projection_layer."),
+    (r"^attn\.", "attention."),
+    (r"^ls([12])$", r"lambda_\1"),
+    (r"^norm1\.", "layernorm_before."),
+    (r"^norm2\.", "layernorm_after."),
+)
+_PROJECTOR_NAMES = ((r"^layer_norm\.", "0."), (r"^linear_1\.", "1."), (r"^linear_2\.", "3."))
+
+
+class Reference:
+    """The reference model of one published config.json.
+
+    keys: the names of the checkpoint's tensors (of the layout's current form). read: name -> its values.
+    A method that has weights reads them and returns the function that holds them: drop it to free them.
+    Arrays are float32: pixels [1,3,S,S], hidden states [1,T,D].
+    """
+
+    def __init__(self, directory: Path, keys: list[str], read: Callable[[str], np.ndarray]):
+        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        self._keys, self._read, self._directory = keys, read, directory
+        layout = raw["model_type"]
+        self._native = layout == "internvl"  # transformers' own layout
+        self._prefixes = {
+            "internvl_chat": ("vision_model.", "mlp1.", "language_model."),
+            "internvl": ("vision_tower.", "multi_modal_projector.", "language_model."),
+            "intern_vit_6b": ("", None, None),
+            "llama": (None, None, ""),
+        }[layout]
+        self._vision: Any = None
+        self._text: Any = None
+        select = -1
+        if layout == "internvl":
+            self._vision = InternVLVisionConfig.from_dict(raw["vision_config"])
+            self._text, select = LlamaConfig.from_dict(raw["text_config"]), raw.get("vision_feature_layer", -1)
+            self._ps_version = "v2"
+            # transformers 5 ties by the outer flag.
+            self._text.tie_word_embeddings = raw.get("tie_word_embeddings", self._text.tie_word_embeddings)
+        elif layout == "internvl_chat":
+            self._vision, select = _vision_config(raw["vision_config"]), raw.get("select_layer", -1)
+            self._text, self._ps_version = LlamaConfig.from_dict(raw["llm_config"]), raw.get("ps_version", "v1")
+        elif layout == "intern_vit_6b":
+            self._vision = _vision_config(raw)
+        else:
+            self._text = LlamaConfig.from_dict(raw)
+        for config in (self._vision, self._text):
+            if config is not None:
+                config._attn_implementation = "eager"
+        if self._vision is not None:
+            self.num_vision_layers = range(self._vision.num_hidden_layers + 1)[select]
+            self._ratio = raw.get("downsample_ratio", 0.5)
+            self._size = raw.get("force_image_size") or self._vision.image_size[0]
+            self._pad_to_square = raw.get("pad2square", False)
+            # The original passes the config's eps on to q_norm and k_norm; transformers' module does not.
+            self._qk_norm_eps = None if self._native else self._vision.layer_norm_eps
+        self.num_text_layers = 0 if self._text is None else self._text.num_hidden_layers
+
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """Pixel values of one picture [1,3,S,S], as the evaluation scripts make them."""
+        values = json.loads((self._directory / "preprocessor_config.json").read_text(encoding="utf-8"))
+        rgb = picture.convert("RGB")
+        if self._pad_to_square:
+            side = max(rgb.size)
+            square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in values["image_mean"]))
+            square.paste(rgb, ((side - rgb.width) // 2, (side - rgb.height) // 2))
+            rgb = square
+        # The scripts resize to S x S before the processor, whose own resize and crop then change nothing.
+        processor = CLIPImageProcessorPil(
+            size={"height": self._size, "width": self._size},
+            do_center_crop=False,
+            image_mean=values["image_mean"],
+            image_std=values["image_std"],
+        )
+        return processor(rgb, return_tensors="np")["pixel_values"]
+
+    def vision_embeddings(self) -> Stage:
+        """pixels [1,3,S,S] -> [1,1+P,D]."""
+        state = _rename(self._state(f"{self._prefixes[0]}embeddings."), _VISION_NAMES)
+        return _run(_module(lambda: InternVLVisionEmbeddings(self._vision), state))
+
+    def vision_layer(self, layer: int) -> Stage:
+        """[1,1+P,D] -> [1,1+P,D]."""
+        state = self._state(f"{self._prefixes[0]}encoder.{'layer' if self._native else 'layers'}.{layer}.")
+        for kind in ("weight", "bias"):
+            if f"attn.qkv.{kind}" in state:
+                parts = state.pop(f"attn.qkv.{kind}").chunk(3)
+                state.update({f"attention.{n}_proj.{kind}": part for n, part in zip("qkv", parts)})
+        module: Any = _module(lambda: InternVLVisionLayer(self._vision), _rename(state, _VISION_NAMES))
+        if self._qk_norm_eps is not None:
+            for norm in (module.attention.q_norm, module.attention.k_norm):
+                norm.variance_epsilon = self._qk_norm_eps
+        return _run(module)
+
+    def features(self) -> Stage:
+        """[1,1+P,D] -> [1,P*ratio**2,D/ratio**2], without the class token."""
+
+        def fold(x: torch.Tensor) -> torch.Tensor:
+            side = round((x.shape[1] - 1) ** 0.5)
+            grid = x[:, 1:].reshape(x.shape[0], side, side, -1)
+            folded = InternVLModel.pixel_shuffle(None, grid, scale_factor=self._ratio)
+            if self._ps_version == "v1":
+                folded = folded.transpose(1, 2)
+            return folded.reshape(x.shape[0], -1, folded.shape[-1])
+
+        return _run(fold)
+
+    def projector(self) -> Stage:
+        """[1,P,E] -> [1,P,D]."""
+        state = _rename(self._state(self._prefixes[1]), _PROJECTOR_NAMES)
+        outputs, inputs = state["1.weight"].shape
+
+        def build() -> nn.Module:
+            return nn.Sequential(
+                nn.LayerNorm(inputs), nn.Linear(inputs, outputs), nn.GELU(), nn.Linear(outputs, outputs)
+            )
+
+        return _run(_module(build, state))
+
+    def text_embeddings(self, ids: np.ndarray, image_token_id: int | None) -> Callable[[np.ndarray | None], np.ndarray]:
+        """ids [T]; visual tokens [1,P,D] or None -> [1,T,D]."""
+        table = self._tensor(f"{self._prefixes[2]}model.embed_tokens.weight")
+
+        def embed(features: np.ndarray | None) -> np.ndarray:
+            x = nn.functional.embedding(torch.from_numpy(ids).long(), table).numpy().copy()
+            if features is not None:
+                x[ids == image_token_id] = features.reshape(-1, x.shape[-1])
+            return x[None]
+
+        return embed
+
+    def text_layer(self, layer: int) -> Stage:
+        """[1,T,D] -> [1,T,D], at positions 0 to T-1."""
+        state = self._state(f"{self._prefixes[2]}model.layers.{layer}.")
+        module = _module(lambda: LlamaDecoderLayer(self._text, layer), state)
+        rotary = LlamaRotaryEmbedding(self._text)
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            positions = torch.arange(x.shape[1])[None]
+            mask = create_causal_mask(self._text, x, attention_mask=None, past_key_values=None, position_ids=positions)
+            return module(x, attention_mask=mask, position_embeddings=rotary(x, positions))
+
+        return _run(run)
+
+    def text_norm(self) -> Stage:
+        """[1,T,D] -> [1,T,D]."""
+        state = self._state(f"{self._prefixes[2]}model.norm.")
+        return _run(_module(lambda: LlamaRMSNorm(self._text.hidden_size, self._text.rms_norm_eps), state))
+
+    def logits(self) -> Stage:
+        """[1,T,D] -> [1,T,V]."""
+        tied = self._text.tie_word_embeddings
+        head = self._tensor(f"{self._prefixes[2]}{'model.embed_tokens' if tied else 'lm_head'}.weight")
+        return _run(lambda x: nn.functional.linear(x, head))
+
+    def _tensor(self, key: str) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self._read(key).astype(np.float32)))
+
+    def _state(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {key[len(prefix) :]: self._tensor(key) for key in self._keys if key.startswith(prefix)}
+
+
+def _vision_config(raw: dict[str, Any]) -> InternVLVisionConfig:
+    """OpenGVLab's intern_vit_6b configuration, its defaults included, under transformers' names."""
+    return InternVLVisionConfig(
+        hidden_size=raw["hidden_size"],
+        num_hidden_layers=raw["num_hidden_layers"],
+        num_attention_heads=raw["num_attention_heads"],
+        intermediate_size=raw["intermediate_size"],
+        image_size=raw["image_size"],
+        patch_size=raw.get("patch_size", 14),
+        num_channels=raw.get("num_channels", 3),
+        hidden_act=raw.get("hidden_act", "gelu"),
+        norm_type=raw.get("norm_type", "rms_norm"),
+        layer_norm_eps=raw.get("layer_norm_eps", 1e-6),
+        use_qk_norm=raw.get("qk_normalization", True),
+        attention_bias=raw.get("qkv_bias", False),
+    )
+
+
+def _rename(state: dict[str, torch.Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
+    renamed = {}
+    for key, value in state.items():
+        for pattern, replacement in names:
+            key, changed = re.subn(pattern, replacement, key)
+            if changed:
+                break
+        renamed[key] = value
+    return renamed
+
+
+def _module(build: Callable[[], nn.Module], state: dict[str, torch.Tensor]) -> nn.Module:
+    """A module that holds these very tensors: built without memory of its own, every name required."""
+    with torch.device("meta"):
+        module = build()
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval()
+
+
+def _run(function: Callable[[torch.Tensor], torch.Tensor]) -> Stage:
+    def run(x: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return function(torch.from_numpy(np.ascontiguousarray(x))).numpy()
+
+    return run
