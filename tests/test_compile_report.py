@@ -25,9 +25,10 @@ def compile_report():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A directory with the config.json of a small V1-1: 5 vision heads, 8 language heads of 128."""
-    full = PRESETS["internvl_chat_v1_1"]()
+    """A directory with the config.json of a small V1-1: 224 pixels, 5 vision heads, 8 language heads of 128."""
+    full = replace(PRESETS["internvl_chat_v1_1"](), image_size=224)
     vision = replace(full.vision, hidden_size=640, num_attention_heads=5, intermediate_size=512, num_hidden_layers=6)
+    vision = replace(vision, image_size=224)
     projector = replace(full.projector, in_features=4 * 640, out_features=WIDTH)
     text = replace(
         full.text,
@@ -92,8 +93,8 @@ def test_prefill_and_encode_figures(generated):
     assert per_layer.pop("all-reduce") == 2
     assert not any(per_layer.values())
 
-    layer = 2 * 1025 * (4 * 640**2 + 2 * 640 * 512) + 4 * 1025**2 * 640
-    ends = 2 * 1024 * 3 * 14**2 * 640 + 2 * 256 * (4 * 640 + WIDTH) * WIDTH
+    layer = 2 * 257 * (4 * 640**2 + 2 * 640 * 512) + 4 * 257**2 * 640
+    ends = 2 * 256 * 3 * 14**2 * 640 + 2 * 64 * (4 * 640 + WIDTH) * WIDTH
     assert encode.ideal_flops_per_chip == 2 * (3 * layer + ends) / 4  # select_layer -4: 3 of 6 layers run
     # 5 heads padded to 8, and the unsplit patch embedding on every chip.
     assert 1 < encode.flops_per_chip / encode.ideal_flops_per_chip < 2
@@ -129,11 +130,26 @@ def test_what_does_not_fit_is_a_result_with_advice_that_holds(compile_report, sm
     assert not compile_report.report(replace(load, batch=number * 103 // 100), "decode").fits
 
 
+def test_quantized_weights_and_cache(compile_report, small, generated):
+    plain, _, parts = generated
+    load = compile_report.make_workload(
+        small, topology="v5e-4", mesh="tensor=4", batch=2, length=1024, quantize="int8", cache_dtype="int8"
+    )
+    done = compile_report.report(load, "decode")
+    assert (done.quantize, done.cache_dtype) == ("int8", "int8")
+    # Bytes instead of pairs of bytes, and scales: one per output channel, one per token and head.
+    assert 0.5 < done.hbm_bytes["parameters"] / parts["decode"].hbm_bytes["parameters"] < 0.65
+    assert 0.5 < compile_report.state_bytes(load) / compile_report.state_bytes(plain) < 0.55
+    assert done.hbm_bytes["peak"] < 0.75 * parts["decode"].hbm_bytes["peak"]
+    assert done.flops_per_chip == parts["decode"].flops_per_chip
+    assert any("int8 weights, int8 cache" in line for line in compile_report.lines(done))
+
+
 def test_images_over_all_chips_need_no_sums(compile_report, small):
     load = compile_report.make_workload(small, topology="v5e-4", mesh="tensor=4", batch=4, vision="data")
     done = compile_report.report(load, "encode")
     assert not any(one["count_per_layer"] for one in done.collectives)
-    assert done.flops_per_chip / done.ideal_flops_per_chip < 1.1  # no padded heads; keys are padded to whole tiles
+    assert done.flops_per_chip == done.ideal_flops_per_chip  # no padded heads
 
 
 def test_two_devices_of_a_chip_count_together(compile_report, small):
@@ -259,22 +275,33 @@ def test_plan(compile_report, small):
     assert {one.mesh for one in ranked} == {"tensor=4", "data=2,tensor=2", "data=4"}
     assert ranked[0].mesh == "tensor=4"  # every chip reads its share of the weights only
     assert all(one.batch == 4 and one.parameter_bytes < one.resident_bytes for one in ranked)
+
     free = plan.candidates({**asked, "batch": None})[0]
+    load = compile_report.make_workload(**{**asked, "mesh": free.mesh, "batch": free.batch})
+    assert free.resident_bytes == compile_report.param_bytes(load, load.params) + compile_report.state_bytes(load)
     assert free.resident_bytes <= 15.75 * GIB < free.parameter_bytes + 2 * (free.resident_bytes - free.parameter_bytes)
 
+
+def test_plan_compiles_what_it_recommends(compile_report):
     said = []
-    made = plan.plan(asked, said.append)
+    made = plan.plan({"preset": "nano", "topology": "v5e-4", "length": 128, "batch": 4}, said.append)
     assert made.recommended.fits
-    assert made.recommended.batch == 4
+    assert (made.recommended.batch, made.recommended.program) == (4, "generate")
     assert any("compiling prefill" in line for line in said)
     assert f"--mesh {made.recommended.mesh} --batch 4" in plan.lines(made)[-1]
 
 
 def test_plan_where_nothing_fits(compile_report):
-    made = plan.plan({"preset": "internvl_chat_v1_1", "topology": "v6e-1", "length": 2048})
+    full = {"preset": "internvl_chat_v1_1", "topology": "v6e-1", "length": 2048}
+    made = plan.plan({**full, "quantize": None})
     assert made.recommended is None
-    assert "35.0 GiB" in plan.lines(made)[1].replace("34.92", "35.0")
+    assert "34.92 GiB of parameters: too large" in plan.lines(made)[1]
     assert "larger slice" in plan.lines(made)[-1]
+    # In 8 bits the parameters leave room for half a dozen rows and more.
+    (quantized,) = plan.candidates({**full, "quantize": "int8", "cache_dtype": "int8"})
+    assert quantized.batch >= 8
+    with pytest.raises(MeshError, match="use a multiple of 32 rows"):
+        plan.candidates({**full, "topology": "v5e-256", "batch": 8})
 
 
 def test_command(compile_report, small, capsys):

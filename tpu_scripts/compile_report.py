@@ -28,6 +28,7 @@ from internvl_jax import generate, sharding
 from internvl_jax.config import PRESETS, ChatConfig
 from internvl_jax.loading import abstract_for_running
 from internvl_jax.models.layers import Params, fit_spec
+from internvl_jax.quantize import quantize_params
 from internvl_jax.sampling import GenerationConfig, make_settings
 from tpu_scripts import hlo
 from tpu_scripts.chips import DIE_TO_DIE, GIB, Topology, parse_topology
@@ -47,7 +48,9 @@ class Workload:
     batch: int  # rows, and images: one per row
     length: int  # slots of the cache: tokens of prompt and answer
     prompt: int  # tokens that prefill reads
-    dtype: Any
+    dtype: Any  # of computation
+    cache_dtype: Any
+    quantize: str | None  # weights: a name of quantize.SCHEMES
 
     @property
     def image_axes(self) -> tuple[str, ...]:
@@ -94,14 +97,17 @@ def _prefill_arguments(load: Workload) -> tuple[Any, ...]:
     return load.params, ShapeDtype(shape, jnp.int32), ShapeDtype(shape, bool), features, token, settings
 
 
+def _prefill_settings(load: Workload) -> dict[str, Any]:
+    return {"config": load.config, "slots": load.length, "dtype": load.dtype, "cache_dtype": load.cache_dtype}
+
+
 def _prefill(load: Workload) -> jax.stages.Lowered:
-    return generate._prefill.lower(*_prefill_arguments(load), config=load.config, slots=load.length, dtype=load.dtype)
+    return generate._prefill.lower(*_prefill_arguments(load), **_prefill_settings(load))
 
 
 def _state(load: Workload) -> generate.DecodeState:
     """What prefill leaves and decoding goes on with, laid out as prefill lays it out."""
-    step = partial(generate.prefill_step, config=load.config, slots=load.length, dtype=load.dtype)
-    state = jax.eval_shape(step, *_prefill_arguments(load))
+    state = jax.eval_shape(partial(generate.prefill_step, **_prefill_settings(load)), *_prefill_arguments(load))
 
     def place(leaf: Any, spec: P) -> Any:
         where = NamedSharding(load.mesh, fit_spec(spec, leaf.shape, load.mesh.shape))
@@ -193,6 +199,8 @@ class Report:
     length: int
     prompt: int
     dtype: str
+    cache_dtype: str
+    quantize: str | None
     # Bytes per chip: arguments, outputs, temporaries, aliased (outputs that are arguments' buffers), peak, parameters.
     hbm_bytes: dict[str, int | None]
     hbm_capacity_bytes: int
@@ -222,17 +230,20 @@ def make_workload(
     prompt: int | None = None,
     vision: str | None = None,
     dtype: str = "bfloat16",
+    cache_dtype: str | None = None,
+    quantize: str | None = None,
 ) -> Workload:
     """Check what was asked for, and describe the devices.
 
     preset: a name of config.PRESETS, or a directory with a config.json. topology: see chips.parse_topology.
     mesh: as sharding.make_mesh takes it; None: the largest tensor axis, the rest on data. prompt: None for all of
         length.
-    vision: "tensor" or "data"; None: sharding's default.
+    vision: "tensor" or "data"; None: sharding's default. dtype: of computation; cache_dtype: None for the same.
+    quantize: "int8" or "int4" weights.
     Raises ValueErrors that list the legal choices, ImportError without libtpu.
     """
     place = parse_topology(topology)
-    config = _config(preset)
+    config = config_of(preset)
     if batch < 1:
         raise ValueError(f"a batch has at least one row, not {batch}")
     prompt = length if prompt is None else prompt
@@ -250,11 +261,13 @@ def make_workload(
         )
     sharding.validate_mesh(config, over, batch)
     spread = sharding.default_vision_mode(over) if vision is None else vision
-    params = abstract_params(config, over, spread, jnp.dtype(dtype))
-    return Workload(config, place, over, spread, params, batch, length, prompt, jnp.dtype(dtype))
+    kept = jnp.dtype(cache_dtype or dtype)
+    params = abstract_params(config, over, spread, jnp.dtype(dtype), quantize)
+    return Workload(config, place, over, spread, params, batch, length, prompt, jnp.dtype(dtype), kept, quantize)
 
 
-def _config(preset: str) -> ChatConfig:
+def config_of(preset: str) -> ChatConfig:
+    """A preset's configuration, or that of a directory."""
     if preset in PRESETS:
         return PRESETS[preset]()
     if Path(preset).exists():
@@ -262,9 +275,11 @@ def _config(preset: str) -> ChatConfig:
     raise ValueError(f"preset {preset!r} is neither one of {', '.join(PRESETS)} nor a directory with a config.json")
 
 
-def abstract_params(config: ChatConfig, mesh: Mesh, vision: str, dtype: Any) -> Params:
+def abstract_params(config: ChatConfig, mesh: Mesh, vision: str, dtype: Any, scheme: str | None = None) -> Params:
     """The parameters that running needs, as they lie on the mesh: ShapeDtypeStructs, padded and with shardings."""
     params = _running(config, dtype)
+    if scheme is not None:
+        params = jax.eval_shape(partial(quantize_params, scheme=scheme), params)
     params = jax.eval_shape(lambda tree: sharding.pad_params(tree, config, mesh, vision=vision), params)
     shardings = sharding.param_shardings(params, mesh, vision=vision)
     return jax.tree.map(lambda leaf, where: ShapeDtype(leaf.shape, leaf.dtype, sharding=where), params, shardings)
@@ -327,6 +342,8 @@ def report(load: Workload, program: str) -> Report:
         length=load.length,
         prompt=load.prompt,
         dtype=load.dtype.name,
+        cache_dtype=load.cache_dtype.name,
+        quantize=load.quantize,
         hbm_bytes=memory,
         hbm_capacity_bytes=chip.hbm_bytes,
         fits=compiled is not None,
@@ -494,7 +511,9 @@ def lines(done: Report) -> list[str]:
     )
     if done.prompt != done.length and done.program != "encode":
         head += f", prompt {done.prompt}"
-    text = [f"{head}, {done.dtype}", f"  fits         {'yes' if done.fits else 'NO'}: {used}"]
+    head += f", {done.dtype}" + (f", {done.quantize} weights" if done.quantize else "")
+    head += f", {done.cache_dtype} cache" if done.cache_dtype != done.dtype else ""
+    text = [head, f"  fits         {'yes' if done.fits else 'NO'}: {used}"]
     text += [f"               {line}" for line in done.advice]
     kinds = ("arguments", "parameters", "outputs", "aliased", "temporaries")
     text.append("  HBM          " + ", ".join(f"{kind} {gib(memory[kind])}" for kind in kinds) + " GiB")

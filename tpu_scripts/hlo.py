@@ -319,12 +319,24 @@ def _entry(window: dict[str, str], key: str, place: int, default: int) -> int:
 
 def copies(program: Program, at_least: int) -> list[tuple[Run, int]]:
     """Copies in HBM of arrays of at least that many bytes, with their bytes. In a good program there are none."""
+    # Inside a fusion a copy is how the fusion reads its operand; a fusion that is nothing but a copy is one, unless its
+    # result lies where its operand lay.
+    inside = {
+        name
+        for lines in program.computations.values()
+        for line in lines
+        if line.opcode == "fusion"
+        for name in line.called("calls")
+    }
     found = []
     for run in runs(program):
-        if run.instruction.opcode in ("copy", "copy-start", "transpose") and not run.instruction.shapes[0].on_chip:
-            if run.computation.startswith("fused_computation"):  # read where it lies, by the fusion around it
-                continue
-            size = run.instruction.shapes[0].bytes
-            if size >= at_least:
-                found.append((run, size))
+        line = run.instruction
+        if run.computation in inside or not line.shapes or line.shapes[0].on_chip:
+            continue
+        opcode = line.opcode
+        if opcode == "fusion" and "output_to_operand_aliasing" not in line.attributes:
+            fused = program.computations[line.called("calls")[0]]
+            opcode = next(inner.opcode for inner in fused if inner.is_root)
+        if opcode in ("copy", "copy-start", "transpose") and line.shapes[0].bytes >= at_least:
+            found.append((run, line.shapes[0].bytes))
     return found

@@ -12,6 +12,7 @@ from tpu_scripts.compile_report import (
     PROGRAMS,
     Report,
     Workload,
+    config_of,
     make_workload,
     param_bytes,
     peak_together,
@@ -25,6 +26,13 @@ from tpu_scripts.compile_report import (
 SLICES = ("v5e-4", "v5e-8", "v5e-16", "v5e-256", "v6e-1", "v6e-4", "v6e-8", "v5p-8", "tpu7x")
 LENGTHS = (2048, 4096)
 
+# Weights and cache, in the order in which answers suffer; the first that fits is recommended.
+SCHEMES: tuple[dict[str, Any], ...] = (
+    {},
+    {"quantize": "int8", "cache_dtype": "int8"},
+    {"quantize": "int4", "cache_dtype": "int8"},
+)
+
 Say = Callable[[str], None]
 
 
@@ -33,6 +41,8 @@ class Candidate:
     """A mesh with as many rows as arithmetic allows: parameters and cache fit, temporaries are not known yet."""
 
     mesh: str
+    quantize: str | None
+    cache_dtype: str
     batch: int  # 0 where the parameters alone do not fit
     parameter_bytes: int  # per chip
     resident_bytes: int  # per chip, with the cache of `batch` rows
@@ -65,14 +75,19 @@ def candidates(asked: dict[str, Any]) -> list[Candidate]:
     """
     place = parse_topology(asked["topology"])
     devices = place.chips * place.chip.devices
-    config = make_workload(**{**asked, "mesh": None, "batch": devices}).config
     found = []
-    for tensor in sharding.legal_tensor_sizes(config, devices):
+    tensors = sharding.legal_tensor_sizes(config_of(asked["preset"]), devices)
+    for tensor in tensors:
         data = devices // tensor
         batch = asked.get("batch") or data
         if batch % data == 0:
             load = make_workload(**{**asked, "mesh": f"data={data},tensor={tensor}", "batch": batch})
             found.append(_candidate(load, grow=not asked.get("batch")))
+    if not found:
+        raise sharding.MeshError(
+            f"a batch of {asked['batch']} rows does not divide over {devices} devices, of which {max(tensors)} at most "
+            f"can share a row: use a multiple of {devices // max(tensors)} rows, or a smaller slice"
+        )
     return sorted(found, key=lambda one: one.tokens_per_second, reverse=True)
 
 
@@ -94,6 +109,8 @@ def _candidate(load: Workload, grow: bool) -> Candidate:
     seconds = max((resident - unread) / chip.hbm_bandwidth, compute)
     return Candidate(
         mesh=load.mesh_name,
+        quantize=load.quantize,
+        cache_dtype=load.cache_dtype.name,
         batch=load.batch if fits else 0,
         parameter_bytes=parameters,
         resident_bytes=resident,
@@ -101,21 +118,28 @@ def _candidate(load: Workload, grow: bool) -> Candidate:
     )
 
 
-def plan(asked: dict[str, Any], say: Say = lambda text: None) -> Plan:
+def plan(asked: dict[str, Any], say: Say = lambda text: None, schemes: Sequence[dict[str, Any]] = SCHEMES) -> Plan:
     """The mesh and batch with the highest bound on tokens per second among those that the compiler says fit.
 
-    asked: make_workload's arguments but mesh, batch optional. say: is told what is being compiled.
+    asked: make_workload's arguments but mesh, batch optional. schemes: quantizations to try, one after the other until
+    something fits, unless `asked` names one. say: is told what is being compiled.
     """
-    ranked = candidates(asked)
+    if "quantize" in asked or "cache_dtype" in asked:
+        schemes = ({},)
+    listed: list[Candidate] = []
     best = None
-    for candidate in ranked:
-        if best is not None and candidate.tokens_per_second <= best.throughput_bound["value"]:
-            break  # arithmetic bounds are never below compiled ones
-        if candidate.batch:
-            done = _largest(asked, candidate, say)
+    for scheme in schemes:
+        ranked = candidates({**asked, **scheme})
+        listed += ranked
+        for candidate in ranked:
+            if best is not None and candidate.tokens_per_second <= _rate(best):
+                break  # what is compiled is never faster than its arithmetic
+            done = _largest({**asked, **scheme}, candidate, say) if candidate.batch else None
             if done is not None and (best is None or _rate(done) > _rate(best)):
                 best = done
-    return Plan(parse_topology(asked["topology"]).name, asked["length"], tuple(ranked), best)
+        if best is not None:
+            break
+    return Plan(parse_topology(asked["topology"]).name, asked["length"], tuple(listed), best)
 
 
 def _rate(done: Report) -> float:
@@ -160,31 +184,48 @@ def lines(made: Plan) -> list[str]:
             size += f", at most {one.tokens_per_second:,.0f} tokens/s"
         else:
             size += ": too large"
-        text.append(f"  {one.mesh:<20} {size}")
+        text.append(f"  {one.mesh:<20} {_scheme_name(one):<22} {size}")
     if made.recommended is None:
         return [*text, "nothing fits: take a larger slice, fewer rows or a shorter context"]
     best = made.recommended
     used = f"{best.hbm_bytes['peak'] / GIB:.2f} of {best.hbm_capacity_bytes / GIB:.2f} GiB"
-    return [*text, "", f"recommended: --mesh {best.mesh} --batch {best.batch} (compiled: {used} per chip)"]
+    flags = f"--mesh {best.mesh} --batch {best.batch}"
+    flags += f" --quantize {best.quantize}" if best.quantize else ""
+    flags += f" --cache-dtype {best.cache_dtype}" if best.cache_dtype != best.dtype else ""
+    return [*text, "", f"recommended: {flags} (compiled: {used} per chip)"]
 
 
-def table(asked: dict[str, Any], topologies: Sequence[str] = SLICES, say: Say = lambda text: None) -> Iterator[str]:
-    """Markdown lines: for each slice the largest batch that fits at each length, compiled, and what it can yield."""
+def _scheme_name(one: Candidate | Report) -> str:
+    return f"{one.quantize or 'plain'} + {one.cache_dtype} cache"
+
+
+def table(
+    asked: dict[str, Any],
+    topologies: Sequence[str] = SLICES,
+    say: Say = lambda text: None,
+    schemes: Sequence[dict[str, Any]] = SCHEMES[:2],
+) -> Iterator[str]:
+    """Markdown lines: for each slice and quantization the largest batch that fits, compiled, and what it can yield.
+
+    The figures behind the batches are those of the first length.
+    """
     heads = [f"rows x {length}" for length in LENGTHS]
-    columns = ["slice", "chips", "mesh", "parameters", *heads, "peak", "decode", "prefill", "images"]
+    columns = ["slice", "chips", "weights", "parameters", "mesh", *heads, "peak", "decode", "prefill", "images"]
     yield "| " + " | ".join(columns) + " |"
     yield "|---" * len(columns) + "|"
     for topology in topologies:
-        place = parse_topology(topology)
-        made = [plan({**asked, "topology": topology, "length": length}, say) for length in LENGTHS]
-        best = made[0].recommended
-        size = f"{min(one.parameter_bytes for one in made[0].candidates) / GIB:.1f} GiB"
-        if best is None:
-            cells = ["-", size, *["does not fit"] * len(LENGTHS), "-", "-", "-", "-"]
-        else:
-            rows = [str(one.recommended.batch) if one.recommended else "does not fit" for one in made]
-            peak = f"{best.hbm_bytes['peak'] / GIB:.1f} of {best.hbm_capacity_bytes / GIB:.1f} GiB"
-            rates = {part.program: f"{_rate(part):,.0f}/s" for part in best.parts}
-            cells = [best.mesh, f"{best.hbm_bytes['parameters'] / GIB:.1f} GiB", *rows, peak]
-            cells += [rates["decode"], rates["prefill"], rates["encode"]]
-        yield "| " + " | ".join([topology, str(place.chips), *cells]) + " |"
+        for scheme in schemes:
+            one = {**asked, **scheme, "topology": topology}
+            made = [plan({**one, "length": length}, say, schemes=({},)) for length in LENGTHS]
+            smallest = min(made[0].candidates, key=lambda candidate: candidate.parameter_bytes)
+            cells = [topology, str(parse_topology(topology).chips), one.get("quantize") or one.get("dtype", "bfloat16")]
+            cells.append(f"{smallest.parameter_bytes / GIB:.1f} GiB")
+            rows = [str(each.recommended.batch) if each.recommended else "does not fit" for each in made]
+            best = made[0].recommended
+            if best is None:
+                cells += ["-", *rows, "-", "-", "-", "-"]
+            else:
+                peak = f"{best.hbm_bytes['peak'] / GIB:.1f} of {best.hbm_capacity_bytes / GIB:.1f} GiB"
+                rates = {part.program: f"{_rate(part):,.0f}/s" for part in best.parts}
+                cells += [best.mesh, *rows, peak, rates["decode"], rates["prefill"], rates["encode"]]
+            yield "| " + " | ".join(cells) + " |"
