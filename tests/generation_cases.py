@@ -13,6 +13,8 @@ import numpy as np
 
 RECORDED = Path(__file__).parent / "data" / "beam_transformers_4_37.json"
 PROMPT = 9  # tokens of the longest prompt of a beam case
+IMAGE = 7  # the token that stands for an image's
+NO_END = {"eos_token_ids": ()}
 
 LLAMA = {
     "model_type": "llama",
@@ -67,6 +69,32 @@ def llama_weights(seed, config=None, sharpness=1.0):
         "norm": norm(width),
         "lm_head": {"kernel": normal(width, vocabulary, fan_in=width, scale=1.5 * sharpness)},
     }
+
+
+def tokens_of(seed, *lengths):
+    """Ragged prompts without image tokens: input_ids and mask, right-padded with a token that must not matter."""
+    rng = np.random.RandomState(seed)
+    allowed = np.setdiff1d(np.arange(3, LLAMA["vocab_size"]), [IMAGE])
+    ids = np.full((len(lengths), max(lengths)), 5)
+    mask = np.zeros(ids.shape, int)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = rng.choice(allowed, length)
+        mask[row, :length] = 1
+    return ids, mask
+
+
+def rows_of(ids, mask):
+    return [row[keep > 0].tolist() for row, keep in zip(ids, mask)]
+
+
+def padded(rows, side="left", extra=0):
+    width = max(map(len, rows)) + extra
+    ids = np.full((len(rows), width), IMAGE)  # the worst token to pad with: it must not count as an image's
+    mask = np.zeros(ids.shape, np.int64)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), None) if side == "left" else slice(0, len(row))
+        ids[number, place], mask[number, place] = row, 1
+    return ids, mask
 
 
 def torch_llama(params, config=None):
