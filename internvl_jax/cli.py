@@ -180,6 +180,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--prompt", type=int, metavar="T", help="tokens of the prompt that prefill reads (length)")
     report.add_argument("--vision", metavar="MODE", help="spread the tower by 'tensor' or 'data' (the mesh decides)")
     report.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="default: bfloat16")
+    report.add_argument("--quantize", choices=["int8", "int4"], help="weights of 8 bits, or 4 in the LLM's layers")
+    report.add_argument("--cache-dtype", choices=["int8"], help="keys and values of what was read in 8 bits")
     report.add_argument("--plan", action="store_true", help="choose mesh and batch for the slice")
     report.add_argument("--table", action="store_true", help="plan for all usual slices, or T,T,...; Markdown (slow)")
     report.add_argument("--json", action="store_true", help="print one JSON object")
@@ -337,7 +339,7 @@ def _parity(args: argparse.Namespace) -> int:
 
 
 def _compile_report(args: argparse.Namespace) -> int:
-    names = ("preset", "topology", "batch", "length", "prompt", "vision", "dtype")
+    names = ("preset", "topology", "batch", "length", "prompt", "vision", "dtype", "quantize", "cache_dtype")
     asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if (args.plan or args.table) and args.mesh:
         raise ValueError("--plan and --table choose the mesh: leave --mesh out, or both of them")
