@@ -1,6 +1,8 @@
 """Models on meshes of eight virtual CPU devices against one device. Run by test_sharding.py, in a process of its own:
 the number of devices is fixed when jax starts."""
 
+import contextlib
+import dataclasses
 from functools import cache, partial
 
 import jax
@@ -12,6 +14,7 @@ from internvl_jax import generate, sharding
 from internvl_jax.config import ChatConfig, ProjectorConfig, TextConfig, VisionConfig
 from internvl_jax.generate import GenerationConfig, Generator
 from internvl_jax.models import chat_model
+from internvl_jax.models.attention import implementation
 from internvl_jax.sharding import IMAGE_AXES, make_mesh
 
 IMAGE = 3  # the token at which images stand
@@ -63,6 +66,11 @@ def params_of(config: ChatConfig):
     return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
 
 
+def place(config: ChatConfig, mesh, **options):
+    """The same on a mesh: of a copy, since placing may use up what it is given."""
+    return sharding.place_params(jax.tree.map(jnp.copy, params_of(config)), config, mesh, **options)
+
+
 @cache
 def batch_of(config: ChatConfig, rows: int):
     """Prompts [rows,12], the last one short, one image in each; pixels [rows,3,56,56]; valid [rows,12]."""
@@ -79,7 +87,8 @@ def loss_of(params, ids, pixels, valid, *, config):
     logits, _ = chat_model.forward(params, config, ids, pixels, valid, image_token_id=IMAGE)
     log_probabilities = jax.nn.log_softmax(logits[:, :-1])
     picked = jnp.take_along_axis(log_probabilities, ids[:, 1:, None], axis=-1)[..., 0]
-    return -jnp.sum(picked * valid[:, 1:]) / valid[:, 1:].sum(), logits
+    counted = valid[:, :-1] & valid[:, 1:]  # what padding predicts means nothing
+    return -jnp.sum(picked * counted) / counted.sum(), logits
 
 
 def run(params, config, rows, mesh=None):
@@ -117,7 +126,7 @@ def assert_close(actual, expected, tolerance, what):
 def test_mesh_equals_one_device(mesh_spec, vision_heads, kv_heads):
     config, rows = config_of(vision_heads, kv_heads), 8
     mesh = make_mesh(mesh_spec, config=config)
-    params = sharding.place_params(params_of(config), config, mesh)
+    params = place(config, mesh)
     ((loss, logits), gradients), tokens = reference(config, rows)
 
     (mesh_loss, mesh_logits), mesh_gradients = run(params, config, rows, mesh)
@@ -138,13 +147,49 @@ def test_mesh_equals_one_device(mesh_spec, vision_heads, kv_heads):
     np.testing.assert_array_equal(answers(params, config, 3, mesh=mesh), tokens)
 
 
+def test_kernels_on_a_mesh():
+    """Kernels (interpreted) on each device's rows and heads: loss, gradients and greedy tokens of one device's XLA."""
+    config = config_of(5, 2)
+    config = dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, num_hidden_layers=1),
+        text=dataclasses.replace(config.text, num_hidden_layers=1, max_position_embeddings=256),
+    )
+    mesh = make_mesh("data=2,tensor=2", config=config)
+    rng = np.random.RandomState(5)
+    ids = rng.randint(4, config.text.vocab_size, (2, 128)).astype(np.int32)
+    ids[:, 100 : 100 + config.tokens_per_image] = IMAGE
+    valid = np.ones(ids.shape, bool)
+    valid[0, :70] = False
+    pixels = rng.randn(2, 3, 56, 56).astype(np.float32)
+    placed = place(config, mesh)
+    results = []
+    for params, where, program in ((params_of(config), None, "xla"), (placed, mesh, "pallas")):
+        with implementation(program), contextlib.nullcontext() if where is None else jax.set_mesh(where):
+            loss = jax.jit(jax.value_and_grad(partial(loss_of, config=config), has_aux=True))
+            (value, _), gradients = loss(params, ids, None, valid)
+        generator = Generator(config, params, dtype=jnp.float32, image_token_id=IMAGE, mesh=where)
+        gen = GenerationConfig(max_new_tokens=100)  # a cache of 256 slots
+        with implementation(program):
+            state = generator.prefill(ids, valid.astype(int), generator.encode(pixels), gen)
+            tokens, _, _ = generator.read(generator.decode(state, 3))
+        results.append((value, sharding.unpad_params(gradients, config), tokens))
+    (expected_loss, expected_gradients, expected_tokens), (value, gradients, tokens) = results
+    assert_close(value, expected_loss, 1e-4, "loss")
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    for (path, leaf), expected in zip(leaves, jax.tree.leaves(expected_gradients)):
+        assert_close(leaf, expected, 1e-4, f"gradient of {sharding.path_of(path)}")
+    assert tokens == expected_tokens
+    assert [len(row) for row in tokens] == [4, 4]
+
+
 @pytest.mark.parametrize("mesh_spec", ["tensor=8", "data=2,fsdp=2,tensor=2"])
 def test_images_over_all_devices(mesh_spec):
     config = config_of(5, 2)
     mesh = make_mesh(mesh_spec, config=config)
     pixels = batch_of(config, 3)[1]
     single = Generator(config, params_of(config), dtype=jnp.float32, image_token_id=IMAGE).encode(pixels)
-    params = sharding.place_params(params_of(config), config, mesh, vision="data")
+    params = place(config, mesh, vision="data")
     generator = Generator(
         config, params, dtype=jnp.float32, image_token_id=IMAGE, mesh=mesh, image_axes=IMAGE_AXES["data"]
     )
@@ -160,7 +205,7 @@ def test_one_row_on_every_mesh_axis(num_beams):
     ids, pixels, _ = batch_of(config, 1)
     gen = GenerationConfig(max_new_tokens=6, num_beams=num_beams, temperature=0.7 if num_beams == 1 else 0.0, seed=(5,))
     results = []
-    placed = sharding.place_params(params_of(config), config, mesh)
+    placed = place(config, mesh)
     for params, where in ((params_of(config), None), (placed, mesh)):
         generator = Generator(config, params, dtype=jnp.float32, image_token_id=IMAGE, mesh=where)
         results.append(generator.generate(ids, None, generator.encode(pixels), gen)[0])
@@ -173,7 +218,7 @@ def test_one_row_on_every_mesh_axis(num_beams):
 def test_parameters_come_back_unchanged():
     config = config_of(25, 8)
     mesh = make_mesh("fsdp=2,tensor=4")
-    placed = sharding.place_params(params_of(config), config, mesh)
+    placed = place(config, mesh)
     kernel = placed["vision_model"]["layers"]["attn"]["qkv"]["kernel"]
     assert kernel.shape[-2] == 28
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 50, 3, 7, 4)
@@ -188,7 +233,7 @@ def test_parameters_come_back_unchanged():
 def test_decode_compiles_once():
     config = config_of(5, 2)
     mesh = make_mesh("data=2,tensor=4", config=config)
-    params = sharding.place_params(params_of(config), config, mesh)
+    params = place(config, mesh)
     generator = Generator(config, params, dtype=jnp.float32, image_token_id=IMAGE, mesh=mesh)
     ids, pixels, valid = batch_of(config, 3)
     before = generate._decode._cache_size()
