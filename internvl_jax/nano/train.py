@@ -2,10 +2,10 @@
 
     python -m internvl_jax.nano.train --out DIR
 
-Two stages, as V1-1 had. First the tower and the projector, against labels of what is in the picture, which one linear
-layer reads off the visual tokens: learning to see through the language model's few answer tokens takes many times as
-long. Then projector and language model on questions and answers, the tower frozen and the labels still helping. The
-linear layer is not part of the model.
+Three stages, of which the first two train what V1-1's did. First the tower and the projector, against labels of what is
+in the picture, which a linear layer reads off the visual tokens: learning to see through the language model's few
+answer tokens takes many times as long. Then projector and language model on questions and answers, the tower frozen.
+Then everything together. The labels help to the end; the linear layer is not part of the model.
 
 Deterministic: a batch is a function of its step's number. Resumable: a run that is killed goes on from its last
 checkpoint when the same command is given again, with the same result.
@@ -51,16 +51,26 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in th
 class Recipe:
     """Settings of a run; the defaults made the shipped model."""
 
-    vision_steps: int = 1400  # of the first stage
-    steps: int = 3800  # of both
+    stages: tuple[tuple[str, int], ...] = (("see", 1400), ("answer", 2400), ("together", 500))  # names and steps
     batch: int = 64
     length: int = 84  # tokens per row; four questions about a picture take at most 82
     learning_rate: float = 1.5e-3
     warmup: int = 100
-    label_weight: float = 0.5  # of the first stage's loss in the second
+    label_weight: float = 0.5  # of the first stage's loss in the later ones
     weight_decay: float = 0.05
     clip: float = 1.0
     checkpoint_every: int = 100
+
+    @property
+    def steps(self) -> int:
+        return sum(steps for _, steps in self.stages)
+
+    def stage_at(self, step: int) -> tuple[str, int, int]:
+        """The stage of a step: its name, its first step and how many it has."""
+        ends = np.cumsum([steps for _, steps in self.stages])
+        number = min(int(np.searchsorted(ends, step, side="right")), len(ends) - 1)
+        name, steps = self.stages[number]
+        return name, int(ends[number]) - steps, steps
 
 
 class Batch(flax.struct.PyTreeNode):
@@ -181,18 +191,17 @@ def loss_fn(
     return answers + label_weight * seen_loss, jnp.sum(right) / jnp.sum(weights)
 
 
-FROZEN = {False: ("language_model",), True: ("vision_model",)}  # by whether answers are trained
+FROZEN = {"see": ("language_model",), "answer": ("vision_model",), "together": ()}
 
 
-def split(params: Params, answers: bool) -> tuple[Params, Params]:
+def split(params: Params, stage: str) -> tuple[Params, Params]:
     """What the stage trains, and what it leaves alone."""
-    frozen = {name: params[name] for name in FROZEN[answers]}
+    frozen = {name: params[name] for name in FROZEN[stage]}
     return {name: part for name, part in params.items() if name not in frozen}, frozen
 
 
-def make_optimizer(recipe: Recipe, answers: bool) -> optax.GradientTransformation:
-    """A stage's AdamW with warm-up, cosine decay and clipping; matrices only are decayed."""
-    steps = recipe.steps - recipe.vision_steps if answers else recipe.vision_steps
+def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
+    """AdamW for a stage of that many steps, with warm-up, cosine decay and clipping; matrices only are decayed."""
     peak = recipe.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, recipe.warmup, steps, 0.02 * peak)
     # Stacked vectors have two axes; layer scales are the only such leaves without "scale" or "bias" in their names.
@@ -207,7 +216,7 @@ def make_optimizer(recipe: Recipe, answers: bool) -> optax.GradientTransformatio
 
 @partial(
     jax.jit,
-    static_argnames=("recipe", "config", "image_token_id", "answers"),
+    static_argnames=("recipe", "config", "image_token_id", "stage"),
     donate_argnames=("trained", "opt_state"),
 )
 def train_step(
@@ -219,13 +228,14 @@ def train_step(
     recipe: Recipe,
     config: ChatConfig,
     image_token_id: int,
-    answers: bool,
+    stage: tuple[str, int],
 ) -> tuple[Params, Any, Array, Array]:
-    """One optimizer step; `answers`: of the second stage. Returns trained, optimizer state, loss and accuracy."""
-    weight = recipe.label_weight if answers else None
+    """One optimizer step of a stage (name, steps). Returns trained, optimizer state, loss and accuracy."""
+    name, steps = stage
+    weight = None if name == "see" else recipe.label_weight
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, accuracy), grads = grad_fn(trained, frozen, batch, config, image_token_id, weight)
-    updates, opt_state = make_optimizer(recipe, answers).update(grads, opt_state, trained)
+    updates, opt_state = make_optimizer(recipe, steps).update(grads, opt_state, trained)
     return optax.apply_updates(trained, updates), opt_state, loss, accuracy
 
 
@@ -242,10 +252,10 @@ def train(
         first = int(state["step"])
         console.print(f"resuming at step {first}")
         params = flax.serialization.from_state_dict(params, state["params"])
-    answers = first >= recipe.vision_steps
-    trained, frozen = split(jax.tree.map(jnp.asarray, params), answers)
-    opt_state = make_optimizer(recipe, answers).init(trained)
-    if first not in (0, recipe.vision_steps):  # each stage starts with a fresh optimizer
+    stage, start_of_stage, steps = recipe.stage_at(first)
+    trained, frozen = split(jax.tree.map(jnp.asarray, params), stage)
+    opt_state = make_optimizer(recipe, steps).init(trained)
+    if first != start_of_stage:  # each stage starts with a fresh optimizer
         opt_state = jax.tree.map(jnp.asarray, flax.serialization.from_state_dict(opt_state, state["opt_state"]))
     last = recipe.steps if stop_at is None else stop_at
     make = partial(make_batch, recipe=recipe, config=config, tokenizer=tokenizer)
@@ -254,10 +264,10 @@ def train(
         coming = pool.submit(make, first)
         start = time.perf_counter()
         for step in range(first, last):
-            if step == recipe.vision_steps and not answers:
-                answers = True
-                trained, frozen = split({**trained, **frozen}, answers)
-                opt_state = make_optimizer(recipe, answers).init(trained)
+            if step == recipe.stage_at(step)[1] and step > first:
+                stage, _, steps = recipe.stage_at(step)
+                trained, frozen = split({**trained, **frozen}, stage)
+                opt_state = make_optimizer(recipe, steps).init(trained)
             batch, coming = coming.result(), pool.submit(make, step + 1)
             trained, opt_state, loss, accuracy = train_step(
                 trained,
@@ -267,11 +277,11 @@ def train(
                 recipe=recipe,
                 config=config,
                 image_token_id=image_token_id,
-                answers=answers,
+                stage=(stage, steps),
             )
             if (step + 1) % 50 == 0 or step + 1 == last:
                 rate = (step + 1 - first) * recipe.batch / (time.perf_counter() - start)
-                what = "answer tokens" if answers else "pictures"
+                what = "pictures" if stage == "see" else "answer tokens"
                 figures = f"loss {float(loss):.3f}, {what} right {float(accuracy):.1%}, {rate:.0f} pictures/s"
                 bar.update(task, figures=figures)
                 if not console.is_terminal:
