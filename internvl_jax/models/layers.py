@@ -72,16 +72,19 @@ def pin_layout(x: Array, spec: P, order: tuple[int, ...]) -> Array:
 
 
 def pin_matrix(kernel: Array | QArray, spec: P) -> Array | QArray:
-    """Have XLA keep a layer's slice of stacked matrices [D,F] as the TPU stores the stack.
+    """Have XLA keep a layer's slice of stacked matrices [D,F] or [D,N,H] as the TPU stores the stack.
 
-    That is with F innermost unless a device's part of F would need padding to whole tiles and D would not. Left alone,
+    [D,F] has F innermost unless a device's part of F would need padding to whole tiles and D would not. Left alone,
     the loop over layers prefers F innermost and copies the stack (two thirds of LLaMA-13B's weights for tensor=8).
+    Of int8 [D,N,H] it would have N outermost, and copy too (q, k and v, 2.9 GiB on one chip).
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or kernel.ndim > 2:  # groups apart
-        return kernel
     if isinstance(kernel, QArray):
-        return kernel.replace(qvalue=pin_matrix(kernel.qvalue, spec))
+        return kernel if kernel.ndim > len(spec) else kernel.replace(qvalue=pin_matrix(kernel.qvalue, spec))
+    if kernel.ndim == 3:
+        return pin_layout(kernel, spec, (0, 1, 2)) if kernel.dtype == jnp.int8 else kernel
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel
     rows, columns = jax.sharding.NamedSharding(mesh, fit_spec(spec, kernel.shape, mesh.shape)).shard_shape(kernel.shape)
     return pin_layout(kernel, spec, (1, 0)) if columns % LANES and not rows % LANES else kernel
 
@@ -134,7 +137,7 @@ class Linear(nn.Module):
 
     The kernel has the axes of the equation's second operand; the bias those of them that reach the output.
     Parameters may be stored in any dtype, or quantized: they are cast to `dtype` where they are used.
-    `split` is a two-axis kernel's place on the mesh where the axis that reaches the output is split.
+    `split` is the place on the mesh of a kernel whose first axis is summed and whose second is split.
     """
 
     eqn: str

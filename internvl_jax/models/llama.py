@@ -37,6 +37,7 @@ PER_HEAD = P(BATCH, None, TENSOR, None)  # [B,T,N,H]
 PER_LAYER_CACHE = P(BATCH, TENSOR, None, None)  # [B,K,S,H]
 CACHE = P(None, *PER_LAYER_CACHE)  # [L,B,K,S,H]
 COLUMNS = P("fsdp", TENSOR)  # kernels [D,F]
+HEADS = P("fsdp", TENSOR, None)  # kernels [D,N,H]
 
 
 class KeysValues(NamedTuple):
@@ -136,9 +137,9 @@ class Attention(nn.Module):
         heads = (cfg.num_attention_heads, cfg.head_dim)
         kv_heads = (cfg.num_key_value_heads, cfg.head_dim)
         bias = cfg.attention_bias
-        q = Linear("BTD,DNH->BTNH", (cfg.hidden_size, *heads), self.dtype, bias, name="q_proj")(x)
-        k = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), self.dtype, bias, name="k_proj")(x)
-        v = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), self.dtype, bias, name="v_proj")(x)
+        q = Linear("BTD,DNH->BTNH", (cfg.hidden_size, *heads), self.dtype, bias, HEADS, name="q_proj")(x)
+        k = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), self.dtype, bias, HEADS, name="k_proj")(x)
+        v = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), self.dtype, bias, HEADS, name="v_proj")(x)
         q, k, v = (constrain(y, PER_HEAD) for y in (q, k, v))
         q, k = apply_rope(q, angles), apply_rope(k, angles)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
