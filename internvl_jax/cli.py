@@ -33,7 +33,7 @@ GENERATION = (
     "stop",
 )
 
-LESS_MEMORY = "try --dtype bfloat16, more devices (--mesh), a shorter --max-new-tokens or fewer beams"
+LESS_MEMORY = "try --dtype bfloat16, --quantize int8, more devices (--mesh), a shorter --max-new-tokens or fewer beams"
 
 INTERACTIVE_HELP = """\
   /image FILE   show the model a picture (several: repeat it, then ask)
@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SPEC",
         help="spread the model over several devices, for example tensor=8 or data=2,tensor=4 (default: one device)",
     )
+    _add_quantize(chat)
     chat.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (1024, if the context has room)")
     chat.add_argument("--temperature", type=float, metavar="X", help="0 (default) always takes the likeliest token")
     chat.add_argument("--top-p", type=float, metavar="X", help="sample from this much of the probability (1: all)")
@@ -133,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("src", type=Path, metavar="SRC", help="the published directory")
     convert.add_argument("dst", type=Path, metavar="DST", help="the directory to write; must not exist")
+    convert.add_argument(
+        "--quantize", choices=["int8", "int4"], help="write weights of 8 bits, or 4 in the LLM's layers"
+    )
+    convert.add_argument(
+        "--force-int4-vision", action="store_true", help="with --quantize int4: the tower too, which ruins InternViT-6B"
+    )
     convert.set_defaults(run=_convert)
 
     export = commands.add_parser(
@@ -180,13 +187,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--prompt", type=int, metavar="T", help="tokens of the prompt that prefill reads (length)")
     report.add_argument("--vision", metavar="MODE", help="spread the tower by 'tensor' or 'data' (the mesh decides)")
     report.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="default: bfloat16")
-    report.add_argument("--quantize", choices=["int8", "int4"], help="weights of 8 bits, or 4 in the LLM's layers")
-    report.add_argument("--cache-dtype", choices=["int8"], help="keys and values of what was read in 8 bits")
+    _add_quantize(report)
     report.add_argument("--plan", action="store_true", help="choose mesh and batch for the slice")
     report.add_argument("--table", action="store_true", help="plan for all usual slices, or T,T,...; Markdown (slow)")
     report.add_argument("--json", action="store_true", help="print one JSON object")
     report.set_defaults(run=_compile_report)
     return parser
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="weights of 8 bits, or 4 in the LLM's layers")
+    parser.add_argument("--cache-dtype", choices=["int8"], help="keys and values of what was read in 8 bits")
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -204,7 +215,14 @@ def _chat(args: argparse.Namespace) -> int:
     generation = {name: value for name in GENERATION if (value := getattr(args, name)) is not None}
     GenerationConfig(**generation)
     with _progress() as progress:
-        chat = load(args.checkpoint, mesh=args.mesh, dtype=args.dtype, progress=progress)
+        chat = load(
+            args.checkpoint,
+            mesh=args.mesh,
+            dtype=args.dtype,
+            quantize=args.quantize,
+            cache_dtype=args.cache_dtype,
+            progress=progress,
+        )
     chat.check_ready()
     options = {"system": args.system, "honour_exif": not args.ignore_exif, **generation}
     if prompt is None:
@@ -308,9 +326,13 @@ def _ask(prompt: str) -> str:
 
 def _convert(args: argparse.Namespace) -> int:
     from checkpoints_convert.convert import convert
+    from internvl_jax.quantize import QuantizeError, Scheme
 
+    if args.force_int4_vision and args.quantize != "int4":
+        raise QuantizeError("--force-int4-vision goes with --quantize int4")
+    scheme = args.quantize and Scheme(args.quantize, args.force_int4_vision)
     with _progress() as progress:
-        report = convert(args.src, args.dst, progress=progress)
+        report = convert(args.src, args.dst, quantize=scheme, progress=progress)
     err.print(report.summary())
     return 0
 
