@@ -2,10 +2,10 @@
 
     python -m internvl_jax.nano.train --out DIR
 
-Three stages, of which the first two train what V1-1's did. First the tower and the projector, against labels of what is
+Two stages, which train what V1-1's did. First the tower and the projector, against labels of what is
 in the picture, which a linear layer reads off the visual tokens: learning to see through the language model's few
 answer tokens takes many times as long. Then projector and language model on questions and answers, the tower frozen.
-Then everything together. The labels help to the end; the linear layer is not part of the model.
+The labels help to the end; the linear layer is not part of the model.
 
 Deterministic: a batch is a function of its step's number. Resumable: a run that is killed goes on from its last
 checkpoint when the same command is given again, with the same result.
@@ -51,12 +51,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in th
 class Recipe:
     """Settings of a run; the defaults made the shipped model."""
 
-    stages: tuple[tuple[str, int], ...] = (("see", 1400), ("answer", 2400), ("together", 500))  # names and steps
+    stages: tuple[tuple[str, int], ...] = (("see", 1400), ("answer", 2400))  # names and steps
     batch: int = 64
     length: int = 84  # tokens per row; four questions about a picture take at most 82
     learning_rate: float = 1.5e-3
     warmup: int = 100
-    label_weight: float = 0.5  # of the first stage's loss in the later ones
+    label_weight: float = 0.5  # of the first stage's loss in the second
     weight_decay: float = 0.05
     clip: float = 1.0
     checkpoint_every: int = 100
@@ -191,7 +191,7 @@ def loss_fn(
     return answers + label_weight * seen_loss, jnp.sum(right) / jnp.sum(weights)
 
 
-FROZEN = {"see": ("language_model",), "answer": ("vision_model",), "together": ()}
+FROZEN = {"see": ("language_model",), "answer": ("vision_model",)}
 
 
 def split(params: Params, stage: str) -> tuple[Params, Params]:
