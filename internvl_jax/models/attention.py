@@ -116,10 +116,10 @@ def attention(
     stacks = (k, v, *(scales or ()))
     if layer is None:
         stacks, layer = tuple(stack[None] for stack in stacks), 0
-    k, v, *scales = stacks
+    k, v, *per_token = stacks
     y = _on_devices(
         partial(decode_attention, interpret=interpret),
-        (q[:, 0], k, v, jnp.asarray(layer, jnp.int32), mask.allowed[:, 0], mask.span, *scales),
+        (q[:, 0], k, v, jnp.asarray(layer, jnp.int32), mask.allowed[:, 0], mask.span, *per_token),
         (
             P(axes, split, None),
             P(None, *keys),

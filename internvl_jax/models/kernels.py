@@ -147,10 +147,10 @@ def decode_attention(
 
         @pl.when((first <= step) & (step <= last))
         def _() -> None:
-            scores = [dot(q[head], k[head].astype(q.dtype), (((1,), (1,)), ((), ()))) for head in range(kv_heads)]
+            parts = [dot(q[head], k[head].astype(q.dtype), (((1,), (1,)), ((), ()))) for head in range(kv_heads)]
             if scales:
-                scores = [part * scales[0][head : head + 1] for head, part in enumerate(scores)]
-            scores = jnp.concatenate(scores) / math.sqrt(head_dim)
+                parts = [part * scales[0][head : head + 1] for head, part in enumerate(parts)]
+            scores = jnp.concatenate(parts) / math.sqrt(head_dim)
             scores = jnp.where(allowed[...] > 0, scores, MASK_VALUE)  # [N,slots of the block]
             old = top[:, :1]
             new = jnp.maximum(old, jnp.max(scores, axis=-1, keepdims=True))
