@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="a system message, in front of the conversation")
     chat.add_argument("--ignore-exif", action="store_true", help="do not turn pictures upright (EXIF orientation)")
     chat.add_argument("--json", action="store_true", help="print one JSON object: answer, tokens, finish_reason, ...")
+    _add_processes(chat)
     chat.set_defaults(run=_chat)
 
     convert = commands.add_parser(
@@ -192,12 +194,79 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--table", action="store_true", help="plan for all usual slices, or T,T,...; Markdown (slow)")
     report.add_argument("--json", action="store_true", help="print one JSON object")
     report.set_defaults(run=_compile_report)
+
+    batch = commands.add_parser(
+        "batch",
+        help="answer a JSONL file of questions; a run that was stopped goes on where it was",
+        description='Reads lines {"question": "...", "images": ["a.jpg"], "id": 7} (images and id may be left out) and '
+        "appends a line with the answer for each, in the same order. Exit code 1: some questions got an error.",
+    )
+    batch.add_argument("questions", type=Path, metavar="QUESTIONS", help="a JSONL file")
+    batch.add_argument(
+        "--out", type=Path, required=True, metavar="F", help="the JSONL file of answers, made or resumed"
+    )
+    batch.add_argument(
+        "--images", type=Path, metavar="DIR", help="where relative paths of images start (QUESTIONS' own)"
+    )
+    batch.add_argument("--checkpoint", type=Path, metavar="DIR", help="as for chat; default: nano")
+    batch.add_argument(
+        "--mesh", metavar="SPEC", help="as for chat; several processes share the work if one's devices can hold it"
+    )
+    batch.add_argument("--batch", type=int, default=8, metavar="N", help="questions at once, per model (8)")
+    batch.add_argument("--dtype", choices=["float32", "bfloat16"], help="as for chat")
+    batch.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (1024, if the context has room)")
+    batch.add_argument("--temperature", type=float, metavar="X", help="0 (default) always takes the likeliest token")
+    batch.add_argument("--seed", type=int, metavar="N", help="makes samples repeatable (0)")
+    _add_quantize(batch)
+    _add_processes(batch)
+    batch.set_defaults(run=_batch)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed and memory on the devices that are here",
+        description="Times encoding of images, reading of prompts and decoding of tokens, on a TPU with MFU and the "
+        "fraction of the roofline.",
+    )
+    model = bench.add_mutually_exclusive_group()
+    model.add_argument("--checkpoint", type=Path, metavar="DIR", help="as for chat")
+    model.add_argument("--preset", default="nano", metavar="M", help="random weights in the sizes of M (nano)")
+    bench.add_argument("--mesh", metavar="SPEC", help="as for chat")
+    bench.add_argument("--dtype", choices=["float32", "bfloat16"], help="as for chat")
+    bench.add_argument(
+        "--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="images and rows at once (1 8)"
+    )
+    bench.add_argument("--prompt-tokens", type=int, metavar="T", help="of each prompt (512, if the context has room)")
+    bench.add_argument("--profile", type=Path, metavar="DIR", help="write a trace of each program there, for xprof")
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_quantize(bench)
+    _add_processes(bench)
+    bench.set_defaults(run=_bench)
     return parser
 
 
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=["int8", "int4"], help="weights of 8 bits, or 4 in the LLM's layers")
     parser.add_argument("--cache-dtype", choices=["int8"], help="keys and values of what was read in 8 bits")
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    """On a pod the same command starts on every host. Cloud TPU, GKE and Slurm say who is who; elsewhere the user."""
+    group = parser.add_argument_group("several processes (Cloud TPU, GKE and Slurm are detected)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument(
+        "--wait", type=float, default=300, metavar="S", help="seconds until missing ones are named (300)"
+    )
+
+
+def _join(args: argparse.Namespace) -> None:
+    """Join the other processes, where there are any. Afterwards only process 0 prints to stdout."""
+    from internvl_jax import distributed
+
+    distributed.start(args.coordinator, args.num_processes, args.process_id, wait_seconds=args.wait)
+    if not distributed.is_first():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -209,11 +278,15 @@ def _chat(args: argparse.Namespace) -> int:
     for path in args.image:  # before the model is read for them
         load_image(path, honour_exif=False)
 
+    from internvl_jax.distributed import several
     from internvl_jax.loading import load
     from internvl_jax.sampling import GenerationConfig
 
     generation = {name: value for name in GENERATION if (value := getattr(args, name)) is not None}
     GenerationConfig(**generation)
+    _join(args)
+    if prompt is None and several():
+        raise ValueError("a session takes one process: give a PROMPT, which all of them then read")
     with _progress() as progress:
         chat = load(
             args.checkpoint,
@@ -381,6 +454,86 @@ def _compile_report(args: argparse.Namespace) -> int:
         report = compile_report.report(compile_report.make_workload(**asked, mesh=args.mesh), args.program)
         print(json.dumps(report.to_dict()) if args.json else "\n".join(compile_report.lines(report)))
     return 0
+
+
+def _batch(args: argparse.Namespace) -> int:
+    from internvl_jax import batch
+    from internvl_jax.loading import load
+    from internvl_jax.sampling import GenerationConfig
+
+    names = ("max_new_tokens", "temperature", "seed")
+    generation = {name: value for name in names if (value := getattr(args, name)) is not None}
+    GenerationConfig(**generation)
+    _join(args)
+    work = batch.prepare(args.questions, args.out, args.mesh, images=args.images)
+    with _progress() as progress:
+        chat = load(
+            args.checkpoint,
+            mesh=work.mesh,
+            dtype=args.dtype,
+            quantize=args.quantize,
+            cache_dtype=args.cache_dtype,
+            progress=progress,
+        )
+    chat.check_ready()
+    with _counting() as progress:
+        done = batch.run(chat, work, size=args.batch, progress=progress, **generation)
+    err.print(
+        f"{args.out}: {done.answered} answered in {done.seconds:.0f} s ({done.new_tokens} tokens), {done.failed} "
+        f"with an error; {done.found} were there already"
+    )
+    return 1 if done.failed else 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from internvl_jax import bench
+
+    _join(args)
+    with _counting() as progress:
+        result = bench.run(
+            checkpoint=args.checkpoint,
+            preset=None if args.checkpoint else args.preset,
+            mesh=args.mesh,
+            dtype=args.dtype,
+            quantize=args.quantize,
+            cache_dtype=args.cache_dtype,
+            batches=args.batch,
+            prompt_tokens=args.prompt_tokens,
+            profile=args.profile,
+            progress=progress,
+        )
+    print(json.dumps(result.to_dict()) if args.json else "\n".join(bench.lines(result)))
+    return 0
+
+
+@contextmanager
+def _counting() -> Iterator[Callable[[int, int, str], None]]:
+    """As `_progress`, for things that are counted. Where stderr is no terminal, a line every half minute."""
+    columns = ("[progress.description]{task.description}", "{task.completed}/{task.total}", "{task.fields[rate]}")
+    first, last = None, time.monotonic()
+    with Progress(
+        *map(TextColumn, columns),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        disable=not err.is_terminal,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("starting", total=None, rate="")
+
+        def report(done: int, total: int, what: str) -> None:
+            nonlocal first, last
+            now = time.monotonic()
+            first = first or (now, done)
+            rate = (done - first[1]) / max(now - first[0], 1e-9)
+            shown = f"{rate:.2f}/s" if rate else ""
+            bar.update(task, completed=done, total=total, description=what, rate=shown)
+            if not err.is_terminal and (now - last > 30 or done == total):
+                left = f", {(total - done) / rate / 60:.0f} min left" if rate and done < total else ""
+                err.print(f"{what}: {done}/{total} {shown}{left}")
+                last = now
+
+        yield report
 
 
 @contextmanager

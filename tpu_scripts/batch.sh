@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Answer a JSONL file of questions. Stopped or preempted, the same command goes on where it was.
+#
+#   tpu_scripts/batch.sh QUESTIONS.jsonl [PICTURES_DIRECTORY]
+#
+# Paths of images in the file are relative to PICTURES_DIRECTORY. Questions, pictures and answers lie in the bucket
+# under batch/NAME_OF_THE_FILE; the answers are copied here at the end. With a MESH that one host can hold (tensor=4),
+# every host has a model and answers its share; with a larger one all hosts compute each answer together.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse "$@"
+need PROJECT ZONE NAME BUCKET CHECKPOINT MESH
+read_accelerator
+((${#ARGUMENTS[@]} == 1 || ${#ARGUMENTS[@]} == 2)) || die "name the questions: batch.sh QUESTIONS.jsonl [PICTURES]"
+questions=${ARGUMENTS[0]} pictures=${ARGUMENTS[1]:-}
+[[ -f $questions ]] || die "there is no file $questions"
+[[ -z $pictures || -d $pictures ]] || die "there is no directory $pictures"
+name=$(basename "$questions" .jsonl)
+folder=gs://$BUCKET/batch/$name
+run gcloud storage cp "$questions" "$folder/questions.jsonl"
+if [[ -n $pictures ]]; then
+    run gcloud storage rsync --recursive "$pictures" "$folder/images"
+fi
+internvl batch "$MOUNT/batch/$name/questions.jsonl" --out "$MOUNT/batch/$name/answers.jsonl" \
+    --images "$MOUNT/batch/$name/images" --checkpoint "$MOUNT/$CHECKPOINT" --mesh "$MESH"
+run gcloud storage cp "$folder/answers.jsonl" "$name.answers.jsonl"
