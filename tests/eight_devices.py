@@ -61,9 +61,13 @@ def config_of(vision_heads: int, kv_heads: int) -> ChatConfig:
 @cache
 def params_of(config: ChatConfig):
     """Every parameter random, norm scales and biases too, so that each of them matters."""
-    leaves, tree = jax.tree.flatten(chat_model.init_params(jax.random.key(1), config))
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+    rng = np.random.RandomState(1)
+
+    def draw(path, leaf):
+        centre = 1.0 if sharding.path_of(path).endswith("scale") else 0.0
+        return jnp.asarray(centre + 0.1 * rng.standard_normal(leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, chat_model.abstract_params(config))
 
 
 def place(config: ChatConfig, mesh, **options):

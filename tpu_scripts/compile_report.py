@@ -309,9 +309,10 @@ def report(load: Workload, program: str) -> Report:
         seconds = time.perf_counter() - started
     parameters = chip.devices * param_bytes(load, spec.parts)
     if compiled is None:
-        memory = {"arguments": None, "outputs": None, "temporaries": None, "aliased": None}
+        memory: dict[str, Any] = dict.fromkeys(("arguments", "outputs", "temporaries", "aliased"))
         memory |= {"peak": chip.devices * needed, "parameters": parameters}
-        flops, collectives, roofline = None, [], {"compute": None, "hbm": None, "network": None}
+        flops, collectives = None, []
+        roofline: dict[str, Any] = dict.fromkeys(("compute", "hbm", "network"))
     else:
         stats = compiled.memory_analysis()
         memory = {

@@ -209,7 +209,7 @@ def replica_group(attributes: str) -> tuple[int, ...]:
     """
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
     if pairs:
-        links = [tuple(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", pairs[1])]
+        links = [(int(source), int(target)) for source, target in re.findall(r"(\d+),(\d+)", pairs[1])]
         following, group = dict(links), [links[0][0]]
         while (after := following.get(group[-1])) is not None and after not in group:
             group.append(after)
@@ -224,10 +224,10 @@ def replica_group(attributes: str) -> tuple[int, ...]:
         return tuple(ids.transpose(order).reshape(groups)[0].tolist())
     mesh = re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", attributes)
     if mesh:
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         taken = re.findall(r"'(\w+)'", mesh[2])
-        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        return tuple(ids[tuple(slice(None) if name in taken else 0 for name in sizes)].reshape(-1).tolist())
+        ids = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
+        return tuple(ids[tuple(slice(None) if name in taken else 0 for name in axes)].reshape(-1).tolist())
     return ()
 
 
