@@ -117,19 +117,12 @@ def attention(
     if layer is None:
         stacks, layer = tuple(stack[None] for stack in stacks), 0
     k, v, *per_token = stacks
+    query, stack, scale = P(axes, split, None), P(None, *keys), P(None, axes, split, None)
     y = _on_devices(
         partial(decode_attention, interpret=interpret),
         (q[:, 0], k, v, jnp.asarray(layer, jnp.int32), mask.allowed[:, 0], mask.span, *per_token),
-        (
-            P(axes, split, None),
-            P(None, *keys),
-            P(None, *keys),
-            P(),
-            rows,
-            rows,
-            *[P(None, axes, split, None)] * len(scales),
-        ),
-        P(axes, split, None),
+        (query, stack, stack, P(), rows, rows, *[scale for _ in per_token]),
+        query,
     )
     return y[:, None]
 
