@@ -1,7 +1,12 @@
 """What every test runs under."""
 
+import signal
+
 import jax
 import pytest
+
+# A shell's background job ignores Ctrl-C, and so would every process that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

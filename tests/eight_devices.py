@@ -231,7 +231,7 @@ def test_parameters_come_back_unchanged():
     jax.tree.map(np.testing.assert_array_equal, back, params_of(config))
     stored = sharding.storage_shardings(back, mesh)
     shard = stored["vision_model"]["layers"]["attn"]["qkv"]["kernel"].shard_shape((2, 100, 3, 25, 4))
-    assert np.prod(shard) * 8 > 2 * 100 * 3 * 25 * 4 >= np.prod(shard) * 4  # 100 divides 4 but not 8
+    assert np.prod(shard) * 8 == 2 * 100 * 3 * 25 * 4  # 25 heads do not divide: the head's own axis does
 
 
 def test_decode_compiles_once():
@@ -240,7 +240,7 @@ def test_decode_compiles_once():
     params = place(config, mesh)
     generator = Generator(config, params, dtype=jnp.float32, image_token_id=IMAGE, mesh=mesh)
     ids, pixels, valid = batch_of(config, 3)
-    before = generate._decode._cache_size()
+    counts = [generate._decode._cache_size()]
     for _ in range(2):
         gen = GenerationConfig(max_new_tokens=9)
         state = generator.prefill(ids, valid.astype(int), generator.encode(pixels), gen)
@@ -253,4 +253,6 @@ def test_decode_compiles_once():
         rows, _, running = generator.read(state)
         assert [len(row) for row in rows] == [7, 9, 9]
         assert not running.any()
-    assert generate._decode._cache_size() == before + 1
+        counts.append(generate._decode._cache_size())
+    assert counts[1] - counts[0] <= 1  # none where another test had these shapes
+    assert counts[2] == counts[1]
