@@ -1,8 +1,10 @@
 """nano: its pictures, its training script, and the model that ships."""
 
+import glob
 import io
 import json
 import shutil
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +163,17 @@ def test_accuracy_of_the_shipped_model(chat):
     for result in results:
         assert result.accuracy - result.margin > result.chance, result
     assert np.mean([result.accuracy for result in results]) > 0.7
+
+
+def test_the_package_holds_every_file_of_the_model():
+    root = NANO.parent
+    pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    patterns = pyproject["tool"]["setuptools"]["package-data"]["internvl_jax.nano"]
+    # As setuptools expands them: "*" leaves out names that start with a dot.
+    packed = {path for pattern in patterns for path in glob.glob(str(root / pattern), recursive=True)}
+    shipped = {str(path) for part in (NANO, IMAGES) for path in part.rglob("*") if path.is_file()}
+    assert shipped
+    assert not shipped - packed
 
 
 def test_pictures_that_ship(tmp_path):
