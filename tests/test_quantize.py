@@ -255,6 +255,7 @@ def test_quality_on_the_golden_bundle(scheme, bound, agreement):
 
     Rounding to 15 levels instead of 255 is 289 times the variance.
     """
+    pytest.importorskip("torch")
     chat = internvl_jax.load(V1_1, quantize=scheme)
     expected, ours = [], []
     for prompt in FACTS["prompts"]:
@@ -272,6 +273,7 @@ def test_quality_on_the_golden_bundle(scheme, bound, agreement):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_checkpoints(scheme, tmp_path):
     """Quantized on the way in, or by convert, or in memory: the same numbers, and Orbax alone can restore them."""
+    pytest.importorskip("torch")
     from checkpoints_convert.convert import convert
     from checkpoints_convert.export import export
     from checkpoints_convert.mapping import ConversionError
@@ -326,6 +328,7 @@ def assert_same(ours, theirs):
 
 
 def test_a_vision_tower_in_four_bits_is_refused_unless_forced(tmp_path):
+    pytest.importorskip("torch")
     from checkpoints_convert.convert import convert
 
     with pytest.raises(QuantizeError, match="ruin"):
