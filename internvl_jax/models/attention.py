@@ -11,7 +11,7 @@ divide over the mesh,
     causal, no cache before it       splash attention, from 512 tokens on (a multiple of 128)
     no mask (the vision tower)       splash attention, from 1024 tokens on (any number; padded)
 
-and XLA everywhere else; on CPUs, without a mesh, a head at a time from 256 x 256 scores on (attention_by_head). One layer compiled for one v5e chip of tensor=8, in thousands of cycles: XLA's own estimate of
+and XLA everywhere else. One layer compiled for one v5e chip of tensor=8, in thousands of cycles: XLA's own estimate of
 its fusions; for a kernel its instructions times its steps or, if longer, the time its reads take:
 
                                      XLA    kernel, and what prepares its input
@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,6 @@ implementation = jax.make_user_context("auto")
 DECODE_FROM = 256  # slots
 CAUSAL_FROM = 512  # tokens
 UNMASKED_FROM = 1024
-BY_HEAD_FROM = 256 * 256  # scores per head
 
 
 class Mask(NamedTuple):
@@ -100,13 +99,12 @@ def attention(
     Raises ValueError where `implementation` is none of its three values.
     """
     program = choose(q, k, mask, split)
-    if program in ("xla", "by_head"):
+    if program == "xla":
         if layer is not None:
             k, v, scales = jax.tree.map(
                 lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False), (k, v, scales)
             )
-        run = attention_by_head if program == "by_head" else attention_xla
-        return run(q, k.astype(q.dtype), v.astype(q.dtype), None if mask is None else mask.allowed, scales)
+        return attention_xla(q, k.astype(q.dtype), v.astype(q.dtype), None if mask is None else mask.allowed, scales)
 
     interpret = not on_tpu()
     rows, queries, keys = P(axes, None), P(axes, None, split, None), P(axes, split, None, None)
@@ -130,16 +128,14 @@ def attention(
 
 
 def choose(q: Array, k: Array, mask: Mask | None, split: str | None) -> str:
-    """ "xla", "by_head", "splash" or "decode", by the rule at the top of this file. k [...,K,S,H]."""
+    """ "xla", "splash" or "decode", by the rule at the top of this file. k [...,K,S,H]."""
     wish = implementation.value
     if wish not in ("auto", "xla", "pallas"):
         raise ValueError(f'the attention implementation is "auto", "xla" or "pallas", not {wish!r}')
-    length, (kv_heads, slots, head_dim) = q.shape[1], k.shape[-3:]
-    mesh = jax.sharding.get_abstract_mesh()
-    if wish == "auto" and jax.default_backend() == "cpu" and mesh.empty and length > 1:
-        return "by_head" if length * slots >= BY_HEAD_FROM else "xla"
     if wish == "xla" or (wish == "auto" and not (on_tpu() and q.dtype == jnp.bfloat16 and q.shape[-1] % LANES == 0)):
         return "xla"
+    length, (kv_heads, slots, head_dim) = q.shape[1], k.shape[-3:]
+    mesh = jax.sharding.get_abstract_mesh()
     if split is not None and not mesh.empty and kv_heads % mesh.shape[split]:
         return "xla"
     always = wish == "pallas"
@@ -202,30 +198,3 @@ def attention_xla(
     y = jnp.einsum("BKTS,BKSH->BKTH", weights, v, precision=precision, preferred_element_type=jnp.float32)
     y = (y.reshape(batch, kv_heads, groups, length, head_dim) / total).astype(q.dtype)
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
-
-
-def attention_by_head(
-    q: Array, k: Array, v: Array, allowed: Array | None, scales: tuple[Array, Array] | None = None
-) -> Array:
-    """attention_xla, one row and kv head after the other. Arguments and result as there.
-
-    XLA's CPU backend multiplies one large matrix twice as fast as a batch of them, and one head's scores stay in the
-    processor's cache: half the processor time at 1025 tokens.
-    """
-    batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    groups = heads // kv_heads
-    folded = q.reshape(batch, length, kv_heads, groups, head_dim).transpose(0, 2, 1, 3, 4)
-
-    def row(one: tuple[Array, Array, Array, Array | None, Any]) -> Array:
-        q, k, v, allowed, scales = one  # [K,T,G,H], [K,S,H], [K,S,H], [T,S], [K,S] each
-
-        def head(one: tuple[Array, Array, Array, Any]) -> Array:
-            q, k, v, scales = jax.tree.map(lambda leaf: leaf[None], one)
-            k, v, scales = jax.tree.map(lambda leaf: leaf[None], (k, v, scales))
-            return attention_xla(q, k, v, None if allowed is None else allowed[None], scales)[0]
-
-        return jax.lax.map(head, (q, k, v, scales))
-
-    y = jax.lax.map(row, (folded, k, v, allowed, scales))  # [B,K,T,G,H]
-    return y.transpose(0, 2, 1, 3, 4).reshape(batch, length, heads, head_dim)
