@@ -2,10 +2,10 @@
 
     python -m internvl_jax.nano.train --out DIR
 
-Two stages, which train what V1-1's did. First the tower and the projector, against labels of what is
-in the picture, which a linear layer reads off the visual tokens: learning to see through the language model's few
-answer tokens takes many times as long. Then projector and language model on questions and answers, the tower frozen.
-The labels help to the end; the linear layer is not part of the model.
+Two stages, which train what V1-1's did. First the tower and the projector, against labels of what is in the picture,
+which a linear layer reads off the visual tokens: learning to see through the language model's few answer tokens takes
+many times as long. Then projector and language model on questions and answers, the tower frozen. The labels help to the
+end; the linear layer is not part of the model.
 
 Deterministic: a batch is a function of its step's number. Resumable: a run that is killed goes on from its last
 checkpoint when the same command is given again, with the same result.
