@@ -34,11 +34,11 @@ def ids(corpus):
 def test_lines(tmp_path, monkeypatch, chunk, newline):
     monkeypatch.setattr(annotations, "CHUNK", chunk)
     path = tmp_path / "a.jsonl"
-    lines = ['{"id": 1}', "", '{"text": "图"}', "{}", "", "not json"]
+    lines = ['{"id": 1}', "", '{"text": "图"}', "{", "", "", "{}", "not json"]
     path.write_bytes(newline.join(lines).encode())
     entries = Entries(path)
     assert [entries[i].decode().strip() for i in range(len(entries))] == [line for line in lines if line]
-    assert [entries.place(i) for i in range(len(entries))] == [f"{path}:{n}" for n in (1, 3, 4, 6)]
+    assert [entries.place(i) for i in range(len(entries))] == [f"{path}:{n}" for n in (1, 3, 4, 7, 8)]
 
 
 @pytest.mark.parametrize("indent", [None, 2])

@@ -171,21 +171,20 @@ def _indexed(path: Path, progress: Progress | None) -> Path:
 
 def _line_spans(path: Path) -> Iterator[tuple[np.ndarray, int]]:
     """Lines that are not blank, chunk by chunk, and the bytes done."""
-    start, line, offset = 0, 1, 0
+    start, line, offset, before = 0, 1, 0, b"\n"
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
-            ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + offset
-            offset += len(chunk)
+            ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
+            # A line of one byte may be the "\r" of a blank one.
+            blank = np.frombuffer(before + chunk, np.uint8)[ends] == ord("\r")
+            ends, offset, before = ends + offset, offset + len(chunk), chunk[-1:]
             if len(ends):
                 starts = np.concatenate([[start], ends[:-1] + 1])
-                yield _filled(np.stack([starts, ends, line + np.arange(len(ends))], axis=1)), offset
+                rows = np.stack([starts, ends, line + np.arange(len(ends))], axis=1)
+                yield rows[ends - starts > blank], offset
                 start, line = int(ends[-1]) + 1, line + len(ends)
         if start < offset:  # the last line does not end
-            yield _filled(np.asarray([[start, offset, line]])), offset
-
-
-def _filled(spans: np.ndarray) -> np.ndarray:
-    return spans[spans[:, 1] - spans[:, 0] > 1]  # "" and "\r" are blank; "{}" has two bytes
+            yield np.asarray([[start, offset, line]]), offset
 
 
 def _json_spans(path: Path) -> Iterator[tuple[np.ndarray, int]]:
