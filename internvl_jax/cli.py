@@ -561,7 +561,7 @@ def _data_check(args: argparse.Namespace) -> int:
 def _counting() -> Iterator[Callable[[int, int, str], None]]:
     """As `_progress`, for things that are counted. Where stderr is no terminal, a line every half minute."""
     columns = ("[progress.description]{task.description}", "{task.completed}/{task.total}", "{task.fields[rate]}")
-    first, last = None, time.monotonic()
+    first, last, counted = None, time.monotonic(), ""
     with Progress(
         *map(TextColumn, columns),
         BarColumn(),
@@ -573,9 +573,10 @@ def _counting() -> Iterator[Callable[[int, int, str], None]]:
         task = bar.add_task("starting", total=None, rate="")
 
         def report(done: int, total: int, what: str) -> None:
-            nonlocal first, last
+            nonlocal first, last, counted
             now = time.monotonic()
-            first = first or (now, done)
+            if what != counted:
+                first, counted = (now, done), what
             rate = (done - first[1]) / max(now - first[0], 1e-9)
             shown = f"{rate:.2f}/s" if rate else ""
             bar.update(task, completed=done, total=total, description=what, rate=shown)

@@ -149,9 +149,8 @@ def check(
     sizes: list[tuple[int, int]] = []  # tokens and images
     shown: list[Sample] = []
     for stats, corpus, picked in work:
-        kept = 0
-        wanted = set(rng.choice(len(picked), min(show, len(picked)), replace=False).tolist())
-        for number, made in enumerate(_in_order(corpus, maker, picked)):
+        kept: list[Sample] = []
+        for made in _in_order(corpus, maker, picked):
             done += 1
             if progress is not None:
                 progress(done, total, "checking")
@@ -167,9 +166,11 @@ def check(
             stats.text_only += not images
             stats.cut += made.cut
             sizes.append((len(made.input_ids), images))
-            if kept < show and (number in wanted or number >= len(picked) - (show - kept)):
-                shown.append(made)
-                kept += 1
+            # Of the samples that can be used, each is as likely to be kept (reservoir sampling).
+            place = len(kept) if len(kept) < show else int(rng.integers(len(stats.tokens)))
+            if place < show:
+                kept[place : place + 1] = [made]
+        shown += kept
     some = [sizes[number] for number in rng.permutation(len(sizes))[:SIMULATED]]
     filled, batches = _fill(some, layout)
     found = [stats for stats, *_ in work]
@@ -232,17 +233,23 @@ def render(sample: Sample, tokenizer: Tokenizer) -> Text:
 
 def show(report: Report, tokenizer: Tokenizer, console: Console) -> None:
     """Print a report: a table, warnings, problems by place, rendered samples."""
-    table = Table("data set", *("entries", "per epoch", "checked", "usable", "images", "text only"))
-    for name in ("tokens: median", "longest", "supervised"):
-        table.add_column(name)
+    table = Table("", *(stats.source.name for stats in report.stats))
+    facts = [stats.to_dict() for stats in report.stats]
+    for name, title in (
+        ("entries", "entries"),
+        ("samples_per_epoch", "samples an epoch"),
+        ("checked", "checked"),
+        ("usable", "usable"),
+        ("images", "images"),
+        ("text_only", "without an image"),
+        ("tokens_median", "tokens, median"),
+        ("tokens_max", "tokens, longest"),
+    ):
+        table.add_row(title, *(f"{values[name]:,}" for values in facts))
+    shares = (values["supervised_tokens"] / max(1, values["tokens"]) for values in facts)
+    table.add_row("tokens supervised", *(f"{share:.1%}" for share in shares))
     for column in table.columns[1:]:
         column.justify = "right"
-    for stats in report.stats:
-        facts = stats.to_dict()
-        share = facts["supervised_tokens"] / max(1, facts["tokens"])
-        counts = ["entries", "samples_per_epoch", "checked", "usable", "images", "text_only"]
-        counts += ["tokens_median", "tokens_max"]
-        table.add_row(stats.source.name, *(f"{facts[name]:,}" for name in counts), f"{share:.1%}")
     console.print(table)
     layout = report.layout
     rows = f"{layout.rows} {'packed ' if layout.packed else ''}rows of {' or '.join(map(str, layout.lengths))} tokens"
