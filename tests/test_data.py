@@ -120,6 +120,8 @@ def test_processes_share_an_epoch(meta, model):
     for process in [(3, 3), (-1, 2), (0, 0)]:
         with pytest.raises(DataError, match="is none"):
             open_data(meta, *model, PACKED, process=process)
+    with pytest.raises(DataError, match="2 processes need rows of one length"):
+        open_data(meta, *model, BUCKETS, process=(0, 2))
     with pytest.raises(DataError, match="not one for each of 61"):
         open_data(meta, *model, PACKED, process=(0, 61))
 

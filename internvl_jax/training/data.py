@@ -75,6 +75,9 @@ def open_data(
     index, count = process
     if not 0 <= index < count:
         raise DataError(f"process {index} of {count} is none")
+    if count > 1 and len(layout.lengths) > 1:
+        # Each would choose a bucket by its own samples, and the shapes of one global step would differ.
+        raise DataError(f"{count} processes need rows of one length, not {list(layout.lengths)}: pack them")
     if workers < 0 or (epochs is not None and epochs < 1):
         raise DataError(f"there are no {workers} workers, no {epochs} epochs")
     maker = SampleMaker.of(
