@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from internvl_jax.evaluation import cli as evaluation_cli
 from internvl_jax.processing.images import load_image
 
 # Messages are printed as they are: no markup, no emoji codes, no line breaks inside a path.
@@ -241,6 +242,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_quantize(bench)
     _add_processes(bench)
     bench.set_defaults(run=_bench)
+
+    evaluation_cli.add_parser(commands)
     return parser
 
 
