@@ -7,20 +7,17 @@ import io
 import json
 import os
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from internvl_jax.evaluation import cli as evaluation_cli
 from internvl_jax.processing.images import load_image
-
-# Messages are printed as they are: no markup, no emoji codes, no line breaks inside a path.
-err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+from internvl_jax.progress import counting, err, progress_bar, status
+from internvl_jax.training import cli as training_cli
 
 # Settings of sampling.GenerationConfig that `chat` passes on; an option that is not given is None, its default.
 GENERATION = (
@@ -242,28 +239,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_processes(bench)
     bench.set_defaults(run=_bench)
 
-    data = commands.add_parser("data", help="look at training data", description="Looks at training data.")
-    checks = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    check = checks.add_parser(
-        "check",
-        help="validate a data set and print statistics and a few samples",
-        description="Makes every sample of META as training would, pictures and all, and prints what is in the data "
-        "sets, every entry that cannot be used, and a few samples with what is learned between ⟦ and ⟧. Exit code 0: "
-        "all can be used. Needs the extra 'train'.",
-    )
-    check.add_argument("meta", type=Path, metavar="META", help="a meta JSON, a JSONL of conversations, or LLaVA's JSON")
-    check.add_argument("--checkpoint", type=Path, metavar="DIR", help="the model to be trained (nano)")
-    check.add_argument("--base", type=Path, metavar="DIR", help="where relative paths start (META's directory)")
-    check.add_argument("--length", type=int, nargs="+", metavar="T", help="tokens of a row (2048, or the context)")
-    check.add_argument("--rows", type=int, default=8, metavar="B", help="of a batch (8)")
-    check.add_argument("--images", type=int, metavar="M", help="image slots of a batch (4 a row)")
-    check.add_argument("--no-packing", action="store_true", help="one sample a row; several lengths are buckets")
-    check.add_argument("--images-first", action="store_true", help="move <image> to the front, as LLaVA does")
-    check.add_argument("--limit", type=int, metavar="N", help="look at N entries of each data set, drawn at random")
-    check.add_argument("--no-pictures", action="store_true", help="do not open the pictures")
-    check.add_argument("--show", type=int, default=3, metavar="N", help="samples of each data set to print (3)")
-    check.add_argument("--json", action="store_true", help="print one JSON object")
-    check.set_defaults(run=_data_check)
+    training_cli.add_parser(commands)
+    evaluation_cli.add_parser(commands)
     return parser
 
 
@@ -310,7 +287,7 @@ def _chat(args: argparse.Namespace) -> int:
     _join(args)
     if prompt is None and several():
         raise ValueError("a session takes one process: give a PROMPT, which all of them then read")
-    with _progress() as progress:
+    with progress_bar() as progress:
         chat = load(
             args.checkpoint,
             mesh=args.mesh,
@@ -324,7 +301,7 @@ def _chat(args: argparse.Namespace) -> int:
     if prompt is None:
         return _session(chat, args.image, options)
     if args.json:
-        with _status("answering"):
+        with status("answering"):
             reply = chat.chat(prompt, images=args.image, **options)
         print(json.dumps(reply.to_dict(), ensure_ascii=False))
         return 0
@@ -338,7 +315,7 @@ def _answer(
     chat: Any, question: str, images: list[Path], history: list[tuple[str, str]], options: dict[str, Any]
 ) -> Any:
     """Print an answer, piece by piece where it can be streamed; returns the whole Reply."""
-    with _status("answering") as waiting:
+    with status("answering") as waiting:
         if options.get("num_beams", 1) > 1:  # beams decide at the end
             reply = chat.chat(question, images, history, **options)
             waiting.stop()
@@ -427,7 +404,7 @@ def _convert(args: argparse.Namespace) -> int:
     if args.force_int4_vision and args.quantize != "int4":
         raise QuantizeError("--force-int4-vision goes with --quantize int4")
     scheme = args.quantize and Scheme(args.quantize, args.force_int4_vision)
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = convert(args.src, args.dst, quantize=scheme, progress=progress)
     err.print(report.summary())
     return 0
@@ -436,7 +413,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from checkpoints_convert.export import export
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = export(args.src, args.dst, safe_serialization=args.safetensors or None, progress=progress)
     err.print(report.summary())
     return 0
@@ -445,7 +422,7 @@ def _export(args: argparse.Namespace) -> int:
 def _parity(args: argparse.Namespace) -> int:
     from checkpoints_convert.parity import run_parity
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = run_parity(
             args.checkpoint, image=args.image, prompt=args.prompt, reference=args.reference, progress=progress
         )
@@ -489,7 +466,7 @@ def _batch(args: argparse.Namespace) -> int:
     GenerationConfig(**generation)
     _join(args)
     work = batch.prepare(args.questions, args.out, args.mesh, images=args.images)
-    with _progress() as progress:
+    with progress_bar() as progress:
         chat = load(
             args.checkpoint,
             mesh=work.mesh,
@@ -499,7 +476,7 @@ def _batch(args: argparse.Namespace) -> int:
             progress=progress,
         )
     chat.check_ready()
-    with _counting() as progress:
+    with counting() as progress:
         done = batch.run(chat, work, size=args.batch, progress=progress, **generation)
     err.print(
         f"{args.out}: {done.answered} answered in {done.seconds:.0f} s ({done.new_tokens} tokens), {done.failed} "
@@ -512,7 +489,7 @@ def _bench(args: argparse.Namespace) -> int:
     from internvl_jax import bench
 
     _join(args)
-    with _counting() as progress:
+    with counting() as progress:
         result = bench.run(
             checkpoint=args.checkpoint,
             preset=None if args.checkpoint else args.preset,
@@ -527,97 +504,6 @@ def _bench(args: argparse.Namespace) -> int:
         )
     print(json.dumps(result.to_dict()) if args.json else "\n".join(bench.lines(result)))
     return 0
-
-
-def _data_check(args: argparse.Namespace) -> int:
-    from internvl_jax.config import ChatConfig
-    from internvl_jax.loading import NANO
-    from internvl_jax.training import data_check
-    from internvl_jax.training.packing import Layout
-
-    checkpoint = args.checkpoint or NANO
-    lengths = args.length or [min(2048, ChatConfig.from_file(checkpoint).text.max_position_embeddings)]
-    images = 4 * args.rows if args.images is None else args.images
-    with _counting() as progress:
-        report, tokenizer = data_check.check(
-            args.meta,
-            checkpoint,
-            Layout(args.rows, tuple(lengths), images, packed=not args.no_packing),
-            limit=args.limit,
-            show=args.show,
-            base=args.base,
-            progress=progress,
-            images_first=args.images_first,
-            with_pixels=not args.no_pictures,
-        )
-    if args.json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False))
-    else:
-        data_check.show(report, tokenizer, Console(highlight=False, markup=False, emoji=False, soft_wrap=True))
-    return 1 if report.problems else 0
-
-
-@contextmanager
-def _counting() -> Iterator[Callable[[int, int, str], None]]:
-    """As `_progress`, for things that are counted. Where stderr is no terminal, a line every half minute."""
-    columns = ("[progress.description]{task.description}", "{task.completed}/{task.total}", "{task.fields[rate]}")
-    first, last, counted = None, time.monotonic(), ""
-    with Progress(
-        *map(TextColumn, columns),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        disable=not err.is_terminal,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("starting", total=None, rate="")
-
-        def report(done: int, total: int, what: str) -> None:
-            nonlocal first, last, counted
-            now = time.monotonic()
-            if what != counted:
-                first, counted = (now, done), what
-            rate = (done - first[1]) / max(now - first[0], 1e-9)
-            shown = f"{rate:.2f}/s" if rate else ""
-            bar.update(task, completed=done, total=total, description=what, rate=shown)
-            if not err.is_terminal and (now - last > 30 or done == total):
-                left = f", {(total - done) / rate / 60:.0f} min left" if rate and done < total else ""
-                err.print(f"{what}: {done}/{total} {shown}{left}")
-                last = now
-
-        yield report
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on stderr for `progress(done_bytes, total_bytes, what)`; silent where stderr is no terminal."""
-    columns = ("[progress.description]{task.description}", BarColumn())
-    with Progress(
-        *(TextColumn(c) if isinstance(c, str) else c for c in columns),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        disable=not err.is_terminal,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def report(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
-        yield report
-
-
-@contextmanager
-def _status(what: str) -> Iterator[Any]:
-    """A spinner on stderr while the first token is awaited (the first call of a shape also compiles)."""
-    status = err.status(f"{what} (the first time also compiles)")
-    if err.is_terminal:
-        status.start()
-    try:
-        yield status
-    finally:
-        status.stop()
 
 
 if __name__ == "__main__":

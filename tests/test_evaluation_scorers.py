@@ -218,7 +218,7 @@ def test_seed():
 
 
 def test_mmmu():
-    right = []
+    rows = []
     for item, expected in pairs("mmmu_val"):
         gold = [item["ground_truth"]] if isinstance(item["ground_truth"], str) else item["ground_truth"]
         if item["question_type"] == "multiple-choice":
@@ -226,15 +226,13 @@ def test_mmmu():
         else:
             correct = mmmu.open_match(item["prediction"], gold)
         assert correct == expected["correct"], item
-        right.append((mmmu.subject_of(item["id"]), correct))
+        rows.append((mmmu.subject_of(item["id"]), correct))
     bundle = cases("mmmu_val")["expected"]
-    assert statistics.fmean(correct for _, correct in right) == close(bundle["overall"])
+    assert statistics.fmean(correct for _, correct in rows) == close(bundle["overall"])
     for name, value in bundle["printed"].items():
         discipline = name.removeprefix("Overall-")
         part = [
-            correct
-            for subject, correct in right
-            if name in ("Overall", subject) or mmmu.SUBJECTS[subject] == discipline
+            correct for subject, correct in rows if name in ("Overall", subject) or mmmu.SUBJECTS[subject] == discipline
         ]
         assert (len(part), round(statistics.fmean(part), 3)) == (value["num"], value["acc"]), name
     assert len(mmmu.SUBJECTS) == 30

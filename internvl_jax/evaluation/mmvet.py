@@ -46,8 +46,8 @@ def read_prompt(path: Path) -> str:
         if hashlib.sha256(candidate.encode()).hexdigest() == PROMPT_SHA256:
             return candidate
     raise ValueError(
-        f"{path} does not hold MM-Vet's few-shot prompt (SHA-256 {PROMPT_SHA256[:12]}...): name the mm-vet_evaluator.py "
-        "of the yuweihao/MM-Vet repository"
+        f"{path} does not hold MM-Vet's few-shot prompt (SHA-256 {PROMPT_SHA256[:12]}...): name the "
+        "mm-vet_evaluator.py of the yuweihao/MM-Vet repository"
     )
 
 
@@ -89,23 +89,25 @@ class Summary:
 
 
 def summarize(capabilities: Mapping[str, Sequence[str]], scores: Mapping[str, Sequence[float]]) -> Summary:
-    """From item -> its capabilities, and item -> its score in each run. Raises ValueError for unequal numbers of runs."""
+    """From item -> its capabilities, and item -> its score in each run.
+
+    Raises ValueError where items have different numbers of runs.
+    """
     counts = {len(row) for row in scores.values()}
     if len(counts) != 1 or counts == {0}:
         raise ValueError(f"items have {sorted(counts)} grades: every item needs one of each run")
     runs = tuple(100 * statistics.fmean(run) for run in zip(*scores.values()))
-    names = dict.fromkeys(name for item in scores for name in capabilities[item])
-    sets = dict.fromkeys("_".join(sorted(set(capabilities[item]))) for item in scores)
+    means = {item: statistics.fmean(row) for item, row in scores.items()}
+    by_capability: dict[str, list[float]] = {}
+    by_combination: dict[str, list[float]] = {}
+    for item, mean in means.items():
+        for name in set(capabilities[item]):
+            by_capability.setdefault(name, []).append(mean)
+        by_combination.setdefault("_".join(sorted(set(capabilities[item]))), []).append(mean)
     return Summary(
         total=statistics.fmean(runs),
         deviation=statistics.pstdev(runs),
         runs=runs,
-        capabilities={name: _mean(scores, lambda item: name in capabilities[item]) for name in names},
-        combinations={
-            name: _mean(scores, lambda item: "_".join(sorted(set(capabilities[item]))) == name) for name in sets
-        },
+        capabilities={name: 100 * statistics.fmean(row) for name, row in by_capability.items()},
+        combinations={name: 100 * statistics.fmean(row) for name, row in by_combination.items()},
     )
-
-
-def _mean(scores: Mapping[str, Sequence[float]], chosen: Callable[[str], bool]) -> float:
-    return 100 * statistics.fmean(statistics.fmean(row) for item, row in scores.items() if chosen(item))

@@ -12,12 +12,8 @@ from collections.abc import Sequence
 PEOPLE = 10  # answers to every question
 
 ARTICLES = frozenset(("a", "an", "the"))
-NUMBERS = {
-    word: str(value)
-    for value, word in enumerate(
-        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-    )
-} | {"none": "0"}
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 STOPS_REMOVED = 32  # the toolkit passes a regex flag of that value where the count belongs
 
