@@ -84,6 +84,11 @@ def run_parity(
         if not directory.is_dir():
             raise ConfigError(f"{directory} is not a directory: pass the one that holds config.json")
     config, theirs_config = ChatConfig.from_file(ours_dir), ChatConfig.from_file(theirs_dir)
+    if config.layout in ("llava", "llava_hf"):
+        raise ParityError(
+            f"{ours_dir} is a {config.layout} checkpoint: parity runs InternVL-Chat-V1-1, transformers' InternVL, and "
+            "InternViT or Llama alone"
+        )
     _check_same_model(config, theirs_config, ours_dir, theirs_dir)
     with _Source(ours_dir, config) as source, _Source(theirs_dir, theirs_config) as published:
         total = source.bytes_needed + published.bytes_needed
