@@ -13,8 +13,13 @@ from internvl_jax.progress import counting
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add `data` to the commands."""
-    data = commands.add_parser("data", help="look at training data", description="Looks at training data.")
-    checks = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    data = commands.add_parser(
+        "data",
+        help="look at training data",
+        description="Looks at conversations about pictures as training would read them, before a slice is paid for: "
+        "InternVL's meta files over JSONL, or LLaVA's JSON.",
+    )
+    checks = data.add_subparsers(title="commands", metavar="COMMAND", required=True, help="what to look at")
     check = checks.add_parser(
         "check",
         help="validate a data set and print statistics and a few samples",
