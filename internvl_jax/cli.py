@@ -240,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
 
     training_cli.add_parser(commands)
-    evaluation_cli.add_parser(commands)
+    evaluation_cli.add_parser(commands, _add_weights_and_processes, _join)
     return parser
 
 
@@ -258,6 +258,11 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--wait", type=float, default=300, metavar="S", help="seconds until missing ones are named (300)"
     )
+
+
+def _add_weights_and_processes(parser: argparse.ArgumentParser) -> None:
+    _add_quantize(parser)
+    _add_processes(parser)
 
 
 def _join(args: argparse.Namespace) -> None:

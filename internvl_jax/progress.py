@@ -15,8 +15,11 @@ err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap
 
 
 @contextmanager
-def counting() -> Iterator[Callable[[int, int, str], None]]:
-    """As `progress_bar`, for things that are counted. Where stderr is no terminal, a line every half minute."""
+def counting() -> Iterator[Callable[..., None]]:
+    """As `progress_bar`, for things that are counted; progress(done, total, what, note) shows a note beside them.
+
+    Where stderr is no terminal, a line every half minute.
+    """
     columns = ("[progress.description]{task.description}", "{task.completed}/{task.total}", "{task.fields[rate]}")
     first, last, counted = None, time.monotonic(), ""
     with Progress(
@@ -29,13 +32,13 @@ def counting() -> Iterator[Callable[[int, int, str], None]]:
     ) as bar:
         task = bar.add_task("starting", total=None, rate="")
 
-        def report(done: int, total: int, what: str) -> None:
+        def report(done: int, total: int, what: str, note: str = "") -> None:
             nonlocal first, last, counted
             now = time.monotonic()
             if what != counted:
                 first, counted = (now, done), what
             rate = (done - first[1]) / max(now - first[0], 1e-9)
-            shown = f"{rate:.2f}/s" if rate else ""
+            shown = (f"{rate:.2f}/s" if rate else "") + (note and f" {note}")
             bar.update(task, completed=done, total=total, description=what, rate=shown)
             if not err.is_terminal and (now - last > 30 or done == total):
                 left = f", {(total - done) / rate / 60:.0f} min left" if rate and done < total else ""

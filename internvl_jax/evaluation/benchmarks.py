@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from internvl_jax.evaluation import readers, scoring
+from internvl_jax.evaluation import readers, scoring, submissions
 from internvl_jax.evaluation.items import LETTER, LETTER_ZH, SHORT, UNANSWERABLE, YES_NO, Codebase, Folder, Item
 from internvl_jax.evaluation.readers import lettered
 from internvl_jax.evaluation.scoring import Answers, Score
+from internvl_jax.evaluation.submissions import Submit
 
 BEAMS = 5  # with which V1-1's published figures were made (the scripts' default until November 2024)
 
@@ -28,6 +29,11 @@ class Benchmark:
     min_new_tokens: int = 1  # V1-1's
     pad: bool = True  # whether LLaVA's script pads pictures to a square
     images: tuple[str, ...] = ()  # folders to look for pictures in
+    submit: Submit | None = None  # writes what a server, a judge or the official script reads
+
+    @property
+    def needs_xlsx(self) -> bool:
+        return self.submit in (submissions.mmbench, submissions.ccbench)
 
     def generation(self, codebase: Codebase, num_beams: int | None = None) -> dict[str, int]:
         """Settings of GenerationConfig with which the published figures were made; never sampled."""
@@ -84,6 +90,7 @@ def _vqa(
     coco: str = "",
     prompt: Callable[[Item, Codebase], str] = _short,
     images: tuple[str, ...],
+    submit: Submit | None = None,
 ) -> Benchmark:
     """One of the rows whose answers are compared with ten people's or, without annotations, handed in to a server."""
     read = partial(
@@ -94,17 +101,20 @@ def _vqa(
         people=bool(annotations),
         server=not annotations,
     )
-    return Benchmark(title, folder, read, prompt, scoring.score_vqa if annotations else None, 10, images=images)
+    score = scoring.score_vqa if annotations else None
+    return Benchmark(title, folder, read, prompt, score, 10, images=images, submit=submit)
 
 
 def _document(title: str, folder: str, questions: tuple[str, ...], server: bool, images: tuple[str, ...]) -> Benchmark:
     read = partial(readers.short_answers, questions=questions, server=server)
-    return Benchmark(title, folder, read, _short, None if server else scoring.score_anls, 100, images=images)
+    score, submit = (None, submissions.documents) if server else (scoring.score_anls, None)
+    return Benchmark(title, folder, read, _short, score, 100, images=images, submit=submit)
 
 
 def _mmbench(title: str, files: tuple[str, ...], prompt: Callable[[Item, Codebase], str], server: bool) -> Benchmark:
     read = partial(readers.multiple_choice, files=files, server=server)
-    return Benchmark(title, "mmbench", read, prompt, None if server else scoring.score_mmbench, 100, 1024)
+    score = None if server else scoring.score_mmbench
+    return Benchmark(title, "mmbench", read, prompt, score, 100, 1024, submit=submissions.mmbench)
 
 
 _DOCVQA_IMAGES = ("docvqa/val", "docvqa/test", "docvqa", "")
@@ -129,9 +139,17 @@ BENCHMARKS = {
         ),
         coco="test2015",
         images=("coco/test2015", "test2015"),
+        submit=submissions.vqav2,
     ),
     "gqa": Benchmark(
-        "GQA test-dev", "gqa", readers.gqa, _short, scoring.score_gqa, 10, images=("gqa/images", "images")
+        "GQA test-dev",
+        "gqa",
+        readers.gqa,
+        _short,
+        scoring.score_gqa,
+        10,
+        images=("gqa/images", "images"),
+        submit=submissions.gqa,
     ),
     "vizwiz-val": _vqa(
         "VizWiz val",
@@ -147,6 +165,7 @@ BENCHMARKS = {
         ("vizwiz_test.jsonl", "llava_test.jsonl", "test.json"),
         prompt=_vizwiz,
         images=("vizwiz/test", "test"),
+        submit=submissions.vizwiz,
     ),
     "scienceqa": Benchmark(
         "ScienceQA image",
@@ -197,7 +216,16 @@ BENCHMARKS = {
     "mmbench-en-test": _mmbench("MMBench-EN test", ("mmbench_test_en_20231003.tsv",), _english, True),
     "mmbench-cn-test": _mmbench("MMBench-CN test", ("mmbench_test_cn_20231003.tsv",), _chinese, True),
     "mm-vet": Benchmark(
-        "MM-Vet", "mm-vet", readers.mmvet, _mmvet, None, 1000, 1024, pad=False, images=("mm-vet/images", "images")
+        "MM-Vet",
+        "mm-vet",
+        readers.mmvet,
+        _mmvet,
+        None,
+        1000,
+        1024,
+        pad=False,
+        images=("mm-vet/images", "images"),
+        submit=submissions.by_id,
     ),
     "okvqa": _vqa(
         "OKVQA val",
@@ -236,7 +264,9 @@ BENCHMARKS = {
         images=("ai2diagram/AI2D_TEST", "AI2D_TEST"),
     ),
     "mmmu-val": Benchmark("MMMU val", "MMMU", partial(readers.mmmu, split="validation"), _mmmu, scoring.score_mmmu, 10),
-    "mmmu-test": Benchmark("MMMU test", "MMMU", partial(readers.mmmu, split="test"), _mmmu, None, 10),
+    "mmmu-test": Benchmark(
+        "MMMU test", "MMMU", partial(readers.mmmu, split="test"), _mmmu, None, 10, submit=submissions.by_id
+    ),
     "ccbench": Benchmark(
         "CCBench dev",
         "mmbench",
@@ -245,6 +275,7 @@ BENCHMARKS = {
         scoring.score_ccbench,
         100,
         1024,
+        submit=submissions.ccbench,
     ),
     "seed": Benchmark("SEED image", "SEED", readers.seed, _as_is, scoring.score_seed, 100, images=("SEED",)),
 }

@@ -206,17 +206,22 @@ class ImageProcessor:
         if path == "native" and (self.pad_to_square or self.centre_crop):
             done = "padded to a square" if self.pad_to_square else "cropped"
             raise ImageError(f"pictures of this model are {done} in RGB: use the image path 'eval'")
-        size = (self.image_size, self.image_size)
         if path == "native" and not image.mode.startswith("I"):
-            resized = to_rgb(image.resize(size))
+            resized = to_rgb(image.resize((self.image_size, self.image_size)))
         else:
-            rgb = to_rgb(image)
-            if self.pad_to_square:
-                rgb = expand_to_square(rgb, tuple(int(value * 255) for value in self.mean))
-            resized = _crop(rgb, self.image_size) if self.centre_crop else rgb.resize(size, Image.Resampling.BICUBIC)
+            resized = self.scaled(image)
         pixels = np.asarray(resized, np.float32) / np.float32(255)
         normalised = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+
+    def scaled(self, image: Image.Image) -> Image.Image:
+        """The picture of the path "eval" in RGB, of its final size, not yet numbers. Scaled again, it stays so."""
+        rgb = to_rgb(image)
+        if self.pad_to_square:
+            rgb = expand_to_square(rgb, tuple(int(value * 255) for value in self.mean))
+        if self.centre_crop:
+            return _crop(rgb, self.image_size)
+        return rgb.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
 
 
 def load_processor(directory: Path, config: ChatConfig) -> ImageProcessor | None:
