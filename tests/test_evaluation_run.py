@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -173,12 +175,42 @@ def test_table(run, tmp_path, capsys):
     assert "has no report.json" in capsys.readouterr().err
 
 
+def test_two_processes(run, data, tmp_path):
+    """A model on each, one file of answers: that of one process."""
+    from test_distributed import free_port
+
+    _, alone = run("gqa", out="alone")
+    command = [sys.executable, "-m", "internvl_jax.cli", "eval", "gqa", "--data", str(data), *FAST]
+    command += ["--out", str(tmp_path / "both"), "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
+    processes = [
+        subprocess.Popen(
+            [*command, "--process-id", str(number)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for number in range(2)
+    ]
+    outputs = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert ["# GQA test-dev: nano" in out for out, _ in outputs] == [True, False]
+    assert rows(tmp_path / "both/predictions.jsonl") == rows(alone / "predictions.jsonl")
+    scores = [json.loads((out / "report.json").read_text())["score"] for out in (alone, tmp_path / "both")]
+    assert scores[0] == scores[1]
+
+
 @pytest.mark.parametrize("name", ["scienceqa", "pope"])
-def test_llava_codebase(data, tmp_path, name, capsys):
+def test_llava_codebase(data, tmp_path, name, monkeypatch):
     """A model of LLaVA's code is asked with its prompts, greedily, and padded where its script pads."""
     pytest.importorskip("torch")
+    load, chats = loading.load, []
+
+    def remember(path, **options):
+        chats.append(load(path, **options))
+        return chats[0]
+
+    monkeypatch.setattr(loading, "load", remember)
     arguments = ["--data", str(data), "--checkpoint", str(V1_0), "--out", str(tmp_path)]
     assert main(["eval", name, *arguments, "--max-new-tokens", "2", "--batch", "8"]) == 0
+    assert chats[0].processor.pad_to_square == BENCHMARKS[name].pad == (name == "pope")
+    assert chats[0].processor.centre_crop
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["codebase"], report["generation"]) == ("llava", {"max_new_tokens": 2, "num_beams": 1})
     asked = rows(tmp_path / "questions.jsonl")

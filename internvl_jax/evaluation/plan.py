@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def _picture(made: Plan, item: Item) -> Path | None:
     path = made.out / "pictures" / f"{hashlib.sha256(item.image).hexdigest()[:24]}.{suffix}"
     if not path.exists():  # rotations of a question share theirs
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
+        part = path.with_suffix(f".{os.getpid()}.part")
         part.write_bytes(item.image)
         part.replace(path)
     return path
