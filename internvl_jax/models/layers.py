@@ -77,8 +77,8 @@ def pin_matrix(kernel: Array | QArray, spec: P) -> Array | QArray:
 
     [D,F] has F innermost unless a device's part of F would need padding to whole tiles and D would not. Left alone,
     the loop over layers prefers F innermost and copies the stack (two thirds of LLaMA-13B's weights for tensor=8).
-    Of int8 [D,N,H] with heads in whole tiles it would have N outermost, and copy too (q, k and v, 2.9 GiB on one chip);
-    other numbers of heads (5 or 10 on a device) are stored with N outermost.
+    Of int8 [D,N,H] it would have N outermost, as it is stored where a device's heads fill no tiles (5, 10 or 20), and
+    copy too where they do (40: q, k and v, 2.9 GiB on one chip).
     """
     if isinstance(kernel, QArray):
         return kernel if kernel.ndim > len(spec) else kernel.replace(qvalue=pin_matrix(kernel.qvalue, spec))
@@ -87,9 +87,8 @@ def pin_matrix(kernel: Array | QArray, spec: P) -> Array | QArray:
     if not mesh.empty:
         shape = jax.sharding.NamedSharding(mesh, fit_spec(spec, shape, mesh.shape)).shard_shape(shape)
     if kernel.ndim == 3:
-        if kernel.dtype != jnp.int8:
-            return kernel
-        return pin_layout(kernel, spec, (1, 0, 2) if shape[1] % SUBLANES else (0, 1, 2))
+        in_tiles = kernel.dtype == jnp.int8 and shape[1] % SUBLANES == 0
+        return pin_layout(kernel, spec, (0, 1, 2)) if in_tiles else kernel
     rows, columns = shape
     return pin_layout(kernel, spec, (1, 0)) if not mesh.empty and columns % LANES and not rows % LANES else kernel
 
