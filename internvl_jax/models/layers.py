@@ -32,6 +32,7 @@ TENSOR = "tensor"
 MASK_VALUE = -2.3819763e38
 
 LANES = 128  # the innermost axis of an array on a TPU is stored in multiples of this
+SUBLANES = 8  # and the one before it, where its neighbours allow no denser order
 
 
 def precision_of(dtype: Any) -> jax.lax.Precision:
@@ -76,17 +77,20 @@ def pin_matrix(kernel: Array | QArray, spec: P) -> Array | QArray:
 
     [D,F] has F innermost unless a device's part of F would need padding to whole tiles and D would not. Left alone,
     the loop over layers prefers F innermost and copies the stack (two thirds of LLaMA-13B's weights for tensor=8).
-    Of int8 [D,N,H] it would have N outermost, and copy too (q, k and v, 2.9 GiB on one chip).
+    Of int8 [D,N,H] it would have N outermost, as it is stored where a device's heads fill no tiles (5, 10 or 20), and
+    copy too where they do (40: q, k and v, 2.9 GiB on one chip).
     """
     if isinstance(kernel, QArray):
         return kernel if kernel.ndim > len(spec) else kernel.replace(qvalue=pin_matrix(kernel.qvalue, spec))
-    if kernel.ndim == 3:
-        return pin_layout(kernel, spec, (0, 1, 2)) if kernel.dtype == jnp.int8 else kernel
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return kernel
-    rows, columns = jax.sharding.NamedSharding(mesh, fit_spec(spec, kernel.shape, mesh.shape)).shard_shape(kernel.shape)
-    return pin_layout(kernel, spec, (1, 0)) if columns % LANES and not rows % LANES else kernel
+    shape = kernel.shape
+    if not mesh.empty:
+        shape = jax.sharding.NamedSharding(mesh, fit_spec(spec, shape, mesh.shape)).shard_shape(shape)
+    if kernel.ndim == 3:
+        in_tiles = kernel.dtype == jnp.int8 and shape[1] % SUBLANES == 0
+        return pin_layout(kernel, spec, (0, 1, 2)) if in_tiles else kernel
+    rows, columns = shape
+    return pin_layout(kernel, spec, (1, 0)) if not mesh.empty and columns % LANES and not rows % LANES else kernel
 
 
 def product(eqn: str, x: Array, kernel: Array | QArray, dtype: Any, **options: Any) -> Array:
