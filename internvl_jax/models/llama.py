@@ -67,6 +67,24 @@ class KVCache(flax.struct.PyTreeNode):
     def slots(self) -> int:
         return self.positions.shape[1]
 
+    def fold(self) -> KVCache:
+        """Rows and heads of a tuple's layers as one axis, [B*K,S,H], for a loop to carry; a stack stays as it is.
+
+        It is the axis over which XLA's CPU backend batches products. A reshape between what a loop carries and what the
+        products read would have it write both, and copy each layer's keys and values four times per token.
+        """
+        return self._group(-1)
+
+    def unfold(self) -> KVCache:
+        """Undo `fold`."""
+        return self._group(self.positions.shape[0], -1)
+
+    def _group(self, *axes: int) -> KVCache:
+        if not isinstance(self.k, tuple):
+            return self
+        k, v = jax.tree.map(lambda leaf: leaf.reshape(*axes, *leaf.shape[-2:]), (self.k, self.v))
+        return self.replace(k=k, v=v, scales=jax.tree.map(lambda leaf: leaf.reshape(*axes, leaf.shape[-1]), self.scales))
+
     def note(self, positions: Array, valid: Array) -> KVCache:
         """Record the positions and validity of T new tokens [B,T], before the layers append their k and v."""
         start = (0, self.length)
@@ -86,20 +104,24 @@ class KVCache(flax.struct.PyTreeNode):
 
     def _write(self, stack: Any, layer: int | Array, new: Array) -> Any:
         """One layer's new [B,K,T,H] or [B,K,T] into a stack (or tuple) of them."""
-        slot = (0, 0, self.length, 0)[: new.ndim]
         if isinstance(stack, tuple):
-            written = jax.lax.dynamic_update_slice(stack[layer], new.astype(stack[layer].dtype), slot)
+            old, tail = stack[layer], new.shape[2:]
+            new = new.reshape(*old.shape[: old.ndim - len(tail)], *tail).astype(old.dtype)  # folded, if old is
+            slot = (*[0] * (old.ndim - len(tail)), self.length, *[0] * (len(tail) - 1))
+            written = jax.lax.dynamic_update_slice(old, new, slot)
             return (*stack[:layer], written, *stack[layer + 1 :])
         # The whole stack is carried through the scan and updated in place: as a scanned input and output it would be
         # held twice. For one token at a time the TPU's compiler would have the loop keep slots outermost, and copy it.
         stack = pin_layout(stack, P(*CACHE[: stack.ndim]), tuple(range(stack.ndim)))
+        slot = (0, 0, self.length, 0)[: new.ndim]
         return jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype)[None], (layer, *slot))
 
     def read(self, layer: int | Array) -> KeysValues:
         """What holds a layer's k and v, for `attention`."""
         if isinstance(self.k, tuple):
-            scales = self.scales and tuple(stack[layer] for stack in self.scales)
-            return KeysValues(self.k[layer], self.v[layer], scales)
+            cache = self.unfold()
+            scales = cache.scales and tuple(stack[layer] for stack in cache.scales)
+            return KeysValues(cache.k[layer], cache.v[layer], scales)
         return KeysValues(self.k, self.v, self.scales, layer)
 
 
