@@ -83,7 +83,9 @@ class KVCache(flax.struct.PyTreeNode):
         if not isinstance(self.k, tuple):
             return self
         k, v = jax.tree.map(lambda leaf: leaf.reshape(*axes, *leaf.shape[-2:]), (self.k, self.v))
-        return self.replace(k=k, v=v, scales=jax.tree.map(lambda leaf: leaf.reshape(*axes, leaf.shape[-1]), self.scales))
+        return self.replace(
+            k=k, v=v, scales=jax.tree.map(lambda leaf: leaf.reshape(*axes, leaf.shape[-1]), self.scales)
+        )
 
     def note(self, positions: Array, valid: Array) -> KVCache:
         """Record the positions and validity of T new tokens [B,T], before the layers append their k and v."""
@@ -105,10 +107,10 @@ class KVCache(flax.struct.PyTreeNode):
     def _write(self, stack: Any, layer: int | Array, new: Array) -> Any:
         """One layer's new [B,K,T,H] or [B,K,T] into a stack (or tuple) of them."""
         if isinstance(stack, tuple):
-            old, tail = stack[layer], new.shape[2:]
-            new = new.reshape(*old.shape[: old.ndim - len(tail)], *tail).astype(old.dtype)  # folded, if old is
-            slot = (*[0] * (old.ndim - len(tail)), self.length, *[0] * (len(tail) - 1))
-            written = jax.lax.dynamic_update_slice(old, new, slot)
+            old = stack[layer]
+            axis = old.ndim - new.ndim + 2  # of the slots: one less where rows and heads are folded
+            new = new.reshape(*old.shape[:axis], *new.shape[2:]).astype(old.dtype)
+            written = jax.lax.dynamic_update_slice_in_dim(old, new, self.length, axis)
             return (*stack[:layer], written, *stack[layer + 1 :])
         # The whole stack is carried through the scan and updated in place: as a scanned input and output it would be
         # held twice. For one token at a time the TPU's compiler would have the loop keep slots outermost, and copy it.
