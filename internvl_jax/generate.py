@@ -166,7 +166,9 @@ def decode_loop(params: Params, state: DecodeState, steps: Array, *, config: Cha
         state, left = carry
         return (left > 0) & ~jnp.all(state.done)
 
-    return place(jax.lax.while_loop(running, step, (place(state), steps))[0])
+    state = place(state)
+    state = jax.lax.while_loop(running, step, (state.replace(cache=state.cache.fold()), steps))[0]
+    return place(state.replace(cache=state.cache.unfold()))
 
 
 def score_step(
