@@ -465,6 +465,8 @@ class Generator:
             raise ValueError(f"row {_names(empty)}: the prompt has no tokens")
         vocabulary = self.config.text.vocab_size
         outside = valid & ((input_ids < 0) | (input_ids >= vocabulary))
+        if self.image_token_id is not None:  # which need not be one of the vocabulary
+            outside &= input_ids != self.image_token_id
         if outside.any():
             row, column = np.argwhere(outside)[0]
             raise ValueError(

@@ -210,6 +210,11 @@ def gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=False)
 
 
+def quick_gelu(x: Array) -> Array:
+    """CLIP's approximation of GELU, x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
 def positions_from_valid(valid: Array) -> Array:
     """Positions of the real tokens of each row, 0 on padding before them. valid [B,T] bool -> [B,T] int32."""
     return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)

@@ -1,0 +1,1 @@
+"""Fine-tuning: conversations about images become batches, batches become a trained checkpoint."""
