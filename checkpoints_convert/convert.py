@@ -59,6 +59,7 @@ def convert(
     destination: str | Path,
     *,
     quantize: Scheme | str | None = None,
+    vision_tower: str | Path | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Write the checkpoint of the published directory `source` to `destination`, in this project's format.
@@ -66,6 +67,8 @@ def convert(
     Memory is bounded by a few copies of the largest tensor. Beside the parameters come config.json, tokenizer and other
     small files as they are, and `published.json`, by which an export restores the published files.
     quantize: "int8" or "int4" weights, layer by layer as they come; such parameters cannot be exported.
+    vision_tower: the directory of the vision tower, where the layout has one of its own; None: it is looked for in
+        source and beside it (config.tower_directory). What is written holds the tower.
     progress: called as progress(done_bytes, total_bytes, what).
     Raises ConversionError or ConfigError that lists all that is wrong before anything is written; whatever goes wrong
     later, `destination` does not come into being.
@@ -74,8 +77,8 @@ def convert(
     source = Path(source)
     if checkpoint.is_converted(source):
         raise ConversionError(f"{source} is converted already")
-    config = ChatConfig.from_file(source)
-    with open_checkpoint(source) as weights:
+    config = ChatConfig.from_file(source, vision_tower)
+    with open_checkpoint(source, vision_tower) as weights:
         parts, dtypes = _match(config, weights)
         abstract = _with_dtypes(chat_model.abstract_params(config), dtypes)
         if quantize is not None:
@@ -98,7 +101,7 @@ def convert(
                     if progress is not None:
                         progress(done, total, "converting")
                 writer.commit()
-            copy_all_side_files(source, directory)
+            copy_all_side_files(source, directory, vision_tower)
             if quantize is None:
                 _keep_published(config, weights, directory)
     return make_report(Path(destination), len(weights.shapes), size, started)
@@ -164,7 +167,7 @@ def _match(config: ChatConfig, weights: Weights) -> tuple[list[_Part], dict[str,
     dtypes: dict[str, np.dtype] = {}
     problems = []
     for key, dtype in weights.dtypes.items():
-        if dtype not in FLOATS and canonical(config.layout, key) is not None:
+        if dtype not in FLOATS and canonical(config, key) is not None:
             problems.append(f"{key} is {dtype}: only {', '.join(map(str, FLOATS))} can be read")
     for key, tensor in matched.items():
         grouped.setdefault((tensor.path, tensor.index[0] if tensor.index else None), []).append((key, tensor))
@@ -180,7 +183,7 @@ def _match(config: ChatConfig, weights: Weights) -> tuple[list[_Part], dict[str,
 def _untied(config: ChatConfig, weights: Weights, matched: dict[str, Tensor]) -> list[str]:
     """A head that config.json calls tied, stored all the same, has to be the embedding."""
     problems = []
-    heads = [key for key in weights.shapes if key not in matched and canonical(config.layout, key) is not None]
+    heads = [key for key in weights.shapes if key not in matched and canonical(config, key) is not None]
     for head in heads:  # the only tensors that `plan` leaves out beside buffers
         embedding = next(key for key, tensor in matched.items() if tensor.path == EMBEDDING)
         same = weights.shapes[head] == weights.shapes[embedding] and weights.dtypes[head] == weights.dtypes[embedding]
@@ -197,7 +200,7 @@ def _with_dtypes(abstract: Any, dtypes: dict[str, np.dtype]) -> Any:
 def _keep_published(config: ChatConfig, weights: Weights, directory: Path) -> None:
     """Record what the parameter tree does not say: the file of each tensor, and buffers that are no parameters."""
     (directory / PUBLISHED).write_text(json.dumps({"weight_map": weights.weight_map}, indent=1), encoding="utf-8")
-    buffers = [key for key in weights.shapes if canonical(config.layout, key) is None]
+    buffers = [key for key in weights.shapes if canonical(config, key) is None]
     if buffers:
         save_file({key: as_torch(weights.read(key)) for key in buffers}, directory / BUFFERS)
 

@@ -89,7 +89,7 @@ def _published(source: Path, config: ChatConfig) -> tuple[Specs, Callable[[str],
     chosen: dict[str, Tensor] = {}
     specs: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     for key in published_map(source) or table:
-        name = canonical(config.layout, key)
+        name = canonical(config, key)
         if name is None and buffers is not None and key in buffers.shapes:
             specs[key] = buffers.shapes[key], buffers.dtypes[key]
             continue

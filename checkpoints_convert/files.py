@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints_convert.mapping import ConversionError
-from internvl_jax.config import read_json, tower_directory
+from internvl_jax.config import read_json, tower_directory, tower_name
 
 # Configuration, tokenizer, model card and the like; neither weights nor their index.
 _SIDE_FILES = (".json", ".jinja", ".md", ".model", ".py", ".txt")
@@ -81,13 +81,20 @@ def new_directory(destination: str | Path, needed: int) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def copy_all_side_files(source: Path, destination: Path, *, skip: tuple[str, ...] = ()) -> None:
-    """`copy_side_files`, and those of a vision tower that has a directory of its own, into one of its name."""
+def copy_all_side_files(
+    source: Path, destination: Path, vision_tower: str | Path | None = None, *, skip: tuple[str, ...] = ()
+) -> None:
+    """`copy_side_files`, and those of a vision tower that has a directory of its own, into one of its published name.
+
+    vision_tower: where the tower lies, as for config.tower_directory.
+    """
     copy_side_files(source, destination, skip=skip)
-    tower = tower_directory(source, read_json(source / "config.json"))
+    config = read_json(source / "config.json")
+    tower = tower_directory(source, config, vision_tower)
     if tower is not None:
-        (destination / tower.name).mkdir(exist_ok=True)
-        copy_side_files(tower, destination / tower.name)
+        inside = destination / tower_name(config)
+        inside.mkdir(exist_ok=True)
+        copy_side_files(tower, inside)
 
 
 def copy_side_files(source: Path, destination: Path, *, skip: tuple[str, ...] = ()) -> None:

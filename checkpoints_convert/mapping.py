@@ -77,7 +77,7 @@ def plan(config: ChatConfig, found: Mapping[str, tuple[int, ...]]) -> dict[str, 
     Raises ConversionError that lists every missing, unexpected and misshapen tensor.
     """
     expected = {tensor.key: tensor for tensor in tensors(config)}
-    names = {name: canonical(config.layout, name) for name in found}
+    names = {name: canonical(config, name) for name in found}
     problems, matched = [], {}
     for name, key in names.items():
         if key is None:
@@ -121,13 +121,16 @@ _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids|vision_to
 
 # LLaVA's prefix of its vision tower's own names, under which the tower is found or, published apart, read.
 TOWER = "model.vision_tower.vision_tower."
+# transformers 5 saves a CLIPVisionModel without "vision_model.".
+_CLIP_RENAMED = ((rf"^{re.escape(TOWER)}(vision_model\.)?", f"{TOWER}vision_model."),)
 
 
-def canonical(layout: str, name: str) -> str | None:
+def canonical(config: ChatConfig, name: str) -> str | None:
     """The name that the tables use for a tensor called `name` in a file; None for what is no parameter."""
     if _BUFFERS.search(name):
         return None
-    for pattern, replacement in _RENAMED.get(layout, ()):
+    has_clip = config.layout == "llava" and config.vision.embedding_norm
+    for pattern, replacement in _CLIP_RENAMED if has_clip else _RENAMED.get(config.layout, ()):
         renamed = re.sub(pattern, replacement, name)
         if renamed != name:
             return renamed

@@ -30,12 +30,20 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from internvl_jax import checkpoint
-from internvl_jax.config import ChatConfig, ConfigError, ProjectorConfig, TextConfig, VisionConfig
+from internvl_jax.config import (
+    ChatConfig,
+    ConfigError,
+    ProjectorConfig,
+    TextConfig,
+    VisionConfig,
+    read_json,
+    tower_directory,
+)
 from internvl_jax.models import chat_model, intern_vit, llama, projector
 from internvl_jax.models.layers import Params
 from internvl_jax.processing.conversation import IMG_CONTEXT, TEMPLATES, place_images, prepare_prompt
-from internvl_jax.processing.images import load_image, load_processor
-from internvl_jax.processing.tokenizer import load_tokenizer
+from internvl_jax.processing.images import ImageProcessor, load_image, load_processor
+from internvl_jax.processing.tokenizer import encode_prompt, load_tokenizer
 
 try:
     from checkpoints_convert.files import peak_rss
@@ -62,6 +70,7 @@ def run_parity(
     image: str | Path | None = None,
     prompt: str | None = None,
     reference: str | Path | None = None,
+    vision_tower: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Run both implementations, one layer in memory at a time, and return how far each stage differs.
@@ -70,6 +79,8 @@ def run_parity(
     reference: the published directory that the PyTorch reference runs. None: checkpoint_dir itself; a converted one
         then gives the reference its weights through the mapping table backwards, which shows errors of the
         computation but none of the conversion.
+    vision_tower: the directory of the vision tower, where the layout has one of its own. None: it is looked for in the
+        directories and beside them (config.tower_directory).
     image: a picture, for models with a vision tower; None: one that is drawn here. Without preprocessor_config.json
         both sides get the same random pixels.
     prompt: a question; None: a description is asked for. Without tokenizer files both sides get the same random tokens.
@@ -83,18 +94,14 @@ def run_parity(
     for directory in (ours_dir, theirs_dir):
         if not directory.is_dir():
             raise ConfigError(f"{directory} is not a directory: pass the one that holds config.json")
-    config, theirs_config = ChatConfig.from_file(ours_dir), ChatConfig.from_file(theirs_dir)
-    if config.layout in ("llava", "llava_hf"):
-        raise ParityError(
-            f"{ours_dir} is a {config.layout} checkpoint: parity runs InternVL-Chat-V1-1, transformers' InternVL, and "
-            "InternViT or Llama alone"
-        )
+    towers = [tower_directory(path, read_json(path / "config.json"), vision_tower) for path in (ours_dir, theirs_dir)]
+    config, theirs_config = (ChatConfig.from_file(path, vision_tower) for path in (ours_dir, theirs_dir))
     _check_same_model(config, theirs_config, ours_dir, theirs_dir)
-    with _Source(ours_dir, config) as source, _Source(theirs_dir, theirs_config) as published:
+    with _Source(ours_dir, config, towers[0]) as source, _Source(theirs_dir, theirs_config, towers[1]) as published:
         total = source.bytes_needed + published.bytes_needed
-        judge = Reference(theirs_dir, published.keys, published.theirs)
-        ours = _Ours(config, ours_dir, source)
-        inputs = _prepare(config, ours_dir, image, prompt)
+        judge = Reference(theirs_dir, published.keys, published.theirs, towers[1])
+        ours = _Ours(config, load_processor(ours_dir, config, towers[0]), source)
+        inputs = _prepare(config, ours_dir, ours.processor is not None, image, prompt)
         report = Report(ours_dir, theirs_dir, inputs.image, inputs.prompt, 0 if inputs.ids is None else len(inputs.ids))
 
         def tick(what: str) -> None:
@@ -234,13 +241,14 @@ class _Ours:
     The weights pass through the mapping table, or come from a converted directory as they stand there.
     """
 
-    def __init__(self, config: ChatConfig, directory: Path, source: _Source):
-        self._config, self._directory, self._source = config, directory, source
+    def __init__(self, config: ChatConfig, processor: ImageProcessor | None, source: _Source):
+        self._config, self._source = config, source
+        self.processor = processor
         self.has_projector = config.projector is not None
         self.num_vision_layers = 0 if config.vision is None else config.num_vision_layers
 
     def pixels(self, picture: Image.Image) -> np.ndarray:
-        return load_processor(self._directory, self._config)(picture)[None]
+        return self.processor(picture)[None]
 
     def vision_embeddings(self) -> Run:
         return self._stage(_vision_embeddings, self._config.vision, "vision_model/embeddings")
@@ -277,7 +285,7 @@ class _Ours:
 class _Source:
     """A published or a converted directory, read one tensor at a time under either side's names."""
 
-    def __init__(self, directory: Path, config: ChatConfig):
+    def __init__(self, directory: Path, config: ChatConfig, tower: Path | None):
         self._leaves = _leaves(config)
         self._weights: Weights | None = None
         self._names: dict[str, str] = {}  # the tables' key -> the files'
@@ -292,7 +300,7 @@ class _Source:
             checkpoint.check_shapes(directory, self._leaves, stored)
             self._tensors = {tensor.key: tensor for tensor in tensors(config)}
         else:
-            self._weights = open_checkpoint(directory)
+            self._weights = open_checkpoint(directory, tower)
             matched = plan(config, self._weights.shapes)
             self._tensors = {tensor.key: tensor for tensor in matched.values()}
             self._names = {tensor.key: name for name, tensor in matched.items()}
@@ -375,10 +383,11 @@ class _Inputs:
     image_token_id: int | None
 
 
-def _prepare(config: ChatConfig, directory: Path, image: str | Path | None, prompt: str | None) -> _Inputs:
+def _prepare(
+    config: ChatConfig, directory: Path, has_processor: bool, image: str | Path | None, prompt: str | None
+) -> _Inputs:
     """Picture and prompt, or random stand-ins where the checkpoint lacks the files to make them from."""
     has_tokenizer = any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
-    has_processor = (directory / "preprocessor_config.json").exists()
     random = np.random.RandomState(0)
     name, picture, pixels = None, None, None
     if image is not None and (config.vision is None or not has_processor):
@@ -409,13 +418,15 @@ def _prepare(config: ChatConfig, directory: Path, image: str | Path | None, prom
     else:
         tokenizer = load_tokenizer(directory)
         prompt = DEFAULT_PROMPT if prompt is None else prompt
-        image_token_id = tokenizer.token_to_id(IMG_CONTEXT) if image_token_id is None else image_token_id
+        template = TEMPLATES.get(config.template)
+        image_token = IMG_CONTEXT if template is None else template.image[1]
+        image_token_id = tokenizer.token_to_id(image_token) if image_token_id is None else image_token_id
         if count and image_token_id is None:
-            raise ParityError(f"{directory}: the tokenizer has no {IMG_CONTEXT}, so images have no place in a prompt")
-        if config.template in TEMPLATES:
+            raise ParityError(f"{directory}: the tokenizer has no {image_token}, so images have no place in a prompt")
+        if template is not None:
             placed = place_images(prompt, 1 if count else 0, has_history=False)
-            text = prepare_prompt(TEMPLATES[config.template], placed, (), 1 if count else 0, count)
-            ids = tokenizer.encode(text)
+            text = prepare_prompt(template, placed, (), 1 if count else 0, count)
+            ids = encode_prompt(tokenizer, text, image_token, image_token_id)
         else:
             ids = [image_token_id] * count + tokenizer.encode(prompt)
     limit = config.text.max_position_embeddings

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from checkpoints_convert.mapping import TOWER, ConversionError
-from internvl_jax.config import ConfigError, read_json, tower_directory
+from internvl_jax.config import ConfigError, read_json, tower_directory, tower_name
 
 REMAP = 256 * 2**20
 
@@ -77,14 +77,17 @@ class Weights:
                 problems.append(f"{file}: {key} is {tensor.dtype}, which numpy has no type for")
         return problems
 
-    def add_tower(self, directory: Path) -> None:
-        """Take in a vision tower that is published apart, under the names that LLaVA's layout has for it."""
+    def add_tower(self, directory: Path, part: str) -> None:
+        """Take in a vision tower that is published apart, under the names that LLaVA's layout has for it.
+
+        part: the directory that its files have in the weight_map.
+        """
         tower = open_weights(directory)
         for name in tower.weight_map:
             if _TEXT_HALF.match(name):
                 continue
             key = TOWER + name
-            self.weight_map[key] = f"{directory.name}/{tower.weight_map[name]}"
+            self.weight_map[key] = f"{part}/{tower.weight_map[name]}"
             self._places[key] = tower._places[name]
             self.shapes[key], self.dtypes[key] = tower.shapes[name], tower.dtypes[name]
 
@@ -117,17 +120,19 @@ class Weights:
         self.close()
 
 
-def open_checkpoint(directory: str | Path) -> Weights:
+def open_checkpoint(directory: str | Path, vision_tower: str | Path | None = None) -> Weights:
     """The weights of a published directory, and those of its vision tower where that is published apart.
 
     A checkpoint of LLaVA's layout that holds its tower itself, as InternVL-Chat-V1-0 does, needs the other directory
-    for its configuration only. Raises as `open_weights`, and ConfigError where the tower is missing.
+    for its configuration only. vision_tower: where that lies, as for config.tower_directory.
+    Raises as `open_weights`, and ConfigError where the tower is missing.
     """
     directory = Path(directory)
     weights = open_weights(directory)
-    tower = tower_directory(directory, read_json(directory / "config.json"))
+    config = read_json(directory / "config.json")
+    tower = tower_directory(directory, config, vision_tower)
     if tower is not None and not any(key.startswith(TOWER) for key in weights.weight_map):
-        weights.add_tower(tower)
+        weights.add_tower(tower, tower_name(config))
     return weights
 
 

@@ -2,10 +2,11 @@
 
 What stands for the original code at each stage:
     pixels              PIL (convert to RGB) and transformers' CLIPImageProcessor; EXIF orientation is ignored
-    vision.embeddings   transformers' InternVLVisionEmbeddings
-    vision.layers.N     transformers' InternVLVisionLayer (rms_norm, use_qk_norm, eager attention)
-    features            hidden_states[select_layer], InternVLModel.pixel_shuffle (v1: its last transpose undone)
-    projector           torch.nn LayerNorm, Linear, GELU, Linear
+    vision.embeddings   transformers' InternVLVisionEmbeddings; of CLIP CLIPVisionEmbeddings, torch.nn LayerNorm
+    vision.layers.N     transformers' InternVLVisionLayer (rms_norm, use_qk_norm, eager attention) or CLIPEncoderLayer
+    features            hidden_states[select_layer], InternVLModel.pixel_shuffle (v1: its last transpose undone); in
+                        LLaVA's layouts without the shuffle
+    projector           torch.nn LayerNorm, Linear, GELU, Linear; in LLaVA's layouts without the first
     text.embeddings     torch.nn.functional.embedding; rows of image tokens are overwritten
     text.layers.N       transformers' LlamaDecoderLayer under LlamaRotaryEmbedding and create_causal_mask
     text.norm, logits   transformers' LlamaRMSNorm, torch.nn.functional.linear
@@ -25,8 +26,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import CLIPImageProcessorPil, InternVLVisionConfig, LlamaConfig
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, InternVLVisionConfig, LlamaConfig
 from transformers.masking_utils import create_causal_mask
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLVisionEmbeddings, InternVLVisionLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -44,24 +46,34 @@ _VISION_NAMES = (
     (r"^norm2\.", "layernorm_after."),
 )
 _PROJECTOR_NAMES = ((r"^layer_norm\.", "0."), (r"^linear_1\.", "1."), (r"^linear_2\.", "3."))
+_LLAVA_PROJECTOR_NAMES = ((r"^linear_1\.", "0."), (r"^linear_2\.", "2."))
+_TOWER = "model.vision_tower.vision_tower."  # in LLaVA's own layout
 
 
 class Reference:
     """The reference model of one published config.json.
 
     keys: the names of the checkpoint's tensors (of the layout's current form). read: name -> its values.
+    tower: the directory of the vision tower's configuration, where the layout has one of its own.
     A method that has weights reads them and returns the function that holds them: drop it to free them.
     Arrays are float32: pixels [1,3,S,S], hidden states [1,T,D].
     """
 
-    def __init__(self, directory: Path, keys: list[str], read: Callable[[str], np.ndarray]):
-        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        self._keys, self._read, self._directory = keys, read, directory
+    def __init__(self, directory: Path, keys: list[str], read: Callable[[str], np.ndarray], tower: Path | None = None):
+        raw = _read_json(directory / "config.json")
+        self._keys, self._read = keys, read
+        # LLaVA takes its tower's processor.
+        self._processor_directory = directory if tower is None else tower
         layout = raw["model_type"]
+        if layout in ("llava", "llava_llama"):
+            layout = "llava_hf" if "text_config" in raw else "llava"
+        self._is_llava = layout in ("llava", "llava_hf")
         self._native = layout == "internvl"  # transformers' own layout
         self._prefixes = {
             "internvl_chat": ("vision_model.", "mlp1.", "language_model."),
             "internvl": ("vision_tower.", "multi_modal_projector.", "language_model."),
+            "llava": (_TOWER, "model.mm_projector.", ""),
+            "llava_hf": ("vision_tower.vision_model.", "multi_modal_projector.", "language_model."),
             "intern_vit_6b": ("", None, None),
             "llama": (None, None, ""),
         }[layout]
@@ -77,6 +89,13 @@ class Reference:
         elif layout == "internvl_chat":
             self._vision, select = _vision_config(raw["vision_config"]), raw.get("select_layer", -1)
             self._text, self._ps_version = LlamaConfig.from_dict(raw["llm_config"]), raw.get("ps_version", "v1")
+        elif layout == "llava_hf":
+            self._vision, select = CLIPVisionConfig.from_dict(raw["vision_config"]), raw.get("vision_feature_layer", -2)
+            self._text = LlamaConfig.from_dict(raw["text_config"])
+            self._text.tie_word_embeddings = raw.get("tie_word_embeddings", self._text.tie_word_embeddings)
+        elif layout == "llava":
+            self._vision, select = _tower_config(_read_json(tower / "config.json")), raw["mm_vision_select_layer"]
+            self._text = LlamaConfig.from_dict({k: v for k, v in raw.items() if k != "model_type" and k[:3] != "mm_"})
         elif layout == "intern_vit_6b":
             self._vision = _vision_config(raw)
         else:
@@ -86,38 +105,62 @@ class Reference:
                 config._attn_implementation = "eager"
         if self._vision is not None:
             self.num_vision_layers = range(self._vision.num_hidden_layers + 1)[select]
+            self._is_clip = isinstance(self._vision, CLIPVisionConfig)
             self._ratio = raw.get("downsample_ratio", 0.5)
-            self._size = raw.get("force_image_size") or self._vision.image_size[0]
-            self._pad_to_square = raw.get("pad2square", False)
+            native = self._vision.image_size if self._is_clip else self._vision.image_size[0]
+            if layout == "llava":
+                self._pad_to_square = raw.get("image_aspect_ratio") == "pad"
+                if self._is_clip:
+                    self._prefixes = (f"{_TOWER}vision_model.", *self._prefixes[1:])
+                else:  # the original's rule
+                    native = 448 if "448" in raw["mm_vision_tower"] else 336
+            else:
+                self._pad_to_square = raw.get("pad2square", False)
+            self._size = raw.get("force_image_size") or native
             # The original passes the config's eps on to q_norm and k_norm; transformers' module does not.
-            self._qk_norm_eps = None if self._native else self._vision.layer_norm_eps
+            self._qk_norm_eps = None if self._native or self._is_clip else self._vision.layer_norm_eps
         self.num_text_layers = 0 if self._text is None else self._text.num_hidden_layers
 
     def pixels(self, picture: Image.Image) -> np.ndarray:
         """Pixel values of one picture [1,3,S,S], as the evaluation scripts make them."""
-        values = json.loads((self._directory / "preprocessor_config.json").read_text(encoding="utf-8"))
+        values = _read_json(self._processor_directory / "preprocessor_config.json")
         rgb = picture.convert("RGB")
         if self._pad_to_square:
             side = max(rgb.size)
             square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in values["image_mean"]))
             square.paste(rgb, ((side - rgb.width) // 2, (side - rgb.height) // 2))
             rgb = square
-        # The scripts resize to S x S before the processor, whose own resize and crop then change nothing.
+        sides = {"height": self._size, "width": self._size}
+        # V1-1's scripts resize to S x S before the processor, whose own resize and crop then change nothing.
+        sizes: dict[str, Any] = (
+            {"size": {"shortest_edge": self._size}, "crop_size": sides} if self._is_llava else {"size": sides}
+        )
         processor = CLIPImageProcessorPil(
-            size={"height": self._size, "width": self._size},
-            do_center_crop=False,
-            image_mean=values["image_mean"],
-            image_std=values["image_std"],
+            **sizes, do_center_crop=self._is_llava, image_mean=values["image_mean"], image_std=values["image_std"]
         )
         return processor(rgb, return_tensors="np")["pixel_values"]
 
     def vision_embeddings(self) -> Stage:
         """pixels [1,3,S,S] -> [1,1+P,D]."""
+        if self._is_clip:
+            return self._clip_embeddings()
         state = _rename(self._state(f"{self._prefixes[0]}embeddings."), _VISION_NAMES)
         return _run(_module(lambda: InternVLVisionEmbeddings(self._vision), state))
 
+    def _clip_embeddings(self) -> Stage:
+        prefix, config = self._prefixes[0], self._vision
+        embeddings: Any = _module(lambda: CLIPVisionEmbeddings(config), self._state(f"{prefix}embeddings."))
+        embeddings.position_ids = torch.arange(embeddings.num_positions)[None]  # no tensor of the checkpoint
+        state = self._state(f"{prefix}pre_layrnorm.")
+        norm = _module(lambda: nn.LayerNorm(config.hidden_size, config.layer_norm_eps), state)
+        return _run(lambda x: norm(embeddings(x, interpolate_pos_encoding=True)))
+
     def vision_layer(self, layer: int) -> Stage:
         """[1,1+P,D] -> [1,1+P,D]."""
+        if self._is_clip:
+            state = self._state(f"{self._prefixes[0]}encoder.layers.{layer}.")
+            encoder = _module(lambda: CLIPEncoderLayer(self._vision), state)
+            return _run(lambda x: encoder(x, attention_mask=None))
         state = self._state(f"{self._prefixes[0]}encoder.{'layer' if self._native else 'layers'}.{layer}.")
         for kind in ("weight", "bias"):
             if f"attn.qkv.{kind}" in state:
@@ -131,6 +174,8 @@ class Reference:
 
     def features(self) -> Stage:
         """[1,1+P,D] -> [1,P*ratio**2,D/ratio**2], without the class token."""
+        if self._is_llava:
+            return _run(lambda x: x[:, 1:])
 
         def fold(x: torch.Tensor) -> torch.Tensor:
             side = round((x.shape[1] - 1) ** 0.5)
@@ -144,13 +189,13 @@ class Reference:
 
     def projector(self) -> Stage:
         """[1,P,E] -> [1,P,D]."""
-        state = _rename(self._state(self._prefixes[1]), _PROJECTOR_NAMES)
-        outputs, inputs = state["1.weight"].shape
+        names = _LLAVA_PROJECTOR_NAMES if self._is_llava else _PROJECTOR_NAMES
+        state = _rename(self._state(self._prefixes[1]), names)
+        outputs, inputs = state["0.weight" if self._is_llava else "1.weight"].shape
 
         def build() -> nn.Module:
-            return nn.Sequential(
-                nn.LayerNorm(inputs), nn.Linear(inputs, outputs), nn.GELU(), nn.Linear(outputs, outputs)
-            )
+            mlp = nn.Linear(inputs, outputs), nn.GELU(), nn.Linear(outputs, outputs)
+            return nn.Sequential(*mlp) if self._is_llava else nn.Sequential(nn.LayerNorm(inputs), *mlp)
 
         return _run(_module(build, state))
 
@@ -159,7 +204,8 @@ class Reference:
         table = self._tensor(f"{self._prefixes[2]}model.embed_tokens.weight")
 
         def embed(features: np.ndarray | None) -> np.ndarray:
-            x = nn.functional.embedding(torch.from_numpy(ids).long(), table).numpy().copy()
+            words = np.maximum(ids, 0)  # LLaVA writes -200 for an image
+            x = nn.functional.embedding(torch.from_numpy(words).long(), table).numpy().copy()
             if features is not None:
                 x[ids == image_token_id] = features.reshape(-1, x.shape[-1])
             return x[None]
@@ -195,6 +241,17 @@ class Reference:
 
     def _state(self, prefix: str) -> dict[str, torch.Tensor]:
         return {key[len(prefix) :]: self._tensor(key) for key in self._keys if key.startswith(prefix)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _tower_config(raw: dict[str, Any]) -> Any:
+    """The configuration of LLaVA's vision tower: InternViT, a CLIP's vision half, or a whole CLIP's."""
+    if raw["model_type"] == "intern_vit_6b":
+        return _vision_config(raw)
+    return CLIPVisionConfig.from_dict(raw["vision_config"] if raw["model_type"] == "clip" else raw)
 
 
 def _vision_config(raw: dict[str, Any]) -> InternVLVisionConfig:

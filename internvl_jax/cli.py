@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from internvl_jax.config import PRESETS
 from internvl_jax.evaluation import cli as evaluation_cli
 from internvl_jax.processing.images import load_image
 from internvl_jax.progress import counting, err, progress_bar, status
@@ -82,7 +83,8 @@ def _fail(message: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="internvl-jax",
-        description="InternVL-Chat-V1-1 in JAX: chat about images, convert checkpoints, check the numbers.",
+        description="InternVL-Chat-V1-1, InternVL-Chat-V1-0 and LLaVA-1.5 in JAX: chat about images, convert "
+        "checkpoints, check the numbers, run the benchmarks.",
         epilog="To begin: internvl-jax chat --image photo.jpg 'What is in this picture?'\n"
         "'internvl-jax COMMAND --help' explains each command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -129,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         help="turn a published PyTorch checkpoint into this project's format",
         description="Reads SRC, a downloaded Hugging Face directory (pytorch_model-*.bin or model-*.safetensors), and "
-        "writes DST with the weights in Orbax format, config.json and tokenizer. Needs the extra 'convert'.",
+        "writes DST with the weights in Orbax format, config.json and tokenizer. Its config.json says what it is: "
+        "InternVL-Chat-V1-1 or V1-0, LLaVA-1.5 (its own layout or transformers'), InternViT, Llama. Needs the extra "
+        "'convert'.",
     )
     convert.add_argument("src", type=Path, metavar="SRC", help="the published directory")
     convert.add_argument("dst", type=Path, metavar="DST", help="the directory to write; must not exist")
@@ -139,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--force-int4-vision", action="store_true", help="with --quantize int4: the tower too, which ruins InternViT-6B"
     )
+    _add_vision_tower(convert)
     convert.set_defaults(run=_convert)
 
     export = commands.add_parser(
@@ -163,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--reference", type=Path, metavar="DIR", help="the published directory to compare with")
     parity.add_argument("--image", type=Path, metavar="F", help="a picture (default: a drawn test picture)")
     parity.add_argument("--prompt", metavar="P", help="a question (default: a description is asked for)")
+    _add_vision_tower(parity)
     parity.add_argument("--json", action="store_true", help="print one JSON object")
     parity.set_defaults(run=_parity)
     report = commands.add_parser(
@@ -179,7 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--program", default="generate", metavar="P", help="encode, prefill, decode, or generate (all of them together)"
     )
-    report.add_argument("--preset", default="internvl_chat_v1_1", metavar="M", help="its name, or a directory's")
+    report.add_argument(
+        "--preset", default="internvl_chat_v1_1", metavar="M", help=f"{', '.join(PRESETS)}; or a directory's"
+    )
     report.add_argument("--mesh", metavar="SPEC", help="like data=2,tensor=4 (the largest tensor axis, rest on data)")
     report.add_argument("--batch", type=int, metavar="N", help="rows, each with one image (1; --plan: what fits)")
     report.add_argument("--length", type=int, default=2048, metavar="T", help="tokens of prompt and answer (2048)")
@@ -226,7 +234,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     model = bench.add_mutually_exclusive_group()
     model.add_argument("--checkpoint", type=Path, metavar="DIR", help="as for chat")
-    model.add_argument("--preset", default="nano", metavar="M", help="random weights in the sizes of M (nano)")
+    model.add_argument(
+        "--preset",
+        default="nano",
+        metavar="M",
+        help="random weights in the sizes of M (nano): a name as for compile-report",
+    )
     bench.add_argument("--mesh", metavar="SPEC", help="as for chat")
     bench.add_argument("--dtype", choices=["float32", "bfloat16"], help="as for chat")
     bench.add_argument(
@@ -247,6 +260,16 @@ def _parser() -> argparse.ArgumentParser:
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=["int8", "int4"], help="weights of 8 bits, or 4 in the LLM's layers")
     parser.add_argument("--cache-dtype", choices=["int8"], help="keys and values of what was read in 8 bits")
+
+
+def _add_vision_tower(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vision-tower",
+        type=Path,
+        metavar="DIR",
+        help="of LLaVA-1.5 and InternVL-Chat-V1-0: the tower's directory (default: in the checkpoint's, or beside it, "
+        "under the name that config.json has for it)",
+    )
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:
@@ -410,7 +433,7 @@ def _convert(args: argparse.Namespace) -> int:
         raise QuantizeError("--force-int4-vision goes with --quantize int4")
     scheme = args.quantize and Scheme(args.quantize, args.force_int4_vision)
     with progress_bar() as progress:
-        report = convert(args.src, args.dst, quantize=scheme, progress=progress)
+        report = convert(args.src, args.dst, quantize=scheme, vision_tower=args.vision_tower, progress=progress)
     err.print(report.summary())
     return 0
 
@@ -429,7 +452,12 @@ def _parity(args: argparse.Namespace) -> int:
 
     with progress_bar() as progress:
         report = run_parity(
-            args.checkpoint, image=args.image, prompt=args.prompt, reference=args.reference, progress=progress
+            args.checkpoint,
+            image=args.image,
+            prompt=args.prompt,
+            reference=args.reference,
+            vision_tower=args.vision_tower,
+            progress=progress,
         )
     if args.json:
         print(json.dumps(report.to_dict(), ensure_ascii=False))

@@ -270,11 +270,11 @@ class ChatConfig:
         return hf_config.read(config, tower)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> ChatConfig:
-        """Read `path`, a config.json or the directory that holds one, and the tower's beside it (tower_directory)."""
+    def from_file(cls, path: str | Path, vision_tower: str | Path | None = None) -> ChatConfig:
+        """Read `path`, a config.json or the directory that holds one, and the tower's own (as `tower_directory`)."""
         path = _config_path(path)
         config = read_json(path)
-        tower = tower_directory(path.parent, config)
+        tower = tower_directory(path.parent, config, vision_tower)
         return cls.from_hf(config, None if tower is None else read_json(tower / "config.json"))
 
     def to_hf(self, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -303,29 +303,44 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def tower_directory(directory: Path, config: Mapping[str, Any]) -> Path | None:
+def tower_directory(directory: Path, config: Mapping[str, Any], given: str | Path | None = None) -> Path | None:
     """Where the vision tower of LLaVA's layout lies; None for layouts that have no directory of its own for it.
 
-    config: the dictionary of directory/config.json, whose mm_vision_tower names the tower as its training did, by a
-        path or a repository. Looked for under the last part of that name, in `directory` and beside it.
-    Raises ConfigError that says where the tower has to be put.
+    config: the dictionary of directory/config.json. given: where the user says it lies; None: looked for under
+        `tower_name`, in `directory` and beside it.
+    Raises ConfigError that says where the tower has to be put, and where one is given that has no place.
     """
-    name = config.get("mm_vision_tower")
-    if not isinstance(name, str) or "text_config" in config:
+    last = tower_name(config)
+    if last is None and given is not None:
+        raise ConfigError(f"{directory / 'config.json'} names no vision tower of its own directory: leave {given} out")
+    if last is None:
         return None
-    last = Path(name.rstrip("/")).name
-    for place in (directory / last, directory.absolute().parent / last):
+    places = (directory / last, directory.absolute().parent / last) if given is None else (Path(given),)
+    for place in places:
         if (place / "config.json").is_file():
             return place
+    if given is not None:
+        raise ConfigError(f"{given} has no config.json: name the directory of the vision tower {last}")
     raise ConfigError(
-        f"{directory / 'config.json'} names the vision tower {name}, which is published apart: put its directory "
-        f"(config.json, preprocessor_config.json and weights) at {directory / last}, or beside {directory}"
+        f"{directory / 'config.json'} names the vision tower {config['mm_vision_tower']}, which is published apart: "
+        f"put its directory (config.json, preprocessor_config.json and weights) at {directory / last}, or beside "
+        f"{directory}, or name it (convert and parity have --vision-tower)"
     )
+
+
+def tower_name(config: Mapping[str, Any]) -> str | None:
+    """The name of the directory that LLaVA's layout has for its vision tower; None for other layouts.
+
+    config: the dictionary of config.json, whose mm_vision_tower names the tower as its training did, by a path or a
+        repository: the last part of that.
+    """
+    name = config.get("mm_vision_tower")
+    return Path(name.rstrip("/")).name if isinstance(name, str) and "text_config" not in config else None
 
 
 def _config_path(path: str | Path) -> Path:
     path = Path(path)
-    return path / "config.json" if path.is_dir() else path
+    return path if path.is_file() else path / "config.json"
 
 
 def require(condition: bool, message: str) -> None:

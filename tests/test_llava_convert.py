@@ -239,10 +239,3 @@ def test_tokens_outside_the_vocabulary_are_still_refused():
             chat.logits(np.array([[1, token]]))
     with pytest.raises(ValueError, match=r"1 image tokens \(id -200"):
         chat.logits(np.array([[1, -200]]))
-
-
-def test_parity_says_that_it_does_not_run_these():
-    from checkpoints_convert.parity import ParityError, run_parity
-
-    with pytest.raises(ParityError, match="is a llava checkpoint"):
-        run_parity(V1_0 / "checkpoint")

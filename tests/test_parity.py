@@ -24,12 +24,13 @@ from checkpoints_convert.parity_report import Distribution, Errors  # noqa: E402
 from checkpoints_convert.readers import open_weights  # noqa: E402
 from checkpoints_convert.reference import Reference  # noqa: E402
 from internvl_jax import cli  # noqa: E402
-from internvl_jax.config import PRESETS, ChatConfig  # noqa: E402
+from internvl_jax.config import PRESETS, ChatConfig, tower_name  # noqa: E402
 from internvl_jax.models import intern_vit  # noqa: E402
 from internvl_jax.processing.images import ImageError  # noqa: E402
 
 CHAT = DATA / "internvl_chat_v1_1" / "checkpoint"
 VIT = DATA / "intern_vit" / "checkpoint_bin"
+LLAVA = DATA / "llava_1_5" / "original"
 RGB = DATA / "internvl_chat_v1_1" / "images" / "rgb.png"
 
 
@@ -339,7 +340,7 @@ def text(config, **changes):
 @pytest.mark.parametrize(("break_it", "culprits"), BROKEN_CONFIGS.values(), ids=BROKEN_CONFIGS)
 def test_a_misread_configuration_is_located(monkeypatch, break_it, culprits):
     right = ChatConfig.from_file(CHAT)
-    monkeypatch.setattr(parity.ChatConfig, "from_file", lambda path: break_it(right))
+    monkeypatch.setattr(parity.ChatConfig, "from_file", lambda path, tower: break_it(right))
     report = run_parity(CHAT, image=RGB)
     assert not report.passed
     assert culprits <= set(report.culprits)
@@ -493,17 +494,21 @@ def test_missing_packages_are_named(tmp_path):
     assert "pip install 'internvl-jax[convert]'" in " ".join(run.stderr.split())
 
 
-def full_width(directory, depth):
-    """V1-1's true widths with `depth` layers in either tower, random weights, one layer in memory at a time."""
+def full_width(directory, depth, preset):
+    """A system's true widths with `depth` layers in either tower, random weights, one layer in memory at a time."""
     from safetensors.torch import save_file
 
     from checkpoints_convert.mapping import tensors
 
-    config = text(vision(PRESETS["internvl_chat_v1_1"](), num_hidden_layers=depth), num_hidden_layers=depth)
+    config = text(vision(PRESETS[preset](), num_hidden_layers=depth), num_hidden_layers=depth)
     # Small pictures: what counts here are the weights.
     config = dataclasses.replace(config, select_layer=-1, image_size=112)
     directory.mkdir()
-    for path in CHAT.iterdir():
+    if config.layout == "llava":
+        tower = directory / tower_name(config.to_hf())
+        tower.mkdir()
+        (tower / "config.json").write_text(json.dumps(config.tower_to_hf()))
+    for path in (LLAVA if config.layout == "llava" else CHAT).iterdir():
         if path.suffix in (".json", ".model") and "index" not in path.name:
             shutil.copy(path, directory)
     (directory / "config.json").write_text(json.dumps(config.to_hf()))
@@ -523,11 +528,12 @@ def full_width(directory, depth):
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_depth(tmp_path):
+@pytest.mark.parametrize("preset", ["internvl_chat_v1_1", "llava_1_5_13b"])
+def test_memory_does_not_grow_with_depth(tmp_path, preset):
     """Two full-width checkpoints of 2 + 2 and 4 + 4 layers (7 GB on disk, some minutes)."""
     peaks = {}
     for depth in (2, 4):
-        full_width(tmp_path / "checkpoint", depth)
+        full_width(tmp_path / "checkpoint", depth, preset)
         command = [sys.executable, "-m", "internvl_jax.cli", "parity", str(tmp_path / "checkpoint"), "--json"]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr + run.stdout

@@ -224,14 +224,15 @@ class ImageProcessor:
         return rgb.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
 
 
-def load_processor(directory: Path, config: ChatConfig) -> ImageProcessor | None:
+def load_processor(directory: Path, config: ChatConfig, tower: Path | None = None) -> ImageProcessor | None:
     """The processor of a checkpoint's model; None where the model sees nothing, or its file is absent.
 
-    preprocessor_config.json lies in the checkpoint's directory or, in LLaVA's layout, in its vision tower's.
+    preprocessor_config.json lies in the checkpoint's directory or, in LLaVA's layout, in its vision tower's: `tower`,
+    or where `tower_directory` finds it.
     """
     if config.vision is None:
         return None
-    places = (directory, tower_directory(directory, read_json(directory / "config.json")))
+    places = (directory, tower_directory(directory, read_json(directory / "config.json"), tower))
     place = next((place for place in places if place and (place / "preprocessor_config.json").exists()), None)
     if place is None:
         return None
