@@ -1,10 +1,11 @@
 """A checkpoint of a preset's true shapes in the published layout, almost without disk space: for measuring memory.
 
-    python -m checkpoints_convert.synthetic DIRECTORY [--random-layers N]
+    python -m checkpoints_convert.synthetic DIRECTORY [--preset NAME] [--random-layers N]
 
-InternVL-Chat-V1-1 comes out as 38 GB in four pytorch_model-*.bin, as published. The tensors are zeros that the files
-leave as holes, without the checksums of the zip, at which torch never looks; with --random-layers the first layers
-of both towers, and everything outside the layers, are random.
+InternVL-Chat-V1-1 comes out as 38 GB in four pytorch_model-*.bin, as published. LLaVA-1.5 and InternVL-Chat-V1-0 get
+their vision tower's directory inside the checkpoint's, LLaVA-1.5 with the tower's weights in it. The tensors are zeros
+that the files leave as holes, without the checksums of the zip, at which torch never looks; with --random-layers the
+first layers of both towers, and everything outside the layers, are random.
 """
 
 from __future__ import annotations
@@ -14,33 +15,27 @@ import json
 import math
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from checkpoints_convert.files import new_directory
-from checkpoints_convert.mapping import Tensor, tensors
+from checkpoints_convert.mapping import TOWER, Tensor, tensors
 from checkpoints_convert.readers import PICKLES
 from checkpoints_convert.writers import assign_files, lay_out, write_at, write_index
-from internvl_jax.config import PRESETS
+from internvl_jax.config import PRESETS, ChatConfig, tower_name
 
 SHARD = 10 * 10**9  # bytes, as the published ones are
 BFLOAT16 = np.dtype("bfloat16")
 
-PREPROCESSOR = {
-    "crop_size": 448,
-    "do_center_crop": True,
-    "do_normalize": True,
-    "do_resize": True,
-    "feature_extractor_type": "CLIPFeatureExtractor",
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-    "resample": 3,
-    "size": 448,
-}
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 
 
 def write_synthetic(destination: str | Path, *, preset: str = "internvl_chat_v1_1", random_layers: int = 0) -> int:
     """Write the checkpoint, bfloat16, without tokenizer; returns the bytes of its tensors.
+
+    preset: a name of config.PRESETS.
 
     random_layers: so many first layers of both towers, and what is outside them, get seeded random values that keep
     activations near unit size; everything else is zero, so that later layers pass their input on.
@@ -48,19 +43,51 @@ def write_synthetic(destination: str | Path, *, preset: str = "internvl_chat_v1_
     config = PRESETS[preset]()
     table = {tensor.key: tensor for tensor in tensors(config)}
     sizes = {key: math.prod(tensor.shape) * BFLOAT16.itemsize for key, tensor in table.items()}
-    weight_map = assign_files(sizes, SHARD, PICKLES[1])
+    hf, tower = config.to_hf(), config.tower_to_hf()
+    name = tower_name(hf)
+    # V1-0's files hold the tower, LLaVA-1.5's leave it in CLIP's.
+    parts = dict.fromkeys(table, "")
+    if name is not None and config.vision.embedding_norm:
+        parts = {key: f"{name}/" if key.startswith(TOWER) else "" for key in table}
+    weight_map = {}
+    for part in dict.fromkeys(parts.values()):
+        files = assign_files({key: size for key, size in sizes.items() if parts[key] == part}, SHARD, PICKLES[1])
+        weight_map.update({key: part + file for key, file in files.items()})
     filled = [t for t in table.values() if random_layers and (not t.index or t.index[0] < random_layers)]
     with new_directory(destination, sum(sizes[tensor.key] for tensor in filled)) as directory:
+        contents = {"config.json": hf}
+        if name is not None:
+            (directory / name).mkdir()
+            contents[f"{name}/config.json"] = tower
+        contents[f"{name}/preprocessor_config.json" if name else "preprocessor_config.json"] = _preprocessor(config)
+        for file, content in contents.items():
+            (directory / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         places = {}
         for file in dict.fromkeys(weight_map.values()):
-            specs = {key: (tensor.shape, BFLOAT16) for key, tensor in table.items() if weight_map[key] == file}
-            places.update(lay_out(directory / file, specs))
+            keys = [key for key in table if weight_map[key] == file]
+            names = [key.removeprefix(TOWER) if "/" in file else key for key in keys]
+            laid_out = lay_out(directory / file, {n: (table[k].shape, BFLOAT16) for n, k in zip(names, keys)})
+            places.update({key: laid_out[name] for name, key in zip(names, keys)})
         for tensor in filled:
             write_at(directory / weight_map[tensor.key], places[tensor.key], _random(tensor))
-        write_index(directory, weight_map, sum(sizes.values()))
-        for name, content in (("config.json", config.to_hf()), ("preprocessor_config.json", PREPROCESSOR)):
-            (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for part in dict.fromkeys(parts.values()):
+            keys = [key for key in table if parts[key] == part]
+            files = {key.removeprefix(TOWER if part else ""): Path(weight_map[key]).name for key in keys}
+            write_index(directory / part, files, sum(sizes[key] for key in keys))
     return sum(sizes.values())
+
+
+def _preprocessor(config: ChatConfig) -> dict[str, Any]:
+    return {
+        "crop_size": config.image_size,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        **(CLIP if config.vision.embedding_norm else IMAGENET),
+        "resample": 3,
+        "size": config.image_size,
+    }
 
 
 def _random(tensor: Tensor) -> np.ndarray:

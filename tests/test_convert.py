@@ -1,5 +1,6 @@
 """Conversion there and back, on golden checkpoints and on transformers' own."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from published import V1_1, VIT_BIN, VIT_SAFE, assert_same_bits, single_file, st
 
 from checkpoints_convert import convert as convert_module  # noqa: E402
 from checkpoints_convert import export as export_module  # noqa: E402
+from checkpoints_convert import synthetic  # noqa: E402
 from checkpoints_convert.convert import convert, load_hf  # noqa: E402
 from checkpoints_convert.export import export  # noqa: E402
 from checkpoints_convert.mapping import ConversionError, tensors  # noqa: E402
@@ -251,6 +253,41 @@ def test_synthetic_checkpoint(tmp_path):
     convert(tmp_path / "random", tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "back")
     assert_same_bits(state_of(tmp_path / "back"), random)
+
+
+@pytest.mark.parametrize("preset", ["llava_1_5_13b", "internvl_chat_v1_0_13b"])
+def test_synthetic_checkpoint_with_a_tower(preset, tmp_path, monkeypatch):
+    """The tower's directory lies where the layout has it, with the weights where they are published."""
+    full = synthetic.PRESETS[preset]()
+    text = dataclasses.replace(
+        full.text, hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=16, intermediate_size=96,
+        num_hidden_layers=2, vocab_size=99,
+    )  # fmt: skip
+    sizes = {"num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 96}
+    small = dataclasses.replace(
+        full,
+        vision=dataclasses.replace(full.vision, hidden_size=64, **sizes),
+        projector=dataclasses.replace(full.projector, in_features=64, out_features=64),
+        text=text,
+    )
+    monkeypatch.setattr(synthetic, "PRESETS", {preset: lambda: small})
+    size = write_synthetic(tmp_path / "random", preset=preset, random_layers=5)
+    tower = {"llava_1_5_13b": "clip-vit-large-patch14-336", "internvl_chat_v1_0_13b": "InternViT-6B-224px"}[preset]
+    apart = preset == "llava_1_5_13b"
+    assert set(os.listdir(tmp_path / "random" / tower)) == {
+        "config.json", "preprocessor_config.json", *(["pytorch_model.bin"] if apart else [])
+    }  # fmt: skip
+    assert ChatConfig.from_file(tmp_path / "random") == small
+    state = state_of(tmp_path / "random")
+    assert any("vision_tower" in key for key in state) != apart
+    report = convert(tmp_path / "random", tmp_path / "ours")
+    assert report.bytes == size
+    params = checkpoint.load(tmp_path / "ours", abstract(small))
+    assert all(leaf.any() for leaf in jax.tree.leaves(params))
+    export(tmp_path / "ours", tmp_path / "back")
+    assert_same_bits(state_of(tmp_path / "back"), state)
+    if apart:
+        assert_same_bits(state_of(tmp_path / "back" / tower), state_of(tmp_path / "random" / tower))
 
 
 # Memory.
