@@ -10,6 +10,7 @@ from evaluation_files import lines, whole
 
 from internvl_jax.cli import main
 from internvl_jax.evaluation import judge, mmvet
+from internvl_jax.evaluation.report import table
 
 PROMPT = "Compare.\n\nA | B"
 FACTS = {
@@ -57,7 +58,7 @@ def graded(tmp_path, server, monkeypatch):
         "benchmark": "mm-vet",
         "title": "MM-Vet",
         "model": "nano",
-        "dtype": "float32",
+        "numbers": "float32",
         "codebase": "internvl",
         "generation": {"max_new_tokens": 9, "num_beams": 1},
         "questions": 2,
@@ -90,6 +91,10 @@ def test_grades(graded, server, capsys):
     assert report["score"]["value"] == pytest.approx(100 * (0.5 + 1 + 0 + 1) / 4)
     assert report["score"]["categories"] == {"math": 25.0, "rec": 100.0, "spat": 100.0, "rec_spat": 100.0}
     assert report["judge"]["models"] == ["gpt-4-0613"]
+    assert not any("another judge" in line for line in table([graded.run]))
+    report["judge"]["same"] = False
+    (graded.run / "report.json").write_text(json.dumps(report))
+    assert any(line.endswith("62.5 (another judge) |") for line in table([graded.run]))
     assert "the judge of the published figures" in capsys.readouterr().out
     path, key, body = server.asked[0]
     assert (path, key) == ("/v1/chat/completions", "Bearer secret")

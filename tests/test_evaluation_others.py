@@ -57,7 +57,7 @@ def test_anls():
         ours = documents.anls(item["prediction"], item["answers"])
         scores.append((ours, anls.anls_score(item["prediction"], item["answers"]), item))
     others = differing(scores)
-    assert 0 < len(others) < len(scores) / 5
+    assert (len(scores), len(others)) == (140, 18)
     for item in others:
         blanks = any(text != " ".join(text.split()) for text in (item["prediction"], *item["answers"]))
         assert blanks or documents.anls(item["prediction"], item["answers"]) == 0.5, item
@@ -97,7 +97,7 @@ def test_relaxed_accuracy(lmms_eval):
         scores.append((ours, any(relaxed(text, answer) for text in accepted), item))
         straight.append((ours, any(relaxed(answer, text) for text in accepted), item))
     assert differing(scores) == []
-    assert 0 < len(differing(straight)) < 20
+    assert len(differing(straight)) == 11
 
 
 def test_pope(lmms_eval):

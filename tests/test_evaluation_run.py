@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from internvl_jax import loading
 from internvl_jax.cli import main
 from internvl_jax.evaluation import tiny
 from internvl_jax.evaluation.benchmarks import BENCHMARKS
+from internvl_jax.evaluation.items import EvaluationError, Folder
 from internvl_jax.evaluation.published import PUBLISHED, SYSTEMS
 from internvl_jax.processing.images import ImageProcessor
 
@@ -50,6 +53,63 @@ def run(data, nano, tmp_path, monkeypatch):
         return code, tmp_path / out
 
     return run
+
+
+def broken(value):
+    """A record without one of its fields, and with each of them of another kind."""
+    for key, inner in value.items():
+        yield {name: other for name, other in value.items() if name != key}
+        for wrong in (None, 5, [3], {}):
+            if type(wrong) is not type(inner) or wrong != inner:
+                yield {**value, key: wrong}
+        if isinstance(inner, dict):
+            yield from ({**value, key: changed} for changed in broken(inner))
+
+
+def broken_files(path):
+    """The texts of a file of records in which the first one is broken, or all of it."""
+    text = path.read_text(encoding="utf-8")
+    yield from ("", text[: len(text) // 2], "{}", "[]", "[5]")
+    try:
+        whole = json.loads(text)
+    except ValueError:
+        first, _, others = text.partition("\n")
+        yield from (f"{json.dumps(changed)}\n{others}" for changed in broken(json.loads(first)))
+        return
+    for name, inner in whole.items() if isinstance(whole, dict) else [(None, whole)]:
+        records = inner if isinstance(inner, list) else [inner]
+        if isinstance(records[0], dict):
+            for changed in broken(records[0]):
+                new = [changed, *records[1:]] if isinstance(inner, list) else changed
+                yield json.dumps({**whole, name: new} if isinstance(whole, dict) else new)
+        if isinstance(whole, dict):
+            yield from (json.dumps({**whole, name: wrong}) for wrong in (None, 5, "x", [], {}))
+
+
+def test_whatever_is_wrong_with_a_data_file_is_told(tmp_path):
+    """It is read nevertheless, or refused with the place; no other exception comes of it."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("pyarrow")
+    tiny.write(tmp_path, 3)
+    refused = []
+    for path in sorted(path for path in tmp_path.rglob("*") if path.suffix in (".json", ".jsonl")):
+        folder = path.relative_to(tmp_path).parts[0]
+        original = path.read_bytes()
+        for text in broken_files(path):
+            path.write_text(text, encoding="utf-8")
+            for benchmark in BENCHMARKS.values():
+                for codebase in ("internvl", "llava") if benchmark.folder == folder else ():
+                    try:
+                        items = benchmark.read(Folder(tmp_path, benchmark.folder), codebase)
+                        for item in items:
+                            benchmark.prompt(item, codebase)
+                        if benchmark.score is not None:
+                            benchmark.score(items, {item.id: "yes" for item in items}, codebase)
+                    except EvaluationError as error:
+                        refused.append(str(error))
+        path.write_bytes(original)
+    assert len(refused) > 500
+    assert [message for message in refused if str(tmp_path) not in message] == []
 
 
 def rows(path):
@@ -133,10 +193,56 @@ def test_a_stopped_run_goes_on(run, capsys):
     assert "--resume goes on with them" in capsys.readouterr().err
     assert run("okvqa", "--resume", "--limit", "7")[0] == 2
     assert "was begun with another limit, questions" in capsys.readouterr().err
+    assert run("okvqa", "--resume", "--quantize", "int8")[0] == 2
+    assert "was begun with another quantize" in capsys.readouterr().err
     assert run("okvqa", "--resume")[0] == 0
     report = json.loads((out / "report.json").read_text())
     assert (report["score"], report["timing"]["answered"]) == (value, len(lines) - 3)
     assert sorted((out / "predictions.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
+def test_a_killed_run_goes_on(run, data, tmp_path):
+    """Killed without warning: nothing is lost, nothing is asked twice, and the answers are those of a whole run."""
+    _, whole = run("gqa", "--batch", "1", out="whole")
+    command = [sys.executable, "-m", "internvl_jax.cli", "eval", "gqa", "--data", str(data), *FAST, "--batch", "1"]
+    predictions = tmp_path / "killed" / "predictions.jsonl"
+    with subprocess.Popen([*command, "--out", str(tmp_path / "killed")], stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (predictions.exists() and predictions.stat().st_size):
+            time.sleep(0.001)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    before = predictions.read_bytes()
+    code, out = run("gqa", "--batch", "1", "--resume", out="killed")
+    assert code == 0
+    assert predictions.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    report = json.loads((out / "report.json").read_text())
+    answered = before.count(b"\n")
+    assert report["timing"]["answered"] == len(rows(whole / "predictions.jsonl")) - answered > 0
+    assert rows(predictions) == rows(whole / "predictions.jsonl")
+    assert report["score"] == json.loads((whole / "report.json").read_text())["score"]
+
+
+def test_an_interrupted_run_says_how_to_go_on(run, monkeypatch, capsys):
+    from internvl_jax import batch
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch, "_append", interrupt)
+    code, out = run("gqa")
+    assert code == 130
+    assert f"{out} keeps what was answered: --resume goes on with it\ninterrupted\n" in capsys.readouterr().err
+
+
+def test_answers_with_separators_of_lines(run, capsys):
+    """Unicode has line breaks that are none in JSON lines."""
+    _, out = run("gqa")
+    first, *others = rows(out / "predictions.jsonl")
+    lines = [{**first, "answer": "red\u2028blue\x85green"}, *others]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (out / "predictions.jsonl").write_text(text, encoding="utf-8")
+    assert run("gqa", "--resume")[0] == 0
+    assert json.loads((out / "report.json").read_text())["timing"]["answered"] == 0
 
 
 def test_pictures_that_are_missing_or_broken(run, data, capsys, tmp_path):
@@ -175,12 +281,14 @@ def test_table(run, tmp_path, capsys):
     assert "has no report.json" in capsys.readouterr().err
 
 
-def test_two_processes(run, data, tmp_path):
-    """A model on each, one file of answers: that of one process."""
+@pytest.mark.parametrize("mesh", [None, "data=2"])
+def test_two_processes(run, data, tmp_path, mesh):
+    """A model on each, or one over both; one file of answers: that of one process."""
     from test_distributed import free_port
 
     _, alone = run("gqa", out="alone")
     command = [sys.executable, "-m", "internvl_jax.cli", "eval", "gqa", "--data", str(data), *FAST]
+    command += [] if mesh is None else ["--mesh", mesh]
     command += ["--out", str(tmp_path / "both"), "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
     processes = [
         subprocess.Popen(
@@ -207,11 +315,12 @@ def test_llava_codebase(data, tmp_path, name, monkeypatch):
         return chats[0]
 
     monkeypatch.setattr(loading, "load", remember)
-    arguments = ["--data", str(data), "--checkpoint", str(V1_0), "--out", str(tmp_path)]
+    arguments = ["--data", str(data), "--checkpoint", str(V1_0), "--out", str(tmp_path), "--quantize", "int8"]
     assert main(["eval", name, *arguments, "--max-new-tokens", "2", "--batch", "8"]) == 0
     assert chats[0].processor.pad_to_square == BENCHMARKS[name].pad == (name == "pope")
     assert chats[0].processor.centre_crop
     report = json.loads((tmp_path / "report.json").read_text())
+    assert report["numbers"] == "float32, int8 weights"
     assert (report["codebase"], report["generation"]) == ("llava", {"max_new_tokens": 2, "num_beams": 1})
     asked = rows(tmp_path / "questions.jsonl")
     if name == "scienceqa":
@@ -233,8 +342,6 @@ def test_pictures_made_ready_are_the_same(padded):
 
 def submitted(name, codebase, case, folder, out, change=lambda record: record):
     """What is written for a replayed script's answers."""
-    from internvl_jax.evaluation.items import Folder
-
     benchmark = BENCHMARKS[name]
     where = Folder(folder, benchmark.folder)
     items = benchmark.read(where, codebase)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,7 @@ def _run(args: argparse.Namespace, name: str, join: Callable[[argparse.Namespace
             resume=args.resume,
             num_beams=args.num_beams,
             max_new_tokens=args.max_new_tokens,
+            precision={key: getattr(args, key) for key in ("dtype", "quantize", "cache_dtype")},
         )
     settings: dict[str, Any] = dict(made.generation)
     GenerationConfig(**settings)
@@ -147,8 +148,12 @@ def _run(args: argparse.Namespace, name: str, join: Callable[[argparse.Namespace
             progress=progress,
         )
     chat.check_ready()
-    with counting() as progress:
-        done = answer(chat, made, work, size=args.batch, progress=progress)
+    try:
+        with counting() as progress:
+            done = answer(chat, made, work, size=args.batch, progress=progress)
+    except KeyboardInterrupt:
+        err.print(f"{made.out} keeps what was answered: --resume goes on with it")
+        raise
     if distributed.is_first():
         print((made.out / "report.md").read_text(encoding="utf-8"), end="")
         failed = f", {done.failed} with an error" if done.failed else ""
@@ -162,14 +167,30 @@ def _score(args: argparse.Namespace) -> int:
     benchmark = BENCHMARKS[args.benchmark]
     if benchmark.score is None:
         raise EvaluationError(f"{benchmark.title} is scored by a server or a judge: its answers are not in its files")
-    items = benchmark.read(Folder(args.data, benchmark.folder), args.codebase)
-    score = benchmark.score(items, read_predictions(args.predictions, items), args.codebase)
+    with counting() as progress:
+        items = benchmark.read(Folder(args.data, benchmark.folder), args.codebase)
+        answers = _Watched(read_predictions(args.predictions, items), progress)
+        score = benchmark.score(items, answers, args.codebase)
     if args.json:
         values = {"benchmark": args.benchmark, "title": benchmark.title, "questions": len(items), **vars(score)}
         print(json.dumps(values, ensure_ascii=False))
     else:
         print("\n".join(lines(benchmark.title, len(items), score)))
     return 0
+
+
+class _Watched(dict[str, str]):
+    """Answers that report how many of them were looked at, every thousand; a scorer may look twice."""
+
+    def __init__(self, answers: Mapping[str, str], progress: Callable[..., None]):
+        super().__init__(answers)
+        self._progress, self._looks = progress, 0
+
+    def __getitem__(self, key: str) -> str:
+        self._looks += 1
+        if self._looks % 1000 == 0:
+            self._progress(min(self._looks, len(self)), len(self), "scoring")
+        return super().__getitem__(key)
 
 
 def lines(title: str, questions: int, score: Score) -> list[str]:

@@ -109,7 +109,8 @@ def judge_run(
     models = _models(path)
     same = models == {mmvet.PUBLISHED_JUDGE}
     told = "the judge of the published figures" if same else f"not by {mmvet.PUBLISHED_JUDGE}: no figure to compare"
-    values["judge"] = {"models": sorted(models), "comparable": f"Graded by {', '.join(sorted(models))}, {told}."}
+    graded = f"Graded by {', '.join(sorted(models))}, {told}."
+    values["judge"] = {"models": sorted(models), "same": same, "comparable": graded}
     save(directory, values)
     return values
 

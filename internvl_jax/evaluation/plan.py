@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_jax.evaluation.benchmarks import BENCHMARKS, Benchmark
-from internvl_jax.evaluation.items import Codebase, EvaluationError, Folder, Item, json_object, refuse
+from internvl_jax.evaluation.items import Codebase, EvaluationError, Folder, Item, json_object, records, refuse
 from internvl_jax.evaluation.submissions import import_openpyxl, write_text
 
 
@@ -30,6 +30,7 @@ class Plan:
     out: Path
     generation: dict[str, int]
     limit: int | None
+    precision: dict[str, str | None]  # dtype, quantize and cache_dtype as asked for; None: the checkpoint's own
 
     @property
     def benchmark(self) -> Benchmark:
@@ -45,6 +46,7 @@ class Plan:
             "limit": self.limit,
             "generation": self.generation,
             "questions": digest,
+            **self.precision,
         }
 
 
@@ -58,10 +60,12 @@ def plan(
     resume: bool = False,
     num_beams: int | None = None,
     max_new_tokens: int | None = None,
+    precision: dict[str, str | None] | None = None,
 ) -> Plan:
     """Read the data and write the run's questions; nothing is answered yet.
 
     num_beams, max_new_tokens: in place of those of the published figures. limit: only the first questions.
+    precision: as asked of `loading.load`.
     Raises EvaluationError for data that cannot be used, pictures that are missing (all listed), a directory that holds
     answers already and is not to be resumed, or that was made with other settings.
     """
@@ -73,7 +77,7 @@ def plan(
     generation = benchmark.generation(codebase, num_beams)
     if max_new_tokens is not None:
         generation["max_new_tokens"] = max_new_tokens
-    made = Plan(name, codebase, folder, items, out, generation, limit)
+    made = Plan(name, codebase, folder, items, out, generation, limit, precision or {})
     if benchmark.needs_xlsx:
         import_openpyxl()
     answers = out / "predictions.jsonl"
@@ -123,7 +127,6 @@ def _picture(made: Plan, item: Item) -> Path | None:
 def read_answers(made: Plan) -> dict[str, str | None]:
     """Item's id -> answer; None where the model could not answer."""
     answers: dict[str, str | None] = {}
-    for line in (made.out / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for _, row in records(made.out / "predictions.jsonl"):
         answers[row["id"]] = row.get("answer")
     return answers

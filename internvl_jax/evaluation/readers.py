@@ -108,7 +108,7 @@ def _id(record: Mapping[str, Any], where: str) -> str:
 
 
 def _texts(answers: Any, where: str) -> tuple[str, ...]:
-    given = [answers] if isinstance(answers, str) else answers
+    given = answers if isinstance(answers, list) else [answers]
     texts = [answer.get("answer") if isinstance(answer, dict) else answer for answer in given]
     if not all(isinstance(text, str) for text in texts):
         raise EvaluationError(f"{where}: the answers must be texts, or records with an 'answer'")
@@ -136,7 +136,8 @@ def gqa(folder: Folder, codebase: Codebase) -> list[Item]:
             types = need(record, where, "types", kind=dict)
             answer, image = need(record, where, "answer"), need(record, where, "imageId")
             question, structural = need(record, where, "question"), need(types, where, "structural")
-            items.append(Item("", record["id"], question, f"{image}.jpg", (answer,), structural, record=record))
+            source_id = need(record, where, "id", kind=ID)
+            items.append(Item("", source_id, question, f"{image}.jpg", (answer,), structural, record=record))
     return distinct(items)
 
 
@@ -168,7 +169,8 @@ def scienceqa(folder: Folder, codebase: Codebase) -> list[Item]:
 
 
 def _scienceqa_llava(folder: Folder) -> list[Item]:
-    problems = {record["id"]: (where, record) for where, record in records(folder.find("problems.json"))}
+    known = records(folder.find("problems.json"))
+    problems = {str(need(record, where, "id", kind=ID)): (where, record) for where, record in known}
     items = []
     for where, record in records(folder.find("llava_test_CQM-A.json")):
         source_id = str(need(record, where, "id", kind=ID))
@@ -178,7 +180,8 @@ def _scienceqa_llava(folder: Folder) -> list[Item]:
         right = need(problem, place, "answer", kind=int)
         options = _options(need(problem, place, "choices", kind=list), right, place)
         turns = need(record, where, "conversations", kind=list)
-        question = need(turns[0] if turns else {}, where, "value").replace("<image>", "").strip()
+        turn = turns[0] if turns and isinstance(turns[0], dict) else {}
+        question = need(turn, where, "value").replace("<image>", "").strip()
         image = record.get("image")
         kind = "image" if image else "text"
         items.append(Item("", source_id, question, image, (LETTERS[right],), kind, options))
@@ -205,7 +208,7 @@ def pope(folder: Folder, codebase: Codebase) -> list[Item]:
             )
         for (where, record), (place, label) in zip(asked, labels):
             text, image = need(record, where, "text"), need(record, where, "image")
-            if label.get("image", image) != image or label.get("text", "") not in text:
+            if label.get("image", image) != image or str(label.get("text", "")) not in text:
                 raise EvaluationError(f"{place} is about another question than {where}: {label.get('text')!r}")
             answer = need(label, place, "label")
             if answer not in ("yes", "no"):
@@ -312,7 +315,7 @@ def seed(folder: Folder, codebase: Codebase) -> list[Item]:
     """seed.jsonl, the questions about images; SEED-Bench.json has their types and answers."""
     path = folder.find("SEED-Bench.json")
     whole = json_object(path)
-    types = {int(number): name for name, number in need(whole, str(path), "question_type", kind=dict).items()}
+    types = {str(number): name for name, number in need(whole, str(path), "question_type", kind=dict).items()}
     known = {str(need(record, where, "question_id", kind=ID)): (where, record) for where, record in records(path)}
     items = []
     for where, record in records(folder.find("seed.jsonl", "llava-seed-bench.jsonl")):
@@ -322,7 +325,7 @@ def seed(folder: Folder, codebase: Codebase) -> list[Item]:
         place, truth = known[str(source_id)]
         number = need(truth, place, "question_type_id", kind=int)
         if number <= SEED_IMAGE_TYPES:
-            category, answer = types.get(number, str(number)), need(truth, place, "answer")
+            category, answer = types.get(str(number), str(number)), need(truth, place, "answer")
             image = need(record, where, "image")
             items.append(Item("", source_id, need(record, where, "text", "question"), image, (answer,), category))
     return distinct(items)

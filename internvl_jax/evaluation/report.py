@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_jax.evaluation.benchmarks import BENCHMARKS
-from internvl_jax.evaluation.items import EvaluationError, json_object
+from internvl_jax.evaluation.items import EvaluationError, json_object, records
 from internvl_jax.evaluation.plan import Plan
 from internvl_jax.evaluation.published import PUBLISHED, SYSTEMS
 from internvl_jax.evaluation.scoring import Score
@@ -36,11 +36,12 @@ class Timing:
 
 
 def write_report(
-    made: Plan, model: str, dtype: str, answers: Mapping[str, str | None], timing: Timing
+    made: Plan, model: str, numbers: str, answers: Mapping[str, str | None], timing: Timing
 ) -> dict[str, Any]:
     """Score the answers and write report.json, report.md, wrong.html and what is to be handed in; returns the first.
 
-    Where a question could not be answered there is no score: the report lists those questions.
+    numbers: what was computed with, as "bfloat16, int8 weights". Where a question could not be answered there is no
+    score: the report lists those questions.
     """
     items, benchmark = made.items, made.benchmark
     failed = [item.id for item in items if answers.get(item.id) is None]
@@ -55,7 +56,7 @@ def write_report(
         "benchmark": made.name,
         "title": benchmark.title,
         "model": model,
-        "dtype": dtype,
+        "numbers": numbers,
         "codebase": made.codebase,
         "generation": made.generation,
         "questions": len(items),
@@ -97,7 +98,7 @@ def lines(values: Mapping[str, Any]) -> list[str]:
         "",
         f"{values['questions']} questions, prompts and rules of {CODEBASES[values['codebase']]}, "
         f"{f'{beams} beams' if beams > 1 else 'greedy'}, at most {generation['max_new_tokens']} new tokens, "
-        f"{values['dtype']}.",
+        f"{values['numbers']}.",
     ]
     if "judge" in values:
         shown += ["", values["judge"]["comparable"]]
@@ -118,8 +119,7 @@ def _wrong_page(made: Plan, answers: Mapping[str, str], score: Score) -> str:
     """The wrong answers and their pictures on one page without links."""
     wrong = [item for item in made.items if score.points[item.id] < 1]
     paths = {}
-    for line in (made.out / "questions.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for _, row in records(made.out / "questions.jsonl"):
         paths[row["id"]] = row["images"]
     cards = []
     for item in wrong[:PICTURES]:
@@ -176,9 +176,10 @@ def table(directories: Sequence[Path]) -> list[str]:
             notes.append(f"{directory}: left out ({why})")
             continue
         beams = values["generation"].get("num_beams", 1)
-        measured.setdefault(model, {})[name] = f"{values['score']['value']:.1f}" + (
-            f" ({beams} beams)" if beams > 1 else ""
-        )
+        remarks = [f"{beams} beams"] if beams > 1 else []
+        remarks += ["another judge"] if values.get("judge", {}).get("same") is False else []
+        cell = f"{values['score']['value']:.1f}" + (f" ({', '.join(remarks)})" if remarks else "")
+        measured.setdefault(model, {})[name] = cell
     rows = [name for name in BENCHMARKS if name in PUBLISHED or any(name in run for run in measured.values())]
     shown = ["| | " + " | ".join([*SYSTEMS, *(f"{model}, here" for model in measured)]) + " |"]
     shown.append("|---" * (1 + len(SYSTEMS) + len(measured)) + "|")

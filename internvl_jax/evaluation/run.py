@@ -11,10 +11,12 @@ from internvl_jax.chat import Chat
 from internvl_jax.evaluation.ahead import Ahead
 from internvl_jax.evaluation.plan import Plan, read_answers
 from internvl_jax.evaluation.report import Timing, write_report
+from internvl_jax.quantize import scheme_of
 
 Progress = Callable[..., None]
 
-RUNNING = 20.0  # seconds between looks at the score so far: scoring 100,000 answers takes about one
+RUNNING = 20.0  # seconds between looks at the score so far, at least
+SHARE = 0.02  # of the time, at most, that these looks take
 
 
 def prepare(made: Plan, mesh: str | None = None) -> batch.Work:
@@ -42,23 +44,32 @@ def answer(chat: Chat, made: Plan, work: batch.Work, *, size: int, progress: Pro
         done = batch.run(ahead, work, size=size, progress=report, honour_exif=False, **made.generation)  # type: ignore[arg-type]
     if distributed.is_first():
         timing = Timing(done.answered, done.seconds, done.new_tokens, size)
-        write_report(made, chat.name, chat.dtype.name, read_answers(made), timing)
+        write_report(made, chat.name, _numbers(chat), read_answers(made), timing)
     return done
+
+
+def _numbers(chat: Chat) -> str:
+    """What the model computes with, in words."""
+    scheme, cache = scheme_of(chat.params), chat.generator.cache_dtype.name
+    weights = f", {scheme.name} weights" if scheme else ""
+    return chat.dtype.name + weights + (f", {cache} cache" if cache != chat.dtype.name else "")
 
 
 class _Running:
     """The score of the answers so far, computed now and then."""
 
     def __init__(self, made: Plan):
-        self._made, self._last, self._note = made, time.monotonic(), ""
+        self._made, self._next, self._note = made, time.monotonic() + RUNNING, ""
 
     def note(self) -> str:
         score = self._made.benchmark.score
-        if score is not None and distributed.is_first() and time.monotonic() - self._last > RUNNING:
+        if score is not None and distributed.is_first() and time.monotonic() > self._next:
+            started = time.monotonic()
             answers = {key: text for key, text in read_answers(self._made).items() if text is not None}
             items = [item for item in self._made.items if item.id in answers]
             if items:
                 so_far = score(items, answers, self._made.codebase)
                 self._note = f"{so_far.name} {so_far.value:.1f} so far"
-            self._last = time.monotonic()
+            ended = time.monotonic()
+            self._next = ended + max(RUNNING, (ended - started) / SHARE)
         return self._note
