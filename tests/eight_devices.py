@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from internvl_jax import generate, sharding
-from internvl_jax.config import ChatConfig, ProjectorConfig, TextConfig, VisionConfig
+from internvl_jax.config import ChatConfig, ProjectorConfig, TextConfig, VisionConfig, clip_vision
 from internvl_jax.generate import GenerationConfig, Generator
 from internvl_jax.models import chat_model
 from internvl_jax.models.attention import implementation
@@ -59,6 +59,24 @@ def config_of(vision_heads: int, kv_heads: int) -> ChatConfig:
 
 
 @cache
+def llava_of(system: str) -> ChatConfig:
+    """A tiny model of LLaVA's family: LLaVA-1.5's CLIP with 6 heads, or V1-0's InternViT with resized positions."""
+    base = config_of(5, 8)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 64}
+    vision = clip_vision(**sizes, image_size=56) if system == "llava" else base.vision
+    return ChatConfig(
+        vision,
+        ProjectorConfig(vision.hidden_size, 64, layer_norm=False),
+        base.text,
+        layout="llava",
+        select_layer=-1,
+        downsample_ratio=1.0,
+        ps_version="v2",
+        image_size=56 if system == "llava" else 84,
+    )
+
+
+@cache
 def params_of(config: ChatConfig):
     """Every parameter random, norm scales and biases too, so that each of them matters."""
     rng = np.random.RandomState(1)
@@ -77,13 +95,13 @@ def place(config: ChatConfig, mesh, **options):
 
 @cache
 def batch_of(config: ChatConfig, rows: int):
-    """Prompts [rows,12], the last one short, one image in each; pixels [rows,3,56,56]; valid [rows,12]."""
+    """Prompts [rows,8+P], the last one short, one image in each; pixels [rows,3,S,S]; valid [rows,8+P]."""
     rng = np.random.RandomState(3)
-    ids = rng.randint(4, config.text.vocab_size, (rows, 12)).astype(np.int32)
+    ids = rng.randint(4, config.text.vocab_size, (rows, 8 + config.tokens_per_image)).astype(np.int32)
     ids[:, 2 : 2 + config.tokens_per_image] = IMAGE
     valid = np.ones(ids.shape, bool)
     valid[-1, -3:] = False
-    return ids, rng.randn(rows, 3, 56, 56).astype(np.float32), valid
+    return ids, rng.randn(rows, 3, config.image_size, config.image_size).astype(np.float32), valid
 
 
 def loss_of(params, ids, pixels, valid, *, config):
@@ -125,10 +143,14 @@ def assert_close(actual, expected, tolerance, what):
     assert error[worst] <= tolerance, f"{what}: off by {error[worst]:.3g} at {worst}, allowed {tolerance}"
 
 
+SYSTEMS = {"5-heads-gqa": config_of(5, 2), "25-heads": config_of(25, 8)}
+FAMILY = {"llava": llava_of("llava"), "v1_0": llava_of("v1_0")}
+
+
 @pytest.mark.parametrize("mesh_spec", MESHES)
-@pytest.mark.parametrize(("vision_heads", "kv_heads"), [(5, 2), (25, 8)], ids=["5-heads-gqa", "25-heads"])
-def test_mesh_equals_one_device(mesh_spec, vision_heads, kv_heads):
-    config, rows = config_of(vision_heads, kv_heads), 8
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_mesh_equals_one_device(system, mesh_spec):
+    config, rows = SYSTEMS[system], 8
     mesh = make_mesh(mesh_spec, config=config)
     params = place(config, mesh)
     ((loss, logits), gradients), tokens = reference(config, rows)
@@ -149,6 +171,19 @@ def test_mesh_equals_one_device(mesh_spec, vision_heads, kv_heads):
 
     # Three rows and images, which few of these meshes divide.
     np.testing.assert_array_equal(answers(params, config, 3, mesh=mesh), tokens)
+
+
+@pytest.mark.parametrize(("system", "mesh_spec"), [("llava", "fsdp=2,tensor=4"), ("v1_0", "data=2,fsdp=2,tensor=2")])
+def test_llavas_family_equals_one_device(system, mesh_spec):
+    """6 heads of CLIP padded for 4, and positions resized. The golden models' answers are in eight_devices_chat.py."""
+    config = FAMILY[system]
+    mesh = make_mesh(mesh_spec, config=config)
+    ids, pixels, valid = batch_of(config, 8)
+    logits = []
+    for params, where in ((params_of(config), None), (place(config, mesh), mesh)):
+        generator = Generator(config, params, dtype=jnp.float32, image_token_id=IMAGE, mesh=where)
+        logits.append(generator.logits(ids, valid.astype(int), generator.encode(pixels)))
+    assert_close(logits[1][valid], logits[0][valid], 1e-3, "logits")
 
 
 def test_kernels_on_a_mesh():
@@ -187,9 +222,17 @@ def test_kernels_on_a_mesh():
     assert [len(row) for row in tokens] == [4, 4]
 
 
-@pytest.mark.parametrize("mesh_spec", ["tensor=8", "data=2,fsdp=2,tensor=2"])
-def test_images_over_all_devices(mesh_spec):
-    config = config_of(5, 2)
+@pytest.mark.parametrize(
+    ("system", "mesh_spec"),
+    [
+        ("5-heads-gqa", "tensor=8"),
+        ("5-heads-gqa", "data=2,fsdp=2,tensor=2"),
+        ("llava", "data=2,tensor=4"),
+        ("v1_0", "data=2,tensor=4"),
+    ],
+)
+def test_images_over_all_devices(system, mesh_spec):
+    config = {**SYSTEMS, **FAMILY}[system]
     mesh = make_mesh(mesh_spec, config=config)
     pixels = batch_of(config, 3)[1]
     single = Generator(config, params_of(config), dtype=jnp.float32, image_token_id=IMAGE).encode(pixels)
@@ -197,7 +240,8 @@ def test_images_over_all_devices(mesh_spec):
     generator = Generator(
         config, params, dtype=jnp.float32, image_token_id=IMAGE, mesh=mesh, image_axes=IMAGE_AXES["data"]
     )
-    assert params["vision_model"]["layers"]["attn"]["qkv"]["kernel"].shape[-2] == 5
+    heads = params["vision_model"]["layers"]["attn"]["qkv"]["kernel"].shape[-2]
+    assert heads == config.vision.num_attention_heads
     assert_close(generator.encode(pixels), single, 1e-4, "visual tokens")
 
 

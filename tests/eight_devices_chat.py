@@ -1,10 +1,14 @@
 """The golden checkpoint loaded onto meshes of eight virtual CPU devices. Run by test_chat.py, in a process of its own:
 the number of devices is fixed when jax starts."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
 from golden import DATA, assert_close, bundle
+from llava_cases import LLAVA, V1_0
 
 import internvl_jax
 from internvl_jax import checkpoint, cli, loading, sharding
@@ -85,6 +89,31 @@ def test_logits():
     pixels = np.stack([ARRAYS[f"images/{name}/quickstart"] for name in FACTS["batches"][0]["images"]])
     logits = chat.logits(ids, pixels, mask)
     assert_close(logits[mask > 0], ARRAYS["logits/batch_two/fp32"][mask > 0], 2e-4, "logits")
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "vision"), [("llava", "data=2,tensor=4", None), ("v1_0", "fsdp=2,tensor=4", "data")]
+)
+def test_llava_and_v1_0(name, spec, vision, tmp_path):
+    """The original's greedy tokens, from the published directories."""
+    root = LLAVA if name == "llava" else V1_0
+    directory = root / "original"
+    if name == "v1_0":
+        directory = shutil.copytree(root / "checkpoint", tmp_path / "v1_0")
+        shutil.copytree(root / "InternViT-6B-224px", tmp_path / "InternViT-6B-224px")
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, "force_image_size": 84}))
+    facts = bundle(root.name)[1]
+    prompts = [p for p in facts["orig_prompts" if name == "llava" else "prompts"] if p.get("resolution", "r1") == "r1"]
+    chat = internvl_jax.load(directory, mesh=spec, vision=vision)
+    questions, images, histories = [], [], []
+    for prompt in prompts:
+        *turns, question = prompt["messages"]
+        questions.append(question)
+        images.append([root / facts["images"][image]["file"] for image in prompt["images"]])
+        histories.append(list(zip(turns[::2], turns[1::2])))
+    replies = chat.batch_chat(questions, images, histories, honour_exif=False, max_new_tokens=32)
+    assert [reply.tokens for reply in replies] == [prompt["generated_ids"] for prompt in prompts]
 
 
 def test_bare_tower():

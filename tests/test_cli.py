@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import internvl_jax
 from internvl_jax import cli
 from internvl_jax.config import ConfigWarning
 
-BUNDLE = DATA / "internvl_chat_v1_1"
+BUNDLE, LLAVA = DATA / "internvl_chat_v1_1", DATA / "llava_1_5"
 CHECKPOINT = BUNDLE / "checkpoint"
 _, FACTS = bundle("internvl_chat_v1_1")
 PROMPTS = {prompt["id"]: prompt for prompt in FACTS["prompts"]}
@@ -213,6 +214,15 @@ def test_a_picture_of_one_pixel(golden, tmp_path):
     assert out.strip()
 
 
+def test_llava_with_its_tower_beside_it(run):
+    pytest.importorskip("torch")
+    facts = bundle("llava_1_5")[1]
+    prompt = next(prompt for prompt in facts["orig_prompts"] if prompt["id"] == "en_single")
+    options = ("--checkpoint", LLAVA / "original", "--image", LLAVA / "images" / "rgb.png", "--max-new-tokens", 32)
+    code, out, _ = run("chat", *options, prompt["messages"][0].removeprefix("<image>\n"))
+    assert (code, out) == (0, prompt["response"].strip() + "\n")
+
+
 # Errors.
 
 
@@ -224,6 +234,8 @@ def test_errors_say_what_to_do(run, tmp_path, monkeypatch):
     text.write_text("no picture")
     empty = tmp_path / "empty"
     empty.mkdir()
+    lonely = tmp_path / "llava"
+    shutil.copytree(LLAVA / "original", lonely)
     for argv, message in (
         ((*GOLDEN, ""), "the prompt is empty: ask a question, or leave PROMPT out to start a session"),
         ((*GOLDEN, "-"), "the prompt is empty"),
@@ -240,6 +252,10 @@ def test_errors_say_what_to_do(run, tmp_path, monkeypatch):
         (("chat", "--checkpoint", tmp_path / "nowhere", "Hi"), "nowhere does not exist: pass a directory"),
         (("chat", "--checkpoint", text, "Hi"), "is a file: pass the directory that holds config.json"),
         (("chat", "--checkpoint", empty, "Hi"), "config.json does not exist"),
+        (
+            ("chat", "--checkpoint", lonely, "Hi"),
+            "which is published apart: put its directory (config.json",
+        ),
         (("chat", "--checkpoint", DATA / "intern_vit" / "checkpoint_bin", "Hi"), "can only `encode`"),
         (("chat", "--checkpoint", DATA / "intern_vit" / "checkpoint_bin"), "can only `encode`"),  # not asked first
     ):

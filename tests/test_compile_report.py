@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from internvl_jax.cli import main
-from internvl_jax.config import PRESETS
+from internvl_jax.config import PRESETS, tower_name
 from internvl_jax.sharding import MeshError
 from tpu_scripts import plan
 from tpu_scripts.chips import CHIPS, GIB, Topology, TopologyError, parse_topology
@@ -150,6 +150,29 @@ def test_images_over_all_chips_need_no_sums(compile_report, small):
     done = compile_report.report(load, "encode")
     assert not any(one["count_per_layer"] for one in done.collectives)
     assert done.flops_per_chip == done.ideal_flops_per_chip  # no padded heads
+
+
+@pytest.mark.parametrize(
+    ("preset", "tokens", "tower"), [("llava_1_5_13b", 577, 1024), ("internvl_chat_v1_0_13b", 577, 3200)]
+)
+def test_the_other_systems(compile_report, tmp_path, preset, tokens, tower):
+    """The tower at its true width, one layer of it, from the files of a directory."""
+    full = PRESETS[preset]()
+    vision = replace(full.vision, num_hidden_layers=-full.select_layer)  # one of them runs
+    config = replace(full, vision=vision, text=replace(full.text, num_hidden_layers=2))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    inside = tmp_path / tower_name(config.to_hf())
+    inside.mkdir()
+    (inside / "config.json").write_text(json.dumps(config.tower_to_hf()))
+    load = compile_report.make_workload(str(tmp_path), topology="v5e-1", batch=1, length=1024)
+    assert load.config == config
+    encode = compile_report.report(load, "encode")
+    assert encode.fits
+    hidden, projected = full.vision.intermediate_size, 2 * (tokens - 1) * (tower + 5120) * 5120
+    layer = 2 * tokens * (4 * tower**2 + 2 * tower * hidden) + 4 * tokens**2 * tower
+    patches = 2 * (tokens - 1) * 3 * 14**2 * tower
+    assert encode.ideal_flops_per_chip == layer + patches + projected
+    assert encode.hbm_bytes["parameters"] == compile_report.param_bytes(load, ("vision_model", "mlp1"))
 
 
 def test_two_devices_of_a_chip_count_together(compile_report, small):

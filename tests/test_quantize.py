@@ -36,6 +36,7 @@ from internvl_jax.quantize import (
 DATA = Path(__file__).parent / "data"
 V1_1 = DATA / "internvl_chat_v1_1" / "checkpoint"
 VIT = DATA / "intern_vit" / "checkpoint_bin"
+LLAVA = DATA / "llava_1_5" / "original"
 CONFIG = config_of(5, 2)
 SCHEMES = ("int8", "int4")
 FACTS = json.loads((DATA / "internvl_chat_v1_1" / "goldens.json").read_text(encoding="utf-8"))
@@ -347,6 +348,35 @@ def test_checkpoints(scheme, tmp_path):
     other = {"int8": "int4", "int4": "int8"}[scheme]
     with pytest.raises(QuantizeError, match=f"is {scheme} already"):
         internvl_jax.load(tmp_path / "quantized", quantize=other)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_llava(scheme, tmp_path):
+    """CLIP is treated as InternViT is: 8 bits under either scheme, and what is no product as it was."""
+    pytest.importorskip("torch")
+    from checkpoints_convert.convert import convert
+
+    convert(LLAVA, tmp_path / "quantized", quantize=scheme)
+    chats = [internvl_jax.load(tmp_path / "quantized"), internvl_jax.load(LLAVA, quantize=scheme)]
+    assert_same(chats[0].params, chats[1].params)
+    plain = internvl_jax.load(LLAVA)
+    tower, before = (chat.params["vision_model"] for chat in (chats[0], plain))
+    for layer in tower["layers"]:
+        kernels = [leaf for leaf in jax.tree.leaves(layer, is_leaf=is_quantized) if is_quantized(leaf)]
+        assert [kernel.qvalue.dtype for kernel in kernels] == [jnp.int8] * 4  # qkv, proj, fc1, fc2
+    assert_same(tower["embeddings"], before["embeddings"])
+    assert_same(tower["layers"][0]["attn"]["qkv"]["bias"], before["layers"][0]["attn"]["qkv"]["bias"])
+    params = chats[0].params
+    assert params["mlp1"]["fc1"]["kernel"].qvalue.dtype == params["language_model"]["lm_head"]["kernel"].qvalue.dtype
+    assert params["language_model"]["layers"][1]["mlp"]["up_proj"]["kernel"].qvalue.dtype.name == scheme
+    # What is computed is what the integers stand for: the same model in float32 with the rounded weights.
+    pixels = normal((2, 3, 84, 84))
+    visual = chats[0].encode(pixels)
+    rounded = plain.generator
+    rounded.params = dequantized(params)
+    assert_close(visual, plain.encode(pixels), 1e-4, "visual tokens")
+    ids = np.array([[1, *[-200] * 36, 300, 17, 42]])
+    assert_close(chats[0].logits(ids, pixels[:1]), plain.logits(ids, pixels[:1]), 1e-3, "logits")
 
 
 def assert_same(ours, theirs):
