@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -260,8 +261,12 @@ def test_pictures_that_are_missing_or_broken(run, data, capsys, tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert (report["failed"], report["score"]) == (["VizWiz_val_00000001.jpg"], None)
     assert "1 questions could not be answered (VizWiz_val_00000001.jpg)" in (out / "report.md").read_text()
-    broken = {row["id"]: row for row in rows(out / "predictions.jsonl")}["VizWiz_val_00000001.jpg"]
-    assert "damaged or truncated" in broken["error"]
+    told = {row["id"]: row for row in rows(out / "predictions.jsonl")}["VizWiz_val_00000001.jpg"]
+    assert "damaged or truncated" in told["error"]
+    assert run("vizwiz-val", "--resume")[0] == 0  # with the picture mended
+    report = json.loads((out / "report.json").read_text())
+    assert (report["failed"], report["timing"]["answered"]) == ([], 1)
+    assert len(rows(out / "predictions.jsonl")) == report["questions"]
 
 
 def test_table(run, tmp_path, capsys):
@@ -328,6 +333,21 @@ def test_llava_codebase(data, tmp_path, name, monkeypatch):
         assert asked[1]["question"].startswith("Context: Look at the picture.\nWhat")
     else:
         assert all(row["question"].endswith("in the image?\n" + tiny.SHORT) for row in asked)
+
+
+def test_models_that_see_nothing_are_refused(data, tmp_path, capsys):
+    """Before anything is loaded, not question by question."""
+    model = tmp_path / "model"
+    shutil.copytree(V1_0.parent / "InternViT-6B-224px", tmp_path / "InternViT-6B-224px")
+    shutil.copytree(V1_0, model, ignore=shutil.ignore_patterns("*.bin"))
+    (tmp_path / "InternViT-6B-224px" / "preprocessor_config.json").unlink()
+    command = ["eval", "pope", "--data", str(data), "--out", str(tmp_path / "run"), "--checkpoint", str(model)]
+    for message in ("has no preprocessor_config.json: put it beside", "nowhere/config.json does not exist"):
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+        command[-1] = str(tmp_path / "nowhere")
+    assert main([*command[:-2], "--batch", "0"]) == 2
+    assert "--batch must be at least 1, not 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("padded", [True, False])

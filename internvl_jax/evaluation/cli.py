@@ -117,10 +117,17 @@ def _run(args: argparse.Namespace, name: str, join: Callable[[argparse.Namespace
     from internvl_jax.evaluation.plan import plan
     from internvl_jax.evaluation.run import answer, prepare
     from internvl_jax.loading import NANO, load
+    from internvl_jax.processing.images import load_processor
     from internvl_jax.sampling import GenerationConfig
 
+    if args.batch < 1:
+        raise EvaluationError(f"--batch must be at least 1, not {args.batch}")
     directory = NANO if args.checkpoint is None else args.checkpoint.expanduser()
-    codebase: Codebase = "llava" if ChatConfig.from_file(directory).template == "vicuna_v1" else "internvl"
+    config = ChatConfig.from_file(directory)
+    if load_processor(directory, config) is None:  # which would be every question's error
+        lacks = "vision tower" if config.vision is None else "preprocessor_config.json: put it beside its config.json"
+        raise EvaluationError(f"{directory} has no {lacks}")
+    codebase: Codebase = "llava" if config.template == "vicuna_v1" else "internvl"
     model = "nano" if args.checkpoint is None else directory.resolve().name
     join(args)
     with distributed.all_or_none():

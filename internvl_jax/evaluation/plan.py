@@ -90,10 +90,27 @@ def plan(
             raise EvaluationError(
                 f"{out} was begun with another {', '.join(changed)}: --out DIR names another directory"
             )
+        _drop_errors(answers)
     out.mkdir(parents=True, exist_ok=True)
     _write_questions(made)
     write_text(out / "settings.json", json.dumps(made.settings, indent=2))
     return made
+
+
+def _drop_errors(answers: Path) -> None:
+    """Questions that could not be answered are asked again: the picture may have been mended."""
+    lines = answers.read_text(encoding="utf-8").split("\n")
+    kept = [line for line in lines if not _is_error(line)]
+    if len(kept) < len(lines):
+        write_text(answers, "\n".join(kept))
+
+
+def _is_error(line: str) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:  # the last line, cut off
+        return False
+    return isinstance(row, dict) and "error" in row
 
 
 def _write_questions(made: Plan) -> None:
