@@ -9,7 +9,8 @@ from evaluation_files import lines, picture64, table, whole
 from internvl_jax.cli import main
 from internvl_jax.evaluation import mmvet
 from internvl_jax.evaluation.benchmarks import BENCHMARKS
-from internvl_jax.evaluation.items import EvaluationError, Folder
+from internvl_jax.evaluation.cli import _Watched
+from internvl_jax.evaluation.items import EvaluationError, Folder, Item
 from internvl_jax.evaluation.predictions import read_predictions
 from internvl_jax.evaluation.yes_no import COGNITION, PERCEPTION
 
@@ -420,6 +421,19 @@ def test_tables_that_are_refused(tmp_path):
     path.write_text(path.read_text() + "1000001\tcut off\n")
     with pytest.raises(EvaluationError, match=r"row 2 has more or fewer fields"):
         load(tmp_path, "mmbench-en-dev")
+
+
+@pytest.mark.parametrize("name", [name for name, benchmark in BENCHMARKS.items() if benchmark.score is not None])
+def test_progress_of_scoring(name):
+    """No scorer looks at an answer twice, or the bar would pass its end."""
+    benchmark, seen = BENCHMARKS[name], []
+    items = [
+        Item(str(n), n, "?", None, ("yes",) * 10, "OCR" if name == "mme" else "human", {"A": "a"}, {"pair": n // 2})
+        for n in range(2000)
+    ]
+    answers = _Watched({item.id: "yes" for item in items}, lambda *progress: seen.append(progress))
+    benchmark.score(items, answers, "internvl")
+    assert seen == [(1000, 2000, "scoring"), (2000, 2000, "scoring")]
 
 
 def test_command(small, capsys):

@@ -187,7 +187,7 @@ def _score(args: argparse.Namespace) -> int:
 
 
 class _Watched(dict[str, str]):
-    """Answers that report how many of them were looked at, every thousand; a scorer may look twice."""
+    """Answers that report how many of them were looked at, every thousand."""
 
     def __init__(self, answers: Mapping[str, str], progress: Callable[..., None]):
         super().__init__(answers)
@@ -196,7 +196,7 @@ class _Watched(dict[str, str]):
     def __getitem__(self, key: str) -> str:
         self._looks += 1
         if self._looks % 1000 == 0:
-            self._progress(min(self._looks, len(self)), len(self), "scoring")
+            self._progress(self._looks, len(self), "scoring")
         return super().__getitem__(key)
 
 
