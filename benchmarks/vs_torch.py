@@ -37,6 +37,7 @@ import internvl_jax
 from internvl_jax.generate import GenerationConfig
 
 IMAGES, PROMPT, NEW_TOKENS = 2, 512, 64
+PAUSE = 0.5  # seconds before a measurement: idle threads of the library that ran before spin for a while
 IMAGE_TOKEN = 5
 
 
@@ -105,6 +106,7 @@ def matmul_rate(dtype: str, runs: int) -> float:
 
 
 def timed(run: Callable[[], Any]) -> float:
+    time.sleep(PAUSE)
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -150,13 +152,11 @@ def compare(model: torch.nn.Module, directory: Path, dtype: str, runs: int) -> l
         for _ in range(runs):
             times["encode"][0].append(timed(torch_features))
             times["encode"][1].append(timed(lambda: jax.block_until_ready(generator.encode(pixels))))
-            start = time.perf_counter()
+            times["prefill"][0].append(timed(torch_prefill))
             first, cache = torch_prefill()
-            times["prefill"][0].append(time.perf_counter() - start)
             times["decode"][0].append(timed(lambda first=first, cache=cache: torch_decode(first, cache)))
-            start = time.perf_counter()
+            times["prefill"][1].append(timed(lambda: jax.block_until_ready(generator.prefill(ids, None, None, gen))))
             state = jax.block_until_ready(generator.prefill(ids, None, None, gen))
-            times["prefill"][1].append(time.perf_counter() - start)
             times["decode"][1].append(
                 timed(lambda state=state: jax.block_until_ready(generator.decode(state, NEW_TOKENS)))
             )
@@ -224,7 +224,7 @@ def main() -> None:
             f"{row['possible']:.2f}" if row["possible"] else "",
             f"{row['equal_greedy_tokens']}/{NEW_TOKENS + 1}",
         )
-    Console().print(table)
+    Console(width=100).print(table)
     rates = ", ".join(
         f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in {r["dtype"]: r["matmul_gflops"] for r in rows}.items()
     )

@@ -499,9 +499,9 @@ def full_width(directory, depth):
 
     from checkpoints_convert.mapping import tensors
 
-    config = text(vision(PRESETS["internvl_chat_v1_1"](), num_hidden_layers=depth), num_hidden_layers=depth)
-    # Small pictures: what counts here are the weights.
-    config = dataclasses.replace(config, select_layer=-1, image_size=112)
+    # All layers run. Small pictures: what counts here are the weights.
+    config = dataclasses.replace(PRESETS["internvl_chat_v1_1"](), select_layer=-1, image_size=112)
+    config = text(vision(config, num_hidden_layers=depth), num_hidden_layers=depth)
     directory.mkdir()
     for path in CHAT.iterdir():
         if path.suffix in (".json", ".model") and "index" not in path.name:
