@@ -500,9 +500,9 @@ def full_width(directory, depth, preset):
 
     from checkpoints_convert.mapping import tensors
 
-    config = text(vision(PRESETS[preset](), num_hidden_layers=depth), num_hidden_layers=depth)
-    # Small pictures: what counts here are the weights.
-    config = dataclasses.replace(config, select_layer=-1, image_size=112)
+    # All layers run. Small pictures: what counts here are the weights.
+    config = dataclasses.replace(PRESETS[preset](), select_layer=-1, image_size=112)
+    config = text(vision(config, num_hidden_layers=depth), num_hidden_layers=depth)
     directory.mkdir()
     if config.layout == "llava":
         tower = directory / tower_name(config.to_hf())
