@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.models import intern_vit, llama, projector
-from internvl_jax.models.layers import Array, Params, positions_from_valid
+from internvl_jax.models.layers import Array, Params, Remat, positions_from_valid
 
 
 def init_params(key: Array, config: ChatConfig, dtype: Any = jnp.float32) -> Params:
@@ -105,7 +105,7 @@ def forward(
     image_token_id: int | Array = -1,
     dtype: Any = jnp.float32,
     collect: bool = False,
-    remat: bool = False,
+    remat: Remat = False,
 ) -> tuple[Array, dict[str, Any]]:
     """Logits at every position of whole sequences (training, scoring, parity).
 

@@ -22,6 +22,7 @@ from qwix import QArray
 
 Array = jax.Array
 Params = dict[str, Any]
+Remat = bool | Callable[..., Any]  # see run_layers
 
 # Axes of the mesh (sharding.py says what they mean): rows of a batch lie along BATCH; heads, mlp hidden and vocabulary
 # along TENSOR.
@@ -234,18 +235,19 @@ def run_layers(
     *,
     num_layers: int | None = None,
     per_layer: Any = None,
-    remat: bool = False,
+    remat: Remat = False,
 ) -> tuple[Any, Any]:
     """Run a stack of equal layers: `apply(carry, layer_params, (index, per_layer_slice)) -> (carry, y)`.
 
     layers: one tree stacked on axis 0 (lax.scan: compile time that does not grow with depth, no copies on TPU), or a
         tuple of per-layer trees (a Python loop: on CPU the scan would copy every layer's weights).
     num_layers: how many run, all by default. per_layer: a tree with a leading layer axis, sliced for each layer.
-    remat: recompute each layer's activations in the backward pass instead of keeping them.
+    remat: recompute each layer's activations in the backward pass instead of keeping them: all (True), or those that a
+        policy of jax.checkpoint_policies does not save.
     Returns the last carry and the ys stacked on axis 0 (None where y is None).
     """
     if remat:
-        apply = jax.checkpoint(apply)
+        apply = jax.checkpoint(apply, policy=None if remat is True else remat)
     quantized = lambda leaf: isinstance(leaf, QArray)  # noqa: E731
     layers = jax.tree.map(lambda leaf: split_groups(leaf) if quantized(leaf) else leaf, layers, is_leaf=quantized)
     if isinstance(layers, tuple):

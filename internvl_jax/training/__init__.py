@@ -1,0 +1,1 @@
+"""Fine-tuning: data, objective, optimizer, adapters, recipes and the loop around them."""
