@@ -86,13 +86,26 @@ def merge_images(embeddings: Array, is_image: Array, features: Array) -> Array:
 
 
 def embed_prompt(
-    params: Params, input_ids: Array, image_features: Array | None, image_token_id: int | Array, *, dtype: Any
+    params: Params,
+    input_ids: Array,
+    image_features: Array | None,
+    image_token_id: int | Array,
+    *,
+    dtype: Any,
+    groups: int = 1,
 ) -> Array:
-    """Embeddings of a prompt with its images merged in. input_ids [B,T], image_features [M,P,D] or None -> [B,T,D]."""
+    """Embeddings of a prompt with its images merged in. input_ids [B,T], image_features [M,P,D] or None -> [B,T,D].
+
+    groups: rows and images are that many equal parts, and each part's images stand in its own rows.
+    """
     embeddings = llama.embed(params["language_model"], input_ids, dtype)
     if image_features is None:
         return embeddings
-    return merge_images(embeddings, input_ids == image_token_id, image_features)
+    is_image = input_ids == image_token_id
+    if groups == 1:
+        return merge_images(embeddings, is_image, image_features)
+    parts = (x.reshape(groups, -1, *x.shape[1:]) for x in (embeddings, is_image, image_features))
+    return jax.vmap(merge_images)(*parts).reshape(embeddings.shape)
 
 
 def forward(

@@ -4,6 +4,7 @@ Axis letters, here and in every einsum string and shape comment of the project:
     B batch          T query tokens    S cache slots (keys)   D width           F mlp hidden
     N heads          K kv heads        G heads per kv head    H head dim        V vocabulary
     L layers         M images          P patches              C 3 (q, k, v)
+    R rank of an adapter
 """
 
 from __future__ import annotations
@@ -159,10 +160,25 @@ class Linear(nn.Module):
         if self.split is not None:
             kernel = pin_matrix(kernel, self.split)
         y = product(self.eqn, x, kernel, self.dtype)
+        if self.has_variable("params", "lora_a"):
+            y = y + self._adapted(x)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), tuple(self.shape[i] for i in kept))
             y = y + bias.astype(self.dtype)
         return y
+
+    def _adapted(self, x: Array) -> Array:
+        """What a low-rank adapter beside the kernel adds (training/lora.py puts it there)."""
+        left, right, out = self.eqn.replace("->", ",").split(",")
+        a, b, key = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "key"))
+        if key is not None:
+            keep = 1 - self.get_variable("params", "lora_dropout")
+            x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep.astype(x.dtype), 0)
+        summed = "".join(axis for axis in right if axis not in out)
+        kept = "".join(axis for axis in right if axis in out)
+        rows = "".join(axis for axis in left if axis not in summed)
+        narrow = product(f"{left},{summed}R->{rows}R", x, a, self.dtype)
+        return product(f"{rows}R,R{kept}->{out}", narrow, b, self.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -1,1 +1,1 @@
-"""Fine-tuning: data, objective, optimizer, adapters, recipes and the loop around them."""
+"""Fine-tuning: conversations about images become batches, batches become a trained checkpoint."""

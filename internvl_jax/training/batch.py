@@ -1,17 +1,44 @@
-"""What one training step reads: a batch of rows of one length, made by the data pipeline, read by the objective."""
+"""What a training step reads: the one type that the data pipeline makes and the objective takes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import flax.struct
+import numpy as np
+
+IGNORED = -100  # the label of a token that is not supervised, as in the reference
 
 
 class Batch(flax.struct.PyTreeNode):
-    """Rows of tokens, each of one or several samples, and the images that they show."""
+    """Rows of tokens with the images that stand in them. Shapes are static: a bucket has one.
 
-    input_ids: Any  # [B,T] int32, padded on the right
-    labels: Any  # [B,T] int32, aligned with input_ids (not shifted); -100 where nothing is learned
-    segment_ids: Any  # [B,T] int32: 0 padding, 1.. the samples of a row
-    positions: Any  # [B,T] int32, from 0 at each sample
-    pixel_values: Any  # [M,3,S,S] float32: images in the order of their tokens over the batch, then zeros
+    A row holds one sample, or several packed behind one another, and padding at its end. Made by several processes,
+    each holds its own rows and image slots, and the order of `pixel_values` is that of the process's own rows.
+    """
+
+    input_ids: Any  # [B,T] int32; 0 on padding
+    labels: Any  # [B,T] int32, aligned with input_ids and not shifted; IGNORED where unsupervised
+    segment_ids: Any  # [B,T] int32: 0 on padding, 1, 2, ... for the samples of a row; attention stays within one
+    positions: Any  # [B,T] int32: from 0 in each sample; 0 on padding
+    pixel_values: Any  # [M,3,S,S] float32: images in the order of their tokens over the rows, then slots of zeros
+
+
+def pad_rows(batch: Batch, length: int) -> Batch:
+    """The batch (of numpy arrays) with rows of `length` tokens: processes that share a step need one shape.
+
+    Raises ValueError where the rows are longer already.
+    """
+    rows, tokens = batch.input_ids.shape
+    if tokens > length:
+        raise ValueError(f"rows of {tokens} tokens cannot be padded to {length}")
+
+    def pad(array: np.ndarray, value: int) -> np.ndarray:
+        return np.concatenate([array, np.full((rows, length - tokens), value, array.dtype)], axis=1)
+
+    return batch.replace(
+        input_ids=pad(batch.input_ids, 0),
+        labels=pad(batch.labels, IGNORED),
+        segment_ids=pad(batch.segment_ids, 0),
+        positions=pad(batch.positions, 0),
+    )

@@ -18,10 +18,9 @@ import numpy as np
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.models import chat_model, llama
-from internvl_jax.models.layers import Array, Params
-from internvl_jax.training.batch import Batch
+from internvl_jax.models.layers import Array, Params, Remat
+from internvl_jax.training.batch import IGNORED, Batch
 
-IGNORED = -100  # a label that is not learned, torch's ignore_index
 CHUNK = 256  # tokens of every row whose logits exist at once
 
 
@@ -75,7 +74,8 @@ def loss(
     z_loss: float = 0.0,
     chunk: int = CHUNK,
     dtype: Any = jnp.float32,
-    remat: Any = False,
+    remat: Remat = False,
+    image_groups: int = 1,
     **vit: Any,
 ) -> Sums:
     """The weighted loss of a batch, or of a micro-batch of one.
@@ -84,11 +84,12 @@ def loss(
     z_loss: adds this times the squared log of the softmax's normaliser (Chowdhery et al., "PaLM", 2022), which keeps
         logits from drifting; 0, the reference's, for none.
     chunk: tokens of each row whose logits exist at once. remat: as run_layers takes it. vit: to intern_vit.forward.
+    image_groups: rows and image slots are that many equal parts, each with its own images (one per process).
     """
     features = None
     if batch.pixel_values.shape[0]:
         features, _ = chat_model.encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
-    x = chat_model.embed_prompt(params, batch.input_ids, features, image_token_id, dtype=dtype)
+    x = chat_model.embed_prompt(params, batch.input_ids, features, image_token_id, dtype=dtype, groups=image_groups)
     real = batch.segment_ids > 0
     language = params["language_model"]
     hidden, _, _ = llama.forward(
