@@ -157,6 +157,47 @@ def save(directory: str | Path, params: Any) -> None:
         writer.commit()
 
 
+def write_changed(directory: str | Path, base: str | Path, changed: Any) -> None:
+    """Write `base`, a converted checkpoint, to `directory` with the leaves of `changed` in the place of its own.
+
+    Names, shapes, dtypes and the files beside the parameters stay base's. `changed` may hold fewer vision layers: the
+    others are copied. Arrays may lie over the devices of several processes, which then all call this.
+    Raises CheckpointError where `directory` exists, and for leaves that base does not have.
+    """
+    directory, base = Path(directory), Path(base)
+    source = Reader(base)
+    new = dict(named_leaves(changed))
+    check_shapes(base, new, {name: shape for name, (shape, _) in source.leaves.items()})
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    with distributed.first_alone() as first:
+        if first:
+            if directory.exists():
+                raise CheckpointError(f"{directory} exists already: remove it, or write somewhere else")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            for path in base.iterdir():
+                if path.is_file():
+                    shutil.copy(path, temporary)
+    with Writer(temporary, stored_tree(base)) as writer:
+        with distributed.all_or_none():
+            for name, leaf in new.items():
+                dtype = source.leaves[name][1]
+                for index, values in _own_pieces(name, leaf):
+                    writer.write(name, index, np.asarray(values).astype(dtype))
+            if distributed.is_first():
+                for name, (shape, _) in source.leaves.items():
+                    for layer in (
+                        range(new[name].shape[0] if name in new else 0, shape[0]) if "/layers/" in name else ()
+                    ):
+                        writer.write(name, (layer,), source.read(name, (layer,)))
+                    if "/layers/" not in name and name not in new:
+                        writer.write(name, ..., source.read(name))
+        writer.commit()
+    with distributed.first_alone() as first:
+        if first:
+            temporary.rename(directory)
+
+
 def stored_tree(directory: str | Path) -> Any:
     """What `directory`/params holds, as a tree of jax.ShapeDtypeStruct, quantized kernels as such.
 

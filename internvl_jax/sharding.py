@@ -329,6 +329,11 @@ def _divides(shape: Sequence[int], spec: P, mesh: Mesh) -> bool:
     return all(size % axis_size(axis, mesh.shape) == 0 for size, axis in zip(shape, spec))
 
 
+def fitting(shape: Sequence[int], spec: P, mesh: Mesh) -> P:
+    """A PartitionSpec without the axes that do not divide `shape`."""
+    return P(*(axis if size % axis_size(axis, mesh.shape) == 0 else None for size, axis in zip(shape, spec)))
+
+
 def axis_size(axis: str | Sequence[str] | None, sizes: Mapping[str, int]) -> int:
     """Devices along one entry of a PartitionSpec."""
     names = () if axis is None else (axis,) if isinstance(axis, str) else axis
