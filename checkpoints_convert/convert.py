@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from checkpoints_convert.files import ConversionReport, copy_side_files, make_report, new_directory
+from checkpoints_convert.files import ConversionReport, copy_all_side_files, make_report, new_directory
 from checkpoints_convert.mapping import ConversionError, Tensor, canonical, plan
-from checkpoints_convert.readers import Weights, open_weights, read_index
+from checkpoints_convert.readers import Weights, open_checkpoint, read_index
 from internvl_jax import checkpoint
 from internvl_jax.checkpoint import Progress
 from internvl_jax.config import ChatConfig
@@ -75,7 +75,7 @@ def convert(
     if checkpoint.is_converted(source):
         raise ConversionError(f"{source} is converted already")
     config = ChatConfig.from_file(source)
-    with open_weights(source) as weights:
+    with open_checkpoint(source) as weights:
         parts, dtypes = _match(config, weights)
         abstract = _with_dtypes(chat_model.abstract_params(config), dtypes)
         if quantize is not None:
@@ -98,7 +98,7 @@ def convert(
                     if progress is not None:
                         progress(done, total, "converting")
                 writer.commit()
-            copy_side_files(source, directory)
+            copy_all_side_files(source, directory)
             if quantize is None:
                 _keep_published(config, weights, directory)
     return make_report(Path(destination), len(weights.shapes), size, started)
@@ -118,7 +118,7 @@ def load_hf(directory: str | Path, abstract: Any, *, progress: Progress | None =
     """
     directory = Path(directory)
     config = ChatConfig.from_file(directory)
-    with open_weights(directory) as weights:
+    with open_checkpoint(directory) as weights:
         parts, dtypes = _match(config, weights)
         wanted = dict(checkpoint.named_leaves(abstract, is_quantized))
         shapes = {name: leaf.shape for name, leaf in checkpoint.named_leaves(chat_model.abstract_params(config))}
@@ -164,7 +164,7 @@ def _match(config: ChatConfig, weights: Weights) -> tuple[list[_Part], dict[str,
     dtypes: dict[str, np.dtype] = {}
     problems = []
     for key, dtype in weights.dtypes.items():
-        if dtype not in FLOATS:
+        if dtype not in FLOATS and canonical(config.layout, key) is not None:
             problems.append(f"{key} is {dtype}: only {', '.join(map(str, FLOATS))} can be read")
     for key, tensor in matched.items():
         grouped.setdefault((tensor.path, tensor.index[0] if tensor.index else None), []).append((key, tensor))

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints_convert.convert import BUFFERS, EMBEDDING, PUBLISHED, published_map
-from checkpoints_convert.files import ConversionReport, copy_side_files, make_report, new_directory
-from checkpoints_convert.mapping import ConversionError, Tensor, canonical, tensors
+from checkpoints_convert.files import ConversionReport, copy_all_side_files, make_report, new_directory
+from checkpoints_convert.mapping import TOWER, ConversionError, Tensor, canonical, tensors
 from checkpoints_convert.readers import PICKLES, SAFETENSORS, Weights
 from checkpoints_convert.writers import Specs, assign_files, is_safe, lay_out, write_at, write_index
 from internvl_jax import checkpoint
@@ -21,7 +21,7 @@ from internvl_jax.models import chat_model
 
 MAX_SHARD = 5 * 10**9  # bytes, where the published files are not known
 
-_PICKLED_LAYOUTS = ("internvl_chat", "intern_vit_6b")
+_PICKLED_LAYOUTS = ("internvl_chat", "intern_vit_6b", "llava")
 _NOT_THE_SAME = "it belongs to other parameters; without that file the export chooses names and files itself"
 
 
@@ -34,7 +34,8 @@ def export(
 ) -> ConversionReport:
     """Write the parameters of `source`, a directory in this project's format, under their published names.
 
-    What `convert` wrote goes back into the same files, layers past select_layer, repeated heads and buffers included.
+    What `convert` wrote goes back into the same files, layers past select_layer, repeated heads and buffers included;
+    a vision tower that came from a directory of its own goes into one of that name (of a CLIP the vision half only).
     Parameters that never were published go into files of at most MAX_SHARD bytes. config.json, tokenizer and other
     small files come along as they are. Memory is bounded by a few copies of the largest tensor.
     safe_serialization: True writes model*.safetensors, False pytorch_model*.bin; None: the form that was converted, or
@@ -51,16 +52,27 @@ def export(
     total, done = sum(sizes.values()), 0
     weight_map = _files(source, config, sizes, safe_serialization)
     with new_directory(destination, total) as directory:
+        copy_all_side_files(source, directory, skip=(PUBLISHED,))
         for file in dict.fromkeys(weight_map.values()):
-            places = lay_out(directory / file, {key: specs[key] for key in specs if weight_map[key] == file})
-            for key, place in places.items():
+            names = {_name(key, file): key for key in specs if weight_map[key] == file}
+            (directory / file).parent.mkdir(exist_ok=True)
+            places = lay_out(directory / file, {name: specs[key] for name, key in names.items()})
+            for name, place in places.items():
+                key = names[name]
                 write_at(directory / file, place, read(key))
                 done += sizes[key]
                 if progress is not None:
                     progress(done, total, "exporting")
-        write_index(directory, weight_map, total)
-        copy_side_files(source, directory, skip=(PUBLISHED,))
+        for part in dict.fromkeys(Path(file).parent for file in weight_map.values()):
+            keys = [key for key, file in weight_map.items() if Path(file).parent == part]
+            files = {_name(key, weight_map[key]): Path(weight_map[key]).name for key in keys}
+            write_index(directory / part, files, sum(sizes[key] for key in keys))
     return make_report(Path(destination), len(specs), total, started)
+
+
+def _name(key: str, file: str) -> str:
+    """The name of a tensor in its file: a vision tower in a directory of its own has its own names."""
+    return key.removeprefix(TOWER) if Path(file).parent.name else key
 
 
 def _published(source: Path, config: ChatConfig) -> tuple[Specs, Callable[[str], np.ndarray]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints_convert.mapping import ConversionError
+from internvl_jax.config import read_json, tower_directory
 
 # Configuration, tokenizer, model card and the like; neither weights nor their index.
 _SIDE_FILES = (".json", ".jinja", ".md", ".model", ".py", ".txt")
@@ -78,6 +79,15 @@ def new_directory(destination: str | Path, needed: int) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy_all_side_files(source: Path, destination: Path, *, skip: tuple[str, ...] = ()) -> None:
+    """`copy_side_files`, and those of a vision tower that has a directory of its own, into one of its name."""
+    copy_side_files(source, destination, skip=skip)
+    tower = tower_directory(source, read_json(source / "config.json"))
+    if tower is not None:
+        (destination / tower.name).mkdir(exist_ok=True)
+        copy_side_files(tower, destination / tower.name)
 
 
 def copy_side_files(source: Path, destination: Path, *, skip: tuple[str, ...] = ()) -> None:

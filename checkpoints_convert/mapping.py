@@ -101,7 +101,7 @@ def plan(config: ChatConfig, found: Mapping[str, tuple[int, ...]]) -> dict[str, 
     return matched
 
 
-# Older checkpoints of the same models under other names, and buffers that are no parameters.
+# Other names of the same tensors, by version of transformers, and buffers that are no parameters.
 _RENAMED = {
     "internvl": (
         (r"^model\.vision_tower\.", "vision_tower."),
@@ -109,8 +109,18 @@ _RENAMED = {
         (r"^model\.language_model\.", "language_model.model."),
         (r"^lm_head\.", "language_model.lm_head."),
     ),
+    "llava_hf": (
+        (r"^(model\.)?vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
+        (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+    ),
 }
-_BUFFERS = re.compile(r"rotary_emb\.inv_freq$")
+# CLIP's post_layernorm is a parameter of models that read the pooled output; no chat model does.
+_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids|vision_tower.*\.post_layernorm\.(weight|bias))$")
+
+# LLaVA's prefix of its vision tower's own names, under which the tower is found or, published apart, read.
+TOWER = "model.vision_tower.vision_tower."
 
 
 def canonical(layout: str, name: str) -> str | None:
@@ -130,6 +140,18 @@ def _tables(config: ChatConfig) -> Iterator[tuple[list[_Row], int]]:
         yield from _hf_vision(vision, "vision_tower.")
         yield _projector(config, "multi_modal_projector.", ("layer_norm", "linear_1", "linear_2")), 0
         yield from _llama(text, "language_model.")
+        return
+    if layout == "llava_hf":
+        yield from _clip_vision(vision, "vision_tower.vision_model.")
+        yield _projector(config, "multi_modal_projector.", ("", "linear_1", "linear_2")), 0
+        yield from _llama(text, "language_model.")
+        return
+    if layout == "llava":
+        # In the order of the files: the language model, the projector, the tower.
+        yield from _llama(text, "")
+        yield _projector(config, "model.mm_projector.", ("", "0", "2")), 0
+        is_clip = vision.embedding_norm
+        yield from _clip_vision(vision, f"{TOWER}vision_model.") if is_clip else _intern_vit(vision, TOWER)
         return
     if vision is not None:
         yield from _intern_vit(vision, "vision_model." if layout == "internvl_chat" else "")
@@ -251,10 +273,48 @@ def _hf_vision(vision: VisionConfig, prefix: str) -> Iterator[tuple[list[_Row], 
     yield rows, vision.num_hidden_layers
 
 
+def _clip_vision(vision: VisionConfig, prefix: str) -> Iterator[tuple[list[_Row], int]]:
+    """transformers' CLIPVisionModel."""
+    width, heads, dim, hidden = (
+        vision.hidden_size,
+        vision.num_attention_heads,
+        vision.head_dim,
+        vision.intermediate_size,
+    )
+    size, positions = vision.patch_size, 1 + vision.grid**2
+    key, path = f"{prefix}embeddings", "vision_model/embeddings"
+    rows = [
+        _vector(f"{key}.class_embedding", f"{path}/class_embedding", width),
+        _Row(
+            f"{key}.patch_embedding.weight", (width, vision.num_channels, size, size),
+            f"{path}/patch_embedding/kernel", (vision.num_channels * size * size, width), transposed=True,
+        ),
+        _Row(f"{key}.position_embedding.weight", (positions, width), f"{path}/position_embedding", (positions, width)),
+    ]  # fmt: skip
+    yield rows + _norm(f"{prefix}pre_layrnorm", f"{path}/pre_layrnorm", width, bias=True), 0
+    key, path = f"{prefix}encoder.layers.{{}}", "vision_model/layers"
+    rows = []
+    for name in ("k_proj", "v_proj", "q_proj"):
+        part = ("q_proj", "k_proj", "v_proj").index(name)
+        where = f"{key}.self_attn.{name}"
+        rows += [
+            _Row(f"{where}.weight", (width, width), f"{path}/attn/qkv/kernel", (width, heads, dim), True, part),
+            _Row(f"{where}.bias", (width,), f"{path}/attn/qkv/bias", (heads, dim), part=part),
+        ]
+    rows += _linear(
+        f"{key}.self_attn.out_proj", f"{path}/attn/proj", width, width, bias=True, kernel=(heads, dim, width)
+    )
+    rows += _norm(f"{key}.layer_norm1", f"{path}/norm1", width, bias=True)
+    rows += _linear(f"{key}.mlp.fc1", f"{path}/mlp/fc1", width, hidden, bias=True)
+    rows += _linear(f"{key}.mlp.fc2", f"{path}/mlp/fc2", hidden, width, bias=True)
+    rows += _norm(f"{key}.layer_norm2", f"{path}/norm2", width, bias=True)
+    yield rows, vision.num_hidden_layers
+
+
 def _projector(config: ChatConfig, prefix: str, names: tuple[str, str, str]) -> list[_Row]:
-    """LayerNorm, Linear and Linear under the layout's names."""
+    """LayerNorm, where there is one, Linear and Linear under the layout's names."""
     inputs, outputs = config.projector.in_features, config.projector.out_features
-    rows = _norm(prefix + names[0], "mlp1/norm", inputs, bias=True)
+    rows = _norm(prefix + names[0], "mlp1/norm", inputs, bias=True) if config.projector.layer_norm else []
     rows += _linear(prefix + names[1], "mlp1/fc1", inputs, outputs, bias=True)
     return rows + _linear(prefix + names[2], "mlp1/fc2", outputs, outputs, bias=True)
 

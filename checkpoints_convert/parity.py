@@ -34,14 +34,14 @@ from internvl_jax.config import ChatConfig, ConfigError, ProjectorConfig, TextCo
 from internvl_jax.models import chat_model, intern_vit, llama, projector
 from internvl_jax.models.layers import Params
 from internvl_jax.processing.conversation import IMG_CONTEXT, TEMPLATES, place_images, prepare_prompt
-from internvl_jax.processing.images import ImageProcessor, load_image
+from internvl_jax.processing.images import load_image, load_processor
 from internvl_jax.processing.tokenizer import load_tokenizer
 
 try:
     from checkpoints_convert.files import peak_rss
     from checkpoints_convert.mapping import Tensor, plan, tensors
     from checkpoints_convert.parity_report import TINY, Distribution, Errors, ParityError, Report, Stage, rms
-    from checkpoints_convert.readers import Weights, open_weights
+    from checkpoints_convert.readers import Weights, open_checkpoint
     from checkpoints_convert.reference import Reference
 except ImportError as missing:
     raise ImportError(
@@ -84,6 +84,11 @@ def run_parity(
         if not directory.is_dir():
             raise ConfigError(f"{directory} is not a directory: pass the one that holds config.json")
     config, theirs_config = ChatConfig.from_file(ours_dir), ChatConfig.from_file(theirs_dir)
+    if config.layout in ("llava", "llava_hf"):
+        raise ParityError(
+            f"{ours_dir} is a {config.layout} checkpoint: parity runs InternVL-Chat-V1-1, transformers' InternVL, and "
+            "InternViT or Llama alone"
+        )
     _check_same_model(config, theirs_config, ours_dir, theirs_dir)
     with _Source(ours_dir, config) as source, _Source(theirs_dir, theirs_config) as published:
         total = source.bytes_needed + published.bytes_needed
@@ -235,9 +240,7 @@ class _Ours:
         self.num_vision_layers = 0 if config.vision is None else config.num_vision_layers
 
     def pixels(self, picture: Image.Image) -> np.ndarray:
-        config = self._config
-        processor = ImageProcessor.from_dir(self._directory, config.image_size, pad_to_square=config.pad_to_square)
-        return processor(picture)[None]
+        return load_processor(self._directory, self._config)(picture)[None]
 
     def vision_embeddings(self) -> Run:
         return self._stage(_vision_embeddings, self._config.vision, "vision_model/embeddings")
@@ -289,7 +292,7 @@ class _Source:
             checkpoint.check_shapes(directory, self._leaves, stored)
             self._tensors = {tensor.key: tensor for tensor in tensors(config)}
         else:
-            self._weights = open_weights(directory)
+            self._weights = open_checkpoint(directory)
             matched = plan(config, self._weights.shapes)
             self._tensors = {tensor.key: tensor for tensor in matched.values()}
             self._names = {tensor.key: name for name, tensor in matched.items()}

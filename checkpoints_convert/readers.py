@@ -19,28 +19,32 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from checkpoints_convert.mapping import ConversionError
-from internvl_jax.config import ConfigError, read_json
+from checkpoints_convert.mapping import TOWER, ConversionError
+from internvl_jax.config import ConfigError, read_json, tower_directory
 
 REMAP = 256 * 2**20
 
 # Index and single file of either form; transformers looks for safetensors first.
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
 PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+_TEXT_HALF = re.compile(r"text_model\.|text_projection\.|visual_projection\.|logit_scale$")  # of a whole CLIP
 _SHARD = re.compile(r"(pytorch_model|model)-\d+-of-\d+\.(bin|safetensors)")
 
 
 class Weights:
     """The tensors of a published directory; a context manager, which ends the mapping."""
 
-    weight_map: dict[str, str]  # key -> the file that holds it, in the order of the files and of the keys in them
+    # Key -> the file that holds it, in the order of the files and of the keys in them. A tower's files stand under the
+    # name of its directory.
+    weight_map: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype]
 
     def __init__(self, directory: Path, files: list[str], index: Mapping[str, str] | None):
         self.directory = directory
         self.weight_map, self.shapes, self.dtypes = {}, {}, {}
-        self._open: tuple[str, dict[str, torch.Tensor]] | None = None
+        self._places: dict[str, tuple[Path, str]] = {}  # key -> its file and its name in there
+        self._open: tuple[Path, dict[str, torch.Tensor]] | None = None
         self._read = 0  # bytes, from the shard that is open
         problems = []
         for file in files:
@@ -65,6 +69,7 @@ class Weights:
             if key in self.weight_map:
                 problems.append(f"{key} is in {self.weight_map[key]} and in {file}")
             self.weight_map[key] = file
+            self._places[key] = self.directory / file, key
             self.shapes[key] = tuple(tensor.shape)
             try:
                 self.dtypes[key] = _numpy_dtype(tensor.dtype)
@@ -72,17 +77,28 @@ class Weights:
                 problems.append(f"{file}: {key} is {tensor.dtype}, which numpy has no type for")
         return problems
 
+    def add_tower(self, directory: Path) -> None:
+        """Take in a vision tower that is published apart, under the names that LLaVA's layout has for it."""
+        tower = open_weights(directory)
+        for name in tower.weight_map:
+            if _TEXT_HALF.match(name):
+                continue
+            key = TOWER + name
+            self.weight_map[key] = f"{directory.name}/{tower.weight_map[name]}"
+            self._places[key] = tower._places[name]
+            self.shapes[key], self.dtypes[key] = tower.shapes[name], tower.dtypes[name]
+
     @property
     def total_bytes(self) -> int:
         return sum(math.prod(shape) * self.dtypes[key].itemsize for key, shape in self.shapes.items())
 
     def read(self, key: str) -> np.ndarray:
         """One tensor, in its own shape and dtype, bit for bit, in memory of its own."""
-        file = self.weight_map[key]
+        file, name = self._places[key]
         if self._open is None or self._open[0] != file:
             self._open = None  # ends the old map before there is a new one
-            self._open, self._read = (file, _map(self.directory / file)), 0
-        tensor = self._open[1][key].detach()
+            self._open, self._read = (file, _map(file)), 0
+        tensor = self._open[1][name].detach()
         # numpy cannot take a bfloat16 tensor from torch: its bits travel as integers.
         bits = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
         values = np.array(bits.numpy(), order="C").view(self.dtypes[key])
@@ -99,6 +115,20 @@ class Weights:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def open_checkpoint(directory: str | Path) -> Weights:
+    """The weights of a published directory, and those of its vision tower where that is published apart.
+
+    A checkpoint of LLaVA's layout that holds its tower itself, as InternVL-Chat-V1-0 does, needs the other directory
+    for its configuration only. Raises as `open_weights`, and ConfigError where the tower is missing.
+    """
+    directory = Path(directory)
+    weights = open_weights(directory)
+    tower = tower_directory(directory, read_json(directory / "config.json"))
+    if tower is not None and not any(key.startswith(TOWER) for key in weights.weight_map):
+        weights.add_tower(tower)
+    return weights
 
 
 def open_weights(directory: str | Path) -> Weights:
@@ -134,7 +164,7 @@ def read_index(path: Path) -> dict[str, str]:
         raise ConversionError(str(error)) from None
     if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
         raise ConversionError(f'{path} has no "weight_map" of keys and file names; download it again')
-    outside = sorted({name for name in index.values() if Path(name).name != name})
+    outside = sorted({name for name in index.values() if Path(name).is_absolute() or ".." in Path(name).parts})
     if outside:
         raise ConversionError(f"{path} names files outside its directory: {', '.join(outside)}")
     return index

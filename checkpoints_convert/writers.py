@@ -23,7 +23,7 @@ from checkpoints_convert.readers import PICKLES, SAFETENSORS
 
 Specs = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # key -> shape and dtype
 
-_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from internvl_jax.generate import DecodeState, GenerationConfig, Generator
 from internvl_jax.models.layers import BATCH, Params
 from internvl_jax.processing.conversation import IMG_CONTEXT, TEMPLATES, place_images, prepare_prompt
 from internvl_jax.processing.images import ImageProcessor, load_image
-from internvl_jax.processing.tokenizer import StreamDecoder, Tokenizer, pad_left
+from internvl_jax.processing.tokenizer import StreamDecoder, Tokenizer, encode_prompt, pad_left
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 History = Sequence[tuple[str, str]]
@@ -357,7 +357,7 @@ class Chat:
                 question = place_images(question, len(row_images), bool(history))
                 tokens = self.config.tokens_per_image if row_images else 0
                 prompt = prepare_prompt(template, question, history, len(row_images), tokens, system=system)
-                rows.append(tokenizer.encode(_unicode(prompt)))
+                rows.append(encode_prompt(tokenizer, _unicode(prompt), template.image[1], self.image_token_id))
                 for source in row_images:
                     pixels.append(self.processor(load_image(source, honour_exif=honour_exif), path=image_path))
             except ValueError as error:

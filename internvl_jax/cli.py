@@ -7,20 +7,17 @@ import io
 import json
 import os
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from internvl_jax.evaluation import cli as evaluation_cli
 from internvl_jax.processing.images import load_image
-
-# Messages are printed as they are: no markup, no emoji codes, no line breaks inside a path.
-err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+from internvl_jax.progress import counting, err, progress_bar, status
+from internvl_jax.training import cli as training_cli
 
 # Settings of sampling.GenerationConfig that `chat` passes on; an option that is not given is None, its default.
 GENERATION = (
@@ -241,6 +238,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_quantize(bench)
     _add_processes(bench)
     bench.set_defaults(run=_bench)
+
+    training_cli.add_parser(commands)
+    evaluation_cli.add_parser(commands, _add_weights_and_processes, _join)
     return parser
 
 
@@ -258,6 +258,11 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--wait", type=float, default=300, metavar="S", help="seconds until missing ones are named (300)"
     )
+
+
+def _add_weights_and_processes(parser: argparse.ArgumentParser) -> None:
+    _add_quantize(parser)
+    _add_processes(parser)
 
 
 def _join(args: argparse.Namespace) -> None:
@@ -287,7 +292,7 @@ def _chat(args: argparse.Namespace) -> int:
     _join(args)
     if prompt is None and several():
         raise ValueError("a session takes one process: give a PROMPT, which all of them then read")
-    with _progress() as progress:
+    with progress_bar() as progress:
         chat = load(
             args.checkpoint,
             mesh=args.mesh,
@@ -301,7 +306,7 @@ def _chat(args: argparse.Namespace) -> int:
     if prompt is None:
         return _session(chat, args.image, options)
     if args.json:
-        with _status("answering"):
+        with status("answering"):
             reply = chat.chat(prompt, images=args.image, **options)
         print(json.dumps(reply.to_dict(), ensure_ascii=False))
         return 0
@@ -315,7 +320,7 @@ def _answer(
     chat: Any, question: str, images: list[Path], history: list[tuple[str, str]], options: dict[str, Any]
 ) -> Any:
     """Print an answer, piece by piece where it can be streamed; returns the whole Reply."""
-    with _status("answering") as waiting:
+    with status("answering") as waiting:
         if options.get("num_beams", 1) > 1:  # beams decide at the end
             reply = chat.chat(question, images, history, **options)
             waiting.stop()
@@ -404,7 +409,7 @@ def _convert(args: argparse.Namespace) -> int:
     if args.force_int4_vision and args.quantize != "int4":
         raise QuantizeError("--force-int4-vision goes with --quantize int4")
     scheme = args.quantize and Scheme(args.quantize, args.force_int4_vision)
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = convert(args.src, args.dst, quantize=scheme, progress=progress)
     err.print(report.summary())
     return 0
@@ -413,7 +418,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from checkpoints_convert.export import export
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = export(args.src, args.dst, safe_serialization=args.safetensors or None, progress=progress)
     err.print(report.summary())
     return 0
@@ -422,7 +427,7 @@ def _export(args: argparse.Namespace) -> int:
 def _parity(args: argparse.Namespace) -> int:
     from checkpoints_convert.parity import run_parity
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = run_parity(
             args.checkpoint, image=args.image, prompt=args.prompt, reference=args.reference, progress=progress
         )
@@ -466,7 +471,7 @@ def _batch(args: argparse.Namespace) -> int:
     GenerationConfig(**generation)
     _join(args)
     work = batch.prepare(args.questions, args.out, args.mesh, images=args.images)
-    with _progress() as progress:
+    with progress_bar() as progress:
         chat = load(
             args.checkpoint,
             mesh=work.mesh,
@@ -476,7 +481,7 @@ def _batch(args: argparse.Namespace) -> int:
             progress=progress,
         )
     chat.check_ready()
-    with _counting() as progress:
+    with counting() as progress:
         done = batch.run(chat, work, size=args.batch, progress=progress, **generation)
     err.print(
         f"{args.out}: {done.answered} answered in {done.seconds:.0f} s ({done.new_tokens} tokens), {done.failed} "
@@ -489,7 +494,7 @@ def _bench(args: argparse.Namespace) -> int:
     from internvl_jax import bench
 
     _join(args)
-    with _counting() as progress:
+    with counting() as progress:
         result = bench.run(
             checkpoint=args.checkpoint,
             preset=None if args.checkpoint else args.preset,
@@ -504,68 +509,6 @@ def _bench(args: argparse.Namespace) -> int:
         )
     print(json.dumps(result.to_dict()) if args.json else "\n".join(bench.lines(result)))
     return 0
-
-
-@contextmanager
-def _counting() -> Iterator[Callable[[int, int, str], None]]:
-    """As `_progress`, for things that are counted. Where stderr is no terminal, a line every half minute."""
-    columns = ("[progress.description]{task.description}", "{task.completed}/{task.total}", "{task.fields[rate]}")
-    first, last = None, time.monotonic()
-    with Progress(
-        *map(TextColumn, columns),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        disable=not err.is_terminal,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("starting", total=None, rate="")
-
-        def report(done: int, total: int, what: str) -> None:
-            nonlocal first, last
-            now = time.monotonic()
-            first = first or (now, done)
-            rate = (done - first[1]) / max(now - first[0], 1e-9)
-            shown = f"{rate:.2f}/s" if rate else ""
-            bar.update(task, completed=done, total=total, description=what, rate=shown)
-            if not err.is_terminal and (now - last > 30 or done == total):
-                left = f", {(total - done) / rate / 60:.0f} min left" if rate and done < total else ""
-                err.print(f"{what}: {done}/{total} {shown}{left}")
-                last = now
-
-        yield report
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on stderr for `progress(done_bytes, total_bytes, what)`; silent where stderr is no terminal."""
-    columns = ("[progress.description]{task.description}", BarColumn())
-    with Progress(
-        *(TextColumn(c) if isinstance(c, str) else c for c in columns),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        disable=not err.is_terminal,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def report(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
-        yield report
-
-
-@contextmanager
-def _status(what: str) -> Iterator[Any]:
-    """A spinner on stderr while the first token is awaited (the first call of a shape also compiles)."""
-    status = err.status(f"{what} (the first time also compiles)")
-    if err.is_terminal:
-        status.start()
-    try:
-        yield status
-    finally:
-        status.stop()
 
 
 if __name__ == "__main__":

@@ -26,18 +26,29 @@ class ConfigWarning(UserWarning):
     """A field of a config.json that has no effect here."""
 
 
-# config.json's "model_type" -> what the layout holds. The names are Hugging Face's.
+# config.json's "model_type" -> what the layout holds. The names are Hugging Face's, which has one for two: "llava" is
+# LLaVA's own layout where config.json names an mm_vision_tower, and transformers' where it has a text_config.
 LAYOUTS = {
     "internvl_chat": "OpenGVLab's InternVLChatModel (InternVL-Chat-V1-1)",
     "internvl": "transformers' InternVLForConditionalGeneration",
     "intern_vit_6b": "OpenGVLab's standalone InternViT",
+    "llava": "LLaVA's own LlavaLlamaForCausalLM (LLaVA-1.5, InternVL-Chat-V1-0), the vision tower in another directory",
+    "llava_hf": "transformers' LlavaForConditionalGeneration",
     "llama": "a plain LlamaForCausalLM",
 }
 
 
+# What stands for an image in the token ids of LLaVA's own layout, whose vocabulary has no token for it: LLaVA's number.
+IMAGE_TOKEN_INDEX = -200
+
+
 @dataclass(frozen=True)
 class VisionConfig:
-    """InternViT (Chen et al., "InternVL", 2023): a pre-norm ViT with layer scale and q/k norm over all heads."""
+    """A pre-norm ViT. The defaults are InternViT's (Chen et al., "InternVL", 2023): layer scale, q/k norm of all heads.
+
+    CLIP's tower (Radford et al., 2021) is the one of `clip_vision`: no layer scale, no q/k norm, biases on q, k and v,
+    none on the patches, quick GELU, and a norm on the embeddings.
+    """
 
     hidden_size: int
     num_hidden_layers: int
@@ -52,6 +63,10 @@ class VisionConfig:
     qk_norm_eps: float = 1e-6
     qkv_bias: bool = False
     drop_path_rate: float = 0.0
+    hidden_act: str = "gelu"  # the exact form, or "quick_gelu", x * sigmoid(1.702 x)
+    layer_scale: bool = True
+    embedding_norm: bool = False  # a LayerNorm between embeddings and layers: CLIP's pre_layrnorm
+    patch_bias: bool = True
 
     def __post_init__(self):
         require_kinds(self)
@@ -70,6 +85,7 @@ class VisionConfig:
             f"vision image_size ({self.image_size}) must be at least one patch_size ({self.patch_size})",
         )
         require(self.norm_type in ("rms_norm", "layer_norm"), f"vision norm_type {self.norm_type!r} is not known")
+        require(self.hidden_act in ("gelu", "quick_gelu"), f"vision hidden_act {self.hidden_act!r} is not known")
         require(0.0 <= self.drop_path_rate < 1.0, "vision drop_path_rate must lie in [0, 1)")
 
     @property
@@ -157,11 +173,15 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """The MLP between the towers: LayerNorm -> Linear -> exact GELU -> Linear (published as mlp1.{0,1,3})."""
+    """The MLP between the towers: LayerNorm -> Linear -> exact GELU -> Linear (published as mlp1.{0,1,3}).
+
+    LLaVA's mlp2x_gelu is the same without the norm.
+    """
 
     in_features: int
     out_features: int
     layer_norm_eps: float = 1e-5  # torch's default, which the reference uses: no config.json names it
+    layer_norm: bool = True
 
     def __post_init__(self):
         require_kinds(self)
@@ -170,7 +190,10 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """A chat model: vision tower, pixel unshuffle, projector, language model. A missing part is None."""
+    """A chat model: vision tower, pixel unshuffle, projector, language model. A missing part is None.
+
+    Without unshuffle downsample_ratio is 1 and ps_version "v2": the identity.
+    """
 
     vision: VisionConfig | None
     projector: ProjectorConfig | None
@@ -182,7 +205,9 @@ class ChatConfig:
     image_size: int | None = None  # pixels per side fed to the tower (force_image_size); may differ from vision's
     template: str | None = None
     pad_to_square: bool = False
-    image_token_id: int | None = None  # only where config.json gives it; else the tokenizer's <IMG_CONTEXT>
+    centre_crop: bool = False  # pictures keep their aspect ratio and lose what their centre square does not hold
+    image_token_id: int | None = None  # only where the layout gives it; else the tokenizer's, by the template
+    tower: str | None = None  # the name of the vision tower's own directory, where the layout has one
 
     def __post_init__(self):
         require_kinds(self)
@@ -235,22 +260,34 @@ class ChatConfig:
         return (self.image_size // self.vision.patch_size // self.unshuffle) ** 2
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ChatConfig:
-        """Read the dictionary of a published config.json. Raises ConfigError naming the field that cannot be run."""
+    def from_hf(cls, config: Mapping[str, Any], tower: Mapping[str, Any] | None = None) -> ChatConfig:
+        """Read the dictionary of a published config.json. Raises ConfigError naming the field that cannot be run.
+
+        tower: the dictionary of the vision tower's config.json, where the tower has a directory of its own.
+        """
         from internvl_jax import hf_config  # it builds these classes, so it imports this module
 
-        return hf_config.read(config)
+        return hf_config.read(config, tower)
 
     @classmethod
     def from_file(cls, path: str | Path) -> ChatConfig:
-        """Read `path`, a config.json or the directory that holds one."""
-        return cls.from_hf(read_json(_config_path(path)))
+        """Read `path`, a config.json or the directory that holds one, and the tower's beside it (tower_directory)."""
+        path = _config_path(path)
+        config = read_json(path)
+        tower = tower_directory(path.parent, config)
+        return cls.from_hf(config, None if tower is None else read_json(tower / "config.json"))
 
     def to_hf(self, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The config.json dictionary of this configuration in its layout; `base` gives the fields that we skip."""
         from internvl_jax import hf_config
 
         return hf_config.write(self, base)
+
+    def tower_to_hf(self) -> dict[str, Any] | None:
+        """The config.json dictionary of the vision tower's own directory; None where the layout has none."""
+        from internvl_jax import hf_config
+
+        return hf_config.write_tower(self)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -264,6 +301,26 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
+
+
+def tower_directory(directory: Path, config: Mapping[str, Any]) -> Path | None:
+    """Where the vision tower of LLaVA's layout lies; None for layouts that have no directory of its own for it.
+
+    config: the dictionary of directory/config.json, whose mm_vision_tower names the tower as its training did, by a
+        path or a repository. Looked for under the last part of that name, in `directory` and beside it.
+    Raises ConfigError that says where the tower has to be put.
+    """
+    name = config.get("mm_vision_tower")
+    if not isinstance(name, str) or "text_config" in config:
+        return None
+    last = Path(name.rstrip("/")).name
+    for place in (directory / last, directory.absolute().parent / last):
+        if (place / "config.json").is_file():
+            return place
+    raise ConfigError(
+        f"{directory / 'config.json'} names the vision tower {name}, which is published apart: put its directory "
+        f"(config.json, preprocessor_config.json and weights) at {directory / last}, or beside {directory}"
+    )
 
 
 def _config_path(path: str | Path) -> Path:
@@ -325,18 +382,48 @@ def unshuffle_of(downsample_ratio: Any) -> int:
     return ratio
 
 
-def _internvl_chat_v1_1() -> ChatConfig:
-    """InternVL-Chat-V1-1 at full size (19.11B). vocab_size was not published: the card's 13.12B parameters of the
-    LLM allow 41.7k to 42.7k; a real checkpoint brings its own number."""
-    vision = VisionConfig(
+def intern_vit_6b(image_size: int) -> VisionConfig:
+    """InternViT-6B at full size, with the position table of images of `image_size` pixels."""
+    return VisionConfig(
         hidden_size=3200,
         num_hidden_layers=48,
         num_attention_heads=25,
         intermediate_size=12800,
-        image_size=448,
+        image_size=image_size,
     )
-    text = TextConfig(
-        vocab_size=42186,
+
+
+def clip_vision(**sizes: int) -> VisionConfig:
+    """CLIP's vision tower of the given sizes (those of VisionConfig)."""
+    return VisionConfig(
+        **sizes,
+        norm_type="layer_norm",
+        layer_norm_eps=1e-5,
+        qk_normalization=False,
+        qkv_bias=True,
+        hidden_act="quick_gelu",
+        layer_scale=False,
+        embedding_norm=True,
+        patch_bias=False,
+    )
+
+
+def _internvl_chat_v1_1() -> ChatConfig:
+    """InternVL-Chat-V1-1 at full size (19.11B). vocab_size was not published: the card's 13.12B parameters of the
+    LLM allow 41.7k to 42.7k; a real checkpoint brings its own number."""
+    return ChatConfig(
+        vision=intern_vit_6b(448),
+        projector=ProjectorConfig(in_features=4 * 3200, out_features=5120),
+        text=dataclasses.replace(_vicuna_13b(), vocab_size=42186),
+        select_layer=-4,
+        template="internvl_zh",
+    )
+
+
+def _vicuna_13b() -> TextConfig:
+    """Vicuna-13B v1.5, of LLaMA2-13B's shape."""
+    return TextConfig(
+        vocab_size=32000,
         hidden_size=5120,
         num_hidden_layers=40,
         num_attention_heads=40,
@@ -347,13 +434,61 @@ def _internvl_chat_v1_1() -> ChatConfig:
         rms_norm_eps=1e-5,
         pad_token_id=0,
     )
+
+
+def _vicuna_7b() -> TextConfig:
+    return dataclasses.replace(
+        _vicuna_13b(),
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        intermediate_size=11008,
+    )
+
+
+def _llava(vision: VisionConfig, text: TextConfig, tower: str, *, image_size: int, select_layer: int) -> ChatConfig:
+    """A model of LLaVA's code: every patch is a token, two linear layers, Vicuna."""
     return ChatConfig(
         vision=vision,
-        projector=ProjectorConfig(in_features=4 * 3200, out_features=5120),
+        projector=ProjectorConfig(vision.hidden_size, text.hidden_size, layer_norm=False),
         text=text,
-        select_layer=-4,
-        template="internvl_zh",
+        layout="llava",
+        select_layer=select_layer,
+        downsample_ratio=1.0,
+        ps_version="v2",
+        image_size=image_size,
+        template="vicuna_v1",
+        pad_to_square=True,
+        centre_crop=True,
+        image_token_id=IMAGE_TOKEN_INDEX,
+        tower=tower,
     )
+
+
+def _internvl_chat_v1_0_7b() -> ChatConfig:
+    """InternVL-Chat-V1-0 with Vicuna-7B: InternViT-6B-224px at 336 pixels, 576 tokens."""
+    return _llava(intern_vit_6b(224), _vicuna_7b(), "OpenGVLab/InternViT-6B-224px", image_size=336, select_layer=-4)
+
+
+def _internvl_chat_v1_0_13b() -> ChatConfig:
+    """InternVL-Chat-V1-0 with Vicuna-13B, at 336 pixels."""
+    return _llava(intern_vit_6b(224), _vicuna_13b(), "OpenGVLab/InternViT-6B-224px", image_size=336, select_layer=-4)
+
+
+def _internvl_chat_v1_0_13b_448px() -> ChatConfig:
+    """InternVL-Chat-V1-0 with Vicuna-13B, at 448 pixels: 1024 tokens."""
+    return _llava(
+        intern_vit_6b(448), _vicuna_13b(), "OpenGVLab/InternViT-6B-448px-V1-0", image_size=448, select_layer=-4
+    )
+
+
+def _llava_1_5_13b() -> ChatConfig:
+    """LLaVA-1.5-13B (Liu et al., 2023): CLIP ViT-L/14 at 336 pixels, 576 tokens, Vicuna-13B."""
+    vision = clip_vision(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=336
+    )
+    return _llava(vision, _vicuna_13b(), "openai/clip-vit-large-patch14-336", image_size=336, select_layer=-2)
 
 
 def _nano() -> ChatConfig:
@@ -381,4 +516,11 @@ def _nano() -> ChatConfig:
     )
 
 
-PRESETS = {"internvl_chat_v1_1": _internvl_chat_v1_1, "nano": _nano}
+PRESETS = {
+    "internvl_chat_v1_1": _internvl_chat_v1_1,
+    "internvl_chat_v1_0_7b": _internvl_chat_v1_0_7b,
+    "internvl_chat_v1_0_13b": _internvl_chat_v1_0_13b,
+    "internvl_chat_v1_0_13b_448px": _internvl_chat_v1_0_13b_448px,
+    "llava_1_5_13b": _llava_1_5_13b,
+    "nano": _nano,
+}

@@ -166,7 +166,9 @@ def decode_loop(params: Params, state: DecodeState, steps: Array, *, config: Cha
         state, left = carry
         return (left > 0) & ~jnp.all(state.done)
 
-    return place(jax.lax.while_loop(running, step, (place(state), steps))[0])
+    state = place(state)
+    state = jax.lax.while_loop(running, step, (state.replace(cache=state.cache.fold()), steps))[0]
+    return place(state.replace(cache=state.cache.unfold()))
 
 
 def score_step(
@@ -465,6 +467,8 @@ class Generator:
             raise ValueError(f"row {_names(empty)}: the prompt has no tokens")
         vocabulary = self.config.text.vocab_size
         outside = valid & ((input_ids < 0) | (input_ids >= vocabulary))
+        if self.image_token_id is not None:  # which need not be one of the vocabulary
+            outside &= input_ids != self.image_token_id
         if outside.any():
             row, column = np.argwhere(outside)[0]
             raise ValueError(

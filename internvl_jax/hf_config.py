@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from internvl_jax.config import (
+    IMAGE_TOKEN_INDEX,
     LAYOUTS,
     ChatConfig,
     ConfigError,
@@ -20,6 +21,7 @@ from internvl_jax.config import (
     RopeScaling,
     TextConfig,
     VisionConfig,
+    clip_vision,
     require,
     unshuffle_of,
 )
@@ -39,9 +41,14 @@ _BOILERPLATE = frozenset(
 )
 
 
-def read(config: Mapping[str, Any]) -> ChatConfig:
-    """The configuration that a published config.json describes. Raises ConfigError naming what cannot be run."""
+def read(config: Mapping[str, Any], tower: Mapping[str, Any] | None = None) -> ChatConfig:
+    """The configuration that a published config.json describes. Raises ConfigError naming what cannot be run.
+
+    tower: the dictionary of the vision tower's own config.json, which LLaVA's layout needs.
+    """
     model_type = config.get("model_type")
+    if model_type == "llava_llama":  # what LLaVA's code calls its layout since transformers took the name
+        model_type = "llava"
     if not isinstance(model_type, str) or model_type not in LAYOUTS:
         known = ", ".join(f"{name} ({what})" for name, what in LAYOUTS.items())
         raise ConfigError(f"config.json has model_type {model_type!r}; the layouts that can be read are: {known}")
@@ -50,6 +57,10 @@ def read(config: Mapping[str, Any]) -> ChatConfig:
             return _chat_from_internvl_chat(config)
         if model_type == "internvl":
             return _chat_from_hf_internvl(config)
+        if model_type == "llava" and "text_config" in config:
+            return _chat_from_hf_llava(config)
+        if model_type == "llava":
+            return _chat_from_llava(config, tower)
         if model_type == "intern_vit_6b":
             vision = _vision_from_internvit(config, "config.json")
             return ChatConfig(vision=vision, projector=None, text=None, layout="intern_vit_6b")
@@ -68,6 +79,10 @@ def write(config: ChatConfig, base: Mapping[str, Any] | None = None) -> dict[str
         values = _chat_to_internvl_chat(config)
     elif config.layout == "internvl":
         values = _chat_to_hf_internvl(config)
+    elif config.layout == "llava":
+        values = _chat_to_llava(config)
+    elif config.layout == "llava_hf":
+        values = _chat_to_hf_llava(config)
     elif config.layout == "intern_vit_6b":
         values = _vision_to_internvit(config.vision)
     else:
@@ -76,6 +91,15 @@ def write(config: ChatConfig, base: Mapping[str, Any] | None = None) -> dict[str
         nested = isinstance(value, dict) and isinstance(merged.get(key), Mapping)
         merged[key] = {**merged[key], **value} if nested else value
     return merged
+
+
+def write_tower(config: ChatConfig) -> dict[str, Any] | None:
+    """The config.json dictionary of the vision tower's own directory; None where the layout has none."""
+    if config.layout != "llava":
+        return None
+    if not config.vision.embedding_norm:
+        return _vision_to_internvit(config.vision)
+    return {"architectures": ["CLIPVisionModel"], **_vision_to_clip(config.vision)}
 
 
 @dataclass
@@ -278,6 +302,127 @@ def _chat_from_hf_internvl(config: Mapping[str, Any]) -> ChatConfig:
     return chat
 
 
+# transformers' defaults, which its files leave out.
+_CLIP_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+}
+_LLAMA_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+
+
+def _vision_from_clip(values: Mapping[str, Any], where: str) -> VisionConfig:
+    """transformers' CLIPVisionConfig."""
+    section = _Section({**_CLIP_DEFAULTS, **values}, where)
+    section.only("hidden_act", "quick_gelu", why="CLIP's tower is implemented with quick GELU only")
+    section.only("attention_dropout", 0, why=_NO_DROPOUT)
+    section.only("dropout", 0, why=_NO_DROPOUT)
+    config = clip_vision(
+        **{name: section.need(name) for name in _CLIP_DEFAULTS}, num_channels=section.get("num_channels", 3)
+    )
+    config = replace(config, layer_norm_eps=section.get("layer_norm_eps", 1e-5))
+    # vocab_size and the token ids are the text half's.
+    section.finish("projection_dim vocab_size bos_token_id eos_token_id pad_token_id tie_word_embeddings")
+    return config
+
+
+# What LLaVA's config.json has beside LLaMA's fields and does not change the numbers.
+_LLAVA_IGNORED = """freeze_mm_mlp_adapter freeze_mm_vision_resampler image_crop_resolution image_grid_pinpoints
+    image_split_resolution mm_projector_lr mm_use_im_patch_token mm_vision_tower_lr tokenizer_model_max_length
+    tokenizer_padding_side tune_mm_mlp_adapter tune_mm_vision_resampler unfreeze_mm_vision_tower use_mm_proj""".split()
+_LLAVA_FIELDS = """force_image_size image_aspect_ratio mm_hidden_size mm_patch_merge_type mm_projector_type
+    mm_resampler_type mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer mm_vision_tower""".split()
+
+
+def _chat_from_llava(config: Mapping[str, Any], tower: Mapping[str, Any] | None) -> ChatConfig:
+    """LLaVA's own layout: LLaMA's fields and mm_... in one object, the tower's configuration in another file."""
+    if config.get("mm_vision_tower") is None:
+        raise ConfigError("config.json of model_type 'llava' has neither a text_config nor an mm_vision_tower")
+    section = _Section({name: config[name] for name in _LLAVA_FIELDS if name in config}, "config.json")
+    section.only("mm_projector_type", "mlp2x_gelu", why="only LLaVA-1.5's two-layer projector is implemented")
+    section.only("mm_vision_select_feature", "patch", why="only patch features without the class token")
+    section.only("mm_use_im_start_end", False, why="tokens around images (LLaVA-1) are not implemented")
+    section.only("mm_resampler_type", None, why="resamplers are not implemented")
+    section.only("mm_patch_merge_type", "flat", why="tiles (LLaVA-1.6) are not implemented")
+    section.only("image_aspect_ratio", "square", "pad", None, why="tiles (LLaVA-1.6) are not implemented")
+    name = section.need("mm_vision_tower")
+    if not isinstance(name, str):
+        raise ConfigError(f"config.json has mm_vision_tower = {name!r}, which is not a name")
+    if tower is None:
+        raise ConfigError(f"config.json names the vision tower {name}: its own config.json is needed too")
+    kind = tower.get("model_type")
+    if kind == "intern_vit_6b":
+        vision = _vision_from_internvit(tower, f"config.json of {name}")
+        image_size = 448 if "448" in name else 336  # the rule of the reference, whatever the position table
+    elif kind in ("clip", "clip_vision_model"):
+        values = tower.get("vision_config") or {} if kind == "clip" else tower
+        vision = _vision_from_clip(values, f"config.json of {name}")
+        image_size = vision.image_size
+    else:
+        raise ConfigError(f"config.json of {name} has model_type {kind!r}: clip and intern_vit_6b are implemented")
+    section.only("mm_hidden_size", vision.hidden_size, why=f"the width of {name} is {vision.hidden_size}")
+    text = _text_from_hf({k: v for k, v in config.items() if k not in (*_LLAVA_FIELDS, *_LLAVA_IGNORED)}, "config.json")
+    return ChatConfig(
+        vision=vision,
+        projector=ProjectorConfig(vision.hidden_size, text.hidden_size, layer_norm=False),
+        text=text,
+        layout="llava",
+        select_layer=section.need("mm_vision_select_layer"),
+        downsample_ratio=1.0,
+        ps_version="v2",
+        image_size=section.get("force_image_size") or image_size,
+        template="vicuna_v1",
+        pad_to_square=section.get("image_aspect_ratio") == "pad",
+        centre_crop=True,
+        image_token_id=IMAGE_TOKEN_INDEX,
+        tower=name,
+    )
+
+
+def _chat_from_hf_llava(config: Mapping[str, Any]) -> ChatConfig:
+    section = _Section(config, "config.json")
+    vision_section, text_section = section.need("vision_config"), section.need("text_config")
+    section.only("projector_hidden_act", "gelu", why="the projector is implemented with exact GELU only")
+    section.only("multimodal_projector_bias", True, why="the projector is implemented with biases only")
+    section.only("vision_feature_select_strategy", "default", why="only patch features without the class token")
+    if text_section.get("model_type") != "llama":
+        raise ConfigError(f"text_config has model_type {text_section.get('model_type')!r}: only llama is implemented")
+    if vision_section.get("model_type", "clip_vision_model") != "clip_vision_model":
+        raise ConfigError(f"vision_config has model_type {vision_section['model_type']!r}: only CLIP's is implemented")
+    select = section.get("vision_feature_layer", -2)
+    if isinstance(select, (list, tuple)):
+        raise ConfigError(f"config.json has vision_feature_layer = {select!r}: only one layer can be selected")
+    vision = _vision_from_clip(vision_section, "config.json: vision_config")
+    values, pad = {**_LLAMA_DEFAULTS, **text_section}, section.get("pad_token_id")
+    if values.get("pad_token_id") is None:
+        values["pad_token_id"] = pad
+    text = _text_from_hf(values, "config.json: text_config", section.get("tie_word_embeddings"))
+    chat = ChatConfig(
+        vision=vision,
+        projector=ProjectorConfig(vision.hidden_size, text.hidden_size, layer_norm=False),
+        text=text,
+        layout="llava_hf",
+        select_layer=select,
+        downsample_ratio=1.0,
+        ps_version="v2",
+        template="vicuna_v1",
+        centre_crop=True,
+        image_token_id=section.get("image_token_id") or section.need("image_token_index"),
+    )
+    # image_seq_length is 576 by default whatever the images, and read by the processor only.
+    section.finish("ignore_index image_seq_length image_token_index vocab_size")
+    return chat
+
+
 def _vision_to_internvit(vision: VisionConfig) -> dict[str, Any]:
     return {
         "architectures": ["InternVisionModel"],
@@ -373,5 +518,53 @@ def _chat_to_hf_internvl(config: ChatConfig) -> dict[str, Any]:
         "projector_hidden_act": "gelu",
         "image_token_id": config.image_token_id,
         "image_seq_length": config.tokens_per_image,
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+    }
+
+
+def _vision_to_clip(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": vision.hidden_size,
+        "num_hidden_layers": vision.num_hidden_layers,
+        "num_attention_heads": vision.num_attention_heads,
+        "intermediate_size": vision.intermediate_size,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "num_channels": vision.num_channels,
+        "hidden_act": vision.hidden_act,
+        "layer_norm_eps": vision.layer_norm_eps,
+    }
+
+
+def _chat_to_llava(config: ChatConfig) -> dict[str, Any]:
+    return {
+        **_text_to_hf(config.text),
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "mm_vision_tower": config.tower,
+        "mm_hidden_size": config.vision.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": config.select_layer,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "force_image_size": config.image_size,
+        "image_aspect_ratio": "pad" if config.pad_to_square else "square",
+    }
+
+
+def _chat_to_hf_llava(config: ChatConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "vision_config": _vision_to_clip(config.vision),
+        "text_config": _text_to_hf(config.text),
+        "vision_feature_layer": config.select_layer,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "image_token_index": config.image_token_id,
+        "image_seq_length": config.tokens_per_image,
+        "pad_token_id": config.text.pad_token_id,
         "tie_word_embeddings": config.text.tie_word_embeddings,
     }

@@ -18,7 +18,7 @@ from internvl_jax.chat import Chat
 from internvl_jax.config import ChatConfig, ConfigError, read_json
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import BATCH, Params
-from internvl_jax.processing.images import ImageProcessor
+from internvl_jax.processing.images import load_processor
 from internvl_jax.processing.tokenizer import load_tokenizer
 from internvl_jax.quantize import QuantizeError, Scheme, quantize_params, scheme_of
 
@@ -71,7 +71,7 @@ def load(
         vision = sharding.default_vision_mode(mesh) if vision is None else vision
     has_tokenizer = any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
     tokenizer = load_tokenizer(directory) if has_tokenizer and config.text is not None else None
-    processor = _load_processor(directory, config)
+    processor = load_processor(directory, config)
     eos_token_ids = _generation_eos(directory)
     _enable_compilation_cache()
     return Chat(
@@ -182,13 +182,6 @@ def _read(directory: Path, abstract: Params, progress: Progress | None) -> Param
             "pip install 'internvl-jax[convert]'"
         ) from None
     return load_hf(directory, abstract, progress=progress)
-
-
-def _load_processor(directory: Path, config: ChatConfig) -> ImageProcessor | None:
-    """The image processor of a model that sees; None where its file is absent: `encode` and `generate` need none."""
-    if config.vision is None or not (directory / "preprocessor_config.json").exists():
-        return None
-    return ImageProcessor.from_dir(directory, config.image_size, pad_to_square=config.pad_to_square)
 
 
 def _generation_eos(directory: Path) -> tuple[int, ...] | None:

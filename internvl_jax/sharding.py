@@ -58,7 +58,11 @@ _VIT = "vision_model/layers/"
 _LLM = "language_model/layers/"
 
 PARAM_RULES = (
-    Rule(r"vision_model/embeddings/(patch_embedding/(kernel|bias)|class_embedding|position_embedding)", P()),
+    Rule(
+        r"vision_model/embeddings/"
+        r"(patch_embedding/(kernel|bias)|class_embedding|position_embedding|pre_layrnorm/(scale|bias))",
+        P(),
+    ),
     Rule(_VIT + r"(norm[12]/(scale|bias)|ls[12]|attn/proj/bias|mlp/fc2/bias)", P()),
     Rule(_VIT + r"attn/qkv/kernel", P(None, "fsdp", None, "tensor", None)),  # [L,D,3,N,H]
     Rule(_VIT + r"attn/qkv/bias", P(None, None, "tensor", None), optional=True),  # [L,3,N,H]

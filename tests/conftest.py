@@ -1,6 +1,9 @@
 """What every test runs under."""
 
+import os
 import signal
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, where it is installed, would look for a TPU first
 
 import jax
 import pytest

@@ -11,7 +11,14 @@ import pytest
 from internvl_jax.config import PRESETS
 from internvl_jax.models import attention as seam
 from internvl_jax.models import intern_vit, kernels, llama
-from internvl_jax.models.attention import attention, attention_xla, cache_mask, implementation, self_mask
+from internvl_jax.models.attention import (
+    attention,
+    attention_by_head,
+    attention_xla,
+    cache_mask,
+    implementation,
+    self_mask,
+)
 from internvl_jax.models.layers import positions_from_valid, unstack
 
 HEAD_DIM = 8
@@ -59,6 +66,36 @@ def test_splash_equals_xla(length, causal, kv_heads, monkeypatch):
         assert_close(actual, wanted, 1e-5, f"gradient of {name}")
     # Without a gradient, queries are padded less: another program.
     assert_close(loss(q, k, v, weights, mask, valid, program="pallas")[1], expected, 1e-5, "forward alone")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("length", "causal", "kv_heads", "int8"), [(33, False, 4, False), (20, True, 2, True)])
+def test_by_head_equals_xla(length, causal, kv_heads, int8, dtype):
+    """Forward and backward; several rows, of which one is padded, queries in groups, keys with scales."""
+    q, k, v, weights = random(
+        (2, length, 4, HEAD_DIM), (2, kv_heads, 33, HEAD_DIM), (2, kv_heads, 33, HEAD_DIM), (2, length, 4, HEAD_DIM)
+    )
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    scales = tuple(1 + jnp.abs(x[..., 0].astype(jnp.float32)) for x in (k, v)) if int8 else None
+    allowed = None
+    if causal:
+        place = np.tile(np.arange(33), (2, 1))
+        allowed = cache_mask(
+            jnp.asarray(place[:, -length:]), jnp.asarray(place), jnp.asarray(place > [[0], [4]])
+        ).allowed
+
+    def result(run):
+        def loss(q, k, v):
+            y = run(q, k, v, allowed, scales)
+            return jnp.sum(y * weights), y
+
+        (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+        assert y.dtype == dtype
+        return [np.asarray(x, np.float32) for x in (y, *gradients)]
+
+    for name, actual, expected in zip(("y", "q", "k", "v"), result(attention_by_head), result(attention_xla)):
+        tolerance = 1e-5 if dtype == jnp.float32 else 2**-7 * np.abs(expected).max()
+        assert_close(actual, expected, tolerance, name)
 
 
 @pytest.mark.parametrize(("kv_heads", "groups"), [(5, 1), (2, 4)])
@@ -227,7 +264,10 @@ def masks(length, slots):
 def test_rule(length, slots, mask, program, options, monkeypatch):
     q, k = shapes(length, slots, **options)
     mask = masks(length, slots)[mask]
-    assert seam.choose(q, k, mask, "tensor") == "xla"  # this is no TPU
+    large = length > 1 and length * slots >= 512 * 512
+    assert seam.choose(q, k, mask, "tensor") == ("by_head" if large else "xla")  # this is no TPU
+    with jax.set_mesh(jax.make_mesh((1,), ("tensor",))):
+        assert seam.choose(q, k, mask, "tensor") == "xla"
     monkeypatch.setattr(seam, "on_tpu", lambda: True)
     assert seam.choose(q, k, mask, "tensor") == program
     with implementation("xla"):

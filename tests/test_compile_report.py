@@ -234,7 +234,7 @@ def test_every_slice_is_known_to_the_compiler():
         ({"length": 5000}, "the model's context"),
         ({"length": 100, "prompt": 101}, "1 <= prompt <= length"),
         ({"batch": 0}, "at least one row"),
-        ({"preset": "internvl_chat_v2"}, "neither one of internvl_chat_v1_1, nano nor a directory"),
+        ({"preset": "internvl_chat_v2"}, f"neither one of {', '.join(PRESETS)} nor a directory"),
         ({"vision": "fsdp"}, "vision mode 'fsdp' is not one of"),
     ],
 )

@@ -420,4 +420,4 @@ def test_nano_parameter_counts():
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_their_file(name):
     config = PRESETS[name]()
-    assert ChatConfig.from_hf(config.to_hf()) == config
+    assert ChatConfig.from_hf(config.to_hf(), config.tower_to_hf()) == config

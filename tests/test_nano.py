@@ -125,8 +125,8 @@ def test_tokenizer_is_the_shipped_one(tmp_path):
 
 
 def test_training_resumes_bit_for_bit(tmp_path):
-    """Six steps of both stages straight, and the same in two runs, the first ended within the second."""
-    recipe = train.Recipe(stages=(("see", 4), ("answer", 2)), batch=4, warmup=1, checkpoint_every=1)
+    """Eight steps of all stages straight, and the same in two runs, the first ended within the second stage."""
+    recipe = train.Recipe(stages=(("see", 4), ("answer", 2), ("together", 2)), batch=4, warmup=1, checkpoint_every=1)
     config = PRESETS["nano"]()
     vision = replace(config.vision, num_hidden_layers=2, hidden_size=40, intermediate_size=80)
     text = replace(config.text, num_hidden_layers=1)
@@ -162,7 +162,7 @@ def test_accuracy_of_the_shipped_model(chat):
     results = evaluate.evaluate(chat, 40)
     for result in results:
         assert result.accuracy - result.margin > result.chance, result
-    assert np.mean([result.accuracy for result in results]) > 0.7
+    assert np.mean([result.accuracy for result in results]) > 0.9
 
 
 def test_the_package_holds_every_file_of_the_model():

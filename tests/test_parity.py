@@ -358,7 +358,7 @@ def compile_anew():
 
 @pytest.mark.usefixtures("compile_anew")
 def test_tanh_gelu_is_located(monkeypatch):
-    monkeypatch.setattr(intern_vit, "gelu", partial(jax.nn.gelu, approximate=True))
+    monkeypatch.setitem(intern_vit.ACTIVATIONS, "gelu", partial(jax.nn.gelu, approximate=True))
     report = run_parity(CHAT, image=RGB)
     assert report.culprits
     assert all(name.startswith("vision.layers.") for name in report.culprits)

@@ -249,14 +249,22 @@ def test_beam_search_with_an_int8_cache():
     np.testing.assert_array_equal(tokens, expected)  # margins of random weights are far wider than the rounding
 
 
-@pytest.mark.parametrize(("scheme", "bound", "agreement"), [("int8", 0.02, 0.85), ("int4", 1.5, 0.3)])
-def test_quality_on_the_golden_bundle(scheme, bound, agreement):
-    """Against the reference's float32 logits, at every position of its prompts. Its weights are random.
+@jax.jit
+def noisy(params, like, seed):
+    """params with uniform noise of a step's width where `like` is quantized: rounding's errors, but by chance."""
+    leaves, tree = jax.tree.flatten(like, is_leaf=is_quantized)
+    moved = []
+    for index, (leaf, kernel) in enumerate(zip(leaves, tree.flatten_up_to(params))):
+        if is_quantized(leaf):
+            steps = qwix.dequantize(leaf.replace(qvalue=jnp.ones_like(leaf.qvalue)).astype(jnp.float32))
+            key = jax.random.fold_in(jax.random.key(seed), index)
+            kernel = kernel + steps * jax.random.uniform(key, kernel.shape, minval=-0.5, maxval=0.5)
+        moved.append(kernel)
+    return tree.unflatten(moved)
 
-    Rounding to 15 levels instead of 255 is 289 times the variance.
-    """
-    pytest.importorskip("torch")
-    chat = internvl_jax.load(V1_1, quantize=scheme)
+
+def golden_cost(chat):
+    """KL from the reference's float32 logits, and how often the likeliest token is its own, over its prompts."""
     expected, ours = [], []
     for prompt in FACTS["prompts"]:
         if f"logits/{prompt['id']}/fp32" in ARRAYS:
@@ -264,10 +272,32 @@ def test_quality_on_the_golden_bundle(scheme, bound, agreement):
             expected.append(ARRAYS[f"logits/{prompt['id']}/fp32"])
             ours.append(chat.logits(np.array([prompt["input_ids"]]), pixels)[0])
     expected, ours = np.concatenate(expected), np.concatenate(ours)
-    divergence, same = kl(expected, ours), np.mean(expected.argmax(-1) == ours.argmax(-1))
-    print(f"{scheme}: KL {divergence.mean():.2g}, largest {divergence.max():.2g}, same token {same:.1%}")
-    assert divergence.mean() <= bound
-    assert same >= agreement
+    return kl(expected, ours), np.mean(expected.argmax(-1) == ours.argmax(-1))
+
+
+@pytest.mark.parametrize(("scheme", "bound"), [("int8", 0.02), ("int4", 1.5)])
+def test_quality_on_the_golden_bundle(scheme, bound):
+    """Quantizing costs no more than noise of the same size on the float32 weights: 1.5 times its KL, 10 points.
+
+    Measured: int8 0.010 beside 0.009 (0.008 to 0.011 in five draws), int4 1.2 beside 1.1 (1.0 to 1.2); the same
+    likeliest token at 91% of positions beside 93%, and 35% beside 34%. An error in a scale or in a product would cost
+    more than its noise. That 4 bits cost so much is the bundle's doing: its weights are random, so its logits lie
+    close together; a trained model loses 0.004 (docs/quantization.md). `bound` is twice, for int4 1.5 times, what was
+    measured.
+    """
+    pytest.importorskip("torch")
+    ours, same = golden_cost(internvl_jax.load(V1_1, quantize=scheme))
+    chat = internvl_jax.load(V1_1)
+    plain, like = chat.params, quantized(chat.params, scheme)
+    by_chance = []
+    for seed in range(3):
+        chat.generator.params = noisy(plain, like, seed)
+        by_chance.append(golden_cost(chat))
+    noise, agreement = (float(np.mean([np.mean(one[place]) for one in by_chance])) for place in (0, 1))
+    print(f"{scheme}: KL {ours.mean():.2g}, largest {ours.max():.2g}, same token {same:.1%}; ", end="")
+    print(f"noise: KL {noise:.2g}, same token {agreement:.1%}")
+    assert ours.mean() <= min(bound, 1.5 * noise)
+    assert same >= agreement - 0.1
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -1,4 +1,5 @@
-"""InternViT (Chen et al., "InternVL: Scaling up Vision Foundation Models", 2023), as pure functions on parameters."""
+"""The vision tower as pure functions on parameters: InternViT (Chen et al., "InternVL: Scaling up Vision Foundation
+Models", 2023), and CLIP's ViT (Radford et al., 2021), which is the same with other switches of VisionConfig."""
 
 from __future__ import annotations
 
@@ -26,14 +27,16 @@ from internvl_jax.models.layers import (
     constrain,
     gelu,
     init_stack,
+    quick_gelu,
     run_layers,
 )
 
+ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 LAYER_SCALE_INIT = 0.1  # the reference's initializer_factor
 
 
 class Embeddings(nn.Module):
-    """Patches and class token with their positions. pixel_values [M,3,h,w] -> [M,1+P,D].
+    """Patches and class token with their positions, normed if the config says so. pixel_values [M,3,h,w] -> [M,1+P,D].
 
     Pixels beyond the last whole patch are ignored, as torch's strided convolution ignores them.
     """
@@ -52,18 +55,19 @@ class Embeddings(nn.Module):
         )
         patches = pixels.transpose(0, 2, 4, 1, 3, 5).reshape(images, rows * columns, channels * size * size)
         features = (channels * size * size, cfg.hidden_size)
-        x = Linear("MPE,ED->MPD", features, self.dtype, use_bias=True, name="patch_embedding")(patches)
+        x = Linear("MPE,ED->MPD", features, self.dtype, cfg.patch_bias, name="patch_embedding")(patches)
 
         normal = nn.initializers.normal(0.02)
         class_embedding = self.param("class_embedding", normal, (cfg.hidden_size,))
         table = self.param("position_embedding", normal, (1 + cfg.grid**2, cfg.hidden_size))
         table = resize_positions(table, cfg.grid, rows, columns).astype(self.dtype)
         first = jnp.broadcast_to(class_embedding.astype(self.dtype), (images, 1, cfg.hidden_size))
-        return jnp.concatenate([first, x], axis=1) + table
+        x = jnp.concatenate([first, x], axis=1) + table
+        return LayerNorm(cfg.hidden_size, cfg.layer_norm_eps, name="pre_layrnorm")(x) if cfg.embedding_norm else x
 
 
 class Attention(nn.Module):
-    """Full self-attention with q/k RMSNorm over all heads together. x [M,T,D] -> [M,T,D].
+    """Full self-attention, InternViT's with q/k RMSNorm over all heads together. x [M,T,D] -> [M,T,D].
 
     `heads` may exceed the config's by zero padding (sharding); the norm's divisor stays the true width.
     `axes` are the mesh axes along which the images lie.
@@ -91,7 +95,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear -> exact GELU -> Linear. x [M,T,D] -> [M,T,D]."""
+    """Linear -> GELU -> Linear. x [M,T,D] -> [M,T,D]."""
 
     config: VisionConfig
     dtype: Any
@@ -101,7 +105,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Array) -> Array:
         width, hidden, split = self.config.hidden_size, self.config.intermediate_size, split_over(self.axes)
         x = Linear("BTD,DF->BTF", (width, hidden), self.dtype, True, P("fsdp", split), name="fc1")(x)
-        x = gelu(constrain(x, P(self.axes, None, split)))
+        x = ACTIVATIONS[self.config.hidden_act](constrain(x, P(self.axes, None, split)))
         x = Linear("BTF,FD->BTD", (hidden, width), self.dtype, use_bias=True, name="fc2")(x)
         return constrain(x, P(self.axes, None, None))
 
@@ -112,7 +116,7 @@ def split_over(axes: tuple[str, ...]) -> str | None:
 
 
 class Block(nn.Module):
-    """One layer: x + ls1 * attn(norm1(x)), then x + ls2 * mlp(norm2(x)). x [M,T,D] -> [M,T,D].
+    """One layer: x + ls1 * attn(norm1(x)), then x + ls2 * mlp(norm2(x)), or both unscaled. x [M,T,D] -> [M,T,D].
 
     keep [2,M] scales the two branches of each image (stochastic depth); None leaves them whole.
     """
@@ -132,8 +136,9 @@ class Block(nn.Module):
             return LayerNorm(cfg.hidden_size, cfg.layer_norm_eps, name=name)
 
         def add(x: Array, branch: Array, scale_name: str, index: int) -> Array:
-            init = nn.initializers.constant(LAYER_SCALE_INIT)
-            branch = branch * self.param(scale_name, init, (cfg.hidden_size,)).astype(self.dtype)
+            if cfg.layer_scale:
+                init = nn.initializers.constant(LAYER_SCALE_INIT)
+                branch = branch * self.param(scale_name, init, (cfg.hidden_size,)).astype(self.dtype)
             if keep is not None:
                 branch = branch * keep[index][:, None, None].astype(self.dtype)
             return x + branch
@@ -179,7 +184,7 @@ def forward(
     x = constrain(
         Embeddings(config, dtype).apply({"params": params["embeddings"]}, pixel_values), P(image_axes, None, None)
     )
-    stored = len(layers) if isinstance(layers, tuple) else layers["ls1"].shape[0]
+    stored = len(layers) if isinstance(layers, tuple) else layers["norm1"]["scale"].shape[0]
     num_layers = stored if num_layers is None else num_layers
     if num_layers > stored:
         raise ValueError(f"{num_layers} vision layers are asked for, the parameters hold {stored}")

@@ -68,6 +68,26 @@ class KVCache(flax.struct.PyTreeNode):
     def slots(self) -> int:
         return self.positions.shape[1]
 
+    def fold(self) -> KVCache:
+        """Rows and heads of a tuple's layers as one axis, [B*K,S,H], for a loop to carry; a stack stays as it is.
+
+        It is the axis over which XLA's CPU backend batches products. A reshape between what a loop carries and what the
+        products read would have it write both, and copy each layer's keys and values four times per token.
+        """
+        return self._group(-1)
+
+    def unfold(self) -> KVCache:
+        """Undo `fold`."""
+        return self._group(self.positions.shape[0], -1)
+
+    def _group(self, *axes: int) -> KVCache:
+        if not isinstance(self.k, tuple):
+            return self
+        k, v = jax.tree.map(lambda leaf: leaf.reshape(*axes, *leaf.shape[-2:]), (self.k, self.v))
+        return self.replace(
+            k=k, v=v, scales=jax.tree.map(lambda leaf: leaf.reshape(*axes, leaf.shape[-1]), self.scales)
+        )
+
     def note(self, positions: Array, valid: Array) -> KVCache:
         """Record the positions and validity of T new tokens [B,T], before the layers append their k and v."""
         start = (0, self.length)
@@ -87,20 +107,24 @@ class KVCache(flax.struct.PyTreeNode):
 
     def _write(self, stack: Any, layer: int | Array, new: Array) -> Any:
         """One layer's new [B,K,T,H] or [B,K,T] into a stack (or tuple) of them."""
-        slot = (0, 0, self.length, 0)[: new.ndim]
         if isinstance(stack, tuple):
-            written = jax.lax.dynamic_update_slice(stack[layer], new.astype(stack[layer].dtype), slot)
+            old = stack[layer]
+            axis = old.ndim - new.ndim + 2  # of the slots: one less where rows and heads are folded
+            new = new.reshape(*old.shape[:axis], *new.shape[2:]).astype(old.dtype)
+            written = jax.lax.dynamic_update_slice_in_dim(old, new, self.length, axis)
             return (*stack[:layer], written, *stack[layer + 1 :])
         # The whole stack is carried through the scan and updated in place: as a scanned input and output it would be
         # held twice. For one token at a time the TPU's compiler would have the loop keep slots outermost, and copy it.
         stack = pin_layout(stack, P(*CACHE[: stack.ndim]), tuple(range(stack.ndim)))
+        slot = (0, 0, self.length, 0)[: new.ndim]
         return jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype)[None], (layer, *slot))
 
     def read(self, layer: int | Array) -> KeysValues:
         """What holds a layer's k and v, for `attention`."""
         if isinstance(self.k, tuple):
-            scales = self.scales and tuple(stack[layer] for stack in self.scales)
-            return KeysValues(self.k[layer], self.v[layer], scales)
+            cache = self.unfold()
+            scales = cache.scales and tuple(stack[layer] for stack in cache.scales)
+            return KeysValues(cache.k[layer], cache.v[layer], scales)
         return KeysValues(self.k, self.v, self.scales, layer)
 
 

@@ -26,7 +26,7 @@ def pixel_unshuffle(x: Array, ratio: int, version: str) -> Array:
 
 
 class Projector(nn.Module):
-    """LayerNorm -> Linear -> exact GELU -> Linear (mlp1). x [M,P,E] -> [M,P,D]."""
+    """LayerNorm -> Linear -> exact GELU -> Linear (mlp1), LLaVA's without the norm. x [M,P,E] -> [M,P,D]."""
 
     config: ProjectorConfig
     dtype: Any
@@ -34,7 +34,9 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         cfg = self.config
-        x = LayerNorm(cfg.in_features, cfg.layer_norm_eps, name="norm")(x.astype(self.dtype))
+        x = x.astype(self.dtype)
+        if cfg.layer_norm:
+            x = LayerNorm(cfg.in_features, cfg.layer_norm_eps, name="norm")(x)
         shape = (cfg.in_features, cfg.out_features)
         x = gelu(Linear("MPE,ED->MPD", shape, self.dtype, use_bias=True, name="fc1")(x))
         square = (cfg.out_features, cfg.out_features)

@@ -4,8 +4,8 @@
 
 Two stages, which train what V1-1's did. First the tower and the projector, against labels of what is in the picture,
 which a linear layer reads off the visual tokens: learning to see through the language model's few answer tokens takes
-many times as long. Then projector and language model on questions and answers, the tower frozen. The labels help to the
-end; the linear layer is not part of the model.
+many times as long. Then projector and language model on questions and answers, the tower frozen. A third, short stage
+trains all of it. The labels help to the end; the linear layer is not part of the model.
 
 Deterministic: a batch is a function of its step's number. Resumable: a run that is killed goes on from its last
 checkpoint when the same command is given again, with the same result.
@@ -51,12 +51,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in th
 class Recipe:
     """Settings of a run; the defaults made the shipped model."""
 
-    stages: tuple[tuple[str, int], ...] = (("see", 1400), ("answer", 2400))  # names and steps
+    stages: tuple[tuple[str, int], ...] = (("see", 2000), ("answer", 1800), ("together", 800))  # names and steps
     batch: int = 64
     length: int = 84  # tokens per row; four questions about a picture take at most 82
     learning_rate: float = 1.5e-3
     warmup: int = 100
-    label_weight: float = 0.5  # of the first stage's loss in the second
+    label_weight: float = 0.5  # of the first stage's loss in the others
     weight_decay: float = 0.05
     clip: float = 1.0
     checkpoint_every: int = 100
@@ -127,30 +127,37 @@ def init_params(key: Array, config: ChatConfig) -> Params:
     # The published initial layer scale of 0.1 suits 48 layers; five learn faster with whole branches.
     for name in ("ls1", "ls2"):
         params["vision_model"]["layers"][name] *= 5
-    width, local = config.text.hidden_size, sum(CELL_CLASSES)
+    width = config.text.hidden_size
 
-    def linear(outputs: int) -> Params:
-        return {"kernel": jnp.zeros((width, outputs)), "bias": jnp.zeros(outputs)}
+    def linear(inputs: int, outputs: int) -> Params:
+        return {"kernel": jnp.zeros((inputs, outputs)), "bias": jnp.zeros(outputs)}
 
-    return {**params, "labels": {"cell": linear(local), "picture": linear(sum(PICTURE_CLASSES))}}
+    whole = config.tokens_per_image * width
+    return {
+        **params,
+        "labels": {"cell": linear(width, sum(CELL_CLASSES)), "picture": linear(whole, sum(PICTURE_CLASSES))},
+    }
 
 
 def label_loss(params: Params, config: ChatConfig, features: Array, contents: Array) -> tuple[Array, Array]:
-    """Mean cross-entropy of the labels read off the visual tokens, and the share of pictures read without a mistake.
+    """Cross-entropy of the labels read off the visual tokens, and the share of pictures read without a mistake.
 
     What stands in a cell of the pictures' 3x3 grid is read off the tokens that lie there, by the same weights in every
-    cell, and words and digits off the mean of all: so that a token says the same thing in the same way wherever it is,
-    which is what the language model's attention can read.
+    cell: so that a token says the same thing in the same way wherever it is, which is what the language model's
+    attention can read. Words and digits are read off all tokens in order: their mean says too little of them to learn
+    from. The two means are added, so that three labels weigh as much as the eighteen of the cells.
     """
     cells = cell_means(features, config)
     local = cells @ params["labels"]["cell"]["kernel"] + params["labels"]["cell"]["bias"]
-    picture = jnp.mean(features, axis=1) @ params["labels"]["picture"]["kernel"] + params["labels"]["picture"]["bias"]
+    whole = features.reshape(features.shape[0], -1)
+    picture = whole @ params["labels"]["picture"]["kernel"] + params["labels"]["picture"]["bias"]
     shapes, colours = jnp.split(local, [CELL_CLASSES[0]], axis=-1)
     parts = [shapes[:, i] for i in range(9)] + [colours[:, i] for i in range(9)]
     parts += jnp.split(picture, np.cumsum(PICTURE_CLASSES)[:-1], axis=-1)
     losses = [optax.softmax_cross_entropy_with_integer_labels(p, contents[:, i]) for i, p in enumerate(parts)]
     right = [jnp.argmax(p, axis=-1) == contents[:, i] for i, p in enumerate(parts)]
-    return jnp.mean(jnp.stack(losses)), jnp.mean(jnp.all(jnp.stack(right), axis=0))
+    loss = jnp.mean(jnp.stack(losses[:18])) + jnp.mean(jnp.stack(losses[18:]))
+    return loss, jnp.mean(jnp.all(jnp.stack(right), axis=0))
 
 
 def cell_means(features: Array, config: ChatConfig) -> Array:
@@ -191,7 +198,7 @@ def loss_fn(
     return answers + label_weight * seen_loss, jnp.sum(right) / jnp.sum(weights)
 
 
-FROZEN = {"see": ("language_model",), "answer": ("vision_model",)}
+FROZEN = {"see": ("language_model",), "answer": ("vision_model",), "together": ()}
 
 
 def split(params: Params, stage: str) -> tuple[Params, Params]:

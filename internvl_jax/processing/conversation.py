@@ -22,6 +22,7 @@ class Template:
     assistant: str
     before_answer: str  # between the assistant's tag and an answer that is known (none is written before one to come)
     answer_end: str
+    image: tuple[str, str, str] = (IMG_START, IMG_CONTEXT, IMG_END)  # before an image's tokens, each of them, after
 
 
 # Each is the reference's conversation.py as it stood when the checkpoint was released.
@@ -35,6 +36,18 @@ TEMPLATES = {
         assistant="<bot>:",
         before_answer=" ",
         answer_end="</s>",
+    ),
+    # Vicuna v1.1 and later, as LLaVA-1.5 and InternVL-Chat-V1-0 were trained.
+    "vicuna_v1": Template(
+        system="A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+        system_end=" ",
+        user="USER: ",
+        user_end=" ",
+        assistant="ASSISTANT:",
+        before_answer=" ",
+        answer_end="</s>",
+        image=("", IMAGE_PLACEHOLDER, ""),
     ),
 }
 
@@ -58,8 +71,13 @@ def place_images(question: str, num_images: int, has_history: bool) -> str:
     return question
 
 
-def expand_images(prompt: str, tokens_per_image: int, num_images: int) -> str:
-    """Replace image placeholders by <img>, image tokens and </img>.
+def expand_images(
+    prompt: str,
+    tokens_per_image: int,
+    num_images: int,
+    image: tuple[str, str, str] = (IMG_START, IMG_CONTEXT, IMG_END),
+) -> str:
+    """Replace image placeholders by image tokens and what stands around them, <img> and </img> if not said otherwise.
 
     One placeholder per image, or one for all of them together (the reference's combined form, all tokens in one pair
     of brackets). Raises ValueError when neither fits.
@@ -84,7 +102,8 @@ def expand_images(prompt: str, tokens_per_image: int, num_images: int) -> str:
             f"the text has {placeholders} {IMAGE_PLACEHOLDER} placeholders for {num_images} image(s): write one for "
             "each, or a single one for all"
         )
-    return prompt.replace(IMAGE_PLACEHOLDER, IMG_START + IMG_CONTEXT * (tokens_per_image * share) + IMG_END)
+    start, token, end = image
+    return prompt.replace(IMAGE_PLACEHOLDER, start + token * (tokens_per_image * share) + end)
 
 
 def prepare_prompt(
@@ -100,8 +119,10 @@ def prepare_prompt(
     question as `place_images` returns it; history is (question, answer) pairs, of which the first usually holds the
     images. Raises ValueError for texts that hold image tokens, and for placeholders and images that do not agree.
     """
+    token = template.image[1]
     for text in (question, system or "", *(part for turn in history for part in turn)):
         # Typed out, it would be read as an image's place, and every later image would move by one.
-        if IMG_CONTEXT in text:
-            raise ValueError(f"the text contains {IMG_CONTEXT}, which only images may bring; write it differently")
-    return expand_images(build_prompt(template, history, question, system), tokens_per_image, num_images)
+        if token != IMAGE_PLACEHOLDER and token in text:
+            raise ValueError(f"the text contains {token}, which only images may bring; write it differently")
+    prompt = build_prompt(template, history, question, system)
+    return expand_images(prompt, tokens_per_image, num_images, template.image)

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from internvl_jax.config import read_json
+from internvl_jax.config import ChatConfig, read_json, tower_directory
 
 # PIL's own limit against decompression bombs, above which it refuses: a picture of 20,000 x 8,900 pixels.
 MAX_PIXELS = 2 * 89_478_485
@@ -155,10 +155,16 @@ class ImageProcessor:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     pad_to_square: bool = False
+    centre_crop: bool = False
 
     @classmethod
     def from_dir(
-        cls, directory: str | Path, image_size: int | None = None, *, pad_to_square: bool = False
+        cls,
+        directory: str | Path,
+        image_size: int | None = None,
+        *,
+        pad_to_square: bool = False,
+        centre_crop: bool = False,
     ) -> ImageProcessor:
         """Read preprocessor_config.json. Raises ImageError naming a setting that is not implemented.
 
@@ -184,7 +190,7 @@ class ImageProcessor:
                 crop = _size(values["crop_size"], f"{path} has no usable crop_size")
                 if crop != image_size:
                     raise ImageError(f"{path} crops {image_size} pixels to {crop}, which is not implemented")
-        return cls(image_size, mean, std, pad_to_square=pad_to_square)
+        return cls(image_size, mean, std, pad_to_square=pad_to_square, centre_crop=centre_crop)
 
     def __call__(self, image: Image.Image, path: str = "eval") -> np.ndarray:
         """The pixel values of one picture, [3,S,S] float32.
@@ -192,23 +198,56 @@ class ImageProcessor:
         path "eval": convert to RGB, then resize, as the reference's evaluation scripts do. "native": resize in the
         file's own mode, then convert, as its quick-start page does; the two differ where there is transparency or a
         palette (grey of 16 bits takes the first path always). The aspect ratio is not kept, unless `pad_to_square`
-        fills up with the mean colour first, which only the first path does.
+        fills up with the mean colour first, or `centre_crop` has the shorter side resized and the longer one cut; only
+        the first path does either.
         """
         if path not in IMAGE_MODES:
             raise ImageError(f"there is no image path {path!r}; there are {' and '.join(IMAGE_MODES)}")
-        if path == "native" and self.pad_to_square:
-            raise ImageError("pictures of this model are padded to a square in RGB: use the image path 'eval'")
-        size = (self.image_size, self.image_size)
+        if path == "native" and (self.pad_to_square or self.centre_crop):
+            done = "padded to a square" if self.pad_to_square else "cropped"
+            raise ImageError(f"pictures of this model are {done} in RGB: use the image path 'eval'")
         if path == "native" and not image.mode.startswith("I"):
-            resized = to_rgb(image.resize(size))
+            resized = to_rgb(image.resize((self.image_size, self.image_size)))
         else:
-            rgb = to_rgb(image)
-            if self.pad_to_square:
-                rgb = expand_to_square(rgb, tuple(int(value * 255) for value in self.mean))
-            resized = rgb.resize(size, Image.Resampling.BICUBIC)
+            resized = self.scaled(image)
         pixels = np.asarray(resized, np.float32) / np.float32(255)
         normalised = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+
+    def scaled(self, image: Image.Image) -> Image.Image:
+        """The picture of the path "eval" in RGB, of its final size, not yet numbers. Scaled again, it stays so."""
+        rgb = to_rgb(image)
+        if self.pad_to_square:
+            rgb = expand_to_square(rgb, tuple(int(value * 255) for value in self.mean))
+        if self.centre_crop:
+            return _crop(rgb, self.image_size)
+        return rgb.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+
+
+def load_processor(directory: Path, config: ChatConfig) -> ImageProcessor | None:
+    """The processor of a checkpoint's model; None where the model sees nothing, or its file is absent.
+
+    preprocessor_config.json lies in the checkpoint's directory or, in LLaVA's layout, in its vision tower's.
+    """
+    if config.vision is None:
+        return None
+    places = (directory, tower_directory(directory, read_json(directory / "config.json")))
+    place = next((place for place in places if place and (place / "preprocessor_config.json").exists()), None)
+    if place is None:
+        return None
+    return ImageProcessor.from_dir(
+        place, config.image_size, pad_to_square=config.pad_to_square, centre_crop=config.centre_crop
+    )
+
+
+def _crop(image: Image.Image, size: int) -> Image.Image:
+    """The shorter side resized to `size`, the longer one in proportion; then the centre, as CLIPImageProcessor does."""
+    width, height = image.size
+    short = min(width, height)
+    width, height = int(size * width / short), int(size * height / short)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return resized.crop((left, top, left + size, top + size))
 
 
 def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:

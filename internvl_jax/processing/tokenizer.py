@@ -435,6 +435,22 @@ def _clean_up(text: str) -> str:
     return text
 
 
+def encode_prompt(tokenizer: Tokenizer, prompt: str, image_token: str, image_token_id: int | None) -> list[int]:
+    """Token ids of a prompt with image tokens in it; each `image_token` becomes `image_token_id`.
+
+    Where that is no token of the vocabulary, the text between images is tokenized piece by piece, as LLaVA's
+    tokenizer_image_token does: each piece as if a text began with it, without its bos token.
+    """
+    if tokenizer.token_to_id(image_token) == image_token_id:
+        return tokenizer.encode(prompt)
+    first, *others = prompt.split(image_token)
+    ids = tokenizer.encode(first)
+    for piece in others:
+        rest = tokenizer.encode(piece)
+        ids += [image_token_id, *(rest[1:] if rest[:1] == [tokenizer.bos_id] else rest)]
+    return ids
+
+
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids to one array, padding on the left: (input_ids [B,T], attention_mask [B,T]), both int32."""
     width = max(map(len, rows), default=0)

@@ -1,0 +1,81 @@
+"""Predictions that somebody made, matched with the items that they are about."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from internvl_jax.evaluation.items import SHORT, YES_NO, EvaluationError, Item, need, records, refuse
+
+IDS = ("id", "question_id", "questionId", "index")
+TEXTS = ("answer", "text", "prediction")
+QUESTIONS = ("question", "prompt")
+
+
+def read_predictions(path: Path, items: Sequence[Item]) -> dict[str, str]:
+    """Item's id -> answer.
+
+    The file holds JSON lines or a JSON list of records with an id ("id", "question_id", "questionId" or "index") and an
+    answer ("answer", "text" or "prediction"), or one JSON object {id: answer}. Where several items share an id, the
+    record's "question" or "prompt" tells them apart.
+    Raises EvaluationError listing what is malformed, unknown, there twice, or missing.
+    """
+    if not path.is_file():
+        raise EvaluationError(f"{path} does not exist: --predictions names a file of answers")
+    by_id: dict[str, list[Item]] = {}
+    for item in items:
+        for name in {item.id, str(item.source_id)}:
+            by_id.setdefault(name, []).append(item)
+    answers: dict[str, str] = {}
+    first: dict[str, str] = {}
+    problems = []
+    for where, record in _rows(path):
+        try:
+            item, answer = _match(record, where, by_id)
+        except EvaluationError as error:
+            problems.append(str(error))
+            continue
+        if item.id in answers:
+            problems.append(f"{where} answers {item.id!r}, which {first[item.id]} has answered")
+        answers[item.id], first[item.id] = answer, where
+    missing = [item.id for item in items if item.id not in answers]
+    if missing and not problems:
+        shown = ", ".join(repr(name) for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        problems.append(f"{path} has no answer to {len(missing)} of {len(items)} questions: {shown}")
+    refuse(problems)
+    return answers
+
+
+def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    if path.suffix == ".json":
+        try:
+            whole = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            whole = None
+        if isinstance(whole, dict) and whole and all(isinstance(value, str) for value in whole.values()):
+            return [(f"{path}, {key!r}", {"id": key, "answer": value}) for key, value in whole.items()]
+    return records(path)
+
+
+def _match(record: dict[str, Any], where: str, by_id: dict[str, list[Item]]) -> tuple[Item, str]:
+    name = str(need(record, where, *IDS, kind=(str, int)))
+    if isinstance(record.get("error"), str):
+        raise EvaluationError(f"{where}: {name!r} has an error in place of an answer: {record['error']}")
+    answer = need(record, where, *TEXTS)
+    found = by_id.get(name) or by_id.get(name.replace("/images/", "/"), [])  # LLaVA's MME: the picture's whole path
+    if len(found) > 1:
+        asked = _question(need(record, where, *QUESTIONS))
+        found = [item for item in found if _question(item.question) == asked]
+        if len(found) > 1:
+            raise EvaluationError(f"{where}: several items have the id {name!r} and this question")
+    if not found:
+        raise EvaluationError(f"{where}: {name!r} is no question of the data")
+    return found[0], answer
+
+
+def _question(text: str) -> str:
+    """The question itself: its first line without the instructions that prompts add, in one writing."""
+    line = text.partition("\n")[0].replace(SHORT, "").replace(YES_NO, "")
+    return " ".join(line.split()).lower()

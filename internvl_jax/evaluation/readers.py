@@ -1,0 +1,368 @@
+"""Items from the official files of each benchmark, as they are downloaded. Every reader takes (folder, codebase)."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import csv
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from internvl_jax.evaluation.choices import LETTERS
+from internvl_jax.evaluation.items import (
+    LETTER,
+    SHORT,
+    UNANSWERABLE,
+    Codebase,
+    EvaluationError,
+    Folder,
+    Item,
+    distinct,
+    json_object,
+    need,
+    records,
+    refuse,
+)
+from internvl_jax.evaluation.vqa import PEOPLE
+from internvl_jax.evaluation.yes_no import COGNITION, PERCEPTION
+
+ID = (int, str)
+POPE = ("adversarial", "random", "popular")  # in the order of the questions' file
+SEED_IMAGE_TYPES = 9  # the first of twelve; the others are about videos
+
+# What pandas, with which the reference reads tables, takes for a missing value.
+MISSING = frozenset(
+    ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA")
+    + ("NULL", "NaN", "None", "n/a", "nan", "null")
+)
+
+
+def short_answers(
+    folder: Folder,
+    codebase: Codebase,
+    *,
+    questions: Sequence[str],
+    annotations: Sequence[str] = (),
+    coco: str = "",
+    people: bool = False,
+    server: bool = False,
+) -> list[Item]:
+    """Questions with a short answer: records of V1-1's, LLaVA's or the official file, whichever is there.
+
+    annotations: files with the accepted answers, where the questions do not bring them.
+    coco: "val2014" where official files have numbers for pictures. people: ten answers are needed. server: none are.
+    """
+    path = folder.find(*questions)
+    known = _annotations(folder.find(*annotations)) if annotations and not server else {}
+    items, problems = [], []
+    for where, record in records(path):
+        try:
+            question = _bare(need(record, where, "text", "question"))
+            image = record.get("image_local_name") or record.get("image") or _image_name(record, where, coco)
+            source_id = record.get("question_id", record.get("questionId", record.get("id", image)))
+            gold, category = ((), "") if server else _gold(record, source_id, question, known, where)
+            if people and len(gold) != PEOPLE:
+                raise EvaluationError(
+                    f"{where}: question {source_id!r} has {len(gold)} answers by people, not {PEOPLE}"
+                )
+            items.append(Item("", source_id, question, image, gold, category, record=record))
+        except EvaluationError as error:
+            problems.append(str(error))
+    refuse(problems)
+    return distinct(items)
+
+
+def _bare(text: str) -> str:
+    """LLaVA's files hold whole prompts; the instruction is put back when the prompt is made."""
+    return text.removesuffix(f"\n{SHORT}").removesuffix(f"\n{UNANSWERABLE}")
+
+
+def _image_name(record: Mapping[str, Any], where: str, coco: str) -> str:
+    number = need(record, where, "image_id", kind=ID)
+    return f"COCO_{coco}_{number:012d}.jpg" if isinstance(number, int) else f"{number}.jpg"
+
+
+Known = dict[Any, tuple[tuple[str, ...], str]]
+
+
+def _annotations(path: Path) -> Known:
+    """(accepted answers, category) by question id, and by (picture's id, lower-case question) where files have both."""
+    known: Known = {}
+    for where, record in records(path):
+        answers = _texts(need(record, where, "answers", "answer", kind=(list, str)), where)
+        value = answers, str(record.get("answer_type", ""))
+        known[_id(record, where)] = value
+        if "image_id" in record and "question" in record:
+            known[str(record["image_id"]), str(record["question"]).lower()] = value
+    return known
+
+
+def _id(record: Mapping[str, Any], where: str) -> str:
+    names = ("question_id", "questionId", "id", "image")
+    if all(record.get(name) is None for name in names) and record.get("image_id") is not None:
+        return str(record["image_id"])
+    return str(need(record, where, *names, kind=ID))
+
+
+def _texts(answers: Any, where: str) -> tuple[str, ...]:
+    given = [answers] if isinstance(answers, str) else answers
+    texts = [answer.get("answer") if isinstance(answer, dict) else answer for answer in given]
+    if not all(isinstance(text, str) for text in texts):
+        raise EvaluationError(f"{where}: the answers must be texts, or records with an 'answer'")
+    return tuple(texts)
+
+
+def _gold(
+    record: Mapping[str, Any], source_id: Any, question: str, known: Known, where: str
+) -> tuple[tuple[str, ...], str]:
+    key = str(source_id)
+    found = known.get((key, question.partition("\n")[0].lower())) or known.get(key)
+    if found is not None:
+        return found
+    given = record.get("answers", record.get("answer"))
+    if given is None or known:
+        raise EvaluationError(f"{where}: question {source_id!r} has no answer in the annotations")
+    return _texts(given, where), ""
+
+
+def gqa(folder: Folder, codebase: Codebase) -> list[Item]:
+    """testdev_balanced_questions.json: the balanced questions, with their structural type as category."""
+    items = []
+    for where, record in records(folder.find("testdev_balanced_questions.json", "testdev_balanced_all_questions.json")):
+        if record.get("isBalanced", True):
+            types = need(record, where, "types", kind=dict)
+            answer, image = need(record, where, "answer"), need(record, where, "imageId")
+            question, structural = need(record, where, "question"), need(types, where, "structural")
+            items.append(Item("", record["id"], question, f"{image}.jpg", (answer,), structural, record=record))
+    return distinct(items)
+
+
+def chartqa(folder: Folder, codebase: Codebase) -> list[Item]:
+    """Both halves, whose names are the categories."""
+    items = []
+    for half in ("human", "augmented"):
+        for where, record in records(folder.find(f"test_{half}.jsonl")):
+            answers = _texts(need(record, where, "answer", kind=(list, str)), where)
+            source_id = f"{half}/{need(record, where, 'question_id', kind=ID)}"
+            items.append(Item("", source_id, need(record, where, "question"), record.get("image"), answers, half))
+    return distinct(items)
+
+
+def scienceqa(folder: Folder, codebase: Codebase) -> list[Item]:
+    """Internvl: scienceqa_test_img.jsonl. LLaVA: all questions of llava_test_CQM-A.json, of which some have no picture;
+    problems.json has their answers."""
+    if codebase == "llava":
+        return _scienceqa_llava(folder)
+    items = []
+    for where, record in records(folder.find("scienceqa_test_img.jsonl")):
+        texts, right = need(record, where, "choices", kind=list), need(record, where, "answer", kind=int)
+        options = _options(texts, right, where)
+        hint = f"{record['hint']}\n" if record.get("hint") else ""
+        question = hint + need(record, where, "question")
+        image = need(record, where, "image")
+        items.append(Item("", record.get("id", image), question, image, (LETTERS[right],), options=options))
+    return distinct(items)
+
+
+def _scienceqa_llava(folder: Folder) -> list[Item]:
+    problems = {record["id"]: (where, record) for where, record in records(folder.find("problems.json"))}
+    items = []
+    for where, record in records(folder.find("llava_test_CQM-A.json")):
+        source_id = str(need(record, where, "id", kind=ID))
+        if source_id not in problems:
+            raise EvaluationError(f"{where}: problems.json has no question {source_id!r}")
+        place, problem = problems[source_id]
+        right = need(problem, place, "answer", kind=int)
+        options = _options(need(problem, place, "choices", kind=list), right, place)
+        turns = need(record, where, "conversations", kind=list)
+        question = need(turns[0] if turns else {}, where, "value").replace("<image>", "").strip()
+        image = record.get("image")
+        kind = "image" if image else "text"
+        items.append(Item("", source_id, question, image, (LETTERS[right],), kind, options))
+    return distinct(items)
+
+
+def _options(texts: Sequence[Any], right: int, where: str) -> dict[str, str]:
+    if not 0 <= right < len(texts) <= len(LETTERS):
+        raise EvaluationError(f"{where}: answer {right} of {len(texts)} choices (there may be {len(LETTERS)})")
+    return dict(zip(LETTERS, map(str, texts)))
+
+
+def pope(folder: Folder, codebase: Codebase) -> list[Item]:
+    """llava_pope_test.jsonl, with labels by position in each category: ids differ between the files."""
+    rows = records(folder.find("llava_pope_test.jsonl", "pope_questions.jsonl"))
+    items = []
+    for name in POPE:
+        path = folder.find(f"coco/coco_pope_{name}.json", f"coco_pope_{name}.json")
+        labels, asked = records(path), [row for row in rows if row[1].get("category") == name]
+        if len(labels) != len(asked):
+            raise EvaluationError(
+                f"{path} has {len(labels)} labels for {len(asked)} questions: the questions go with the labels of "
+                "POPE's revision e3e39262, whose random part has 2,910"
+            )
+        for (where, record), (place, label) in zip(asked, labels):
+            text, image = need(record, where, "text"), need(record, where, "image")
+            if label.get("image", image) != image or label.get("text", "") not in text:
+                raise EvaluationError(f"{place} is about another question than {where}: {label.get('text')!r}")
+            answer = need(label, place, "label")
+            if answer not in ("yes", "no"):
+                raise EvaluationError(f"{place}: the label is {answer!r}, neither yes nor no")
+            items.append(Item("", need(record, where, "question_id", kind=ID), text, image, (answer,), name))
+    return distinct(items)
+
+
+def mme(folder: Folder, codebase: Codebase) -> list[Item]:
+    """One text file per task: picture, question and Yes or No between tabs, two lines for each picture."""
+    items = []
+    for task in PERCEPTION + COGNITION:
+        path = folder.find(*(f"{place}{task}.txt" for place in ("", "MME_Benchmark_release_version/", "Your_Results/")))
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [(f"{path}:{number}", line.split("\t")) for number, line in enumerate(lines, 1)]
+        for number, (where, row) in enumerate(rows):
+            if len(row) < 3 or row[2].strip().lower() not in ("yes", "no"):
+                raise EvaluationError(f"{where} is not a picture, a question and Yes or No between tabs")
+            if len(rows) % 2 or row[0] != rows[number // 2 * 2][1][0]:
+                raise EvaluationError(f"{where}: two lines in a row are needed for each picture")
+            image, question, label = row[0], row[1], row[2].strip().lower()
+            record = {"pair": number // 2, "image": image}
+            items.append(Item("", f"{task}/{image}", question, f"{task}/{image}", (label,), task, record=record))
+    return distinct(items)
+
+
+def multiple_choice(folder: Folder, codebase: Codebase, *, files: Sequence[str], server: bool = False) -> list[Item]:
+    """A table of MMBench's or CCBench's, whose pictures are in base64.
+
+    Options that are missing are skipped; LLaVA's script stops at the first one, of A to D, and also takes "None" in any
+    case for missing.
+    """
+    path = folder.find(*files)
+    rows = list(_table(path))
+    pictures = {row["index"]: row["image"] for _, row in rows}
+    items = []
+    for where, row in rows:
+        if not row["index"].isdigit():
+            raise EvaluationError(f"{where}: the index is {row['index']!r}, not a number")
+        options = _cells(row, codebase)
+        answer = row.get("answer", "")
+        if not server and answer not in options:
+            raise EvaluationError(f"{where}: the answer is {answer!r}, and the options are {', '.join(options)}")
+        hint = row.get("hint", "")
+        question = row["question"] if _missing(hint, codebase) else f"{hint}\n{row['question']}"
+        image = _picture(pictures.get(row["image"], row["image"]), where)
+        gold = () if server else (answer,)
+        record = {name: value for name, value in row.items() if name != "image"}
+        items.append(Item("", int(row["index"]), question, image, gold, row.get("category", ""), options, record))
+    duplicate = next((item.id for item in distinct(items) if "#" in item.id), None)
+    if duplicate:
+        raise EvaluationError(f"{path} has the index {duplicate.partition('#')[0]} more than once")
+    return distinct(items)
+
+
+def _table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)  # pictures are long fields
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        lacking = [name for name in ("index", "question", "A", "B", "image") if name not in (reader.fieldnames or ())]
+        if lacking:
+            raise EvaluationError(f"{path} has no column {', '.join(lacking)}: it is not one of MMBench's tables")
+        number = 0
+        for number, row in enumerate(reader, 1):
+            where = f"{path}, row {number}"
+            if None in row or None in row.values():
+                raise EvaluationError(f"{where} has more or fewer fields than the head of the table: is it cut off?")
+            yield where, row
+        if not number:
+            raise EvaluationError(f"{path} is empty")
+
+
+def _missing(text: str, codebase: Codebase) -> bool:
+    return text in MISSING or (codebase == "llava" and text.lower() in ("nan", "none"))
+
+
+def _cells(row: Mapping[str, str], codebase: Codebase) -> dict[str, str]:
+    options = {}
+    for letter in LETTERS[:4] if codebase == "llava" else LETTERS:
+        if not _missing(row.get(letter, ""), codebase):
+            options[letter] = row[letter]
+        elif codebase == "llava":
+            break
+    return options
+
+
+def _picture(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise EvaluationError(f"{where}: the picture is not base64") from None
+
+
+def mmvet(folder: Folder, codebase: Codebase) -> list[Item]:
+    """llava-mm-vet.jsonl; the judge's answers and capabilities are in mm-vet.json (`judge`)."""
+    rows = records(folder.find("llava-mm-vet.jsonl"))
+    return distinct(
+        Item("", f"v1_{need(r, where, 'question_id', kind=int)}", need(r, where, "text"), need(r, where, "image"))
+        for where, r in rows
+    )
+
+
+def seed(folder: Folder, codebase: Codebase) -> list[Item]:
+    """seed.jsonl, the questions about images; SEED-Bench.json has their types and answers."""
+    path = folder.find("SEED-Bench.json")
+    whole = json_object(path)
+    types = {int(number): name for name, number in need(whole, str(path), "question_type", kind=dict).items()}
+    known = {str(need(record, where, "question_id", kind=ID)): (where, record) for where, record in records(path)}
+    items = []
+    for where, record in records(folder.find("seed.jsonl", "llava-seed-bench.jsonl")):
+        source_id = need(record, where, "question_id", kind=ID)
+        if str(source_id) not in known:
+            raise EvaluationError(f"{where}: SEED-Bench.json has no question {source_id!r}")
+        place, truth = known[str(source_id)]
+        number = need(truth, place, "question_type_id", kind=int)
+        if number <= SEED_IMAGE_TYPES:
+            category, answer = types.get(number, str(number)), need(truth, place, "answer")
+            image = need(record, where, "image")
+            items.append(Item("", source_id, need(record, where, "text", "question"), image, (answer,), category))
+    return distinct(items)
+
+
+def mmmu(folder: Folder, codebase: Codebase, *, split: str) -> list[Item]:
+    """The parquet files of MMMU/MMMU, one per subject; only the first picture is shown, as in the reference."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ImportError("MMMU's parquet files need pyarrow: pip install 'internvl-jax[eval]'") from None
+    pattern = f"*/{split}-*.parquet"
+    places = [folder.root / folder.name, folder.root]
+    paths = next((found for place in places if (found := sorted(place.glob(pattern)))), [])
+    if not paths:
+        raise EvaluationError(
+            f"{folder.root} has no {pattern} (one per subject): docs/evaluation.md says where to get it"
+        )
+    items = []
+    for path in paths:
+        for number, record in enumerate(parquet.read_table(path).to_pylist(), 1):
+            where = f"{path}, row {number}"
+            image = (need(record, where, "image_1", kind=dict)).get("bytes")
+            texts = _literal(need(record, where, "options"), where)
+            options = dict(zip("ABCDEFGHIJ", texts)) if record.get("question_type") == "multiple-choice" else {}
+            answer = record.get("answer") or ""
+            gold = tuple(map(str, _literal(answer, where))) if answer.startswith("[") else (answer,)
+            source_id, question = need(record, where, "id"), need(record, where, "question")
+            items.append(Item("", source_id, question, image, gold, path.parent.name, options))
+    return distinct(items)
+
+
+def _literal(text: str, where: str) -> list[Any]:
+    try:
+        values = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise EvaluationError(f"{where}: {text!r:.80} is not a list") from None
+    return list(values)
+
+
+def lettered(item: Item, instruction: str = LETTER) -> str:
+    """Question, options and instruction on lines of their own."""
+    return "\n".join((item.question, *(f"{letter}. {text}" for letter, text in item.options.items()), instruction))

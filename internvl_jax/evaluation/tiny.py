@@ -1,0 +1,359 @@
+"""Small data sets in the benchmarks' official formats, with nano's held-out pictures and questions.
+
+    python -m internvl_jax.evaluation.tiny DIR
+
+They show what `internvl-jax eval` does without a download, and take every protocol from file to report in the tests.
+Figures on them mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from internvl_jax.evaluation.choices import CIRCULAR, LETTERS
+from internvl_jax.evaluation.items import SHORT, YES_NO
+from internvl_jax.evaluation.mmmu import SUBJECTS
+from internvl_jax.evaluation.vqa import PEOPLE
+from internvl_jax.evaluation.yes_no import COGNITION, PERCEPTION
+from internvl_jax.nano.render import COLOURS, Question, heldout_questions
+
+COUNT = 24  # questions of each data set
+
+Asked = Sequence[tuple[np.ndarray, Question]]
+
+
+def write(root: Path, count: int = COUNT) -> None:
+    """Write every data set below `root`, as the reference's data folder has them. MMMU's takes pyarrow."""
+    colours, shapes = heldout_questions("color", "en", count), heldout_questions("shape", "en", count)
+    exists, words = heldout_questions("exists", "en", 2 * count), heldout_questions("word", "en", count)
+    chinese = heldout_questions("color", "zh", count)
+    _vqa(root, colours, words)
+    _gqa(root / "gqa", shapes)
+    _vizwiz(root / "vizwiz", colours)
+    _scienceqa(root / "scienceqa", colours)
+    _textvqa(root / "textvqa", words)
+    _pope(root / "pope", root / "coco/val2014", exists, count // 3)
+    _mme(root / "mme", exists)
+    _tables(root / "mmbench", colours, chinese)
+    _mmvet(root / "mm-vet", shapes)
+    _documents(root, words)
+    _chartqa(root / "chartqa", heldout_questions("count", "en", count))
+    _ai2d(root / "ai2diagram", colours)
+    _seed(root / "SEED", colours)
+    _mmmu(root / "MMMU", colours)
+
+
+def _picture(path: Path, pixels: np.ndarray) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, quality=95)
+    return path.name
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def _lines(path: Path, rows: Iterable[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _people(number: int, question: Question) -> dict[str, Any]:
+    answers = [{"answer": question.answer, "answer_id": person} for person in range(1, PEOPLE + 1)]
+    return {"question_id": number, "question_type": question.kind, "answer_type": "other", "answers": answers}
+
+
+def _vqa(root: Path, colours: Asked, words: Asked) -> None:
+    """VQAv2 and OKVQA in the challenge's own format, in which pictures are numbers."""
+    for part, name, asked in (
+        ("val2014", "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", colours),
+        ("test2015", "vqav2/v2_OpenEnded_mscoco_test-dev2015_questions.json", words),
+        ("val2014", "okvqa/OpenEnded_mscoco_val2014_questions.json", colours),
+    ):
+        rows = []
+        for number, (pixels, question) in enumerate(asked, 1):
+            _picture(root / f"coco/{part}/COCO_{part}_{number:012d}.jpg", pixels)
+            rows.append({"image_id": number, "question": question.text, "question_id": 1000 * number})
+        _json(root / name, {"questions": rows, "data_subtype": part})
+    people = [_people(1000 * number, question) for number, (_, question) in enumerate(colours, 1)]
+    for name in ("vqav2/v2_mscoco_val2014_annotations.json", "okvqa/mscoco_val2014_annotations.json"):
+        _json(root / name, {"annotations": people})
+    every = [{"image_id": n, "question": "?", "question_id": 1000 * n} for n in range(1, len(words) + 4)]
+    _json(root / "vqav2/v2_OpenEnded_mscoco_test2015_questions.json", {"questions": every})
+
+
+def _gqa(folder: Path, asked: Asked) -> None:
+    questions = {}
+    for number, (pixels, question) in enumerate(asked):
+        _picture(folder / f"images/n{number}.jpg", pixels)
+        questions[f"20{number:06d}"] = {
+            "question": question.text,
+            "imageId": f"n{number}",
+            "answer": question.answer,
+            "isBalanced": number % 5 < 4,
+            "types": {"structural": "query" if number % 2 else "choose", "semantic": "attr", "detailed": "shape"},
+        }
+    _json(folder / "testdev_balanced_questions.json", questions)
+
+
+def _vizwiz(folder: Path, asked: Asked) -> None:
+    rows, tests = [], []
+    for number, (pixels, question) in enumerate(asked):
+        name = _picture(folder / f"val/VizWiz_val_{number:08d}.jpg", pixels)
+        test = _picture(folder / f"test/VizWiz_test_{number:08d}.jpg", pixels)
+        answers = [{"answer": question.answer, "answer_confidence": "yes"}] * PEOPLE
+        rows.append({"image": name, "question": question.text, "answers": answers})
+        tests.append({"image": test, "question": question.text})
+    _json(folder / "val.json", rows)
+    _json(folder / "test.json", tests)
+
+
+def _choices(question: Question, number: int) -> tuple[list[str], int]:
+    """Four colours, the right one among them, and its place."""
+    names = list(COLOURS) if question.language == "en" else [chinese for _, chinese in COLOURS.values()]
+    others = [name for name in names if name != question.answer]
+    place = number % 4
+    return [*others[:place], question.answer, *others[place:3]], place
+
+
+def _scienceqa(folder: Path, asked: Asked) -> None:
+    """For V1-1's script and for LLaVA's."""
+    rows, prompts, problems = [], [], {}
+    for number, (pixels, question) in enumerate(asked):
+        _picture(folder / f"images/test/{number}/image.png", pixels)
+        choices, place = _choices(question, number)
+        hint = "Look at the picture." if number % 2 else ""
+        image = f"data/scienceqa/images/test/{number}/image.png"
+        row = {"image": image, "question": question.text, "hint": hint, "choices": choices, "answer": place}
+        rows.append(row)
+        listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices))
+        text = (f"Context: {hint}\n" if hint else "") + f"{question.text}\n{listed}"
+        prompt = {"id": str(number), "conversations": [{"from": "human", "value": f"<image>\n{text}"}]}
+        if number % 6 < 5:
+            prompt["image"] = f"{number}/image.png"
+        else:
+            prompt["conversations"] = [{"from": "human", "value": text}]
+        prompts.append(prompt)
+        problems[str(number)] = {"question": question.text, "choices": choices, "answer": place}
+    _lines(folder / "scienceqa_test_img.jsonl", rows)
+    _json(folder / "llava_test_CQM-A.json", prompts)
+    _json(folder / "problems.json", problems)
+
+
+def _textvqa(folder: Path, asked: Asked) -> None:
+    """TextVQA's own file, and LLaVA's with the words that were read, whose ids are those of the pictures."""
+    data, prompts = [], []
+    for number, (pixels, question) in enumerate(asked):
+        image = f"{number:016x}"
+        _picture(folder / f"train_images/{image}.jpg", pixels)
+        answers = [question.answer] * PEOPLE
+        data.append({"question_id": number, "image_id": image, "question": question.text, "answers": answers})
+        text = f"{question.text}\nReference OCR token: {question.answer}\n{SHORT}"
+        prompts.append({"question_id": image, "image": f"{image}.jpg", "text": text, "category": "default"})
+    _json(folder / "TextVQA_0.5.1_val.json", {"data": data})
+    _lines(folder / "llava_textvqa_val_v051_ocr.jsonl", prompts)
+
+
+def _yes_no(question: Question) -> str:
+    return f"{question.text.removesuffix('?')} in the image?"
+
+
+def _pope(folder: Path, images: Path, asked: Asked, count: int) -> None:
+    prompts = []
+    for part, name in enumerate(("adversarial", "random", "popular")):
+        labels = []
+        for number, (pixels, question) in enumerate(asked[part * count : (part + 1) * count], 1):
+            image = _picture(images / f"COCO_val2014_{part}{number:011d}.jpg", pixels)
+            text = _yes_no(question)
+            row = {
+                "question_id": 10_000_000 * part + number,
+                "image": image,
+                "text": f"{text}\n{SHORT}",
+                "category": name,
+            }
+            prompts.append(row)
+            labels.append({"question_id": number, "image": image, "text": text, "label": question.answer})
+        _lines(folder / f"coco/coco_pope_{name}.json", labels)
+    _lines(folder / "llava_pope_test.jsonl", prompts)
+
+
+def _mme(folder: Path, asked: Asked) -> None:
+    """Two questions about each of two pictures per task: one and its opposite."""
+    release = folder / "MME_Benchmark_release_version"
+    for place, task in enumerate(PERCEPTION + COGNITION):
+        lines = []
+        for number in range(2):
+            pixels, question = asked[(2 * place + number) % len(asked)]
+            name = _picture(release / f"{task}/{number:04d}.png", pixels)
+            right, wrong = ("Yes", "No") if question.answer == "yes" else ("No", "Yes")
+            lines.append(f"{name}\t{_yes_no(question)} {YES_NO}\t{right}")
+            lines.append(f"{name}\t{_yes_no(question).replace('Is there', 'Is there not')} {YES_NO}\t{wrong}")
+        (folder / f"{task}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _tables(folder: Path, english: Asked, chinese: Asked) -> None:
+    """MMBench's four tables, each question in four rotations, and CCBench's, of one row a question."""
+    columns = "index question hint A B C D answer category image source l2-category comment split".split()
+    for file, asked, split in (
+        ("mmbench_dev_20230712", english, "dev"),
+        ("mmbench_dev_cn_20231003", chinese, "dev"),
+        ("mmbench_test_en_20231003", english, "test"),
+        ("mmbench_test_cn_20231003", chinese, "test"),
+    ):
+        rows = []
+        for number, (pixels, question) in enumerate(asked[: len(asked) // 4]):
+            texts, place = _choices(question, number)
+            for turn in range(4):
+                row: dict[str, Any] = dict(zip("ABCD", texts[turn:] + texts[:turn]))
+                row |= {"index": turn * CIRCULAR + number, "question": question.text, "answer": "ABCD"[place - turn]}
+                row |= {"hint": "A picture." if number % 2 else "", "category": question.kind, "source": "nano"}
+                row |= {"l2-category": "attribute_reasoning", "comment": "", "split": split}
+                rows.append({**row, "image": base64.b64encode(_png(pixels)).decode()})
+        _table(folder / f"{file}.tsv", [name for name in columns if split == "dev" or name != "answer"], rows)
+    rows = []
+    for number, (pixels, question) in enumerate(chinese):
+        texts, place = _choices(question, number)
+        cells: dict[str, Any] = dict(zip("ABCD", texts))
+        cells |= {"index": number, "question": question.text, "answer": "ABCD"[place]}
+        cells |= {"category": "nano", "source": "nano", "image": base64.b64encode(_png(pixels)).decode()}
+        rows.append(cells)
+    _table(folder / "CCBench_legacy.tsv", "index question A B C D answer category image source".split(), rows)
+
+
+def _table(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["\t".join(columns), *("\t".join(str(row[name]) for name in columns) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _mmvet(folder: Path, asked: Asked) -> None:
+    questions, facts = [], {}
+    for number, (pixels, question) in enumerate(asked):
+        image = _picture(folder / f"images/v1_{number}.png", pixels)
+        questions.append({"image": image, "text": question.text, "category": "conv", "question_id": number})
+        capability = ["rec", "spat"] if number % 2 else ["rec"]
+        facts[f"v1_{number}"] = {
+            "imagename": image,
+            "question": question.text,
+            "answer": question.answer,
+            "capability": capability,
+        }
+    _lines(folder / "llava-mm-vet.jsonl", questions)
+    _json(folder / "mm-vet.json", facts)
+
+
+def _documents(root: Path, asked: Asked) -> None:
+    """DocVQA's and InfographicsVQA's own files, val with answers and test without."""
+    for name, file, folder, key in (
+        ("docvqa", "{}_v1.0.json", "docvqa/{}/documents", "image"),
+        (
+            "infographicsvqa",
+            "infographicsVQA_{}_v1.0.json",
+            "infographicsvqa/infographicsvqa_images",
+            "image_local_name",
+        ),
+    ):
+        for split in ("val", "test"):
+            rows = []
+            for number, (pixels, question) in enumerate(asked):
+                image = _picture(root / folder.format(split) / f"page_{number}.png", pixels)
+                row = {"questionId": number, "question": question.text}
+                row[key] = f"documents/{image}" if name == "docvqa" else image
+                rows.append({**row, "answers": [question.answer, question.answer.upper()]} if split == "val" else row)
+            _json(root / name / file.format(split), {"dataset_split": split, "data": rows})
+
+
+def _chartqa(folder: Path, asked: Asked) -> None:
+    for half, part in (("human", asked[::2]), ("augmented", asked[1::2])):
+        rows = []
+        for number, (pixels, question) in enumerate(part):
+            image = f"data/chartqa/test/png/{half}_{number}.png"
+            _picture(folder / f"test/png/{half}_{number}.png", pixels)
+            row = {"image": image, "question": question.text, "question_id": number, "answer": question.answer}
+            rows.append(row)
+        _lines(folder / f"test_{half}.jsonl", rows)
+
+
+def _lettered(question: Question, number: int) -> tuple[str, str]:
+    """A question with its options and the instruction, and the right letter."""
+    choices, place = _choices(question, number)
+    listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices))
+    return f"{question.text}\n{listed}\nAnswer with the option's letter from the given choices directly.", LETTERS[
+        place
+    ]
+
+
+def _ai2d(folder: Path, asked: Asked) -> None:
+    rows = []
+    for number, (pixels, question) in enumerate(asked):
+        _picture(folder / f"AI2D_TEST/{number}.png", pixels)
+        text, letter = _lettered(question, number)
+        image = f"data/ai2diagram/AI2D_TEST/{number}.png"
+        rows.append({"image": image, "question": text, "question_id": number, "answer": letter})
+    _lines(folder / "test_vlmevalkit.jsonl", rows)
+
+
+def _seed(folder: Path, asked: Asked) -> None:
+    rows, truths = [], []
+    for number, (pixels, question) in enumerate(asked):
+        kind = 1 + number % 12  # of which the last three are about videos
+        image = f"SEED-Bench-image/{number}.png"
+        _picture(folder / image, pixels)
+        text, letter = _lettered(question, number)
+        rows.append({"question_id": str(number), "image": image, "text": text, "answer": letter, "category": kind})
+        data_type = "image" if kind <= 9 else "video"
+        truths.append({"question_id": str(number), "question_type_id": kind, "data_type": data_type, "answer": letter})
+    _lines(folder / "seed.jsonl", rows)
+    types = {f"Type {kind}": kind for kind in range(1, 13)}
+    _json(folder / "SEED-Bench.json", {"question_type": types, "questions": truths})
+
+
+def _mmmu(folder: Path, asked: Asked) -> None:
+    """Three subjects, choices and open questions, validation with answers and test without."""
+    try:
+        from pyarrow import Table, parquet
+    except ImportError:
+        return
+    for split in ("validation", "test"):
+        for part, subject in enumerate(list(SUBJECTS)[::12]):
+            rows = []
+            for number, (pixels, question) in enumerate(asked[part::3], 1):
+                choices, place = _choices(question, number)
+                is_open = number % 4 == 0
+                row = {"id": f"{split}_{subject}_{number}", "question": f"<image 1> {question.text}"}
+                row["options"] = "[]" if is_open else repr(choices)
+                row["question_type"] = "open" if is_open else "multiple-choice"
+                row["answer"] = "?" if split == "test" else question.answer if is_open else LETTERS[place]
+                rows.append({**row, "image_1": {"bytes": _png(pixels), "path": f"{number}.png"}})
+            path = folder / subject / f"{split}-00000-of-00001.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parquet.write_table(Table.from_pylist(rows), path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse arguments and write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where to write")
+    parser.add_argument("--count", type=int, default=COUNT, metavar="N", help=f"questions of each data set ({COUNT})")
+    args = parser.parse_args(argv)
+    write(args.directory, args.count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""The documented data format: a meta file that names annotation files, read by random access and never held.
+
+The meta file is InternVL's: {name: {"root": images' directory, "annotation": file, "repeat_time": 1, "data_augment":
+false, "length": samples}}. Annotations are JSONL, a conversation a line, or LLaVA's, one JSON list of them. Where the
+entries of a file begin and end is found once, kept in the user's cache directory and memory-mapped, so that neither
+memory nor start-up time grows with the data, however many processes read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+Progress = Callable[[int, int, str], None]
+
+CHUNK = 1 << 24  # bytes of a file that are looked at in one piece
+JSON_PARTS = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]\n]', re.DOTALL)
+KEYS = {"root", "annotation", "repeat_time", "data_augment", "length", "max_dynamic_patch"}
+
+
+class DataError(ValueError):
+    """Training data that cannot be used; the message names the file, and the line where there is one."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of a meta file."""
+
+    name: str
+    root: Path  # where its relative image paths start
+    annotation: Path
+    repeat_time: float = 1  # below 1 the first part of the file, above 1 several times
+    augment: bool = False
+    length: int | None = None  # samples, as the meta file says
+
+    def samples(self, entries: int) -> int:
+        """How many samples an epoch has of a file with that many entries."""
+        return round(entries * self.repeat_time)
+
+
+def read_meta(path: Path, base: Path | None = None) -> list[Source]:
+    """The data sets of a meta file. A .jsonl, or a .json that holds a list, is taken as the only data set itself.
+
+    base: where relative paths start; None: at the meta file's own directory (the reference: where it is started).
+    Raises DataError with everything that is wrong with the file.
+    """
+    base = path.parent if base is None else base
+    if not path.is_file():
+        raise DataError(f"{path} does not exist")
+    if path.suffix == ".jsonl" or (path.suffix == ".json" and _first_byte(path) == b"["):
+        return [Source(path.stem, base, path)]
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error})") from None
+    if not isinstance(meta, dict) or not meta:
+        raise DataError(f'{path} must hold a JSON object, {{name: {{"root": ..., "annotation": ...}}}}')
+    sources, problems = [], []
+    for name, values in meta.items():
+        try:
+            sources.append(_source(name, values, base))
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise DataError(f"{path}:\n  " + "\n  ".join(problems))
+    return sources
+
+
+def _first_byte(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(64).lstrip()[:1]
+
+
+def _source(name: str, values: Any, base: Path) -> Source:
+    if not isinstance(values, dict):
+        raise ValueError(f"must be an object, not {type(values).__name__}")
+    if unknown := values.keys() - KEYS:
+        raise ValueError(f"unknown keys {', '.join(sorted(unknown))}; there are {', '.join(sorted(KEYS))}")
+    annotation, root = values.get("annotation"), values.get("root", "")
+    if not isinstance(annotation, str) or not isinstance(root, str):
+        raise ValueError('"annotation" must be a file and "root" a directory')
+    if "://" in annotation or "://" in root:
+        raise ValueError("URLs are not read: copy the files here, or mount the bucket")
+    repeat, augment, length = (
+        values.get(k, d) for k, d in (("repeat_time", 1), ("data_augment", False), ("length", 0))
+    )
+    if isinstance(repeat, bool) or not isinstance(repeat, (int, float)) or not 0 < repeat < 1e6:
+        raise ValueError(f'"repeat_time" must be a number above 0, not {repeat!r}')
+    if not isinstance(augment, bool):
+        raise ValueError(f'"data_augment" must be true or false, not {augment!r}')
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise ValueError(f'"length" must be a number of samples, not {length!r}')
+    if values.get("max_dynamic_patch", 1) != 1:
+        raise ValueError('"max_dynamic_patch" asks for tiles, which this model has not: leave it out')
+    path = base / annotation
+    if not path.is_file():
+        raise ValueError(f"the annotation {path} does not exist")
+    if path.suffix not in (".jsonl", ".json"):
+        raise ValueError(f"the annotation {path} is neither .jsonl nor .json")
+    return Source(name, base / root, path, repeat, augment, length or None)
+
+
+class Entries:
+    """The entries of one annotation file, by number. Safe to share between threads, and to pickle.
+
+    Raises DataError where there is none, and for a .json that is not a list of objects.
+    """
+
+    def __init__(self, path: Path, progress: Progress | None = None):
+        self.path = path
+        self._index = _indexed(path, progress)
+        self._open()
+        if not len(self):
+            raise DataError(f"{path} has no entries")
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, number: SupportsIndex) -> bytes:
+        start, end, _ = self._spans[number].tolist()
+        return os.pread(self._file.fileno(), end - start, start)
+
+    def place(self, number: int) -> str:
+        """FILE:LINE of an entry."""
+        return f"{self.path}:{int(self._spans[number][2])}"
+
+    def _open(self) -> None:
+        size = self._index.stat().st_size
+        self._spans = np.memmap(self._index, np.int64, "r").reshape(-1, 3) if size else np.empty((0, 3), np.int64)
+        self._file = open(self.path, "rb")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_index": self._index}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+def _indexed(path: Path, progress: Progress | None) -> Path:
+    """The index of a file: rows of (first byte, last byte + 1, line) int64. Made once for a path, size and time."""
+    about = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:32]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    index = home / "internvl_jax" / "annotations" / f"{key}.i64"
+    if not index.exists():
+        index.parent.mkdir(parents=True, exist_ok=True)
+        temporary = index.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+        spans = _json_spans if path.suffix == ".json" else _line_spans
+        try:
+            with open(temporary, "wb") as file:
+                for rows, done in spans(path):
+                    file.write(np.ascontiguousarray(rows, np.int64).tobytes())
+                    if progress is not None:
+                        progress(done, about.st_size, f"indexing {path.name}")
+            temporary.replace(index)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return index
+
+
+def _line_spans(path: Path) -> Iterator[tuple[np.ndarray, int]]:
+    """Lines that are not blank, chunk by chunk, and the bytes done."""
+    start, line, offset, before = 0, 1, 0, b"\n"
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
+            # A line of one byte may be the "\r" of a blank one.
+            blank = np.frombuffer(before + chunk, np.uint8)[ends] == ord("\r")
+            ends, offset, before = ends + offset, offset + len(chunk), chunk[-1:]
+            if len(ends):
+                starts = np.concatenate([[start], ends[:-1] + 1])
+                rows = np.stack([starts, ends, line + np.arange(len(ends))], axis=1)
+                yield rows[ends - starts > blank], offset
+                start, line = int(ends[-1]) + 1, line + len(ends)
+        if start < offset:  # the last line does not end
+            yield np.asarray([[start, offset, line]]), offset
+
+
+def _json_spans(path: Path) -> Iterator[tuple[np.ndarray, int]]:
+    """The objects of a list, in pieces of some thousands, and the bytes done. Only strings and brackets are looked at:
+    what is wrong within an object is found when it is read."""
+    if _first_byte(path) != b"[":
+        raise DataError(f"{path} must hold a JSON list of conversations; one a line belongs into a .jsonl")
+    rows: list[tuple[int, int, int]] = []
+    depth, line, start, start_line = 0, 1, 0, 1
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for match in JSON_PARTS.finditer(data):
+            part = match.group()
+            if part == b"\n":
+                line += 1
+            elif part in (b"{", b"["):
+                if depth == 1:
+                    start, start_line = match.start(), line
+                depth += 1
+            elif part in (b"}", b"]"):
+                depth -= 1
+                if depth == 1:
+                    rows.append((start, match.end(), start_line))
+                    if len(rows) == 10_000:
+                        yield np.asarray(rows), match.end()
+                        rows = []
+        if depth:
+            raise DataError(f"{path} is cut off: its brackets do not close (download it again)")
+        if rows:
+            yield np.asarray(rows), len(data)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One entry, as it is written in the file."""
+
+    source: Source
+    place: str  # FILE:LINE
+    text: bytes
+
+
+class Corpus:
+    """All samples of an epoch, in the order of the meta file: what grain calls a random-access source."""
+
+    def __init__(self, sources: Sequence[Source], progress: Progress | None = None):
+        self.sources = tuple(sources)
+        self.entries = tuple(Entries(source.annotation, progress) for source in sources)
+        counts = [source.samples(len(entries)) for source, entries in zip(sources, self.entries)]
+        for source, entries, count in zip(sources, self.entries, counts):
+            if not count:
+                raise DataError(
+                    f"{source.name}: repeat_time {source.repeat_time} leaves none of {len(entries)} samples"
+                )
+        self._ends = np.cumsum(counts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, number: SupportsIndex) -> Record:
+        number = int(number)
+        which = int(np.searchsorted(self._ends, number, side="right"))
+        first = int(self._ends[which - 1]) if which else 0
+        entries = self.entries[which]
+        at = (number - first) % len(entries)
+        return Record(self.sources[which], entries.place(at), entries[at])
+
+    def fingerprint(self) -> str:
+        """Equal for the same files' names, sizes and weights: a saved position means something in no other corpus."""
+        facts = [
+            (s.name, s.annotation.name, s.annotation.stat().st_size, s.repeat_time, s.augment) for s in self.sources
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

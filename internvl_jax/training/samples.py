@@ -1,0 +1,158 @@
+"""One entry of an annotation file becomes a sample, or a problem that says where and why not."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from internvl_jax.config import ChatConfig
+from internvl_jax.processing.conversation import IMG_CONTEXT, TEMPLATES, Template
+from internvl_jax.processing.images import ImageError, ImageProcessor, load_image, to_rgb
+from internvl_jax.processing.tokenizer import Tokenizer, TokenizerError
+from internvl_jax.training import labels
+from internvl_jax.training.annotations import DataError, Record, Source
+from internvl_jax.training.augment import AUGMENTATIONS, augment
+from internvl_jax.training.labels import SampleError
+
+
+class Sample(NamedTuple):
+    """A conversation, ready to be put into a row."""
+
+    input_ids: np.ndarray  # [T] int32
+    labels: np.ndarray  # [T] int32, IGNORED where unsupervised
+    pixel_values: np.ndarray  # [M,3,S,S] float32, in the order of their tokens
+    place: str  # FILE:LINE
+    cut: bool  # the conversation was longer
+
+
+class Problem(NamedTuple):
+    """An entry that is no sample."""
+
+    kind: str  # a short name, to count by
+    message: str
+    place: str  # FILE:LINE
+
+
+class Problems:
+    """Counts entries that are no samples, and reports each once: epochs meet them again."""
+
+    def __init__(self, report: Callable[[Problem], None] | None = None, *, fatal: bool = False):
+        self.counts: Counter[str] = Counter()
+        self._report, self._fatal = report, fatal
+        self._seen: set[str] = set()
+
+    def add(self, problem: Problem) -> None:
+        """Raises DataError where problems are fatal."""
+        if self._fatal:
+            raise DataError(f"{problem.place}: {problem.message}")
+        self.counts[problem.kind] += 1
+        if problem.place not in self._seen:
+            self._seen.add(problem.place)
+            if self._report is not None:
+                self._report(problem)
+
+
+@dataclass(frozen=True)
+class SampleMaker:
+    """How entries are read: what the model, its tokenizer and its images are, and the longest row.
+
+    augmentation: what is done to pictures of data sets that ask for it, see augment.py; None: nothing, ever.
+    images_first: image placeholders move to the front of their question, as in LLaVA's code.
+    with_pixels: False leaves pictures undecoded (pixel_values is empty), for counting.
+    """
+
+    tokenizer: Tokenizer
+    template: Template
+    processor: ImageProcessor
+    tokens_per_image: int
+    max_length: int
+    image_slots: int
+    augmentation: str | None = "crop"
+    images_first: bool = False
+    with_pixels: bool = True
+
+    def __post_init__(self) -> None:
+        if self.augmentation is not None and self.augmentation not in AUGMENTATIONS:
+            raise DataError(f"there is no augmentation {self.augmentation!r}; there are {' and '.join(AUGMENTATIONS)}")
+        if self.tokenizer.token_to_id(IMG_CONTEXT) is None:
+            raise DataError(f"the tokenizer has no {IMG_CONTEXT}: it cannot mark images' places")
+
+    @classmethod
+    def of(
+        cls,
+        config: ChatConfig,
+        tokenizer: Tokenizer,
+        processor: ImageProcessor,
+        *,
+        max_length: int,
+        image_slots: int,
+        **options: Any,
+    ) -> SampleMaker:
+        """For a chat model. Raises DataError where its template is not known, or its context shorter than a row."""
+        if config.template not in TEMPLATES:
+            raise DataError(f"the model's template {config.template!r} is not known; there are {', '.join(TEMPLATES)}")
+        if max_length > config.text.max_position_embeddings:
+            context = config.text.max_position_embeddings
+            raise DataError(f"rows of {max_length} tokens are longer than the model's context of {context}")
+        template = TEMPLATES[config.template]
+        return cls(tokenizer, template, processor, config.tokens_per_image, max_length, image_slots, **options)
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Sample | Problem:
+        """The sample of an entry. What is wrong with the entry or its files becomes a Problem."""
+        try:
+            return self._make(record, rng)
+        except SampleError as error:
+            return Problem(error.kind, str(error), record.place)
+        except ImageError as error:
+            return Problem("image", str(error), record.place)
+        except TokenizerError as error:
+            return Problem("conversation", str(error), record.place)
+
+    def _make(self, record: Record, rng: np.random.Generator) -> Sample:
+        entry = read_entry(record.text)
+        names = image_names(entry)
+        if len(names) > self.image_slots:
+            raise SampleError("too many images", f"{len(names)} images, a batch has {self.image_slots} slots for them")
+        turns = labels.place_training_images(
+            labels.read_turns(entry.get("conversations")), len(names), first=self.images_first
+        )
+        ids, targets = labels.build(turns, self.template, self.tokenizer, self.tokens_per_image)
+        image_token_id = self.tokenizer.token_to_id(IMG_CONTEXT)
+        ids, targets, cut = labels.truncate(ids, targets, self.max_length, image_token_id)
+        pixels = [self._pixels(record.source, name, rng) for name in names] if self.with_pixels else []
+        size = self.processor.image_size
+        stacked = np.stack(pixels) if pixels else np.empty((0, 3, size, size), np.float32)
+        return Sample(ids, targets, stacked, record.place, cut)
+
+    def _pixels(self, source: Source, name: str, rng: np.random.Generator) -> np.ndarray:
+        image = to_rgb(load_image(source.root / name, honour_exif=False))
+        if source.augment and self.augmentation is not None:
+            image = augment(image, self.augmentation, rng)
+        return self.processor(image)
+
+
+def read_entry(text: bytes) -> dict[str, Any]:
+    """An entry as a JSON object. Raises SampleError where it is none."""
+    try:
+        entry = json.loads(text)
+    except ValueError as error:
+        raise SampleError("annotation", f"not JSON ({error})") from None
+    if not isinstance(entry, dict):
+        raise SampleError("annotation", f"not a JSON object, but {type(entry).__name__}")
+    return entry
+
+
+def image_names(entry: dict[str, Any]) -> list[str]:
+    """The paths under "image": one, several, or none. Raises SampleError for anything else."""
+    if "video" in entry:
+        raise SampleError("annotation", "a video: write its frames as images")
+    names = entry.get("image", [])
+    names = [names] if isinstance(names, str) else [] if names is None else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise SampleError("annotation", '"image" must be a path or a list of paths')
+    return names

@@ -1,0 +1,137 @@
+"""Meta files and annotations: every form that is documented, and what is wrong with others."""
+
+import json
+import pickle
+
+import pytest
+
+from internvl_jax.training import annotations
+from internvl_jax.training.annotations import Corpus, DataError, Entries, read_meta
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def write_meta(directory, **sources):
+    path = directory / "meta.json"
+    path.write_text(json.dumps(sources))
+    return path
+
+
+def write_lines(path, count, newline="\n"):
+    path.write_bytes(newline.join(json.dumps({"id": f"{path.stem}{i}"}) for i in range(count)).encode())
+    return path
+
+
+def ids(corpus):
+    return [json.loads(corpus[i].text)["id"] for i in range(len(corpus))]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 24])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_lines(tmp_path, monkeypatch, chunk, newline):
+    monkeypatch.setattr(annotations, "CHUNK", chunk)
+    path = tmp_path / "a.jsonl"
+    lines = ['{"id": 1}', "", '{"text": "图"}', "{", "", "", "{}", "not json"]
+    path.write_bytes(newline.join(lines).encode())
+    entries = Entries(path)
+    assert [entries[i].decode().strip() for i in range(len(entries))] == [line for line in lines if line]
+    assert [entries.place(i) for i in range(len(entries))] == [f"{path}:{n}" for n in (1, 3, 4, 7, 8)]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_llava_json(tmp_path, indent):
+    values = [{"id": "a", "conversations": [{"value": 'brackets ]}{[ and " quotes \\'}]}, {"id": "b"}, {"id": "图\n"}]
+    path = tmp_path / "llava.json"
+    path.write_text(json.dumps(values, indent=indent, ensure_ascii=False))
+    entries = Entries(path)
+    assert [json.loads(entries[i]) for i in range(len(entries))] == values
+    assert entries.place(1) == f"{path}:{10 if indent else 1}"
+    assert read_meta(path)[0].annotation == path  # taken as the only data set
+    path.write_text(json.dumps(values)[:-5])
+    with pytest.raises(DataError, match="cut off"):
+        Entries(path)
+    for text in ("", '{"a": {}}'):
+        path.write_text(text)
+        with pytest.raises(DataError, match="must hold a JSON list"):
+            Entries(path)
+
+
+def test_an_index_is_made_once_for_a_file_and_again_when_it_changes(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "a.jsonl", 3)
+    made = []
+    spans = annotations._line_spans
+    monkeypatch.setattr(annotations, "_line_spans", lambda path: made.append(path) or spans(path))
+    assert len(Entries(path)) == len(Entries(path)) == 3
+    assert made == [path]
+    write_lines(path, 4)
+    assert len(Entries(path)) == 4
+    assert made == [path, path]
+
+
+def test_meta(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write_lines(tmp_path / "sub" / "a.jsonl", 4)
+    write_lines(tmp_path / "b.jsonl", 3)
+    meta = write_meta(
+        tmp_path,
+        a={"root": "images", "annotation": "sub/a.jsonl", "repeat_time": 0.5, "data_augment": True, "length": 4},
+        b={"root": str(tmp_path), "annotation": "b.jsonl", "repeat_time": 2, "max_dynamic_patch": 1},
+    )
+    first, second = read_meta(meta)
+    assert (first.name, first.root, first.augment, first.length) == ("a", tmp_path / "images", True, 4)
+    assert (second.root, second.augment, second.length) == (tmp_path, False, None)
+    corpus = Corpus([first, second])
+    assert ids(corpus) == ["a0", "a1", "b0", "b1", "b2", "b0", "b1", "b2"]
+    assert corpus[3].place == f"{tmp_path / 'b.jsonl'}:2"
+    assert ids(pickle.loads(pickle.dumps(corpus))) == ids(corpus)
+    other = Corpus(read_meta(write_meta(tmp_path, b={"root": "", "annotation": "b.jsonl", "repeat_time": 1.5})))
+    assert ids(other) == ["b0", "b1", "b2", "b0"]
+    assert other.fingerprint() != corpus.fingerprint()
+    assert Corpus([first, second]).fingerprint() == corpus.fingerprint()
+
+
+def test_everything_wrong_with_a_meta_file_is_listed(tmp_path):
+    write_lines(tmp_path / "a.jsonl", 1)
+    (tmp_path / "a.txt").write_text("x")
+    good = {"root": "", "annotation": "a.jsonl"}
+    wrong = {
+        "missing": ({"root": "", "annotation": "b.jsonl"}, "b.jsonl does not exist"),
+        "no annotation": ({"root": ""}, '"annotation" must be a file'),
+        "text": ({"root": "", "annotation": "a.txt"}, "neither .jsonl nor .json"),
+        "bucket": ({"root": "s3://x", "annotation": "a.jsonl"}, "URLs are not read"),
+        "repeat": ({**good, "repeat_time": 0}, "a number above 0, not 0"),
+        "augment": ({**good, "data_augment": "yes"}, "true or false, not 'yes'"),
+        "length": ({**good, "length": "9"}, "a number of samples, not '9'"),
+        "tiles": ({**good, "max_dynamic_patch": 12}, "asks for tiles"),
+        "key": ({**good, "repeat": 2}, "unknown keys repeat"),
+        "list": ([], "must be an object, not list"),
+    }
+    with pytest.raises(DataError) as caught:
+        read_meta(write_meta(tmp_path, good=good, **{name: values for name, (values, _) in wrong.items()}))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 + len(wrong)
+    for line, (name, (_, message)) in zip(lines[1:], wrong.items()):
+        assert line.strip().startswith(f"{name}: ")
+        assert message in line
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "not JSON"), ("3", "must hold"), ("{}", "must hold")])
+def test_no_meta_file(tmp_path, text, message):
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_meta(tmp_path / "meta.json")
+    for name in ("other.json", "other.jsonl"):
+        with pytest.raises(DataError, match="does not exist"):
+            Corpus(read_meta(tmp_path / name))
+
+
+def test_nothing_to_learn_from(tmp_path):
+    write_lines(tmp_path / "a.jsonl", 4)
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(DataError, match="leaves none of 4 samples"):
+        Corpus(read_meta(write_meta(tmp_path, a={"root": "", "annotation": "a.jsonl", "repeat_time": 0.1})))
+    with pytest.raises(DataError, match="has no entries"):
+        Corpus(read_meta(tmp_path / "empty.jsonl"))

@@ -1,0 +1,127 @@
+"""`internvl-jax data check`: figures, problems and rendered samples."""
+
+import json
+
+import pytest
+from golden import DATA
+from test_data import damage, write_data
+
+from internvl_jax.cli import main
+from internvl_jax.training.data_check import check, render
+from internvl_jax.training.packing import Layout
+
+CHECKPOINT = DATA / "internvl_chat_v1_1" / "checkpoint"
+LAYOUT = Layout(rows=2, lengths=(160,), image_slots=4)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def meta(tmp_path):
+    sets = {**write_data(tmp_path), **write_data(tmp_path, 10, "b", every_other_image=False, repeat_time=2)}
+    (tmp_path / "meta.json").write_text(json.dumps(sets))
+    return tmp_path / "meta.json"
+
+
+def run(capsys, *argv):
+    code = main(["data", "check", *map(str, argv)])
+    return code, capsys.readouterr()
+
+
+def test_figures(meta):
+    report, _ = check(meta, CHECKPOINT, LAYOUT, show=0)
+    a, b = (stats.to_dict() for stats in report.stats)
+    assert (a["entries"], a["samples_per_epoch"], a["checked"], a["usable"]) == (40, 40, 40, 40)
+    assert (b["entries"], b["samples_per_epoch"], b["checked"]) == (10, 20, 10)
+    assert (a["images"], a["text_only"], b["images"], b["text_only"]) == (20, 20, 0, 10)
+    assert a["supervised_tokens"] < a["tokens"] < 40 * a["tokens_max"]
+    assert report.problems == 0
+    assert 0.6 < report.filled <= 1
+    tokens = a["tokens"] + 2 * b["tokens"]
+    assert report.batches == pytest.approx(tokens / (2 * 160 * report.filled), rel=0.2)
+    assert report.shown == []
+
+
+def test_no_problems(meta, capsys):
+    code, out = run(capsys, meta, "--checkpoint", CHECKPOINT, "--length", 160, "--show", 1)
+    assert code == 0
+    assert "8 packed rows of 160 tokens and 32 images" in out.out
+    assert out.out.count("⟦") == out.out.count("⟧") == 2  # one of each data set
+    assert "cannot be used" not in out.out
+
+
+def test_problems_with_file_and_line(meta, capsys):
+    wrong = damage(meta.parent)
+    code, out = run(capsys, meta, "--checkpoint", CHECKPOINT, "--length", 160, "--show", 0)
+    assert code == 1
+    for line in wrong.values():
+        assert f"{meta.parent}/a.jsonl:{line}: " in out.out
+    assert "4 of 40 cannot be used: 2 image, 1 annotation, 1 placeholders" in out.out
+    code, out = run(capsys, meta, "--checkpoint", CHECKPOINT, "--length", 160, "--no-pictures", "--json")
+    report = json.loads(out.out)
+    assert (code, report["problems"]) == (1, 2)
+    assert report["sources"][0]["problems"] == {"annotation": 1, "placeholders": 1}
+
+
+def test_a_part_and_buckets(meta, capsys):
+    argv = ("--checkpoint", CHECKPOINT, "--no-packing", "--length", 48, 96, "--limit", 5, "--json")
+    code, out = run(capsys, meta, *argv)
+    report = json.loads(out.out)
+    assert (code, report["lengths"], report["packed"]) == (0, [48, 96], False)
+    assert [source["checked"] for source in report["sources"]] == [5, 5]
+
+
+def test_warnings(tmp_path, capsys):
+    sets = write_data(tmp_path, 6, every_other_image=False)
+    sets["a"]["length"] = 7
+    (tmp_path / "meta.json").write_text(json.dumps(sets))
+    lines = [{"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "word " * 300}]}]
+    (tmp_path / "a.jsonl").open("a").write(json.dumps(lines[0]) + "\n{}\n")
+    code, out = run(capsys, tmp_path / "meta.json", "--checkpoint", CHECKPOINT, "--length", 64, "--show", 0)
+    assert code == 1
+    assert 'says "length" 7, the annotation has 8 entries' in out.out
+    assert "1 of 7 conversations are cut" in out.out
+
+
+def test_llava_json_with_the_model_that_ships(tmp_path, capsys):
+    turns = [{"from": "human", "value": "Look.\n<image>"}, {"from": "gpt", "value": "A square."}]
+    (tmp_path / "llava.json").write_text(json.dumps([{"id": "1", "image": "x.png", "conversations": turns}]))
+    code, out = run(capsys, tmp_path / "llava.json", "--no-pictures", "--images-first")
+    assert code == 0
+    assert "<IMG_CONTEXT> x " in out.out
+    assert "⟦A square.</s>⟧" in out.out.replace("⟦ ", "⟦")
+    assert out.out.index("<IMG_CONTEXT>") < out.out.index("Look.")
+
+
+def test_supervised_tokens_are_green_and_others_dim(meta):
+    report, tokenizer = check(meta, CHECKPOINT, LAYOUT, show=2)
+    assert len(report.shown) == 4
+    for sample in report.shown:
+        text = render(sample, tokenizer)
+        styles = {text.plain[span.start : span.end]: span.style for span in text.spans}
+        green = [part for part, style in styles.items() if style == "bold green"]
+        assert len(green) == 1
+        assert green[0].startswith("⟦")
+        assert set(styles.values()) <= {"bold green", "dim", "cyan"}
+        assert ("cyan" in styles.values()) == bool(len(sample.pixel_values))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["missing.json"], "missing.json does not exist"),
+        (["meta.json", "--length", "100000"], "longer than the model's context"),
+        (["meta.json", "--length", "96", "48"], "must ascend"),
+        (["meta.json", "--length", "48", "96"], "packed rows have one length"),
+        (["meta.json", "--limit", "0"], "limit 0"),
+        (["meta.json", "--rows", "0"], "needs rows"),
+    ],
+)
+def test_errors(meta, capsys, monkeypatch, argv, message):
+    monkeypatch.chdir(meta.parent)
+    code, out = run(capsys, *argv)
+    assert code == 2
+    assert message in out.err

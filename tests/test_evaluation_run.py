@@ -1,0 +1,319 @@
+"""Every benchmark from its official files to a report, with nano; resuming, refusals, reports, the table."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluation_cases import cases
+from PIL import Image
+
+import internvl_jax
+from internvl_jax import loading
+from internvl_jax.cli import main
+from internvl_jax.evaluation import tiny
+from internvl_jax.evaluation.benchmarks import BENCHMARKS
+from internvl_jax.evaluation.published import PUBLISHED, SYSTEMS
+from internvl_jax.processing.images import ImageProcessor
+
+IMAGES = Path(__file__).parent / "data" / "internvl_chat_v1_1" / "images"
+V1_0 = Path(__file__).parent / "data" / "internvl_chat_v1_0" / "checkpoint"
+
+FAST = ("--max-new-tokens", "6", "--num-beams", "1", "--batch", "4")
+EXTRA = {name: "openpyxl" for name, benchmark in BENCHMARKS.items() if benchmark.needs_xlsx}
+EXTRA |= {"mmmu-val": "pyarrow", "mmmu-test": "pyarrow"}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    pytest.importorskip("sklearn")
+    root = tmp_path_factory.mktemp("data")
+    tiny.write(root, 8)
+    return root
+
+
+@pytest.fixture(scope="session")
+def nano():
+    return internvl_jax.load()
+
+
+@pytest.fixture
+def run(data, nano, tmp_path, monkeypatch):
+    """Run a benchmark with nano, which is loaded once for all tests; returns (exit code, the run's directory)."""
+    monkeypatch.setattr(loading, "load", lambda path, **options: nano)
+
+    def run(name, *options, out="run"):
+        code = main(["eval", name, "--data", str(data), "--out", str(tmp_path / out), *FAST, *options])
+        return code, tmp_path / out
+
+    return run
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_from_file_to_report(run, data, name, capsys):
+    if name in EXTRA:
+        pytest.importorskip(EXTRA[name])
+    benchmark = BENCHMARKS[name]
+    code, out = run(name)
+    printed = capsys.readouterr().out
+    assert code == 0
+    report = json.loads((out / "report.json").read_text())
+    asked, answered = rows(out / "questions.jsonl"), rows(out / "predictions.jsonl")
+    assert len(asked) == report["questions"] >= 6
+    assert {row["id"] for row in answered} == {row["id"] for row in asked}
+    assert len(answered) == len(asked)
+    assert all(row["answer"] for row in answered) or not benchmark.min_new_tokens
+    assert printed == (out / "report.md").read_text()
+    assert report["published"] == PUBLISHED.get(name, {})
+    for system, figure in report["published"].items():
+        assert f"| {system}, published | {figure} |" in printed
+    assert all((out / file).stat().st_size > 2 for file in report["submission"])
+    assert bool(report["submission"]) == (benchmark.submit is not None)
+    if benchmark.score is None:
+        assert report["score"] is None
+        assert "a server or a judge has the answers" in printed
+        return
+    assert f"| **nano, this run** | **{report['score']['value']:.2f}** |" in printed
+    arguments = ["--predictions", str(out / "predictions.jsonl"), "--data", str(data)]
+    assert main(["eval", "score", name, *arguments, "--json"]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["value"] == report["score"]["value"]
+    wrong = sum(points < 1 for points in scored["points"].values())
+    page = (out / "wrong.html").read_text()
+    assert page.count("<section>") == wrong
+    assert page.count('<img src="data:image/jpeg;base64,') == wrong
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_nano_reads_the_pictures(run, data):
+    """Asked as it was trained to be, without an instruction, it is mostly right: no picture is lost or swapped."""
+    _, out = run("mm-vet")
+    said = json.loads((out / "submission.json").read_text())
+    facts = json.loads((data / "mm-vet/mm-vet.json").read_text())
+    assert sum(said[name] == fact["answer"] for name, fact in facts.items()) >= 6
+
+
+def test_beams_of_the_published_figures(run, data, tmp_path, capsys):
+    arguments = ["--data", str(data), "--max-new-tokens", "4", "--limit", "2", "--batch", "2"]
+    assert main(["eval", "pope", *arguments, "--out", str(tmp_path / "beams")]) == 0
+    printed = capsys.readouterr().out
+    assert "5 beams, at most 4 new tokens" in printed
+    assert "**Only the first 2 questions: no figure to compare.**" in printed
+    settings = json.loads((tmp_path / "beams/settings.json").read_text())
+    assert settings["generation"] == {"max_new_tokens": 4, "min_new_tokens": 1, "num_beams": 5}
+
+
+def test_answers_do_not_depend_on_the_batch(run):
+    """One by one, by threes, and as Chat answers without the pictures made ready ahead."""
+    answers = []
+    for size in ("1", "3"):
+        _, out = run("gqa", "--batch", size, out=f"batch{size}")
+        answers.append({row["id"]: row["answer"] for row in rows(out / "predictions.jsonl")})
+    assert answers[0] == answers[1]
+    chat = loading.load(None)
+    for row in rows(out / "questions.jsonl"):
+        reply = chat.chat(row["question"], row["images"], honour_exif=False, max_new_tokens=6, min_new_tokens=1)
+        assert reply.text == answers[0][row["id"]]
+
+
+def test_a_stopped_run_goes_on(run, capsys):
+    _, out = run("okvqa")
+    whole = (out / "predictions.jsonl").read_bytes()
+    value = json.loads((out / "report.json").read_text())["score"]
+    lines = whole.splitlines(keepends=True)
+    (out / "predictions.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    assert run("okvqa")[0] == 2
+    assert "--resume goes on with them" in capsys.readouterr().err
+    assert run("okvqa", "--resume", "--limit", "7")[0] == 2
+    assert "was begun with another limit, questions" in capsys.readouterr().err
+    assert run("okvqa", "--resume")[0] == 0
+    report = json.loads((out / "report.json").read_text())
+    assert (report["score"], report["timing"]["answered"]) == (value, len(lines) - 3)
+    assert sorted((out / "predictions.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
+def test_pictures_that_are_missing_or_broken(run, data, capsys, tmp_path):
+    picture = data / "vizwiz/val/VizWiz_val_00000001.jpg"
+    content = picture.read_bytes()
+    try:
+        picture.unlink()
+        assert run("vizwiz-val")[0] == 2
+        assert "'VizWiz_val_00000001.jpg': no picture VizWiz_val_00000001.jpg in" in capsys.readouterr().err
+        picture.write_bytes(content[: len(content) // 2])
+        code, out = run("vizwiz-val")
+    finally:
+        picture.write_bytes(content)
+    assert code == 1
+    report = json.loads((out / "report.json").read_text())
+    assert (report["failed"], report["score"]) == (["VizWiz_val_00000001.jpg"], None)
+    assert "1 questions could not be answered (VizWiz_val_00000001.jpg)" in (out / "report.md").read_text()
+    broken = {row["id"]: row for row in rows(out / "predictions.jsonl")}["VizWiz_val_00000001.jpg"]
+    assert "damaged or truncated" in broken["error"]
+
+
+def test_table(run, tmp_path, capsys):
+    run("gqa", out="gqa")
+    run("pope", "--limit", "2", out="part")
+    capsys.readouterr()
+    assert main(["eval", "table", str(tmp_path / "gqa"), str(tmp_path / "part")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "| | " + " | ".join(SYSTEMS) + " | nano, here |"
+    value = json.loads((tmp_path / "gqa/report.json").read_text())["score"]["value"]
+    assert f"| GQA test-dev | 63.3 | 63.9 | 64.1 | 62.5 | {value:.1f} |" in printed
+    assert "| POPE | 85.9 | 87.1 | 87.2 | 87.1 |  |" in printed
+    assert printed[-1] == f"{tmp_path / 'part'}: left out (the first 2 questions only)"
+    assert main(["eval", "table", str(tmp_path / "gqa"), str(tmp_path / "gqa")]) == 2
+    assert "are both nano on gqa" in capsys.readouterr().err
+    assert main(["eval", "table", str(tmp_path)]) == 2
+    assert "has no report.json" in capsys.readouterr().err
+
+
+def test_two_processes(run, data, tmp_path):
+    """A model on each, one file of answers: that of one process."""
+    from test_distributed import free_port
+
+    _, alone = run("gqa", out="alone")
+    command = [sys.executable, "-m", "internvl_jax.cli", "eval", "gqa", "--data", str(data), *FAST]
+    command += ["--out", str(tmp_path / "both"), "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
+    processes = [
+        subprocess.Popen(
+            [*command, "--process-id", str(number)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for number in range(2)
+    ]
+    outputs = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert ["# GQA test-dev: nano" in out for out, _ in outputs] == [True, False]
+    assert rows(tmp_path / "both/predictions.jsonl") == rows(alone / "predictions.jsonl")
+    scores = [json.loads((out / "report.json").read_text())["score"] for out in (alone, tmp_path / "both")]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("name", ["scienceqa", "pope"])
+def test_llava_codebase(data, tmp_path, name, monkeypatch):
+    """A model of LLaVA's code is asked with its prompts, greedily, and padded where its script pads."""
+    pytest.importorskip("torch")
+    load, chats = loading.load, []
+
+    def remember(path, **options):
+        chats.append(load(path, **options))
+        return chats[0]
+
+    monkeypatch.setattr(loading, "load", remember)
+    arguments = ["--data", str(data), "--checkpoint", str(V1_0), "--out", str(tmp_path)]
+    assert main(["eval", name, *arguments, "--max-new-tokens", "2", "--batch", "8"]) == 0
+    assert chats[0].processor.pad_to_square == BENCHMARKS[name].pad == (name == "pope")
+    assert chats[0].processor.centre_crop
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["codebase"], report["generation"]) == ("llava", {"max_new_tokens": 2, "num_beams": 1})
+    asked = rows(tmp_path / "questions.jsonl")
+    if name == "scienceqa":
+        assert sum(not row["images"] for row in asked) == 1  # LLaVA's file has questions without a picture
+        assert asked[1]["question"].startswith("Context: Look at the picture.\nWhat")
+    else:
+        assert all(row["question"].endswith("in the image?\n" + tiny.SHORT) for row in asked)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_pictures_made_ready_are_the_same(padded):
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    for crop in (True, False):
+        processor = ImageProcessor(56, mean, std, pad_to_square=padded, centre_crop=crop)
+        for path in sorted(IMAGES.iterdir()):
+            image = Image.open(path)
+            np.testing.assert_array_equal(processor(processor.scaled(image)), processor(image))
+
+
+def submitted(name, codebase, case, folder, out, change=lambda record: record):
+    """What is written for a replayed script's answers."""
+    from internvl_jax.evaluation.items import Folder
+
+    benchmark = BENCHMARKS[name]
+    where = Folder(folder, benchmark.folder)
+    items = benchmark.read(where, codebase)
+    answers = {item.id: c["response"] for item, c in zip(items, case["cases"], strict=True)}
+    out.mkdir()
+    return benchmark.submit(items, answers, codebase, where, out)
+
+
+def test_submissions_equal_the_scripts(tmp_path):
+    from evaluation_files import lines, whole
+
+    v1_1 = {item["benchmark"]: item for item in cases("pipeline_internvl_v1_1")["items"]}
+    llava = {item["benchmark"]: item for item in cases("pipeline_llava_v1_0")["items"]}
+
+    def records(case):
+        return [c["record"] for c in case["cases"]]
+
+    case = llava["vqav2_testdev"]
+    lines(tmp_path / "a/llava_vqav2_mscoco_test-dev2015.jsonl", records(case))
+    lines(tmp_path / "a/llava_vqav2_mscoco_test2015.jsonl", [{"question_id": n} for n in case["full_test_ids"]])
+    path, clean = submitted("vqav2-testdev", "llava", case, tmp_path / "a", tmp_path / "a/out")
+    assert json.loads(path.read_text()) == case["submission"] == json.loads(clean.read_text())
+    case = v1_1["vqav2_testdev"]
+    lines(tmp_path / "b/vqav2_testdev.jsonl", records(case))
+    path, _ = submitted("vqav2-testdev", "internvl", case, tmp_path / "b", tmp_path / "b/out")
+    expected = [{k: row[k] for k in ("question_id", "answer")} for row in case["output_records"]]
+    assert json.loads(path.read_text()) == expected
+    for number, (codebase, case, file) in enumerate(
+        (("llava", llava["vizwiz_test"], "llava_test.jsonl"), ("internvl", v1_1["vizwiz_test"], "vizwiz_test.jsonl"))
+    ):
+        folder = tmp_path / f"vizwiz{number}"
+        lines(folder / file, records(case))
+        (path,) = submitted("vizwiz-test", codebase, case, folder, folder / "out")
+        assert json.loads(path.read_text()) == case["submission" if codebase == "llava" else "output_records"]
+    case = v1_1["docvqa_test"]
+    lines(tmp_path / "d/test.jsonl", records(case))
+    (path,) = submitted("docvqa-test", "internvl", case, tmp_path / "d", tmp_path / "d/out")
+    assert json.loads(path.read_text()) == case["output_records"]
+    case = v1_1["mmvet"]
+    lines(tmp_path / "m/llava-mm-vet.jsonl", records(case))
+    (path,) = submitted("mm-vet", "internvl", case, tmp_path / "m", tmp_path / "m/out")
+    assert json.loads(path.read_text()) == case["output_json"]
+    case = v1_1["gqa_testdev_llava"]
+    questions = {
+        r["question_id"]: {
+            "question": r["question"],
+            "imageId": "n1",
+            "answer": r["answer"],
+            "types": {"structural": "query"},
+        }
+        for r in records(case)
+    }
+    whole(tmp_path / "g/testdev_balanced_questions.json", questions)
+    (path,) = submitted("gqa", "internvl", case, tmp_path / "g", tmp_path / "g/out")
+    assert json.loads(path.read_text()) == case["converted_predictions"]
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "codebase"),
+    [
+        ("mmbench_dev_20230712", "mmbench-en-dev", "internvl"),
+        ("mmbench_dev_cn_20231003", "mmbench-cn-dev", "internvl"),
+        ("mmbench_test_en_20231003", "mmbench-en-test", "internvl"),
+        ("mmbench_test_cn_20231003", "mmbench-cn-test", "internvl"),
+        ("ccbench_dev_cn", "ccbench", "internvl"),
+        ("mmbench_dev_20230712", "mmbench-en-dev", "llava"),
+        ("mmbench_dev_cn_20231003", "mmbench-cn-dev", "llava"),
+    ],
+)
+def test_tables_to_hand_in_equal_the_scripts(tmp_path, key, name, codebase):
+    openpyxl = pytest.importorskip("openpyxl")
+    from evaluation_files import table
+
+    bundle = "pipeline_internvl_v1_1" if codebase == "internvl" else "pipeline_llava_v1_0"
+    case = {item["benchmark"]: item for item in cases(bundle)["items"]}[key]
+    file = "CCBench_legacy" if key == "ccbench_dev_cn" else key
+    table(tmp_path / f"{file}.tsv", [c["record"] for c in case["cases"]], case["tsv_columns"])
+    (path,) = submitted(name, codebase, case, tmp_path, tmp_path / "out")
+    (sheet,) = openpyxl.load_workbook(path).worksheets
+    head, *body = sheet.iter_rows(values_only=True)
+    assert list(head) == case["xlsx_columns"]
+    assert [dict(zip(head, row)) for row in body] == case["xlsx_rows"]

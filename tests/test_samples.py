@@ -1,0 +1,171 @@
+"""Entries become samples, pixels and all; whatever is wrong with one is told with its file and line."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from golden import DATA, bundle
+from PIL import Image
+
+from internvl_jax.config import ChatConfig
+from internvl_jax.processing.images import ImageProcessor
+from internvl_jax.processing.tokenizer import load_tokenizer
+from internvl_jax.training.annotations import DataError, Record, Source
+from internvl_jax.training.augment import RATIO, SCALE, augment, random_crop
+from internvl_jax.training.samples import Problem, Problems, Sample, SampleMaker
+
+CHECKPOINT = DATA / "internvl_chat_v1_1" / "checkpoint"
+IMAGES = DATA / "internvl_chat_v1_1" / "images"
+ARRAYS, FACTS = bundle("internvl_chat_v1_1")
+
+
+def make_maker(max_length=96, image_slots=4, **options):
+    config = ChatConfig.from_file(CHECKPOINT)
+    processor = ImageProcessor.from_dir(CHECKPOINT, config.image_size)
+    return SampleMaker.of(
+        config, load_tokenizer(CHECKPOINT), processor, max_length=max_length, image_slots=image_slots, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def maker():
+    return make_maker()
+
+
+def record(entry, augment=False, root=IMAGES):
+    text = entry if isinstance(entry, bytes) else json.dumps(entry).encode()
+    return Record(Source("name", root, root / "a.jsonl", augment=augment), "a.jsonl:7", text)
+
+
+def entry(*texts, **others):
+    return {"conversations": [{"from": ("human", "gpt")[n % 2], "value": t} for n, t in enumerate(texts)], **others}
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_golden_samples_with_their_pixels(maker, row):
+    golden = FACTS["train_samples"][row]
+    files = [FACTS["images"][name]["file"].split("/")[-1] for name in golden["images"]]
+    image = {"image": files[0]} if files else {}
+    sample = maker(record({"conversations": golden["conversations"], **image}), rng())
+    assert isinstance(sample, Sample)
+    assert np.array_equal(sample.input_ids, ARRAYS["train/input_ids"][row][: len(sample.input_ids)])
+    assert np.array_equal(sample.labels, ARRAYS["train/labels"][row][: len(sample.labels)])
+    assert sample.pixel_values.dtype == np.float32
+    assert sample.pixel_values.shape == (len(files), 3, 112, 112)
+    for name, pixels in zip(golden["images"], sample.pixel_values):
+        assert np.array_equal(pixels, ARRAYS[f"images/{name}/eval"])
+
+
+def test_several_images_in_order(maker):
+    sample = maker(record(entry("<image> <image>?", "Two.", image=["gray.png", "rgb.png"])), rng())
+    assert np.array_equal(sample.pixel_values[0], ARRAYS["images/gray/eval"])
+    assert np.array_equal(sample.pixel_values[1], ARRAYS["images/rgb/eval"])
+    assert not sample.cut
+
+
+def test_counting_needs_no_pictures():
+    sample = make_maker(with_pixels=False)(record(entry("<image>?", "Yes.", image="nowhere.png")), rng())
+    assert sample.pixel_values.shape == (0, 3, 112, 112)
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind", "message"),
+    [
+        (b"{", "annotation", "not JSON"),
+        (b"\xff\xfe", "annotation", "not JSON"),
+        (b"[1]", "annotation", "not a JSON object, but list"),
+        (entry("a", "b", image=3), "annotation", "a path or a list"),
+        (entry("a", "b", image=[""]), "annotation", "a path or a list"),
+        (entry("a", "b", video="a.mp4"), "annotation", "a video"),
+        ({}, "conversation", "must be a list"),
+        (entry("a"), "conversation", "no answer"),
+        (entry("half of a \ud800 pair", "b"), "conversation", "surrogate"),
+        (entry("<image>?", "b"), "placeholders", "1 <image> placeholder.* for 0 image"),
+        (entry("<image><image>?", "b", image="rgb.png"), "placeholders", "2 <image> placeholder.* for 1 image"),
+        (entry("a", "b", image="nowhere.png"), "image", "nowhere.png does not exist"),
+        (entry("a", "b", image="corrupt.png"), "image", "corrupt.png is damaged or truncated"),
+        (entry("a", "b", image="text.png"), "image", "text.png is not a picture"),
+        (entry("<image>" * 5, "b", image=["rgb.png"] * 5), "too many images", "5 images, a batch has 4"),
+        (entry("long " * 99, "b"), "no supervised token", "no answer within the first 96"),
+        (entry("long " * 40 + "<image>?", "b", image="rgb.png"), "truncated image", "cut to 96"),
+    ],
+)
+def test_problems(maker, tmp_path, bad, kind, message):
+    for name in ("rgb.png", "gray.png"):
+        (tmp_path / name).write_bytes((IMAGES / name).read_bytes())
+    (tmp_path / "corrupt.png").write_bytes((IMAGES / "rgb.png").read_bytes()[:9000])
+    (tmp_path / "text.png").write_text("no picture")
+    problem = maker(record(bad, root=tmp_path), rng())
+    assert isinstance(problem, Problem)
+    assert (problem.kind, problem.place) == (kind, "a.jsonl:7")
+
+    assert re.search(message, problem.message)
+
+
+def test_problems_are_reported_once_and_counted_always():
+    told = []
+    problems = Problems(told.append)
+    for place in ("a:1", "a:2", "a:1"):
+        problems.add(Problem("image", "x", place))
+    assert [problem.place for problem in told] == ["a:1", "a:2"]
+    assert problems.counts == {"image": 3}
+    with pytest.raises(DataError, match="a:3: it is so"):
+        Problems(fatal=True).add(Problem("image", "it is so", "a:3"))
+
+
+def test_a_long_answer_is_cut(maker):
+    sample = maker(record(entry("Q?", "word " * 200)), rng())
+    assert sample.cut
+    assert len(sample.input_ids) == len(sample.labels) == 96
+
+
+def test_augmentation_where_asked_for(maker):
+    ask = entry("<image>?", "A bird.", image="rgb.png")
+    plain = maker(record(ask), rng())
+    first, again, other = (maker(record(ask, augment=True), rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(plain.pixel_values[0], ARRAYS["images/rgb/eval"])
+    assert np.array_equal(first.pixel_values, again.pixel_values)
+    assert not np.array_equal(first.pixel_values, other.pixel_values)
+    assert not np.array_equal(first.pixel_values, plain.pixel_values)
+    never = make_maker(augmentation=None)(record(ask, augment=True), rng(1))
+    assert np.array_equal(never.pixel_values, plain.pixel_values)
+    with pytest.raises(DataError, match="there are crop and jpeg"):
+        make_maker(augmentation="flip")
+
+
+def test_crops_are_as_published():
+    image = Image.fromarray(np.arange(300 * 400 * 3, dtype=np.uint32).astype(np.uint8).reshape(300, 400, 3))
+    areas, ratios, corners = [], [], set()
+    draw = rng(3)
+    for _ in range(500):
+        crop = random_crop(image, draw)
+        areas.append(crop.width * crop.height / (300 * 400))
+        ratios.append(crop.width / crop.height)
+        corners.add(crop.getpixel((0, 0)))
+    assert SCALE[0] - 0.01 < min(areas) < 0.83
+    assert 0.93 < max(areas) <= SCALE[1]
+    assert min(ratios) > RATIO[0] - 0.02
+    assert max(ratios) < RATIO[1] + 0.02
+    assert min(ratios) < 1.12  # a crop of 0.8 of 400 x 300 is at least 1.07 wide
+    assert len(corners) > 50
+    assert random_crop(Image.new("RGB", (1000, 10)), draw).size == (13, 10)  # no crop fits: centred
+    assert random_crop(Image.new("RGB", (10, 1000)), draw).size == (10, 13)
+    assert random_crop(Image.new("RGB", (1, 1)), draw).size == (1, 1)
+
+
+def test_jpeg_keeps_the_size_and_loses_a_little():
+    image = Image.radial_gradient("L").convert("RGB")
+    changed = augment(image, "jpeg", rng())
+    assert changed.size == image.size
+    difference = np.abs(np.asarray(changed, np.int32) - np.asarray(image, np.int32))
+    assert 0 < difference.mean() < 3
+
+
+def test_models_that_rows_do_not_fit():
+    with pytest.raises(DataError, match="longer than the model's context"):
+        make_maker(max_length=10**6)
