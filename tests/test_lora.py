@@ -15,7 +15,7 @@ from internvl_jax.config import ChatConfig
 from internvl_jax.models import chat_model, intern_vit
 from internvl_jax.models.layers import Linear, unstack
 from internvl_jax.quantize import quantize_params
-from internvl_jax.training import lora, objective, recipes
+from internvl_jax.training import lora, objective, recipes, resizing
 from internvl_jax.training.lora import Lora, LoraError
 
 BOTH = {"language_model": Lora(4, dropout=0.0), "vision_model": Lora(2, alpha=3, dropout=0.0)}
@@ -159,7 +159,8 @@ def test_resized_tower_sees_as_the_reference_would_have_it_see():
     """The forward pass resizes positions on the fly as the reference does; resized for good it is the same tower."""
     config = tiny()
     params = random_params(config)
-    larger, resized = recipes.resize_tower(params, config, 168)
+    resized = resizing.resized_config(config, 168)
+    larger = resizing.resize_tower(params, config, resized)
     assert resized.vision.image_size == resized.image_size == 168
     assert larger["vision_model"]["embeddings"]["position_embedding"].shape == (145, 120)
     pixels = np.random.default_rng(0).standard_normal((1, 3, 168, 168)).astype(np.float32)
@@ -168,7 +169,7 @@ def test_resized_tower_sees_as_the_reference_would_have_it_see():
     for_good, _ = tower(larger["vision_model"], resized.vision, pixels)
     assert_close(for_good, on_the_fly, 1e-5, "hidden states")
     with pytest.raises(ValueError, match="patches per side"):
-        recipes.resize_tower(params, config, 126)
+        resizing.resized_config(config, 126)
 
 
 # peft.

@@ -34,6 +34,16 @@ class AdamW:
     warmup: float = 0.03  # below 1: of all steps; from 1 on: steps
     decay: str = "reference"  # which parameters: "reference" (`decayed`), or "all"
 
+    def __post_init__(self):
+        for name, right, what in (
+            ("learning_rate", self.learning_rate > 0, "more than 0"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("warmup", self.warmup >= 0, "0 or more"),
+            ("clip", self.clip is None or self.clip > 0, "more than 0"),
+        ):
+            if not right:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be {what}")
+
     def warmup_steps(self, steps: int) -> int:
         """Steps of the warm-up in a run of `steps`, rounded up as the Trainer does."""
         return int(self.warmup) if self.warmup >= 1 else -int(-self.warmup * steps // 1)

@@ -7,15 +7,11 @@ shell/... are files of the InternVL repository's internvl_chat/, scripts/... of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-import jax.numpy as jnp
-
-from internvl_jax.config import ChatConfig
-from internvl_jax.models.intern_vit import resize_positions
-from internvl_jax.models.layers import Params
-from internvl_jax.training.lora import Lora, LoraError
+from internvl_jax.training.lora import TARGETS, Lora, LoraError
 from internvl_jax.training.optimizer import AdamW
 
 
@@ -33,6 +29,8 @@ class Recipe:
     drop_path: float = 0.0  # stochastic depth in the tower; none where it is frozen
     z_loss: float = 0.0  # none in the reference
     mean: str = "token"  # of the loss: over all tokens of a step, or "device", the reference's mean of means
+    images_first: bool = False  # placeholders move to the front of their question, as LLaVA's code moves them
+    captions: bool = False  # conversations are written as LLaVA's `plain` template has them: an image and its caption
 
     def __post_init__(self):
         if self.mean not in ("token", "device"):
@@ -42,6 +40,15 @@ class Recipe:
             raise LoraError(f"{', '.join(sorted(both))}: train a tower itself or its adapters, not both")
         if not self.train and not self.lora:
             raise ValueError(f"recipe {self.name!r} trains nothing")
+        for name, right, what in (
+            ("rows", self.rows >= 1, "at least 1"),
+            ("length", self.length >= 2, "at least 2"),
+            ("epochs", self.epochs > 0, "more than 0"),
+            ("drop_path", 0 <= self.drop_path < 1, "in [0, 1)"),
+            ("z_loss", self.z_loss >= 0, "0 or more"),
+        ):
+            if not right:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be {what}")
 
 
 # The tower learns to see for this projector and language model, which is frozen. V1-1: 72M samples (model card).
@@ -113,6 +120,7 @@ LLAVA_PRETRAIN = Recipe(
     AdamW(1e-3, weight_decay=0.0, warmup=0.03),  # scripts/v1_5/pretrain.sh, as all that follow
     rows=256,
     length=2048,
+    captions=True,  # --version plain
 )
 
 LLAVA_FINETUNE = Recipe(
@@ -121,6 +129,7 @@ LLAVA_FINETUNE = Recipe(
     AdamW(2e-5, weight_decay=0.0, warmup=0.03),  # scripts/v1_5/finetune.sh, as all that follow
     rows=128,
     length=2048,
+    images_first=True,  # preprocess_multimodal of llava/train/train.py
 )
 
 RECIPES = {recipe.name: recipe for recipe in (STAGE1, STAGE2, FULL, LORA, LORA_BOTH, LLAVA_PRETRAIN, LLAVA_FINETUNE)}
@@ -133,17 +142,45 @@ def recipe_of(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def resize_tower(params: Params, config: ChatConfig, image_size: int) -> tuple[Params, ChatConfig]:
-    """A tower for pictures of another size, as stage 1 begins: InternViT-224 becomes 448.
+def override(
+    recipe: Recipe,
+    *,
+    optimizer: Mapping[str, Any] | None = None,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_dropout: float | None = None,
+    lora_targets: Sequence[str] | None = None,
+    **fields: Any,
+) -> Recipe:
+    """A recipe with other numbers; None leaves a field as it is.
 
-    The table of positions is resized bicubically, once and for good (the published conversion does the same); all else
-    stays. Returns parameters and the configuration that goes with them.
-    Raises ConfigError for a size that is no whole number of patches or that the projector cannot fold.
+    optimizer: fields of AdamW. lora_*: of every tower that has adapters; another rank without an alpha has the
+    reference's, twice the rank. lora_targets: whole names of lora.TARGETS or their last parts, q_proj.
+    fields: others of Recipe. Raises ValueError or LoraError for values that mean nothing.
     """
-    resized = replace(config, vision=replace(config.vision, image_size=image_size), image_size=image_size)
-    vision = params["vision_model"]
-    table = vision["embeddings"]["position_embedding"]
-    grid = resized.vision.grid
-    moved = resize_positions(jnp.asarray(table), config.vision.grid, grid, grid).astype(table.dtype)
-    embeddings = {**vision["embeddings"], "position_embedding": moved}
-    return {**params, "vision_model": {**vision, "embeddings": embeddings}}, resized
+    asked: dict[str, Any] = {"rank": lora_rank, "alpha": lora_alpha, "dropout": lora_dropout, "targets": lora_targets}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    if changes and not recipe.lora:
+        adapted = [name for name, one in RECIPES.items() if one.lora]
+        raise LoraError(f"recipe {recipe.name!r} has no adapters: those that have are {', '.join(adapted)}")
+    if "rank" in changes:
+        changes.setdefault("alpha", None)
+    if lora_targets is not None:
+        known = [target for tower in recipe.lora for target in TARGETS[tower]]
+        unknown = [name for name in lora_targets if not any(_names(name, target) for target in known)]
+        if unknown:
+            raise LoraError(f"no layer {', '.join(unknown)} can have adapters: there are {', '.join(known)}")
+    adapters = {}
+    for tower, lora in recipe.lora.items():
+        own = dict(changes)
+        if lora_targets is not None:
+            own["targets"] = tuple(t for t in TARGETS[tower] if any(_names(name, t) for name in lora_targets))
+        adapters[tower] = replace(lora, **own)
+    adapters = {tower: lora for tower, lora in adapters.items() if lora.targets != ()}
+    numbers = {name: value for name, value in (optimizer or {}).items() if value is not None}
+    given = {name: value for name, value in fields.items() if value is not None}
+    return replace(recipe, optimizer=replace(recipe.optimizer, **numbers), lora=adapters, **given)
+
+
+def _names(name: str, target: str) -> bool:
+    return name in (target, target.rpartition("/")[2])
