@@ -89,6 +89,36 @@ def loss(
     features = None
     if batch.pixel_values.shape[0]:
         features, _ = chat_model.encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
+    return language_loss(
+        params,
+        config,
+        batch,
+        features,
+        weights,
+        image_token_id,
+        z_loss=z_loss,
+        chunk=chunk,
+        dtype=dtype,
+        remat=remat,
+        image_groups=image_groups,
+    )
+
+
+def language_loss(
+    params: Params,
+    config: ChatConfig,
+    batch: Batch,
+    features: Array | None,
+    weights: Array,
+    image_token_id: int,
+    *,
+    z_loss: float = 0.0,
+    chunk: int = CHUNK,
+    dtype: Any = jnp.float32,
+    remat: Remat = False,
+    image_groups: int = 1,
+) -> Sums:
+    """As `loss`, of images that are encoded already: features [M,P,D], or None."""
     x = chat_model.embed_prompt(params, batch.input_ids, features, image_token_id, dtype=dtype, groups=image_groups)
     real = batch.segment_ids > 0
     language = params["language_model"]

@@ -42,6 +42,9 @@ REMAT: dict[str, Remat] = {
 }
 
 
+PROFILED = range(3, 6)  # steps that a profile shows: compiled, and under way
+
+
 class TrainingError(RunError):
     """A run that went wrong; the message says at which step, and what lies where."""
 
@@ -68,11 +71,12 @@ class Settings:
     save_every: int = 500
     keep: int = 3
     log_every: int = 10
+    eval_every: int = 500
 
     def __post_init__(self):
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r} is not one of {', '.join(REMAT)}")
-        for name in ("steps", "accumulate", "chunk", "save_every", "keep", "log_every"):
+        for name in ("steps", "accumulate", "chunk", "save_every", "keep", "log_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
@@ -91,6 +95,8 @@ class Outcome:
     finished: bool  # all steps are done; otherwise it was asked to stop, and saved
 
 
+Loss = Callable[..., objective.Sums]
+Evaluate = Callable[[State, Params], dict[str, float]]
 StepFunction = Callable[[State, Params, Batch], tuple[State, dict[str, jax.Array]]]
 
 
@@ -103,12 +109,14 @@ def make_step(
     place: Place,
     *,
     devices: int | None = None,
+    loss: Loss = objective.loss,
 ) -> StepFunction:
     """The compiled step: (state, frozen, batch) -> (state, metrics); the state given is used up.
 
     The batch has micro-batches on a leading axis, [A,B,T] and so on, as `stack_batches` makes it. metrics are float32
     scalars: loss, accuracy, grad_norm, learning_rate, supervised and read (tokens).
     devices: groups of rows of the per-device mean (recipes.Recipe.mean); None: as many as the mesh has for rows.
+    loss: takes what objective.loss takes; what is given here instead may look at more than the text.
     """
     config = training_config(config, recipe)
     shards = 1 if place.mesh is None else place.mesh.shape["data"] * place.mesh.shape["fsdp"]
@@ -119,7 +127,7 @@ def make_step(
     def micro(trained: Params, frozen: Params, batch: Batch, weights: Any, key: Any) -> tuple[Any, objective.Sums]:
         params = assemble(trained, frozen, recipe, jax.random.fold_in(key, 0), unstacked=place.mesh is None)
         dropping = recipe.drop_path > 0 and "vision_model" in recipe.train
-        sums = objective.loss(
+        sums = loss(
             params,
             config,
             batch,
@@ -243,19 +251,27 @@ def train(
     *,
     log: Callable[[dict[str, Any]], None] | None = None,
     identity: dict[str, Any] | None = None,
+    evaluate: Evaluate | None = None,
+    ideal_seconds: Callable[[Batch], float] | None = None,
+    profile: Path | None = None,
+    loss: Loss = objective.loss,
 ) -> Outcome:
     """Train for settings.steps, going on from the last step in `directory` if there is one; save as it goes.
 
     params: from state.read_params, used up. batches: this process's; set to its saved place when the run goes on.
     log: called with the metrics of every settings.log_every-th step, in process 0; all of them are in metrics.jsonl.
     identity: of the data and the checkpoint, kept with the recipe's in run.json.
+    evaluate: called on all processes with state and frozen parameters after every settings.eval_every-th step and the
+        last; what it returns goes into metrics.jsonl beside the step, and to `log`.
+    ideal_seconds: how long a step of a (stacked) batch takes at the chips' full speed; given, metrics have MFU.
+    profile: a directory for a trace of a few steps (PROFILED), which xprof shows. loss: as make_step takes it.
     SIGTERM or Ctrl-C end the step, save and return; a second Ctrl-C interrupts at once.
     Raises RunError where the directory is another run's or cannot be written, TrainingError where a loss is no number.
     """
     directory = Path(directory)
     adamw = optimizer.make_optimizer(recipe.optimizer, settings.steps, config)
     claim(directory, {"recipe": _plain(asdict(recipe)), **settings.identity(), **(identity or {})})
-    step_function = make_step(config, recipe, settings, adamw, image_token_id, place)
+    step_function = make_step(config, recipe, settings, adamw, image_token_id, place, loss=loss)
     state, frozen = init_state(params, recipe, adamw, place, settings.seed)
     del params
     with Steps(directory, place, keep=settings.keep) as steps, stopping() as asked:
@@ -263,7 +279,20 @@ def train(
         if restored is not None:
             state, position = restored
             batches.set_state(position)
-        run = _Run(directory, settings, recipe, step_function, frozen, batches, place, steps, log)
+        run = _Run(
+            directory,
+            settings,
+            recipe,
+            step_function,
+            frozen,
+            batches,
+            place,
+            steps,
+            log=log,
+            evaluate=evaluate,
+            ideal_seconds=ideal_seconds,
+            profile=profile,
+        )
         with jax.set_mesh(place.mesh) if place.mesh is not None else nullcontext():
             state, finished = run.loop(state, asked)
         return Outcome(state, frozen, int(jax.device_get(state.step)), finished)
@@ -282,16 +311,22 @@ class _Run:
         batches: Batches,
         place: Place,
         steps: Steps,
+        *,
         log: Callable[[dict[str, Any]], None] | None,
+        evaluate: Evaluate | None,
+        ideal_seconds: Callable[[Batch], float] | None,
+        profile: Path | None,
     ):
         self.directory, self.settings, self.recipe, self.place = directory, settings, recipe, place
         self.step, self.frozen, self.batches, self.steps, self.log = step, frozen, batches, steps, log
+        self.evaluate, self.ideal_seconds, self.profile, self.tracing = evaluate, ideal_seconds, profile, False
         self.under_way: tuple[int, Batch, dict[str, jax.Array], float] | None = None
         self.ended = time.perf_counter()
 
     def loop(self, state: State, asked: Callable[[], bool]) -> tuple[State, bool]:
         first = int(jax.device_get(state.step))
         for number in range(first, self.settings.steps):
+            self.trace(number - first, state)
             began = time.perf_counter()
             batch, stop = self.draw(asked)
             if stop:
@@ -305,11 +340,17 @@ class _Run:
             if (number + 1) % self.settings.save_every == 0 and number + 1 < self.settings.steps:
                 self.look()
                 self.steps.save(state, position)
+            if (number + 1) % self.settings.eval_every == 0 and number + 1 < self.settings.steps:
+                self.held_out(number + 1, state)
         self.look()
+        self.trace(PROFILED.stop, state)
         done = int(jax.device_get(state.step))
+        finished = done >= self.settings.steps
         if done > first:
             self.steps.save(state, position, wait=True)
-        return state, done >= self.settings.steps
+            if finished:
+                self.held_out(done, state)
+        return state, finished
 
     def draw(self, asked: Callable[[], bool]) -> tuple[Batch | None, bool]:
         """The batch of the next step, or that all processes stop here. Rows have the same length on all of them."""
@@ -345,11 +386,37 @@ class _Run:
             "memory_gib": memory_bytes() / 2**30,
             "compiles": self.step._cache_size(),  # type: ignore[attr-defined]
         }
-        if distributed.is_first():
-            with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-            if self.log is not None and ((number + 1) % self.settings.log_every == 0 or number == 0):
-                self.log(entry)
+        if self.ideal_seconds is not None:
+            entry["mfu"] = self.ideal_seconds(batch) / seconds
+        self.write(entry, (number + 1) % self.settings.log_every == 0 or number == 0)
+
+    def held_out(self, step: int, state: State) -> None:
+        """Evaluate, on all processes; the time that it takes is no step's."""
+        if self.evaluate is None:
+            return
+        self.look()
+        self.write({"step": step, **self.evaluate(state, self.frozen)}, True)
+        self.ended = time.perf_counter()
+
+    def write(self, entry: dict[str, Any], told: bool) -> None:
+        if not distributed.is_first():
+            return
+        with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        if self.log is not None and told:
+            self.log(entry)
+
+    def trace(self, number: int, state: State) -> None:
+        """Begin or end the profile before the step of that number, counted from where this call of `train` began."""
+        if self.profile is None or number not in (PROFILED.start, PROFILED.stop):
+            return
+        jax.block_until_ready(state)
+        if number == PROFILED.start:
+            jax.profiler.start_trace(str(self.profile))
+            self.tracing = True
+        elif self.tracing:
+            jax.profiler.stop_trace()
+            self.tracing = False
 
     def broken(self, number: int, batch: Batch, values: dict[str, float]) -> str:
         """Keep the batch that broke the run; the message that says so."""
