@@ -278,6 +278,25 @@ def adapter_specs(adapters: Any, *, vision: str = "tensor") -> Any:
     return jax.tree_util.tree_map_with_path(spec_of, adapters)
 
 
+def adapter_shardings(adapters: Any, mesh: Mesh, *, vision: str = "tensor") -> Any:
+    """A NamedSharding for every leaf of adapters; axes that do not divide are kept whole."""
+    return jax.tree.map(
+        lambda leaf, spec: NamedSharding(mesh, fitting(leaf.shape, spec, mesh)),
+        adapters,
+        adapter_specs(adapters, vision=vision),
+    )
+
+
+def place_adapters(adapters: Any, config: ChatConfig, mesh: Mesh, *, vision: str = "tensor") -> Any:
+    """Adapters of true shapes, padded and laid out on the mesh beside the parameters of `place_params`."""
+
+    def pad(tree: Any) -> Any:
+        return pad_params(tree, config, mesh, vision=vision)
+
+    places = adapter_shardings(jax.eval_shape(pad, adapters), mesh, vision=vision)
+    return jax.jit(pad, out_shardings=places)(adapters)
+
+
 def rules_of(path: str) -> list[Rule]:
     """The rules that match a parameter's path: one, if the table is right."""
     return [rule for rule in PARAM_RULES if re.fullmatch(rule.pattern, path)]

@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from internvl_jax import checkpoint
+from internvl_jax import checkpoint, distributed
 from internvl_jax.models.layers import Array, Params, precision_of
 from internvl_jax.quantize import is_quantized
 from internvl_jax.sharding import path_of
+
+Progress = Callable[[int, int, str], None]
 
 FILE = "adapter.json"
 
@@ -178,12 +182,52 @@ def _add(kernel: Any, a: Any, b: Any, scale: float) -> Any:
     return jnp.concatenate([first.astype(kernel.dtype), kernel[count:]])
 
 
+def merge_checkpoint(
+    directory: str | Path, base: str | Path, adapters: str | Path, *, progress: Progress | None = None
+) -> None:
+    """Write `base`, a converted checkpoint, with the adapters of a directory merged in. Memory is bounded by a layer.
+
+    progress: called as progress(done, total, what) for every piece that is written.
+    Raises LoraError where the adapters are not of this model or base is quantized, CheckpointError where `directory`
+    exists or base is damaged.
+    """
+    tree = checkpoint.stored_tree(base)
+    if any(is_quantized(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_quantized)):
+        raise LoraError(f"{base} is quantized: merge into the checkpoint that it was made from, then quantize")
+    pairs, settings = load(adapters, tree)
+    scales = {tower: lora.scale for tower, lora in settings.items()}
+    known = {f"{path_of(keys[:-1])}/{keys[-1].key}": leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(pairs)}
+
+    def change(name: str, layer: int | None, values: np.ndarray) -> np.ndarray:
+        kernel = name.removesuffix("/kernel")
+        a, b = known.get(f"{kernel}/lora_a"), known.get(f"{kernel}/lora_b")
+        if layer is None or a is None or layer >= len(a):
+            return values
+        one = slice(layer, layer + 1)
+        return np.asarray(_add(jnp.asarray(values[None]), a[one], b[one], scales[name.split("/")[0]])[0])
+
+    checkpoint.write_mapped(directory, base, change, progress=progress)
+
+
 def save(directory: str | Path, adapters: Params, settings: Settings) -> None:
-    """Write adapters alone: adapter.json and params/. Several processes call it together."""
+    """Write adapters alone: adapter.json and params/, whole or not at all. Several processes call it together.
+
+    Raises CheckpointError where `directory` exists.
+    """
     directory = Path(directory)
-    checkpoint.save(directory, adapters)
-    text = json.dumps({tower: asdict(lora) for tower, lora in settings.items()}, indent=2) + "\n"
-    (directory / FILE).write_text(text, encoding="utf-8")
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    with distributed.first_alone() as first:
+        if first:
+            if directory.exists():
+                raise checkpoint.CheckpointError(f"{directory} exists already: remove it, or write somewhere else")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            text = json.dumps({tower: asdict(lora) for tower, lora in settings.items()}, indent=2) + "\n"
+            (temporary / FILE).write_text(text, encoding="utf-8")
+    checkpoint.save(temporary, adapters)
+    with distributed.first_alone() as first:
+        if first:
+            temporary.rename(directory)
 
 
 def load(directory: str | Path, params: Params | None = None) -> tuple[Params, dict[str, Lora]]:

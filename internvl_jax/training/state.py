@@ -21,7 +21,7 @@ from internvl_jax import checkpoint, sharding
 from internvl_jax.config import ChatConfig
 from internvl_jax.loading import abstract_for_running
 from internvl_jax.models.layers import Array, Params
-from internvl_jax.training import lora, optimizer
+from internvl_jax.training import lora, optimizer, resizing
 from internvl_jax.training.recipes import Recipe
 
 Progress = Callable[[int, int, str], None]
@@ -53,12 +53,7 @@ class Place:
         of = sharding.storage_shardings if storage else sharding.param_shardings
         placed = dict(of(own, self.mesh, vision=self.vision)) if own else {}
         if adapters is not None:
-            specs = sharding.adapter_specs(adapters, vision=self.vision)
-
-            def fit(leaf: Any, spec: P) -> NamedSharding:
-                return NamedSharding(self.mesh, sharding.fitting(leaf.shape, spec, self.mesh))
-
-            placed[ADAPTERS] = jax.tree.map(fit, adapters, specs)
+            placed[ADAPTERS] = sharding.adapter_shardings(adapters, self.mesh, vision=self.vision)
         return placed
 
     def pad(self, params: Params) -> Params:
@@ -190,7 +185,8 @@ def write_model(directory: str | Path, base: str | Path, trained: Params, place:
     """Write what was trained: a checkpoint that chats and exports, or, of adapters alone, an adapter directory.
 
     base: the converted checkpoint that the run began from. What is not trained, vision layers past select_layer
-    included, is copied from it, and its dtypes are kept. trained: on the mesh, as a State holds it.
+    included, is copied from it, and its dtypes are kept. trained: on the mesh, as a State holds it. A tower that was
+    resized (place.config says so) is written for its new size.
     Raises CheckpointError where `directory` exists.
     """
     directory, base = Path(directory), Path(base)
@@ -199,6 +195,8 @@ def write_model(directory: str | Path, base: str | Path, trained: Params, place:
     if adapters is not None and not true:
         lora.save(directory, adapters, recipe.lora)
         return
-    checkpoint.write_changed(directory, base, true)
+    resized = place.config.image_size != ChatConfig.from_file(base).image_size
+    files = resizing.resized_files(base, place.config) if resized else None
+    checkpoint.write_changed(directory, base, true, reshaped=[resizing.POSITIONS] if resized else (), files=files)
     if adapters is not None:
         lora.save(directory / ADAPTERS, adapters, recipe.lora)
