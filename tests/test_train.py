@@ -116,9 +116,9 @@ def test_adapters_from_data_to_chat(train, place, tmp_path):
     assert answers == [said[3]["answer"]]
     plain = logits(internvl_jax.load(place / "tiny"), pixels())
     assert np.abs(logits(chat, pixels()) - plain).max() > 0.1
-    code, printed = train("lora", out, steps=40)
+    code, printed = train("lora", out, steps=40, learning_rate=3e-2)
     assert code == 0
-    assert f"goes on after step 40 of {out}" in printed  # and nothing is left to do
+    assert f"{out} is done" in printed
 
 
 def test_whole_model_is_written_and_can_be_trained_again(train, place, tmp_path):
@@ -192,7 +192,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, workers
     monkeypatch.undo()
     code, printed = train("lora", tmp_path / "parts", save_every=2, workers=workers)
     assert code == 0
-    assert f"goes on after step {done} of" in printed
+    assert f"{tmp_path / 'parts'} goes on after step {done}" in printed
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "straight")
     trees = [checkpoint.load(tmp_path / name / "model", checkpoint.stored_tree(tmp_path / name / "model"))
              for name in ("parts", "straight")]  # fmt: skip
@@ -207,6 +207,9 @@ def test_derived_numbers_stay_when_a_run_goes_on(train, tmp_path):
     assert code == 2
     assert "is another run's: " in printed
     assert f"steps was {written['steps']}, is {written['steps'] + 1}" in printed
+    code, printed = train("lora", tmp_path / "run", steps=None, epochs=0.5, learning_rate=1)
+    assert code == 2
+    assert "another run's: recipe.optimizer.learning_rate was 0.003, is 1.0. Go on with its settings" in printed
 
 
 # What is wrong with the data.
@@ -226,6 +229,13 @@ def test_data_errors(train, place, tmp_path):
     assert code == 2
     assert re.search(r"1 of 24 samples looked at cannot be used; .*bad\.jsonl:4: not JSON", printed)
     assert not (tmp_path / "fatal").exists()
+    value = {"squares": {"root": "nowhere", "annotation": str(place / "squares.jsonl")}}
+    (tmp_path / "root.json").write_text(json.dumps(value))
+    code, printed = train("lora", tmp_path / "nowhere", data=tmp_path / "root.json")
+    assert code == 2
+    assert re.search(
+        r"none of 8 pictures can be read: is the data set's root right\? .*squares0\.png does not", printed
+    )
 
 
 # Refused before anything starts.

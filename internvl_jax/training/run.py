@@ -32,10 +32,10 @@ from internvl_jax.training.heldout import Answered, HeldOut, pick_questions
 from internvl_jax.training.packing import Layout
 from internvl_jax.training.recipes import Recipe
 from internvl_jax.training.samples import Problem
-from internvl_jax.training.saving import RUN, STEPS, RunError
+from internvl_jax.training.saving import RUN, STEPS, RunError, is_there
 from internvl_jax.training.state import ADAPTERS, Place, read_params, write_model
 from internvl_jax.training.survey import Survey, survey
-from internvl_jax.training.trainer import PROFILED, Outcome, Settings, train
+from internvl_jax.training.trainer import PROFILED, Outcome, Settings, facts, train
 
 Progress = Callable[..., None]
 
@@ -100,6 +100,11 @@ class Run:
     @property
     def output(self) -> Path:
         return self.options.output
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.going_on == self.settings.steps and (self.output / MODEL).exists()
 
 
 def prepare(
@@ -178,6 +183,7 @@ def _prepared(options: Options, report: Callable[[Problem], None] | None, progre
     held_out = None
     if options.eval_data is not None:
         held_out = open_with(options.eval_data, layout, shuffle=False, epochs=1, augmentation=None)
+        survey(held_out.corpus, held_out.maker, most=100)  # refused now, not after hours
     settings = Settings(
         steps,
         accumulate=options.accumulate,
@@ -221,6 +227,7 @@ def _prepared(options: Options, report: Callable[[Problem], None] | None, progre
         identity,
         _last_step(options.output),
     )
+    is_there(options.output, facts(made.recipe, made.settings, made.identity))
     _check_room(made)
     return made
 
@@ -324,13 +331,13 @@ def summary(made: Run) -> list[str]:
             f"(internvl-jax data check {options.data} lists them)"
         )
     if made.going_on is not None:
-        lines.append(f"goes on after step {made.going_on} of {made.output}")
+        lines.append(f"{made.output} " + ("is done" if made.done else f"goes on after step {made.going_on}"))
     return lines
 
 
-def result(made: Run, outcome: Outcome) -> list[str]:
-    """How a run ended, and what to do next."""
-    if not outcome.finished:
+def result(made: Run, outcome: Outcome | None) -> list[str]:
+    """How a run ended, and what to do next. outcome: None of one that was done before."""
+    if outcome is not None and not outcome.finished:
         return [f"stopped after step {outcome.step} of {made.settings.steps}, which is saved: the same command goes on"]
     model = made.output / MODEL
     base = "" if made.options.checkpoint is None else f" --checkpoint {made.checkpoint}"

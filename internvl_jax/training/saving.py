@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ class Steps:
             raise RunError(self._failed(step, error)) from error
 
     def _failed(self, step: int, error: Exception) -> str:
+        with suppress(OSError, ValueError, RuntimeError):
+            self._manager.wait_until_finished()  # the one before may still be on its way
         good = [name for path in self.directory.iterdir() if (name := path.name).isdigit() and int(name) != step]
         last = f"step {max(map(int, good))} is the last good one" if good else "there is no earlier step"
         return f"step {step} could not be written to {self.directory} ({error}); {last}: make room and start again"
@@ -129,26 +132,43 @@ class Steps:
         self._manager.close()
 
 
-def claim(directory: str | Path, settings: dict[str, Any]) -> bool:
-    """Make a run's directory, or see that it is this run's. Returns whether it was there already.
+def is_there(directory: str | Path, settings: dict[str, Any]) -> bool:
+    """Whether a directory is this run's already; False where it is free for it.
 
     Raises RunError that lists the settings that differ, and for a directory that holds something else.
     """
     path = Path(directory) / RUN
-    settings = json.loads(json.dumps(settings))
-    with distributed.all_or_none():
-        there = path.exists()
-        if there:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            different = [name for name in sorted(before | settings) if before.get(name) != settings.get(name)]
-            if different:
-                raise RunError(
-                    f"{directory} is another run's: "
-                    + "; ".join(f"{n} was {before.get(n)!r}, is {settings.get(n)!r}" for n in different)
-                    + ". Go on with its settings, or choose another directory"
-                )
-        elif path.parent.exists() and any(path.parent.iterdir()):
+    if not path.exists():
+        if path.parent.exists() and (not path.parent.is_dir() or any(path.parent.iterdir())):
             raise RunError(f"{directory} is not empty and holds no {RUN}: choose another directory for the run")
+        return False
+    before, settings = (_flat(json.loads(text)) for text in (path.read_text(encoding="utf-8"), json.dumps(settings)))
+    different = [name for name in sorted(before | settings) if before.get(name) != settings.get(name)]
+    if different:
+        raise RunError(
+            f"{directory} is another run's: "
+            + "; ".join(f"{n} was {before.get(n)!r}, is {settings.get(n)!r}" for n in different)
+            + ". Go on with its settings, or choose another directory"
+        )
+    return True
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their whole name, "recipe.optimizer.learning_rate"."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def claim(directory: str | Path, settings: dict[str, Any]) -> bool:
+    """Make a run's directory, or see that it is this run's. Returns whether it was there already.
+
+    Raises RunError as `is_there` does.
+    """
+    path = Path(directory) / RUN
+    with distributed.all_or_none():
+        there = is_there(directory, settings)
     with distributed.first_alone() as first:
         if first and not there:
             path.parent.mkdir(parents=True, exist_ok=True)

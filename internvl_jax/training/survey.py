@@ -1,4 +1,4 @@
-"""What an epoch of a data set takes, steps and image slots, from a few thousand samples. Pictures are not opened."""
+"""What an epoch of a data set takes, steps and image slots, from a few thousand samples."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from internvl_jax.training.packing import Layout
 from internvl_jax.training.samples import Problem, SampleMaker
 
 LOOKED_AT = 2000  # samples
+PICTURES = 8  # of them whose pictures are opened: a wrong directory shows
 MARGIN = 1.1  # image slots over the mean
 
 
@@ -54,15 +55,18 @@ class Survey:
         return count * self.epoch * self.usable / len(self.sizes)
 
 
-def survey(corpus: Corpus, maker: SampleMaker, *, seed: int = 0, progress: Progress | None = None) -> Survey:
-    """Look at up to LOOKED_AT samples. maker: with any number of image slots; too many images are no problem here.
+def survey(
+    corpus: Corpus, maker: SampleMaker, *, seed: int = 0, most: int = LOOKED_AT, progress: Progress | None = None
+) -> Survey:
+    """Look at up to `most` samples. maker: with any number of image slots; too many images are no problem here.
 
-    Raises DataError where none of them can be used.
+    Raises DataError where none of them can be used, or none of the pictures that are opened.
     """
-    count = min(LOOKED_AT, len(corpus))
+    count = min(most, len(corpus))
     numbers = np.sort(np.random.default_rng(seed).choice(len(corpus), count, replace=False))
     counting = replace(maker, with_pixels=False, image_slots=10**6)
     sizes, problems, supervised = [], [], 0
+    seeing: list[int] = []
     for number, made in enumerate(in_order(corpus, counting, numbers), 1):
         if progress is not None:
             progress(number, count, "looking at the data")
@@ -70,7 +74,16 @@ def survey(corpus: Corpus, maker: SampleMaker, *, seed: int = 0, progress: Progr
             problems.append(made)
         else:
             sizes.append((len(made.input_ids), counting.images_of(made)))
+            if sizes[-1][1] and len(seeing) < PICTURES:
+                seeing.append(numbers[number - 1])
             supervised += int(np.sum(made.labels != IGNORED))
     if not sizes:
         raise DataError(f"none of {count} samples can be used; {problems[0].place}: {problems[0].message}")
+    opened = list(in_order(corpus, replace(maker, image_slots=10**6), np.asarray(seeing)))
+    unseen = [made for made in opened if isinstance(made, Problem)]
+    if opened and len(unseen) == len(opened):
+        raise DataError(
+            f"none of {len(opened)} pictures can be read: is the data set's root right? {unseen[0].place}: "
+            f"{unseen[0].message}"
+        )
     return Survey(len(corpus), tuple(sizes), supervised, tuple(problems))

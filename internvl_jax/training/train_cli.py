@@ -149,9 +149,11 @@ def _train(args: argparse.Namespace, join: Callable[[argparse.Namespace], None])
         for line in run.summary(made):
             err.print(line)
     board = args.output / run.TENSORBOARD if args.tensorboard else None
-    with reporting.reporting(made.settings.steps, args.log_every, board) as reporter:
-        outcome = run.start(made, log=reporter.log, tell=reporter.answer, progress=reporter.progress)
+    outcome = None
+    if not made.done:
+        with reporting.reporting(made.settings.steps, args.log_every, board) as reporter:
+            outcome = run.start(made, log=reporter.log, tell=reporter.answer, progress=reporter.progress)
     if distributed.is_first():
         for line in (*skipped.lines(), *run.result(made, outcome)):
             err.print(line)
-    return 0 if outcome.finished else 1
+    return 0 if outcome is None or outcome.finished else 1

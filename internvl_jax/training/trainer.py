@@ -270,7 +270,7 @@ def train(
     """
     directory = Path(directory)
     adamw = optimizer.make_optimizer(recipe.optimizer, settings.steps, config)
-    claim(directory, {"recipe": _plain(asdict(recipe)), **settings.identity(), **(identity or {})})
+    claim(directory, facts(recipe, settings, identity))
     step_function = make_step(config, recipe, settings, adamw, image_token_id, place, loss=loss)
     state, frozen = init_state(params, recipe, adamw, place, settings.seed)
     del params
@@ -435,9 +435,9 @@ def _parts(batch: Batch) -> list[Batch]:
     return [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(batch.labels.shape[0])]
 
 
-def _plain(value: Any) -> Any:
-    """Settings as JSON holds them."""
-    return json.loads(json.dumps(value))
+def facts(recipe: Recipe, settings: Settings, identity: dict[str, Any] | None) -> dict[str, Any]:
+    """What run.json says: what must stay the same when a run goes on."""
+    return {"recipe": asdict(recipe), **settings.identity(), **(identity or {})}
 
 
 @contextmanager
