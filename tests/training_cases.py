@@ -1,16 +1,19 @@
 """A small training run, for tests and for the processes that they start: model, data, recipe.
 
-python training_cases.py DIRECTORY STEPS [SAVE_EVERY]    trains there; prints each step's loss, exactly
+python training_cases.py DIRECTORY STEPS CACHE [DIE_AT]    trains there; prints each step's loss, exactly
 """
 
+import os
 import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from test_objective import IMAGE, batch_of, random_params, tiny
 
+from internvl_jax.training import trainer
 from internvl_jax.training.lora import Lora
 from internvl_jax.training.optimizer import AdamW
 from internvl_jax.training.recipes import Recipe
@@ -27,11 +30,13 @@ RECIPES = {
 class Batches:
     """Batch i is a function of i; some have longer rows."""
 
-    def __init__(self, config, rows=2, wait=0.0):
-        self.config, self.rows, self.wait, self.next = config, rows, wait, 0
+    def __init__(self, config, rows=2, wait=0.0, die_at=None):
+        self.config, self.rows, self.wait, self.die_at, self.next = config, rows, wait, die_at, 0
 
     def __next__(self):
         time.sleep(self.wait)
+        if self.next == self.die_at:
+            os._exit(9)  # nothing is cleaned up, as after kill -9
         number, self.next = self.next, self.next + 1
         return self.make(number)
 
@@ -50,8 +55,23 @@ class Batches:
         self.next = state["next"]
 
 
-def run(directory, steps, name="lora", *, batches=None, place=None, params=None, log=None, **settings):
+compiled = {}  # steps that several tests share: tracing and compiling is most of a short run
+
+
+def make_step(config, recipe, settings, adamw, image_token_id, place, make=trainer.make_step, **options):
+    key = (config, recipe.name, *settings.identity().values(), settings.remat, str(options))
+    if key not in compiled:
+        compiled[key] = make(config, recipe, settings, adamw, image_token_id, place, **options)
+    return compiled[key]
+
+
+def run(directory, steps, name="lora", *, batches=None, place=None, params=None, log=None, alone=False, **settings):
+    """alone: with a step of its own, whose compiles are counted."""
     config = tiny()
+    if not alone and place is None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "make_step", make_step)
+            return run(directory, steps, name, batches=batches, params=params, log=log, alone=True, **settings)
     place = Place(config) if place is None else place
     params = jax.tree.map(jax.numpy.asarray, random_params(config)) if params is None else params
     settings = Settings(**{"steps": steps, "save_every": 2, "log_every": 1, "remat": "none", **settings})
@@ -65,7 +85,7 @@ if __name__ == "__main__":
     done = run(
         Path(sys.argv[1]),
         int(sys.argv[2]),
-        batches=Batches(tiny(), wait=0.05),
+        batches=Batches(tiny(), wait=0.05, die_at=int(sys.argv[4]) if len(sys.argv) > 4 else None),
         log=lambda entry: print(entry["step"], entry["loss"].hex(), entry["grad_norm"].hex(), flush=True),
     )
     print("finished" if done.finished else f"stopped at {done.step}", flush=True)
