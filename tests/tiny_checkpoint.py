@@ -25,7 +25,7 @@ def tiny_config(**text):
     )
     text = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2,
             "intermediate_size": 96, "max_position_embeddings": 128, **text}  # fmt: skip
-    projector = replace(config.projector, in_features=160, out_features=64)
+    projector = replace(config.projector, in_features=160, out_features=text["hidden_size"])
     return replace(config, vision=vision, text=replace(config.text, **text), projector=projector, image_size=56)
 
 
