@@ -18,7 +18,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +158,113 @@ def save(directory: str | Path, params: Any) -> None:
         writer.commit()
 
 
+def write_changed(
+    directory: str | Path,
+    base: str | Path,
+    changed: Any,
+    *,
+    reshaped: Sequence[str] = (),
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Write `base`, a converted checkpoint, to `directory` with the leaves of `changed` in the place of its own.
+
+    Names, shapes, dtypes and the files beside the parameters stay base's, except for leaves named in `reshaped`, which
+    may have another shape, and for `files`, texts by name. `changed` may hold fewer vision layers: the others are
+    copied. Arrays may lie over the devices of several processes, which then all call this.
+    Raises CheckpointError where `directory` exists, and for leaves that base does not have.
+    """
+    directory, base = Path(directory), Path(base)
+    source = Reader(base)
+    new = dict(named_leaves(changed))
+    shapes = {name: new[name].shape if name in reshaped else shape for name, (shape, _) in source.leaves.items()}
+    check_shapes(base, new, shapes)
+    with _copied(directory, base, shapes, files or {}) as writer:
+        with distributed.all_or_none():
+            for name, leaf in new.items():
+                dtype = source.leaves[name][1]
+                for index, values in _own_pieces(name, leaf):
+                    writer.write(name, index, np.asarray(values).astype(dtype))
+            if distributed.is_first():
+                for name, (shape, _) in source.leaves.items():
+                    for layer in (
+                        range(new[name].shape[0] if name in new else 0, shape[0]) if "/layers/" in name else ()
+                    ):
+                        writer.write(name, (layer,), source.read(name, (layer,)))
+                    if "/layers/" not in name and name not in new:
+                        writer.write(name, ..., source.read(name))
+
+
+def write_mapped(
+    directory: str | Path,
+    base: str | Path,
+    change: Callable[[str, int | None, np.ndarray], np.ndarray],
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Write `base`, a converted checkpoint, to `directory` with every piece passed through change(name, layer, values).
+
+    A piece is one layer of a stack, or a whole leaf (layer None): memory is bounded by the largest. Shapes, dtypes and
+    the files beside the parameters stay. For one process. Raises CheckpointError where `directory` exists.
+    """
+    directory, base = Path(directory), Path(base)
+    source = Reader(base)
+    pieces = [
+        (name, layer)
+        for name, (shape, _) in source.leaves.items()
+        for layer in (range(shape[0]) if "/layers/" in name else (None,))
+    ]
+    with _copied(directory, base, {name: shape for name, (shape, _) in source.leaves.items()}, {}) as writer:
+        for number, (name, layer) in enumerate(pieces, 1):
+            index: Any = ... if layer is None else (layer,)
+            values = source.read(name, index)
+            writer.write(name, index, np.asarray(change(name, layer, values)).astype(values.dtype))
+            if progress is not None:
+                progress(number, len(pieces), "writing")
+
+
+@contextmanager
+def _copied(
+    directory: Path, base: Path, shapes: Mapping[str, tuple[int, ...]], files: Mapping[str, str]
+) -> Iterator[Writer]:
+    """The Writer of a directory that is to be as `base`, files beside the parameters included; whole at the end."""
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    with distributed.first_alone() as first:
+        if first:
+            if directory.exists():
+                raise CheckpointError(f"{directory} exists already: remove it, or write somewhere else")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            for path in base.iterdir():
+                if path.is_file() and path.name not in files:
+                    shutil.copy(path, temporary)
+                elif (path / "config.json").is_file():  # LLaVA's vision tower: its small files
+                    shutil.copytree(path, temporary / path.name)
+            for name, text in files.items():
+                (temporary / name).write_text(text, encoding="utf-8")
+    try:
+        abstract = _nested({name: (shapes[name], dtype) for name, (_, dtype) in _stored(base).items()})
+        with Writer(temporary, abstract) as writer:
+            yield writer
+            writer.commit()
+        with distributed.first_alone() as first:
+            if first:
+                temporary.rename(directory)
+    finally:
+        if distributed.is_first():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def stored_tree(directory: str | Path) -> Any:
     """What `directory`/params holds, as a tree of jax.ShapeDtypeStruct, quantized kernels as such.
 
     Raises CheckpointError where it is damaged.
     """
+    return _nested(_stored(Path(directory)))
+
+
+def _nested(leaves: Mapping[str, tuple[tuple[int, ...], Any]]) -> Any:
     tree: dict[str, Any] = {}
-    for name, (shape, dtype) in _stored(Path(directory)).items():
+    for name, (shape, dtype) in leaves.items():
         *parents, last = name.split("/")
         node = tree
         for parent in parents:

@@ -18,6 +18,7 @@ from internvl_jax.config import PRESETS
 from internvl_jax.evaluation import cli as evaluation_cli
 from internvl_jax.processing.images import load_image
 from internvl_jax.progress import counting, err, progress_bar, status
+from internvl_jax.training import adapters_cli, train_cli
 from internvl_jax.training import cli as training_cli
 
 # Settings of sampling.GenerationConfig that `chat` passes on; an option that is not given is None, its default.
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("prompt", nargs="?", metavar="PROMPT", help="the question; '-' reads it from standard input")
     chat.add_argument("--checkpoint", type=Path, metavar="DIR", help="a converted directory, or a published one as is")
+    _add_adapters(chat)
     chat.add_argument("--image", type=Path, action="append", default=[], metavar="F", help="a picture; repeatable")
     chat.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="to compute in; default: bfloat16 on TPU/GPU, float32 on CPU"
@@ -214,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
         "--images", type=Path, metavar="DIR", help="where relative paths of images start (QUESTIONS' own)"
     )
     batch.add_argument("--checkpoint", type=Path, metavar="DIR", help="as for chat; default: nano")
+    _add_adapters(batch)
     batch.add_argument(
         "--mesh", metavar="SPEC", help="as for chat; several processes share the work if one's devices can hold it"
     )
@@ -252,6 +255,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_processes(bench)
     bench.set_defaults(run=_bench)
 
+    train_cli.add_parser(commands, _add_processes, _join)
+    adapters_cli.add_parser(commands)
     training_cli.add_parser(commands)
     evaluation_cli.add_parser(commands, _add_weights_and_processes, _join)
     return parser
@@ -270,6 +275,10 @@ def _add_vision_tower(parser: argparse.ArgumentParser) -> None:
         help="of LLaVA-1.5 and InternVL-Chat-V1-0: the tower's directory (default: in the checkpoint's, or beside it, "
         "under the name that config.json has for it)",
     )
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapters", type=Path, metavar="DIR", help="low-rank adapters that training wrote")
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:
@@ -322,6 +331,7 @@ def _chat(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             quantize=args.quantize,
             cache_dtype=args.cache_dtype,
+            adapters=args.adapters,
             progress=progress,
         )
     chat.check_ready()
@@ -506,6 +516,7 @@ def _batch(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             quantize=args.quantize,
             cache_dtype=args.cache_dtype,
+            adapters=args.adapters,
             progress=progress,
         )
     chat.check_ready()

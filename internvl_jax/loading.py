@@ -21,6 +21,7 @@ from internvl_jax.models.layers import BATCH, Params
 from internvl_jax.processing.images import load_processor
 from internvl_jax.processing.tokenizer import load_tokenizer
 from internvl_jax.quantize import QuantizeError, Scheme, quantize_params, scheme_of
+from internvl_jax.training import lora
 
 Progress = Callable[[int, int, str], None]
 
@@ -36,6 +37,7 @@ def load(
     vision: str | None = None,
     quantize: Scheme | str | None = None,
     cache_dtype: Any = None,
+    adapters: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Chat:
     """Load a checkpoint and return the Chat that runs it.
@@ -51,9 +53,11 @@ def load(
     quantize: "int8" or "int4" weights (quantize.py says which), quantized while they are read, so that no device ever
         holds more than one layer as it was. None: as they are stored, which may be quantized already.
     cache_dtype: of keys and values of what was read, "int8" for half the memory of bfloat16. None: dtype.
+    adapters: a directory of low-rank adapters that training wrote; they stay beside the weights, quantized ones too.
     progress: called as progress(done_bytes, total_bytes, what) while reading.
-    Raises ConfigError, CheckpointError, TokenizerError, ImageError, MeshError or QuantizeError (ValueErrors all) naming
-    the file or the setting and what to do; everything but a damaged parameter is refused before parameters are read.
+    Raises ConfigError, CheckpointError, TokenizerError, ImageError, MeshError, QuantizeError or LoraError (ValueErrors
+    all) naming the file or the setting and what to do; everything but a damaged parameter is refused before parameters
+    are read.
     """
     directory = NANO if path is None else Path(path).expanduser()
     if not directory.is_dir():
@@ -73,10 +77,18 @@ def load(
     tokenizer = load_tokenizer(directory) if has_tokenizer and config.text is not None else None
     processor = load_processor(directory, config)
     eos_token_ids = _generation_eos(directory)
-    _enable_compilation_cache()
+    added = None if adapters is None else lora.load(adapters, abstract_for_running(config, dtype))
+    enable_compilation_cache()
+    params = _load_params(directory, config, dtype, mesh, vision, quantize, progress)
+    if added is not None:
+        pairs, settings = added
+        pairs = jax.device_get(pairs)
+        if mesh is not None:
+            pairs = sharding.place_adapters(pairs, config, mesh, vision=vision)
+        params = lora.attach(params, pairs, settings)
     return Chat(
         config,
-        _load_params(directory, config, dtype, mesh, vision, quantize, progress),
+        params,
         dtype=dtype,
         cache_dtype=cache_dtype,
         tokenizer=tokenizer,
@@ -196,7 +208,7 @@ def _generation_eos(directory: Path) -> tuple[int, ...] | None:
     return ids
 
 
-def _enable_compilation_cache() -> None:
+def enable_compilation_cache() -> None:
     """Keep compiled programs on disk, so that the second process starts fast.
 
     jax's own settings go first: JAX_COMPILATION_CACHE_DIR chooses another place, JAX_ENABLE_COMPILATION_CACHE=0 none.

@@ -239,7 +239,7 @@ def param_specs(abstract: Any, *, vision: str = "tensor") -> Any:
 
     def spec_of(keys: Sequence[Any], leaf: Any) -> P:
         path = path_of(keys)
-        rules = [rule for rule in PARAM_RULES if re.fullmatch(rule.pattern, path)]
+        rules = rules_of(path)
         if len(rules) != 1:
             raise ValueError(f"{path} {list(leaf.shape)} must match one sharding rule, it matches {len(rules)}")
         used.add(rules[0].pattern)
@@ -256,6 +256,50 @@ def param_specs(abstract: Any, *, vision: str = "tensor") -> Any:
     if idle:
         raise ValueError(f"sharding rules that match no parameter: {', '.join(idle)}")
     return specs
+
+
+def adapter_specs(adapters: Any, *, vision: str = "tensor") -> Any:
+    """The PartitionSpec of every leaf of low-rank adapters (training/lora.py): as their kernel's, the rank whole.
+
+    Raises ValueError for an adapter of a kernel that no rule matches.
+    """
+
+    def spec_of(keys: Sequence[Any], leaf: Any) -> P:
+        path, kind = path_of(keys[:-1]), keys[-1].key
+        rules = rules_of(f"{path}/kernel")
+        if len(rules) != 1 or kind not in ("lora_a", "lora_b"):
+            raise ValueError(f"{path}/{kind} {list(leaf.shape)} is not an adapter of a kernel with a sharding rule")
+        layer, *axes = rules[0].spec
+        if vision == "data" and path.startswith("vision_model/"):
+            axes = [None if axis == "tensor" else axis for axis in axes]
+        count = leaf.ndim - 2  # axes besides layer and rank: the kernel's first ones of lora_a, its last of lora_b
+        return P(layer, *axes[:count], None) if kind == "lora_a" else P(layer, None, *axes[len(axes) - count :])
+
+    return jax.tree_util.tree_map_with_path(spec_of, adapters)
+
+
+def adapter_shardings(adapters: Any, mesh: Mesh, *, vision: str = "tensor") -> Any:
+    """A NamedSharding for every leaf of adapters; axes that do not divide are kept whole."""
+    return jax.tree.map(
+        lambda leaf, spec: NamedSharding(mesh, fitting(leaf.shape, spec, mesh)),
+        adapters,
+        adapter_specs(adapters, vision=vision),
+    )
+
+
+def place_adapters(adapters: Any, config: ChatConfig, mesh: Mesh, *, vision: str = "tensor") -> Any:
+    """Adapters of true shapes, padded and laid out on the mesh beside the parameters of `place_params`."""
+
+    def pad(tree: Any) -> Any:
+        return pad_params(tree, config, mesh, vision=vision)
+
+    places = adapter_shardings(jax.eval_shape(pad, adapters), mesh, vision=vision)
+    return jax.jit(pad, out_shardings=places)(adapters)
+
+
+def rules_of(path: str) -> list[Rule]:
+    """The rules that match a parameter's path: one, if the table is right."""
+    return [rule for rule in PARAM_RULES if re.fullmatch(rule.pattern, path)]
 
 
 def param_shardings(abstract: Any, mesh: Mesh, *, vision: str = "tensor") -> Any:
@@ -306,6 +350,11 @@ def _is_scale(keys: Sequence[Any]) -> bool:
 
 def _divides(shape: Sequence[int], spec: P, mesh: Mesh) -> bool:
     return all(size % axis_size(axis, mesh.shape) == 0 for size, axis in zip(shape, spec))
+
+
+def fitting(shape: Sequence[int], spec: P, mesh: Mesh) -> P:
+    """A PartitionSpec without the axes that do not divide `shape`."""
+    return P(*(axis if size % axis_size(axis, mesh.shape) == 0 else None for size, axis in zip(shape, spec)))
 
 
 def axis_size(axis: str | Sequence[str] | None, sizes: Mapping[str, int]) -> int:
@@ -366,7 +415,8 @@ def place_params(params: Any, config: ChatConfig, mesh: Mesh, *, vision: str = "
 
 def _resize_heads(params: Any, heads: int) -> Any:
     axes = {"attn/qkv/kernel": -2, "attn/qkv/bias": -2, "attn/q_norm/scale": -2, "attn/k_norm/scale": -2}
-    return _resize(params, {**axes, "attn/proj/kernel": -3}, _VIT, heads)
+    adapters = {"attn/qkv/lora_b": -2, "attn/proj/lora_a": -3}
+    return _resize(params, {**axes, "attn/proj/kernel": -3, **adapters}, _VIT, heads)
 
 
 def _resize(params: Any, axes: Mapping[str, int], prefix: str, size: int) -> Any:

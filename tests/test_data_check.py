@@ -100,7 +100,7 @@ def test_supervised_tokens_are_green_and_others_dim(meta):
     report, tokenizer = check(meta, CHECKPOINT, LAYOUT, show=2)
     assert len(report.shown) == 4
     for sample in report.shown:
-        text = render(sample, tokenizer)
+        text = render(sample, tokenizer, report.image_token_id)
         styles = {text.plain[span.start : span.end]: span.style for span in text.spans}
         green = [part for part, style in styles.items() if style == "bold green"]
         assert len(green) == 1

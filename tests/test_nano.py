@@ -3,11 +3,14 @@
 import glob
 import io
 import json
+import os
 import shutil
+import signal
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,9 +18,13 @@ from rich.console import Console
 
 import internvl_jax
 from internvl_jax.config import PRESETS, ChatConfig
-from internvl_jax.nano import build_tokenizer, evaluate, render, train
-from internvl_jax.processing.conversation import IMG_CONTEXT
+from internvl_jax.nano import build_tokenizer, dataset, evaluate, render, train
+from internvl_jax.processing.images import load_processor
 from internvl_jax.processing.tokenizer import load_tokenizer
+from internvl_jax.training import trainer
+from internvl_jax.training.annotations import Corpus, read_meta
+from internvl_jax.training.batch import IGNORED
+from internvl_jax.training.samples import Sample, SampleMaker
 
 NANO = Path(internvl_jax.__file__).parent / "nano" / "model"
 IMAGES = NANO.parent / "images"
@@ -101,18 +108,33 @@ def test_splits_share_no_scan(monkeypatch):
     assert not used["train"] & used["heldout"]
 
 
-def test_supervised_tokens_are_the_answers():
-    tokenizer = load_tokenizer(NANO)
-    longest = 0
-    for index in range(200):
-        sample = render.make_sample("train", index)
-        ids, supervised = train.tokenize(sample, tokenizer, 16)
-        answers = tokenizer.decode([i for i, keep in zip(ids, supervised) if keep], skip_special_tokens=False)
-        expected = "</s>".join(question.answer for question in sample.questions) + "</s>"
+def test_data_set_is_in_the_documented_format(tmp_path):
+    """Every sample can be used, with what is in its pictures beside them; written again, the bytes are the same."""
+    count = 60
+    meta = dataset.write(tmp_path / "data", count)
+    dataset.write(tmp_path / "again", count)
+    for path in sorted((tmp_path / "data").rglob("*.*")):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "data")).read_bytes()
+    with pytest.raises(ValueError, match="holds 60 samples, not 61"):
+        dataset.write(tmp_path / "data", count + 1)
+    config, tokenizer = ChatConfig.from_file(NANO), load_tokenizer(NANO)
+    maker = SampleMaker.of(
+        config, tokenizer, load_processor(NANO, config), max_length=train.LENGTH, image_slots=1, image_labels=21
+    )
+    corpus = Corpus(read_meta(meta))
+    assert len(corpus) == count
+    for number in range(count):
+        drawn = render.make_sample("train", number)
+        sample = maker(corpus[number], np.random.default_rng(0))
+        assert isinstance(sample, Sample)
+        assert not sample.cut
+        answers = tokenizer.decode(sample.labels[sample.labels != IGNORED], skip_special_tokens=False)
+        expected = "</s>".join(question.answer for question in drawn.questions) + "</s>"
         assert answers.replace(" ", "") == expected.replace(" ", "")
-        assert ids.count(tokenizer.token_to_id(IMG_CONTEXT)) == (0 if sample.image is None else 16)
-        longest = max(longest, len(ids))
-    assert longest <= train.Recipe.length
+        assert len(sample.pixel_values) == len(sample.image_labels) == (drawn.image is not None)
+        if drawn.image is not None:
+            assert tuple(sample.image_labels[0]) == drawn.contents
+            assert np.array_equal(sample.pixel_values[0], maker.processor(Image.fromarray(drawn.image)))
 
 
 def test_tokenizer_is_the_shipped_one(tmp_path):
@@ -124,36 +146,51 @@ def test_tokenizer_is_the_shipped_one(tmp_path):
         assert (tmp_path / name).read_bytes() == (NANO / name).read_bytes(), name
 
 
-def test_training_resumes_bit_for_bit(tmp_path):
-    """Eight steps of all stages straight, and the same in two runs, the first ended within the second stage."""
-    recipe = train.Recipe(stages=(("see", 4), ("answer", 2), ("together", 2)), batch=4, warmup=1, checkpoint_every=1)
+def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
+    """All stages straight, and the same in two runs, the first stopped within the second stage; a model is written."""
+    stages = train.make_stages((4, 4, 2), rows=4, warmup=1)
     config = PRESETS["nano"]()
-    vision = replace(config.vision, num_hidden_layers=2, hidden_size=40, intermediate_size=80)
+    vision = replace(config.vision, num_hidden_layers=3, hidden_size=40, intermediate_size=80)
     text = replace(config.text, num_hidden_layers=1)
-    projector = replace(config.projector, in_features=160)
-    config = replace(config, vision=vision, text=text, projector=projector)
+    config = replace(config, vision=vision, text=text, projector=replace(config.projector, in_features=160))
     results = []
-    for name, stops in (("straight", [None]), ("resumed", [5, None])):
+    make, made = trainer.make_step, {}
+
+    def shared(config, recipe, *args, **options):  # compiled once for both
+        if recipe.name not in made:
+            made[recipe.name] = make(config, recipe, *args, **options)
+        return made[recipe.name]
+
+    monkeypatch.setattr(trainer, "make_step", shared)
+    for name, stop in (("straight", None), ("resumed", 2)):
         out = tmp_path / name
         copy_tokenizer(out)
-        for stop in stops:
-            params = train.train(out, recipe, config, stop_at=stop, console=Console(quiet=True))
-        results.append(train.jax.device_get(params))
-    straight, resumed = map(train.jax.tree.leaves, results)
-    assert all(np.array_equal(a, b) for a, b in zip(straight, resumed))
-    start = train.jax.tree.leaves(train.init_params(train.jax.random.key(0), config)["vision_model"])
-    moved = train.jax.tree.leaves(results[0]["vision_model"])
-    assert all(not np.array_equal(a, b) for a, b in zip(start, moved) if a.ndim > 2)
+        if stop is not None:
+            real = train.train
 
+            def stopping(directory, *args, real=real, stop=stop, **options):
+                def log(entry):
+                    if directory.name == "answer" and entry["step"] == stop:
+                        os.kill(os.getpid(), signal.SIGTERM)
 
-def test_written_model_loads(tmp_path):
-    config = PRESETS["nano"]()
-    params = train.chat_model.init_params(train.jax.random.key(0), config)
-    copy_tokenizer(tmp_path)
-    train.write_model(tmp_path, params, config)
-    chat = internvl_jax.load(tmp_path)
-    assert chat.config == config == ChatConfig.from_file(NANO)
-    stored = np.asarray(params["mlp1"]["fc1"]["kernel"].astype("bfloat16"), np.float32)
+                return real(directory, *args, **{**options, "log": log})
+
+            with monkeypatch.context() as patch:
+                patch.setattr(train, "train", stopping)
+                assert train.run(out, config, stages, samples=24) is None
+        params = train.run(out, config, stages, samples=24)
+        results.append(jax.device_get(params))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    start = jax.device_get(train.init_params(jax.random.key(0), config))
+    for part in ("vision_model", "mlp1", "language_model"):
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), results[0][part], start[part])
+        assert max(jax.tree.leaves(moved)) > 0, part
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "straight" / "see" / "metrics.jsonl").open()]
+    assert losses[-1] < losses[0]
+    train.write_model(tmp_path / "model", out, params, config)
+    chat = internvl_jax.load(tmp_path / "model")
+    assert chat.config == config
+    stored = np.asarray(results[0]["mlp1"]["fc1"]["kernel"].astype("bfloat16"), np.float32)
     assert np.array_equal(np.asarray(chat.params["mlp1"]["fc1"]["kernel"]), stored)
 
 

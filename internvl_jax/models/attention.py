@@ -54,12 +54,17 @@ class Mask(NamedTuple):
     span: Array | None = None  # [B,2] int32 for T = 1: the first allowed slot, and one past the last
 
 
-def self_mask(positions: Array, valid: Array) -> Mask:
+def self_mask(positions: Array, valid: Array, segments: Array | None = None) -> Mask:
     """Tokens among themselves: real ones (valid [B,T] bool) attend to real ones up to their own position [B,T].
 
-    Positions must not fall along a row; padding may stand anywhere. What padding attends to is left open.
+    segments [B,T] int32, 0 for padding: samples that share a row, whose tokens attend to those of their own only.
+    Positions must not fall along a row, or along each of its segments; padding may stand anywhere. What padding attends
+    to is left open.
     """
-    return Mask(attention_mask(positions, positions, valid), segments=valid.astype(jnp.int32))
+    allowed = attention_mask(positions, positions, valid)
+    if segments is None:
+        return Mask(allowed, segments=valid.astype(jnp.int32))
+    return Mask(allowed & (segments[:, :, None] == segments[:, None, :]), segments)
 
 
 def cache_mask(q_positions: Array, kv_positions: Array, kv_valid: Array) -> Mask:

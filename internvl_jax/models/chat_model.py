@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.models import intern_vit, llama, projector
-from internvl_jax.models.layers import Array, Params, positions_from_valid
+from internvl_jax.models.layers import Array, Params, Remat, positions_from_valid
 
 
 def init_params(key: Array, config: ChatConfig, dtype: Any = jnp.float32) -> Params:
@@ -86,13 +86,26 @@ def merge_images(embeddings: Array, is_image: Array, features: Array) -> Array:
 
 
 def embed_prompt(
-    params: Params, input_ids: Array, image_features: Array | None, image_token_id: int | Array, *, dtype: Any
+    params: Params,
+    input_ids: Array,
+    image_features: Array | None,
+    image_token_id: int | Array,
+    *,
+    dtype: Any,
+    groups: int = 1,
 ) -> Array:
-    """Embeddings of a prompt with its images merged in. input_ids [B,T], image_features [M,P,D] or None -> [B,T,D]."""
+    """Embeddings of a prompt with its images merged in. input_ids [B,T], image_features [M,P,D] or None -> [B,T,D].
+
+    groups: rows and images are that many equal parts, and each part's images stand in its own rows.
+    """
     embeddings = llama.embed(params["language_model"], input_ids, dtype)
     if image_features is None:
         return embeddings
-    return merge_images(embeddings, input_ids == image_token_id, image_features)
+    is_image = input_ids == image_token_id
+    if groups == 1:
+        return merge_images(embeddings, is_image, image_features)
+    parts = (x.reshape(groups, -1, *x.shape[1:]) for x in (embeddings, is_image, image_features))
+    return jax.vmap(merge_images)(*parts).reshape(embeddings.shape)
 
 
 def forward(
@@ -105,7 +118,7 @@ def forward(
     image_token_id: int | Array = -1,
     dtype: Any = jnp.float32,
     collect: bool = False,
-    remat: bool = False,
+    remat: Remat = False,
 ) -> tuple[Array, dict[str, Any]]:
     """Logits at every position of whole sequences (training, scoring, parity).
 

@@ -22,6 +22,7 @@ from internvl_jax.models.layers import (
     LayerNorm,
     Linear,
     Params,
+    Remat,
     RMSNorm,
     constrain,
     gelu,
@@ -166,7 +167,7 @@ def forward(
     num_layers: int | None = None,
     dtype: Any = jnp.float32,
     collect: bool = False,
-    remat: bool = False,
+    remat: Remat = False,
     drop_path_key: Array | None = None,
     image_axes: tuple[str, ...] = BATCH,
 ) -> tuple[Array, dict[str, Array]]:

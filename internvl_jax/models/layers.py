@@ -4,6 +4,7 @@ Axis letters, here and in every einsum string and shape comment of the project:
     B batch          T query tokens    S cache slots (keys)   D width           F mlp hidden
     N heads          K kv heads        G heads per kv head    H head dim        V vocabulary
     L layers         M images          P patches              C 3 (q, k, v)
+    R rank of an adapter
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qwix import QArray
 
 Array = jax.Array
 Params = dict[str, Any]
+Remat = bool | Callable[..., Any]  # see run_layers
 
 # Axes of the mesh (sharding.py says what they mean): rows of a batch lie along BATCH; heads, mlp hidden and vocabulary
 # along TENSOR.
@@ -182,10 +184,25 @@ class Linear(nn.Module):
         if self.split is not None:
             kernel = pin_matrix(kernel, self.split)
         y = product(self.eqn, x, kernel, self.dtype)
+        if self.has_variable("params", "lora_a"):
+            y = y + self._adapted(x)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), tuple(self.shape[i] for i in kept))
             y = y + bias.astype(self.dtype)
         return y
+
+    def _adapted(self, x: Array) -> Array:
+        """What a low-rank adapter beside the kernel adds (training/lora.py puts it there)."""
+        left, right, out = self.eqn.replace("->", ",").split(",")
+        a, b, key = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "key"))
+        if key is not None:
+            keep = 1 - self.get_variable("params", "lora_dropout")
+            x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep.astype(x.dtype), 0)
+        summed = "".join(axis for axis in right if axis not in out)
+        kept = "".join(axis for axis in right if axis in out)
+        rows = "".join(axis for axis in left if axis not in summed)
+        narrow = product(f"{left},{summed}R->{rows}R", x, a, self.dtype)
+        return product(f"{rows}R,R{kept}->{out}", narrow, b, self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -274,18 +291,19 @@ def run_layers(
     *,
     num_layers: int | None = None,
     per_layer: Any = None,
-    remat: bool = False,
+    remat: Remat = False,
 ) -> tuple[Any, Any]:
     """Run a stack of equal layers: `apply(carry, layer_params, (index, per_layer_slice)) -> (carry, y)`.
 
     layers: one tree stacked on axis 0 (lax.scan: compile time that does not grow with depth, no copies on TPU), or a
         tuple of per-layer trees (a Python loop: on CPU the scan would copy every layer's weights).
     num_layers: how many run, all by default. per_layer: a tree with a leading layer axis, sliced for each layer.
-    remat: recompute each layer's activations in the backward pass instead of keeping them.
+    remat: recompute each layer's activations in the backward pass instead of keeping them: all (True), or those that a
+        policy of jax.checkpoint_policies does not save.
     Returns the last carry and the ys stacked on axis 0 (None where y is None).
     """
     if remat:
-        apply = jax.checkpoint(apply)
+        apply = jax.checkpoint(apply, policy=None if remat is True else remat)
     quantized = lambda leaf: isinstance(leaf, QArray)  # noqa: E731
     layers = jax.tree.map(lambda leaf: split_groups(leaf) if quantized(leaf) else leaf, layers, is_leaf=quantized)
     if isinstance(layers, tuple):

@@ -22,6 +22,7 @@ from internvl_jax.models.layers import (
     Array,
     Linear,
     Params,
+    Remat,
     RMSNorm,
     apply_rope,
     constrain,
@@ -262,7 +263,8 @@ def forward(
     fresh: bool = False,
     dtype: Any = jnp.float32,
     collect: bool = False,
-    remat: bool = False,
+    remat: Remat = False,
+    segments: Array | None = None,
 ) -> tuple[Array, KVCache | None, dict[str, Array]]:
     """Read embeddings, after those that the cache holds.
 
@@ -270,6 +272,8 @@ def forward(
     fresh: the cache is empty, so attention needs to look at these T tokens only (prefill). Positions at or
     beyond max_position_embeddings, and tokens beyond the cache's slots, are the caller's to refuse: neither can raise
     under jit.
+    remat: as run_layers takes it. segments [B,T] int32, without a cache: samples that share a row (self_mask);
+    positions then restart at each.
     Returns the hidden states after the final norm [B,T,D], the cache with T more slots written, and `out`: with
     collect, "hidden_states" [1+L,B,T,D] as transformers counts them: the input, each layer's output, and last the
     normalised one in place of the last layer's.
@@ -279,7 +283,7 @@ def forward(
     if cache is not None:
         cache = cache.note(positions, valid)
     if cache is None or fresh:
-        mask = self_mask(positions, valid)
+        mask = self_mask(positions, valid, segments)
     else:
         mask = cache_mask(positions, cache.positions, cache.valid)
     block = Block(config, dtype)

@@ -435,16 +435,19 @@ def _clean_up(text: str) -> str:
     return text
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str, image_token: str, image_token_id: int | None) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str, image_token: str, image_token_id: int | None, add_bos: bool | None = None
+) -> list[int]:
     """Token ids of a prompt with image tokens in it; each `image_token` becomes `image_token_id`.
 
     Where that is no token of the vocabulary, the text between images is tokenized piece by piece, as LLaVA's
     tokenizer_image_token does: each piece as if a text began with it, without its bos token.
+    add_bos: of the whole prompt, as `Tokenizer.encode` takes it.
     """
     if tokenizer.token_to_id(image_token) == image_token_id:
-        return tokenizer.encode(prompt)
+        return tokenizer.encode(prompt, add_bos)
     first, *others = prompt.split(image_token)
-    ids = tokenizer.encode(first)
+    ids = tokenizer.encode(first, add_bos)
     for piece in others:
         rest = tokenizer.encode(piece)
         ids += [image_token_id, *(rest[1:] if rest[:1] == [tokenizer.bos_id] else rest)]

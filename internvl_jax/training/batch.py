@@ -22,6 +22,7 @@ class Batch(flax.struct.PyTreeNode):
     segment_ids: Any  # [B,T] int32: 0 on padding, 1, 2, ... for the samples of a row; attention stays within one
     positions: Any  # [B,T] int32: from 0 in each sample; 0 on padding
     pixel_values: Any  # [M,3,S,S] float32: images in the order of their tokens over the rows, then slots of zeros
+    image_labels: Any = None  # [M,K] int32: what annotations say of each image, where a loss asks for it (samples.py)
 
 
 def pad_rows(batch: Batch, length: int) -> Batch:

@@ -35,8 +35,8 @@ class Loader:
     skipped so far, batches made ahead included; the state's "problems" counts what the batches given came past.
     """
 
-    def __init__(self, batches: BatchDataset, problems: Problems, corpus: Corpus):
-        self.problems, self.corpus = problems, corpus
+    def __init__(self, batches: BatchDataset, problems: Problems, corpus: Corpus, maker: SampleMaker):
+        self.problems, self.corpus, self.maker = problems, corpus, maker
         self._batches = batches
 
     def __iter__(self) -> grain.DatasetIterator[Batch]:
@@ -75,9 +75,6 @@ def open_data(
     index, count = process
     if not 0 <= index < count:
         raise DataError(f"process {index} of {count} is none")
-    if count > 1 and len(layout.lengths) > 1:
-        # Each would choose a bucket by its own samples, and the shapes of one global step would differ.
-        raise DataError(f"{count} processes need rows of one length, not {list(layout.lengths)}: pack them")
     if workers < 0 or (epochs is not None and epochs < 1):
         raise DataError(f"there are no {workers} workers, no {epochs} epochs")
     maker = SampleMaker.of(
@@ -91,7 +88,7 @@ def open_data(
     identity = {"corpus": corpus.fingerprint(), "seed": seed, "shuffle": shuffle, "process": [index, count]}
     share = -(-len(corpus) // count)
     return Loader(
-        BatchDataset(samples, layout, processor.image_size, problems, identity, share, workers), problems, corpus
+        BatchDataset(samples, layout, processor.image_size, problems, identity, share, workers), problems, corpus, maker
     )
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.processing.conversation import IMG_CONTEXT
-from internvl_jax.processing.images import ImageProcessor
+from internvl_jax.processing.images import load_processor
 from internvl_jax.processing.tokenizer import Tokenizer, load_tokenizer
 from internvl_jax.training import packing
 from internvl_jax.training.annotations import Corpus, DataError, Progress, Source, read_meta
@@ -91,6 +91,7 @@ class Report:
     filled: float  # of the rows of whole batches, the part that is tokens
     batches: float  # per epoch, if the samples that were not looked at are like those that were
     shown: list[Sample]
+    image_token_id: int
 
     @property
     def problems(self) -> int:
@@ -132,12 +133,11 @@ def check(
         raise DataError(f"nothing can be checked with limit {limit} and {show} samples shown")
     config = ChatConfig.from_file(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
-    processor = ImageProcessor.from_dir(checkpoint, config.image_size, pad_to_square=config.pad_to_square)
+    processor = load_processor(checkpoint, config)
     maker = SampleMaker.of(
         config, tokenizer, processor, max_length=layout.max_length, image_slots=layout.image_slots, augmentation=None,
         **options,
     )  # fmt: skip
-    image_token_id = tokenizer.token_to_id(IMG_CONTEXT)
     rng = np.random.default_rng(seed)
     work: list[tuple[SourceStats, Corpus, np.ndarray]] = []
     for source in read_meta(Path(meta), base):
@@ -150,7 +150,7 @@ def check(
     shown: list[Sample] = []
     for stats, corpus, picked in work:
         kept: list[Sample] = []
-        for made in _in_order(corpus, maker, picked):
+        for made in in_order(corpus, maker, picked):
             done += 1
             if progress is not None:
                 progress(done, total, "checking")
@@ -159,7 +159,7 @@ def check(
                 if len(stats.listed) < LISTED:
                     stats.listed.append(made)
                 continue
-            images = int(np.sum(made.input_ids == image_token_id)) // maker.tokens_per_image
+            images = maker.images_of(made)
             stats.tokens.append(len(made.input_ids))
             stats.supervised += int(np.sum(made.labels != IGNORED))
             stats.images += images
@@ -172,21 +172,21 @@ def check(
                 kept[place : place + 1] = [made]
         shown += kept
     some = [sizes[number] for number in rng.permutation(len(sizes))[:SIMULATED]]
-    filled, batches = _fill(some, layout)
+    filled, batches = fill(some, layout)
     found = [stats for stats, *_ in work]
     epoch = sum(s.source.samples(s.entries) / s.checked * sum(s.tokens) for s in found)  # tokens
     per_epoch = batches * epoch / sum(tokens for tokens, _ in some) if some else 0.0
-    return Report(found, layout, filled, per_epoch, shown), tokenizer
+    return Report(found, layout, filled, per_epoch, shown, maker.image_token_id), tokenizer
 
 
-def _in_order(corpus: Corpus, maker: SampleMaker, numbers: np.ndarray) -> Iterator[Sample | Problem]:
+def in_order(corpus: Corpus, maker: SampleMaker, numbers: np.ndarray) -> Iterator[Sample | Problem]:
     """The samples of these numbers, made by threads ahead of the one that is looked at."""
     samples = grain.MapDataset.source(corpus).random_map(maker, seed=0)
     picked = grain.MapDataset.source(numbers).map(lambda number: samples[int(number)])
     yield from picked.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=4 * THREADS))
 
 
-def _fill(sizes: Sequence[tuple[int, int]], layout: Layout) -> tuple[float, int]:
+def fill(sizes: Sequence[tuple[int, int]], layout: Layout) -> tuple[float, int]:
     """How full the rows of batches are, those of the end of the data left out where there are others; and batches.
 
     sizes: tokens and images of samples.
@@ -208,9 +208,8 @@ def _fill(sizes: Sequence[tuple[int, int]], layout: Layout) -> tuple[float, int]
     return float(np.mean(fills[:whole] or fills or [0.0])), len(fills)
 
 
-def render(sample: Sample, tokenizer: Tokenizer) -> Text:
+def render(sample: Sample, tokenizer: Tokenizer, image_token_id: int) -> Text:
     """A sample as it is read: what is supervised in green between ⟦ and ⟧, the rest dim, image tokens counted."""
-    image_token_id = tokenizer.token_to_id(IMG_CONTEXT)
     text = Text()
     run: list[int] = []
     ids, learned = sample.input_ids.tolist(), (sample.labels != IGNORED).tolist()
@@ -270,4 +269,4 @@ def show(report: Report, tokenizer: Tokenizer, console: Console) -> None:
     for sample in report.shown:
         learned = int(np.sum(sample.labels != IGNORED))
         console.print(f"\n{sample.place}: {len(sample.input_ids)} tokens, {learned} supervised")
-        console.print(render(sample, tokenizer))
+        console.print(render(sample, tokenizer, report.image_token_id))

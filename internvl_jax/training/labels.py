@@ -7,12 +7,13 @@ answer's tokens are the ones that follow the tokens of the prompt that a chat wo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER, IMG_CONTEXT, Template, Turns, expand_images
-from internvl_jax.processing.tokenizer import Tokenizer
+from internvl_jax.processing.tokenizer import Tokenizer, encode_prompt
 from internvl_jax.training.batch import IGNORED
 
 
@@ -71,14 +72,41 @@ def _to_front(question: str) -> str:
     return (f"{IMAGE_PLACEHOLDER}\n" * count + rest).strip() if count else question
 
 
+def plain(template: Template) -> Template:
+    """LLaVA's template for pretraining a projector (its `plain`), with the image tokens of the model's own: an image,
+    its caption, a line break. Its turns are those of `captions`."""
+    return Template("", "", "", "", "", "", "\n", image=template.image)
+
+
+def captions(turns: Turns) -> list[tuple[str, str]]:
+    """A conversation as `plain` has it: what is asked is not read, only its image.
+
+    Raises SampleError for more than one turn, and for one without an image.
+    """
+    if len(turns) != 1 or IMAGE_PLACEHOLDER not in turns[0][0]:
+        raise SampleError("conversation", f"{len(turns)} turns: a caption is one answer to one question with an image")
+    question, answer = turns[0]
+    return [(IMAGE_PLACEHOLDER * question.count(IMAGE_PLACEHOLDER), answer)]
+
+
 def build(
-    turns: Turns, template: Template, tokenizer: Tokenizer, tokens_per_image: int
+    turns: Turns,
+    template: Template,
+    tokenizer: Tokenizer,
+    tokens_per_image: int,
+    image_token_id: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids [T] int32 of a conversation and its labels [T] int32, IGNORED except on answers and their end tokens.
 
-    turns: as `place_training_images` returns them. The ids are those of the whole text in one piece. Raises SampleError
-    where an answer's tokens would merge with the prompt's, so that no prompt could ever lead to them.
+    turns: as `place_training_images` returns them. image_token_id: None for the tokenizer's own.
+    The ids are those of the whole text in one piece (or, where images are no tokens of the vocabulary, in the pieces
+    of `encode_prompt`). Raises SampleError where an answer's tokens would merge with the prompt's, so that no prompt
+    could ever lead to them.
     """
+    image_token = template.image[1]
+    if image_token_id is None:
+        image_token_id = tokenizer.token_to_id(image_token)
+    encode = partial(encode_prompt, tokenizer, image_token=image_token, image_token_id=image_token_id)
     ids: list[int] = []
     supervised: list[bool] = []
     text = template.system + template.system_end
@@ -87,11 +115,11 @@ def build(
     for question, answer in turns:
         anchored = bool(ids) and end is not None
         start, known = (template.answer_end, [end]) if anchored else (text, ids)
-        question = _expand(question, tokens_per_image)
+        question = _expand(question, tokens_per_image, template)
         prompt = start + template.user + question + template.user_end + template.assistant
         whole = prompt + template.before_answer + answer + template.answer_end
         add_bos = False if anchored else None
-        prompt_ids, whole_ids = tokenizer.encode(prompt, add_bos), tokenizer.encode(whole, add_bos)
+        prompt_ids, whole_ids = encode(prompt, add_bos=add_bos), encode(whole, add_bos=add_bos)
         if whole_ids[: len(prompt_ids)] != prompt_ids or prompt_ids[: len(known)] != known:
             raise SampleError("tokens", f"the tokens before the answer {answer[:40]!r} depend on what follows them")
         supervised += [False] * (len(prompt_ids) - len(known)) + [True] * (len(whole_ids) - len(prompt_ids))
@@ -101,8 +129,8 @@ def build(
     return array, np.where(supervised, array, np.int32(IGNORED))
 
 
-def _expand(question: str, tokens_per_image: int) -> str:
-    return expand_images(question, tokens_per_image, question.count(IMAGE_PLACEHOLDER))
+def _expand(question: str, tokens_per_image: int, template: Template) -> str:
+    return expand_images(question, tokens_per_image, question.count(IMAGE_PLACEHOLDER), template.image)
 
 
 def truncate(

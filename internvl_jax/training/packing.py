@@ -113,8 +113,13 @@ def assemble(rows: Sequence[Sequence[Sample]], layout: Layout, image_size: int) 
             positions[row, place] = np.arange(len(sample.input_ids))
             start = place.stop
     pixels = np.zeros((layout.image_slots, 3, image_size, image_size), np.float32)
+    known = [sample.image_labels for sample in samples if sample.image_labels is not None]
+    image_labels = np.zeros((layout.image_slots, known[0].shape[1]), np.int32) if known else None
     slot = 0
     for sample in samples:
-        pixels[slot : slot + len(sample.pixel_values)] = sample.pixel_values
-        slot += len(sample.pixel_values)
-    return Batch(input_ids, labels, segments, positions, pixels)
+        count = len(sample.pixel_values)
+        pixels[slot : slot + count] = sample.pixel_values
+        if image_labels is not None:
+            image_labels[slot : slot + count] = sample.image_labels
+        slot += count
+    return Batch(input_ids, labels, segments, positions, pixels, image_labels)

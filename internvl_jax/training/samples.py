@@ -28,6 +28,7 @@ class Sample(NamedTuple):
     pixel_values: np.ndarray  # [M,3,S,S] float32, in the order of their tokens
     place: str  # FILE:LINE
     cut: bool  # the conversation was longer
+    image_labels: np.ndarray | None = None  # [M,K] int32, where SampleMaker.image_labels asks for them
 
 
 class Problem(NamedTuple):
@@ -61,8 +62,12 @@ class Problems:
 class SampleMaker:
     """How entries are read: what the model, its tokenizer and its images are, and the longest row.
 
+    image_token_id: what stands in input_ids where images are; LLaVA's is outside the vocabulary.
     augmentation: what is done to pictures of data sets that ask for it, see augment.py; None: nothing, ever.
     images_first: image placeholders move to the front of their question, as in LLaVA's code.
+    captions: conversations are captions of images, written as LLaVA's pretraining has them (labels.plain).
+    image_labels: the K of "image_labels" in entries, a list of K numbers for each image, for losses of their own; 0:
+        they are not read.
     with_pixels: False leaves pictures undecoded (pixel_values is empty), for counting.
     """
 
@@ -70,16 +75,19 @@ class SampleMaker:
     template: Template
     processor: ImageProcessor
     tokens_per_image: int
+    image_token_id: int | None
     max_length: int
     image_slots: int
     augmentation: str | None = "crop"
     images_first: bool = False
+    captions: bool = False
+    image_labels: int = 0
     with_pixels: bool = True
 
     def __post_init__(self) -> None:
         if self.augmentation is not None and self.augmentation not in AUGMENTATIONS:
             raise DataError(f"there is no augmentation {self.augmentation!r}; there are {' and '.join(AUGMENTATIONS)}")
-        if self.tokenizer.token_to_id(IMG_CONTEXT) is None:
+        if self.image_token_id is None:
             raise DataError(f"the tokenizer has no {IMG_CONTEXT}: it cannot mark images' places")
 
     @classmethod
@@ -87,20 +95,32 @@ class SampleMaker:
         cls,
         config: ChatConfig,
         tokenizer: Tokenizer,
-        processor: ImageProcessor,
+        processor: ImageProcessor | None,
         *,
         max_length: int,
         image_slots: int,
         **options: Any,
     ) -> SampleMaker:
-        """For a chat model. Raises DataError where its template is not known, or its context shorter than a row."""
+        """For a chat model. Raises DataError where its template is not known, its context shorter than a row, or its
+        image processor absent."""
         if config.template not in TEMPLATES:
             raise DataError(f"the model's template {config.template!r} is not known; there are {', '.join(TEMPLATES)}")
         if max_length > config.text.max_position_embeddings:
             context = config.text.max_position_embeddings
             raise DataError(f"rows of {max_length} tokens are longer than the model's context of {context}")
-        template = TEMPLATES[config.template]
-        return cls(tokenizer, template, processor, config.tokens_per_image, max_length, image_slots, **options)
+        if processor is None:
+            raise DataError("the model has no vision tower, or no preprocessor_config.json beside its config.json")
+        image_token_id = image_token(config, tokenizer)
+        return cls(
+            tokenizer,
+            TEMPLATES[config.template],
+            processor,
+            config.tokens_per_image,
+            image_token_id,
+            max_length,
+            image_slots,
+            **options,
+        )
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Sample | Problem:
         """The sample of an entry. What is wrong with the entry or its files becomes a Problem."""
@@ -113,6 +133,10 @@ class SampleMaker:
         except TokenizerError as error:
             return Problem("conversation", str(error), record.place)
 
+    def images_of(self, sample: Sample) -> int:
+        """How many images a sample has, by its tokens."""
+        return int(np.sum(sample.input_ids == self.image_token_id)) // self.tokens_per_image
+
     def _make(self, record: Record, rng: np.random.Generator) -> Sample:
         entry = read_entry(record.text)
         names = image_names(entry)
@@ -121,19 +145,27 @@ class SampleMaker:
         turns = labels.place_training_images(
             labels.read_turns(entry.get("conversations")), len(names), first=self.images_first
         )
-        ids, targets = labels.build(turns, self.template, self.tokenizer, self.tokens_per_image)
-        image_token_id = self.tokenizer.token_to_id(IMG_CONTEXT)
-        ids, targets, cut = labels.truncate(ids, targets, self.max_length, image_token_id)
+        template = self.template
+        if self.captions:
+            turns, template = labels.captions(turns), labels.plain(template)
+        ids, targets = labels.build(turns, template, self.tokenizer, self.tokens_per_image, self.image_token_id)
+        ids, targets, cut = labels.truncate(ids, targets, self.max_length, self.image_token_id)
         pixels = [self._pixels(record.source, name, rng) for name in names] if self.with_pixels else []
         size = self.processor.image_size
         stacked = np.stack(pixels) if pixels else np.empty((0, 3, size, size), np.float32)
-        return Sample(ids, targets, stacked, record.place, cut)
+        known = image_labels(entry, len(names), self.image_labels) if self.image_labels else None
+        return Sample(ids, targets, stacked, record.place, cut, known)
 
     def _pixels(self, source: Source, name: str, rng: np.random.Generator) -> np.ndarray:
         image = to_rgb(load_image(source.root / name, honour_exif=False))
         if source.augment and self.augmentation is not None:
             image = augment(image, self.augmentation, rng)
         return self.processor(image)
+
+
+def image_token(config: ChatConfig, tokenizer: Tokenizer) -> int | None:
+    """The token id that stands where images are: the layout's, else the tokenizer's; None where there is neither."""
+    return tokenizer.token_to_id(IMG_CONTEXT) if config.image_token_id is None else config.image_token_id
 
 
 def read_entry(text: bytes) -> dict[str, Any]:
@@ -156,3 +188,12 @@ def image_names(entry: dict[str, Any]) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise SampleError("annotation", '"image" must be a path or a list of paths')
     return names
+
+
+def image_labels(entry: dict[str, Any], images: int, count: int) -> np.ndarray:
+    """The numbers under "image_labels", [images,count] int32. Raises SampleError where there are others."""
+    try:
+        found = np.asarray(entry.get("image_labels", []), np.int32).reshape(images, count)
+    except (TypeError, ValueError):
+        raise SampleError("annotation", f'"image_labels" must hold {count} whole numbers for each image') from None
+    return found

@@ -1,0 +1,70 @@
+"""Data for the tutorial of docs/training.md: a question that nano was never asked, "What kind of picture is this?".
+
+    python -m internvl_jax.nano.lesson DIR [--samples N]
+
+    DIR/meta.json  DIR/train.jsonl  DIR/heldout.jsonl  DIR/images/
+
+The same bytes on every machine. Held-out pictures come from the stream that training never uses (render.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from internvl_jax.nano.dataset import save_picture
+from internvl_jax.nano.render import Sample, make_sample
+from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER
+
+SAMPLES = 1200  # for training
+HELDOUT = 150
+QUESTIONS = ("What kind of picture is this?", "这是什么图片？")
+# In words that nano has said before: the head's rows of other tokens were never trained, and adapters do not touch it.
+KINDS = (("words", "单词"), ("handwritten digits", "手写数字"), ("shapes", "形状"))
+
+
+def answer(sample: Sample, language: int) -> str:
+    """What kind of picture it is. language: 0 English, 1 Chinese."""
+    digit, word = sample.contents[18], sample.contents[20]
+    return KINDS[0 if word else 1 if digit else 2][language]
+
+
+def write(directory: Path, samples: int = SAMPLES, heldout: int = HELDOUT) -> None:
+    """Write conversations of one turn, half of them in Chinese."""
+    for split, count in (("train", samples), ("heldout", heldout)):
+        lines: list[str] = []
+        number = 0
+        while len(lines) < count:
+            sample = make_sample(split, number)
+            if sample.image is not None:
+                image = f"images/{split}/{number:06}.png"
+                save_picture(Image.fromarray(sample.image), directory / image)
+                language = int(np.random.default_rng((2, number)).integers(2))
+                turns = [
+                    {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{QUESTIONS[language]}"},
+                    {"from": "gpt", "value": answer(sample, language)},
+                ]
+                entry = {"id": number, "image": image, "conversations": turns}
+                lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+            number += 1
+        (directory / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    value = {"kinds": {"root": "", "annotation": "train.jsonl", "repeat_time": 1, "length": samples}}
+    (directory / "meta.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse arguments and write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help=f"for training ({SAMPLES:,})")
+    args = parser.parse_args(argv)
+    write(args.directory, args.samples)
+    print(args.directory / "meta.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Low-rank adapters (Hu et al., "LoRA", 2021): a tree of their own beside the parameters, which stay as they are.
+
+    {"language_model": {"layers": {"self_attn": {"q_proj": {"lora_a": [L,D,R], "lora_b": [L,R,N,H]}, ...}}}}
+
+A product x @ kernel becomes x @ kernel + alpha / rank * (dropout(x) @ lora_a) @ lora_b. `attach` puts adapters beside
+their kernels, where models.layers.Linear finds them, for training and for serving unmerged; kernels may be quantized.
+`merge` adds them to the kernels. On disk an adapter is a directory with adapter.json and its own params/.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from internvl_jax import checkpoint, distributed
+from internvl_jax.models.layers import Array, Params, precision_of
+from internvl_jax.quantize import is_quantized
+from internvl_jax.sharding import path_of
+
+Progress = Callable[[int, int, str], None]
+
+FILE = "adapter.json"
+
+# The reference's targets (InternVL's wrap_llm_lora and wrap_backbone_lora): every linear layer of the blocks.
+TARGETS = {
+    "language_model": (
+        "self_attn/q_proj",
+        "self_attn/k_proj",
+        "self_attn/v_proj",
+        "self_attn/o_proj",
+        "mlp/gate_proj",
+        "mlp/up_proj",
+        "mlp/down_proj",
+    ),
+    "vision_model": ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2"),
+}
+_SUMMED_OVER_HEADS = ("self_attn/o_proj", "attn/proj")  # kernels [N,H,D]; all others sum over their first axis
+
+
+class LoraError(ValueError):
+    """Adapters that do not fit the model, or settings that mean nothing; the message says what would."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters of one tower. alpha and dropout default to the reference's: twice the rank, and 0.05."""
+
+    rank: int
+    alpha: float | None = None
+    dropout: float = 0.05
+    targets: tuple[str, ...] | None = None  # of TARGETS; None: all of the tower's
+
+    def __post_init__(self):
+        if self.rank < 1 or not 0 <= self.dropout < 1:
+            raise LoraError(f"rank {self.rank} and dropout {self.dropout}: a rank is positive, dropout in [0, 1)")
+
+    @property
+    def scale(self) -> float:
+        """By what the product of both matrices is multiplied."""
+        return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+    def targets_of(self, tower: str) -> tuple[str, ...]:
+        """The layers that get an adapter. Raises LoraError for names that the tower does not have."""
+        known = TARGETS.get(tower, ())
+        chosen = known if self.targets is None else self.targets
+        if not chosen or set(chosen) - set(known):
+            raise LoraError(f"adapters of {tower} go to {', '.join(known) or 'nothing'}, not to {', '.join(chosen)}")
+        return chosen
+
+
+Settings = Mapping[str, Lora]  # by tower, a key of TARGETS
+
+
+def init_adapters(key: Array, params: Params, settings: Settings) -> Params:
+    """Fresh float32 adapters for `params`, whose layers are stacked: lora_b is zero, so that they change nothing yet.
+
+    lora_a is drawn as peft draws it, uniform in +-1/sqrt(inputs). params: arrays or anything with shapes, in true
+    shapes (pads are added by sharding.pad_params).
+    """
+    adapters: Params = {}
+    for tower, lora in settings.items():
+        if tower not in params:
+            raise LoraError(f"adapters are asked for {tower}, which the model does not have")
+        layers: Params = {}
+        for target in lora.targets_of(tower):
+            kernel = leaf_at(params[tower]["layers"], target)["kernel"]
+            inputs, outputs = _sides(target, kernel.shape)
+            key, drawn = jax.random.split(key)
+            bound = 1 / math.sqrt(math.prod(inputs))
+            pair = {
+                "lora_a": jax.random.uniform(drawn, (kernel.shape[0], *inputs, lora.rank), jnp.float32, -bound, bound),
+                "lora_b": jnp.zeros((kernel.shape[0], lora.rank, *outputs), jnp.float32),
+            }
+            put_at(layers, target, pair)
+        adapters[tower] = {"layers": layers}
+    return adapters
+
+
+def attach(params: Params, adapters: Params, settings: Settings, key: Array | None = None) -> Params:
+    """`params` with adapters beside their kernels; both are left as they are. Works under jit.
+
+    Layers may be stacked or a tuple of per-layer trees. key: for dropout, in training; without it there is none.
+    """
+    result = dict(params)
+    for number, tower in enumerate(sorted(adapters)):
+        lora, layers, pairs = settings[tower], params[tower]["layers"], adapters[tower]["layers"]
+        dropped = None if key is None or not lora.dropout else jax.random.fold_in(key, number)
+        if not isinstance(layers, tuple):
+            placed: Any = _beside(layers, pairs, lora, dropped)
+        elif dropped is None:
+            count = jax.tree.leaves(pairs)[0].shape[0]
+            own = [jax.tree.map(lambda leaf, i=i: leaf[i], pairs) for i in range(count)]
+            placed = (*(_beside(layer, pair, lora, None) for layer, pair in zip(layers, own)), *layers[count:])
+        else:
+            raise LoraError("dropout is for training, whose layers are stacked")
+        result[tower] = {**params[tower], "layers": placed}
+    return result
+
+
+def _beside(kernels: Params, pairs: Params, lora: Lora, key: Array | None) -> Params:
+    merged = dict(kernels)
+    for number, (name, pair) in enumerate(sorted(pairs.items())):
+        own = None if key is None else jax.random.fold_in(key, number)
+        if "lora_a" not in pair:
+            merged[name] = _beside(kernels[name], pair, lora, own)
+            continue
+        merged[name] = {**kernels[name], **pair, "lora_b": pair["lora_b"] * lora.scale}
+        if own is not None:
+            count = pair["lora_a"].shape[0]
+            merged[name]["lora_key"] = jax.random.split(own, count)
+            merged[name]["lora_dropout"] = jnp.full(count, lora.dropout, jnp.float32)
+    return merged
+
+
+def merge(params: Params, adapters: Params, settings: Settings) -> Params:
+    """`params` with adapters added to their kernels, in float32, in the kernels' own dtypes. Layers stacked.
+
+    Adapters may be of the first layers only (those past select_layer are never trained).
+    Raises LoraError for quantized kernels, which have no room for them.
+    """
+
+    return {
+        **params,
+        **{
+            tower: {**params[tower], "layers": _merged(params[tower]["layers"], tree["layers"], settings[tower].scale)}
+            for tower, tree in adapters.items()
+        },
+    }
+
+
+def _merged(kernels: Params, pairs: Params, scale: float) -> Params:
+    merged = dict(kernels)
+    for name, pair in pairs.items():
+        if "lora_a" not in pair:
+            merged[name] = _merged(kernels[name], pair, scale)
+            continue
+        if is_quantized(kernels[name]["kernel"]):
+            raise LoraError("adapters cannot be merged into quantized weights: merge first, then quantize")
+        merged[name] = {**kernels[name], "kernel": _add(kernels[name]["kernel"], pair["lora_a"], pair["lora_b"], scale)}
+    return merged
+
+
+def _add(kernel: Any, a: Any, b: Any, scale: float) -> Any:
+    """kernel [L,...] + scale * a [l,inputs,R] @ b [l,R,outputs], for the first l layers."""
+    count, rank = a.shape[0], a.shape[-1]
+    product = jnp.einsum(
+        "LIR,LRO->LIO",
+        a.reshape(count, -1, rank).astype(jnp.float32),
+        b.reshape(count, rank, -1).astype(jnp.float32),
+        precision=precision_of(jnp.float32),
+    )
+    first = kernel[:count].astype(jnp.float32) + scale * product.reshape(count, *kernel.shape[1:])
+    return jnp.concatenate([first.astype(kernel.dtype), kernel[count:]])
+
+
+def merge_checkpoint(
+    directory: str | Path, base: str | Path, adapters: str | Path, *, progress: Progress | None = None
+) -> None:
+    """Write `base`, a converted checkpoint, with the adapters of a directory merged in. Memory is bounded by a layer.
+
+    progress: called as progress(done, total, what) for every piece that is written.
+    Raises LoraError where the adapters are not of this model or base is quantized, CheckpointError where `directory`
+    exists or base is damaged.
+    """
+    tree = checkpoint.stored_tree(base)
+    if any(is_quantized(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_quantized)):
+        raise LoraError(f"{base} is quantized: merge into the checkpoint that it was made from, then quantize")
+    pairs, settings = load(adapters, tree)
+    scales = {tower: lora.scale for tower, lora in settings.items()}
+    known = {f"{path_of(keys[:-1])}/{keys[-1].key}": leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(pairs)}
+
+    def change(name: str, layer: int | None, values: np.ndarray) -> np.ndarray:
+        kernel = name.removesuffix("/kernel")
+        a, b = known.get(f"{kernel}/lora_a"), known.get(f"{kernel}/lora_b")
+        if layer is None or a is None or layer >= len(a):
+            return values
+        one = slice(layer, layer + 1)
+        return np.asarray(_add(jnp.asarray(values[None]), a[one], b[one], scales[name.split("/")[0]])[0])
+
+    checkpoint.write_mapped(directory, base, change, progress=progress)
+
+
+def save(directory: str | Path, adapters: Params, settings: Settings) -> None:
+    """Write adapters alone: adapter.json and params/, whole or not at all. Several processes call it together.
+
+    Raises CheckpointError where `directory` exists.
+    """
+    directory = Path(directory)
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    with distributed.first_alone() as first:
+        if first:
+            if directory.exists():
+                raise checkpoint.CheckpointError(f"{directory} exists already: remove it, or write somewhere else")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            text = json.dumps({tower: asdict(lora) for tower, lora in settings.items()}, indent=2) + "\n"
+            (temporary / FILE).write_text(text, encoding="utf-8")
+    checkpoint.save(temporary, adapters)
+    with distributed.first_alone() as first:
+        if first:
+            temporary.rename(directory)
+
+
+def load(directory: str | Path, params: Params | None = None) -> tuple[Params, dict[str, Lora]]:
+    """Adapters and their settings, as `save` wrote them. params: the model they must fit, or None.
+
+    Raises LoraError where the directory holds no adapter or one of another model, CheckpointError where it is damaged.
+    """
+    directory = Path(directory)
+    try:
+        written = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        settings = {
+            tower: Lora(**{**entry, "targets": entry["targets"] and tuple(entry["targets"])})
+            for tower, entry in written.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LoraError(f"{directory} holds no adapter ({error}): it has {FILE} and {checkpoint.PARAMS}/") from None
+    adapters = checkpoint.load(directory, checkpoint.stored_tree(directory))
+    if params is not None:
+        check(params, adapters)
+    return adapters, settings
+
+
+def check(params: Params, adapters: Params) -> None:
+    """Raise LoraError, all listed, where adapters have no kernel to go with or one of other sizes."""
+    kernels: dict[str, tuple[int, ...]] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized):
+        if keys[-1] == jax.tree_util.DictKey("kernel"):
+            kernels.setdefault(path_of(keys), tuple(leaf.shape))
+    problems = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(adapters):
+        name, kind = path_of(keys[:-1]), keys[-1].key
+        kernel = kernels.get(f"{name}/kernel")
+        if kernel is None:
+            problems.append(f"{name}: no such layer")
+            continue
+        stacked = len(kernel) - (0 if isinstance(params[name.split("/")[0]]["layers"], tuple) else 1)
+        inputs, outputs = _sides(name.split("/layers/")[1], (0, *kernel[-stacked:]))
+        expected, found = (inputs, leaf.shape[1:-1]) if kind == "lora_a" else (outputs, leaf.shape[2:])
+        if tuple(expected) != tuple(found):
+            problems.append(f"{name}/{kind} is for {list(found)}, the model has {list(expected)}")
+    if problems:
+        raise LoraError("the adapter is not of this model:\n  " + "\n  ".join(sorted(problems)))
+
+
+def _sides(target: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of a stacked kernel [L,...] that are summed, and the others."""
+    summed = 2 if target in _SUMMED_OVER_HEADS else 1
+    return tuple(shape[1 : 1 + summed]), tuple(shape[1 + summed :])
+
+
+def leaf_at(tree: Params, path: str) -> Any:
+    """What stands at "a/b/c" of a tree."""
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def put_at(tree: Params, path: str, value: Any) -> None:
+    """Put a value at "a/b/c" of a tree, whose branches are made."""
+    *parents, last = path.split("/")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[last] = value

@@ -1,0 +1,162 @@
+"""What training minimizes: cross-entropy of the next token, without ever holding the logits of a whole batch.
+
+V1-1's logits of 8 rows of 2048 tokens are 2 GB in float32, and twice that with their gradient. Here the head and the
+loss run over slices of the sequence, and the backward pass makes each slice's logits again.
+
+Every pair of neighbouring tokens has a weight, and the loss is the weighted sum. The weights are known before the model
+runs, from labels and segments alone: so parts of a batch (devices, accumulated micro-batches) can simply be added.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from internvl_jax.config import ChatConfig
+from internvl_jax.models import chat_model, llama
+from internvl_jax.models.layers import Array, Params, Remat
+from internvl_jax.training.batch import IGNORED, Batch
+
+CHUNK = 256  # tokens of every row whose logits exist at once
+
+
+class Sums(flax.struct.PyTreeNode):
+    """What a batch, or a part of one, adds up to. All float32 scalars."""
+
+    loss: Array  # weighted cross-entropy, plus the z-loss
+    right: Array  # supervised tokens that are the likeliest
+    tokens: Array  # supervised tokens
+    read: Array  # real tokens
+
+
+def supervised(labels: Any, segment_ids: Any) -> Any:
+    """Which tokens predict a supervised one: [B,T] bool, True at t where t+1 has a label and the two are neighbours in
+    one sample. labels, segment_ids [B,T] int32, numpy's or jax's; the last token of a row predicts nothing."""
+    np_ = jnp if isinstance(labels, jax.Array) else np
+    same = (segment_ids[:, :-1] == segment_ids[:, 1:]) & (segment_ids[:, 1:] > 0)
+    return np_.pad((labels[:, 1:] != IGNORED) & same, ((0, 0), (0, 1)))
+
+
+def loss_weights(labels: Any, segment_ids: Any, groups: int | None = None) -> Any:
+    """The weight of every token's prediction in the loss. labels, segment_ids [...,B,T] -> [...,B,T] float32, sum 1.
+
+    Leading axes are micro-batches of one optimizer step.
+    groups None: all supervised tokens of the step weigh the same. A number: rows are dealt in order to that many equal
+        groups per micro-batch; each group's tokens share its weight and groups weigh the same. That is the reference's
+        loss, a mean per device and micro-batch and then a mean over them. A group without a supervised token weighs
+        nothing and is not counted; torch's mean of nothing is NaN there.
+    Raises ValueError where rows do not divide into groups.
+    """
+    np_ = jnp if isinstance(labels, jax.Array) else np
+    rows, length = labels.shape[-2:]
+    flat = supervised(labels.reshape(-1, length), segment_ids.reshape(-1, length)).astype(np_.float32)
+    if groups is None:
+        return (flat / np_.maximum(flat.sum(), 1)).reshape(labels.shape)
+    if rows % groups:
+        raise ValueError(f"{rows} rows do not divide into {groups} groups of the per-device mean")
+    grouped = flat.reshape(-1, rows // groups, length)
+    counts = grouped.sum(axis=(1, 2), keepdims=True)
+    weights = grouped / np_.maximum(counts, 1)
+    return (weights / np_.maximum((counts > 0).sum(), 1)).astype(np_.float32).reshape(labels.shape)
+
+
+def loss(
+    params: Params,
+    config: ChatConfig,
+    batch: Batch,
+    weights: Array,
+    image_token_id: int,
+    *,
+    z_loss: float = 0.0,
+    chunk: int = CHUNK,
+    dtype: Any = jnp.float32,
+    remat: Remat = False,
+    image_groups: int = 1,
+    **vit: Any,
+) -> Sums:
+    """The weighted loss of a batch, or of a micro-batch of one.
+
+    weights [B,T] float32 as `loss_weights` makes them.
+    z_loss: adds this times the squared log of the softmax's normaliser (Chowdhery et al., "PaLM", 2022), which keeps
+        logits from drifting; 0, the reference's, for none.
+    chunk: tokens of each row whose logits exist at once. remat: as run_layers takes it. vit: to intern_vit.forward.
+    image_groups: rows and image slots are that many equal parts, each with its own images (one per process).
+    """
+    features = None
+    if batch.pixel_values.shape[0]:
+        features, _ = chat_model.encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
+    return language_loss(
+        params,
+        config,
+        batch,
+        features,
+        weights,
+        image_token_id,
+        z_loss=z_loss,
+        chunk=chunk,
+        dtype=dtype,
+        remat=remat,
+        image_groups=image_groups,
+    )
+
+
+def language_loss(
+    params: Params,
+    config: ChatConfig,
+    batch: Batch,
+    features: Array | None,
+    weights: Array,
+    image_token_id: int,
+    *,
+    z_loss: float = 0.0,
+    chunk: int = CHUNK,
+    dtype: Any = jnp.float32,
+    remat: Remat = False,
+    image_groups: int = 1,
+) -> Sums:
+    """As `loss`, of images that are encoded already: features [M,P,D], or None."""
+    x = chat_model.embed_prompt(params, batch.input_ids, features, image_token_id, dtype=dtype, groups=image_groups)
+    real = batch.segment_ids > 0
+    language = params["language_model"]
+    hidden, _, _ = llama.forward(
+        language, config.text, x, batch.positions, real, segments=batch.segment_ids, dtype=dtype, remat=remat
+    )
+    targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    total, right = _head_loss(language, config, hidden, targets, weights, z_loss, chunk)
+    counted = jnp.sum(weights > 0, dtype=jnp.float32)
+    return Sums(total, right, counted, jnp.sum(real, dtype=jnp.float32))
+
+
+def _head_loss(
+    language: Params, config: ChatConfig, hidden: Array, targets: Array, weights: Array, z_loss: float, chunk: int
+) -> tuple[Array, Array]:
+    """Loss and right answers of hidden states [B,T,D], `chunk` tokens of every row at a time."""
+    length = hidden.shape[1]
+    chunk = min(chunk, length)
+    count = -(-length // chunk)
+
+    def split(x: Array) -> Array:  # [B,T,...] -> [count,B,chunk,...]
+        x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(sums: tuple[Array, Array], part: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
+        x, wanted, weight = part
+        logits = llama.logits(language, config.text, x)
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        # Not a gather: the vocabulary may lie over several devices, and each has only its part of it.
+        is_target = jnp.arange(logits.shape[-1]) == wanted[..., None]
+        target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        losses = normaliser - target
+        if z_loss:
+            losses = losses + z_loss * normaliser**2
+        best = target >= jnp.max(logits, axis=-1)
+        return (sums[0] + jnp.sum(losses * weight), sums[1] + jnp.sum(best & (weight > 0), dtype=jnp.float32)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    sums, _ = jax.lax.scan(one, (zero, zero), (split(hidden), split(targets), split(weights)))
+    return sums

@@ -1,0 +1,244 @@
+"""Adapters: what they add, merged and unmerged, on disk, and in peft's layout and back against peft itself."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import assert_close, random_tree, spread, torch_tree
+from jax.sharding import PartitionSpec as P
+from test_objective import IMAGE, batch_of, evaluate, random_params, tiny
+
+from internvl_jax import sharding
+from internvl_jax.config import ChatConfig
+from internvl_jax.models import chat_model, intern_vit
+from internvl_jax.models.layers import Linear, unstack
+from internvl_jax.quantize import quantize_params
+from internvl_jax.training import lora, objective, recipes, resizing
+from internvl_jax.training.lora import Lora, LoraError
+
+BOTH = {"language_model": Lora(4, dropout=0.0), "vision_model": Lora(2, alpha=3, dropout=0.0)}
+
+
+def adapters_of(params, settings=BOTH, size=0.3):
+    """Adapters all of whose numbers matter: lora_b begins at zero."""
+    fresh = jax.eval_shape(lambda p: lora.init_adapters(jax.random.key(0), p, settings), params)
+    return jax.tree.map(lambda x: size * x, random_tree(fresh, 3))
+
+
+def test_fresh_adapters_change_nothing_and_train_only_their_second_matrix():
+    config = tiny()
+    params, batch = random_params(config), batch_of(config, [[40]], 48)
+    adapters = lora.init_adapters(jax.random.key(0), params, BOTH)
+    layers = adapters["language_model"]["layers"]
+    assert layers["self_attn"]["q_proj"]["lora_a"].shape == (2, 128, 4)
+    assert layers["self_attn"]["q_proj"]["lora_b"].shape == (2, 4, 4, 32)
+    assert layers["self_attn"]["o_proj"]["lora_a"].shape == (2, 4, 32, 4)
+    assert np.abs(layers["self_attn"]["q_proj"]["lora_a"]).max() == pytest.approx(1 / np.sqrt(128), rel=0.02)
+    assert evaluate(lora.attach(params, adapters, BOTH), config, batch).loss == evaluate(params, config, batch).loss
+
+    @jax.jit
+    @jax.grad
+    def slopes(adapters):
+        weights = objective.loss_weights(batch.labels, batch.segment_ids)
+        return objective.loss(lora.attach(params, adapters, BOTH), config, batch, weights, IMAGE).loss
+
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(slopes(adapters)):
+        assert np.any(leaf) == (keys[-1].key == "lora_b"), sharding.path_of(keys)
+
+
+def test_merged_equals_unmerged():
+    config = tiny()
+    params, batch = random_params(config), batch_of(config, [[40], [45]], 48)
+    adapters = adapters_of(params)
+    attached = evaluate(lora.attach(params, adapters, BOTH), config, batch)
+    merged = evaluate(lora.merge(params, adapters, BOTH), config, batch)
+    assert abs(attached.loss - evaluate(params, config, batch).loss) > 0.01
+    assert float(attached.loss) == pytest.approx(float(merged.loss), abs=2e-5)
+    loose = {
+        name: {**part, "layers": unstack(part["layers"])} if "layers" in part else part for name, part in params.items()
+    }
+    assert evaluate(lora.attach(loose, adapters, BOTH), config, batch).loss == pytest.approx(attached.loss, abs=2e-5)
+
+
+def test_every_target_matters():
+    config = tiny()
+    params, batch = random_params(config), batch_of(config, [[40]], 48)
+    adapters = adapters_of(params)
+    whole = evaluate(lora.attach(params, adapters, BOTH), config, batch).loss
+    for tower, targets in lora.TARGETS.items():
+        for target in targets:
+            without = {**BOTH, tower: dataclasses.replace(BOTH[tower], targets=(target,))}
+            zeroed = jax.tree.map(jnp.copy, adapters)
+            lora.leaf_at(zeroed[tower]["layers"], target)["lora_b"] *= 0
+            assert abs(evaluate(lora.attach(params, zeroed, without), config, batch).loss - whole) > 1e-5, target
+
+
+def test_dropout_is_the_adapters_alone_and_right_on_average():
+    config = tiny(num_hidden_layers=1)
+    params, batch = random_params(config), batch_of(config, [[40]], 48)
+    settings = {"language_model": Lora(4, dropout=0.5)}
+    adapters = adapters_of(params, settings, 0.05)
+
+    @jax.jit
+    def hidden(key):
+        dropped = lora.attach(params, adapters, settings, key)["language_model"]["layers"]["self_attn"]["q_proj"]
+        x = jax.random.normal(jax.random.key(9), (1, 3, 128))
+        layer = jax.tree.map(lambda leaf: leaf[0], dropped)
+        return Linear("BTD,DNH->BTNH", (128, 4, 32), jnp.float32).apply({"params": layer}, x)
+
+    one, other = hidden(jax.random.key(1)), hidden(jax.random.key(2))
+    assert np.abs(one - other).max() > 0.01
+    mean = np.mean([hidden(jax.random.key(i)) for i in range(400)], axis=0)
+    assert_close(mean, hidden(None), 0.15, "mean over 400 draws")
+    losses = {
+        float(evaluate(lora.attach(params, adapters, settings, jax.random.key(i)), config, batch).loss) for i in (1, 2)
+    }
+    assert len(losses) == 2
+
+
+def test_adapters_on_quantized_weights():
+    """They train and serve beside int8 kernels; they cannot be merged into them."""
+    config = tiny()
+    params, batch = random_params(config), batch_of(config, [[40]], 48)
+    adapters, low = adapters_of(params), quantize_params(params, "int8")
+    assert evaluate(lora.attach(low, adapters, BOTH), config, batch).loss == pytest.approx(
+        evaluate(lora.attach(params, adapters, BOTH), config, batch).loss, rel=0.02
+    )
+    with pytest.raises(LoraError, match="merge first, then quantize"):
+        lora.merge(low, adapters, BOTH)
+
+
+def test_saved_alone_and_checked(tmp_path):
+    config = tiny()
+    params = random_params(config)
+    adapters = adapters_of(params)
+    lora.save(tmp_path / "adapter", adapters, BOTH)
+    again, settings = lora.load(tmp_path / "adapter", params)
+    assert settings == BOTH
+    jax.tree.map(np.testing.assert_array_equal, again, adapters)
+    wider = random_params(tiny(intermediate_size=64))
+    with pytest.raises(LoraError, match=r"mlp/down_proj/lora_a is for \[352\], the model has \[64\]"):
+        lora.load(tmp_path / "adapter", wider)
+    with pytest.raises(LoraError, match="holds no adapter"):
+        lora.load(tmp_path)
+    with pytest.raises(LoraError, match="adapters of vision_model go to attn/qkv"):
+        Lora(4, targets=("q_proj",)).targets_of("vision_model")
+    with pytest.raises(LoraError, match="a rank is positive"):
+        Lora(0)
+
+
+def test_layouts_follow_the_kernels():
+    config = tiny()
+    specs = sharding.adapter_specs(adapters_of(random_params(config)))
+    attention = specs["language_model"]["layers"]["self_attn"]
+    assert attention["q_proj"] == {"lora_a": P(None, "fsdp", None), "lora_b": P(None, None, "tensor", None)}
+    assert attention["o_proj"] == {"lora_a": P(None, "tensor", None, None), "lora_b": P(None, None, "fsdp")}
+    assert specs["vision_model"]["layers"]["attn"]["qkv"]["lora_b"] == P(None, None, None, "tensor", None)
+
+
+# Recipes.
+
+
+def test_recipes_are_consistent():
+    for name, recipe in recipes.RECIPES.items():
+        assert recipe.name == name
+        assert recipes.recipe_of(name) is recipe
+        frozen_tower = "vision_model" not in recipe.train
+        assert not (frozen_tower and recipe.drop_path), name
+    with pytest.raises(ValueError, match="recipe 'stage3' is not known: stage1, stage2"):
+        recipes.recipe_of("stage3")
+    with pytest.raises(LoraError, match="train a tower itself or its adapters"):
+        dataclasses.replace(recipes.LORA, train=("language_model",))
+    with pytest.raises(ValueError, match="trains nothing"):
+        dataclasses.replace(recipes.LORA, lora={})
+
+
+def test_resized_tower_sees_as_the_reference_would_have_it_see():
+    """The forward pass resizes positions on the fly as the reference does; resized for good it is the same tower."""
+    config = tiny()
+    params = random_params(config)
+    resized = resizing.resized_config(config, 168)
+    larger = resizing.resize_tower(params, config, resized)
+    assert resized.vision.image_size == resized.image_size == 168
+    assert larger["vision_model"]["embeddings"]["position_embedding"].shape == (145, 120)
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 168, 168)).astype(np.float32)
+    tower = jax.jit(intern_vit.forward, static_argnames=("config",))
+    on_the_fly, _ = tower(params["vision_model"], config.vision, pixels)
+    for_good, _ = tower(larger["vision_model"], resized.vision, pixels)
+    assert_close(for_good, on_the_fly, 1e-5, "hidden states")
+    with pytest.raises(ValueError, match="patches per side"):
+        resizing.resized_config(config, 126)
+
+
+# peft.
+
+
+def llama(transformers):
+    config = transformers.LlamaConfig(
+        vocab_size=91, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=80, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    return spread(transformers.LlamaForCausalLM(config), 0)
+
+
+def logits_of(params, config, ids):
+    return jax.device_get(jax.jit(lambda p: chat_model.forward(p, config, ids)[0])(params))
+
+
+def test_llama_adapters_equal_pefts_both_ways(tmp_path):
+    torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
+    from checkpoints_convert.peft_adapters import export_peft, import_peft
+
+    model = llama(transformers)
+    config = ChatConfig.from_hf(model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    params = torch_tree(config, model)
+    settings = {"language_model": Lora(3, alpha=5, dropout=0.1)}
+    adapters = adapters_of(params, settings, 0.2)
+    ids = np.random.default_rng(0).integers(3, 91, (2, 20))
+
+    export_peft(tmp_path / "ours", adapters, settings, config)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "ours" / "language_model").eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    ours = logits_of(lora.attach(params, adapters, settings), config, ids)
+    assert np.abs(ours - logits_of(params, config, ids)).max() > 0.1
+    assert_close(ours, expected, 1e-3, "unmerged logits")
+    assert_close(logits_of(lora.merge(params, adapters, settings), config, ids), expected, 1e-3, "merged logits")
+
+    theirs.save_pretrained(tmp_path / "theirs" / "language_model")
+    again, read = import_peft(tmp_path / "theirs", config)
+    assert read == settings
+    jax.tree.map(np.testing.assert_array_equal, again, adapters)
+    merged = torch_tree(config, theirs.merge_and_unload())
+    own = lora.merge(params, adapters, settings)
+    for name in ("q_proj", "o_proj"):
+        kernels = (tree["language_model"]["layers"]["self_attn"][name]["kernel"] for tree in (own, merged))
+        assert_close(*kernels, 1e-5, f"merged {name}")
+
+
+def test_tower_adapters_in_pefts_layout(tmp_path):
+    """Layers past select_layer have none; peft's names are those of the reference's own modules."""
+    pytest.importorskip("safetensors")
+    from checkpoints_convert.mapping import ConversionError
+    from checkpoints_convert.peft_adapters import export_peft, import_peft
+    from checkpoints_convert.readers import Weights
+
+    config = tiny()
+    params = random_params(config)
+    assert config.num_vision_layers < config.vision.num_hidden_layers
+    adapters = adapters_of(params)
+    export_peft(tmp_path / "out", adapters, BOTH, config)
+    written = Weights(tmp_path / "out" / "vision_model", ["adapter_model.safetensors"], None)
+    name = "base_model.model.encoder.layers.0.attn.qkv.lora_A.weight"
+    assert written.shapes[name] == (2, 120)
+    assert_close(written.read(name), np.asarray(adapters["vision_model"]["layers"]["attn"]["qkv"]["lora_a"][0]).T, 0)
+    assert len(written.shapes) == config.num_vision_layers * 8
+    again, settings = import_peft(tmp_path / "out", config)
+    assert settings == {**BOTH, "language_model": Lora(4, alpha=8, dropout=0.0)}
+    jax.tree.map(np.testing.assert_array_equal, again, adapters)
+    with pytest.raises(ConversionError, match="exists already"):
+        export_peft(tmp_path / "out", adapters, BOTH, config)
+    with pytest.raises(ConversionError, match=r"down_proj.lora_A.weight is \(4, 352\), the model asks for \(4, 64\)"):
+        import_peft(tmp_path / "out", tiny(intermediate_size=64))
