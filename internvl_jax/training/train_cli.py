@@ -49,7 +49,7 @@ def add_parser(
 
 def _add_recipe(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--learning-rate", type=float, metavar="X", help="at its peak")
-    group.add_argument("--weight-decay", type=float, metavar="X")
+    group.add_argument("--weight-decay", type=float, metavar="X", help="AdamW's, of matrices and embeddings")
     group.add_argument("--warmup", type=float, metavar="X", help="below 1 of all steps, from 1 on steps")
     group.add_argument("--clip", type=float, metavar="X", help="the gradient's largest norm")
     length = group.add_mutually_exclusive_group()
@@ -62,8 +62,8 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--drop-path", type=float, metavar="X", help="stochastic depth in a tower that is trained")
     group.add_argument("--train", nargs="+", metavar="PART", help="vision_model, mlp1, language_model; beside adapters")
     group.add_argument("--lora-rank", type=int, metavar="R", help="of adapters; alpha becomes twice of it")
-    group.add_argument("--lora-alpha", type=float, metavar="X")
-    group.add_argument("--lora-dropout", type=float, metavar="X")
+    group.add_argument("--lora-alpha", type=float, metavar="X", help="adapters are scaled by alpha / rank")
+    group.add_argument("--lora-dropout", type=float, metavar="X", help="of what adapters read, 0 to 1")
     group.add_argument("--lora-targets", nargs="+", metavar="LAYER", help="q_proj v_proj, ... (all linear layers)")
     group.add_argument("--image-size", type=int, metavar="S", help="resize the tower to S pixels before stage 1")
     group.add_argument(
