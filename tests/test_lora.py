@@ -15,7 +15,7 @@ from internvl_jax.config import ChatConfig
 from internvl_jax.models import chat_model, intern_vit
 from internvl_jax.models.layers import Linear, unstack
 from internvl_jax.quantize import quantize_params
-from internvl_jax.training import lora, objective, recipes, resizing
+from internvl_jax.training import lora, objective, recipes, resizing, train_cli
 from internvl_jax.training.lora import Lora, LoraError
 
 BOTH = {"language_model": Lora(4, dropout=0.0), "vision_model": Lora(2, alpha=3, dropout=0.0)}
@@ -142,6 +142,7 @@ def test_layouts_follow_the_kernels():
 
 
 def test_recipes_are_consistent():
+    assert train_cli.RECIPES.replace(" or", ",").split(", ") == list(recipes.RECIPES)  # the help names them all
     for name, recipe in recipes.RECIPES.items():
         assert recipe.name == name
         assert recipes.recipe_of(name) is recipe

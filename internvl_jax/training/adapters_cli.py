@@ -16,7 +16,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Adapters are what the recipes lora and lora-both write. `chat --adapters DIR` uses them as they "
         "are, beside the weights of the checkpoint that they were trained for.",
     )
-    parts = adapters.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parts = adapters.add_subparsers(title="commands", metavar="COMMAND", required=True, help="what to do")
     for name, run, summary, source, extra in (
         ("merge", _merge, "add adapters to the weights: a checkpoint of its own", "the adapters", ""),
         ("to-peft", _to_peft, "write adapters for peft, a directory for each tower", "the adapters", CONVERT),

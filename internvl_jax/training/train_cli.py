@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from internvl_jax.progress import counting, err
-from internvl_jax.training.recipes import RECIPES, override, recipe_of
 
+RECIPES = "stage1, stage2, full, lora, lora-both, llava-pretrain or llava-finetune"  # recipes.RECIPES needs jax
 EXAMPLES = """\
 examples:
   internvl-jax train lora --data meta.json --output runs/mine
@@ -35,7 +35,7 @@ def add_parser(
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("recipe", metavar="RECIPE", help=", ".join(RECIPES))
+    train.add_argument("recipe", metavar="RECIPE", help=RECIPES)
     train.add_argument("--data", type=Path, required=True, metavar="META", help="a meta JSON, JSONL, or LLaVA's JSON")
     train.add_argument("--output", type=Path, required=True, metavar="DIR", help="the run's directory: new, or its own")
     train.add_argument("--checkpoint", type=Path, metavar="DIR", help="a converted model to begin with (nano)")
@@ -103,6 +103,8 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
 
 
 def _train(args: argparse.Namespace, join: Callable[[argparse.Namespace], None]) -> int:
+    from internvl_jax.training.recipes import override, recipe_of
+
     recipe = override(
         recipe_of(args.recipe),
         optimizer={name: getattr(args, name) for name in ("learning_rate", "weight_decay", "warmup", "clip")},
