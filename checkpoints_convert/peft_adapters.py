@@ -19,8 +19,8 @@ from safetensors.numpy import save_file
 from checkpoints_convert.mapping import ConversionError, Tensor, tensors
 from checkpoints_convert.readers import Weights
 from internvl_jax.config import ChatConfig
+from internvl_jax.lora import TARGETS, Lora, Settings, leaf_at, put_at
 from internvl_jax.models.layers import Params
-from internvl_jax.training.lora import TARGETS, Lora, Settings, leaf_at, put_at
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WRAPPED = "base_model.model."  # what peft puts before a wrapped model's own names

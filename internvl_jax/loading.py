@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from internvl_jax import checkpoint, sharding
+from internvl_jax import checkpoint, lora, sharding
 from internvl_jax.chat import Chat
 from internvl_jax.config import ChatConfig, ConfigError, read_json
 from internvl_jax.models import chat_model
@@ -21,7 +21,6 @@ from internvl_jax.models.layers import BATCH, Params
 from internvl_jax.processing.images import load_processor
 from internvl_jax.processing.tokenizer import load_tokenizer
 from internvl_jax.quantize import QuantizeError, Scheme, quantize_params, scheme_of
-from internvl_jax.training import lora
 
 Progress = Callable[[int, int, str], None]
 

@@ -259,7 +259,7 @@ def param_specs(abstract: Any, *, vision: str = "tensor") -> Any:
 
 
 def adapter_specs(adapters: Any, *, vision: str = "tensor") -> Any:
-    """The PartitionSpec of every leaf of low-rank adapters (training/lora.py): as their kernel's, the rank whole.
+    """The PartitionSpec of every leaf of low-rank adapters (lora.py): as their kernel's, the rank whole.
 
     Raises ValueError for an adapter of a kernel that no rule matches.
     """

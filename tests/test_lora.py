@@ -10,13 +10,13 @@ from golden import assert_close, random_tree, spread, torch_tree
 from jax.sharding import PartitionSpec as P
 from test_objective import IMAGE, batch_of, evaluate, random_params, tiny
 
-from internvl_jax import sharding
+from internvl_jax import lora, sharding
 from internvl_jax.config import ChatConfig
+from internvl_jax.lora import Lora, LoraError
 from internvl_jax.models import chat_model, intern_vit
 from internvl_jax.models.layers import Linear, unstack
 from internvl_jax.quantize import quantize_params
-from internvl_jax.training import lora, objective, recipes, resizing, train_cli
-from internvl_jax.training.lora import Lora, LoraError
+from internvl_jax.training import objective, recipes, resizing, train_cli
 
 BOTH = {"language_model": Lora(4, dropout=0.0), "vision_model": Lora(2, alpha=3, dropout=0.0)}
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from test_objective import IMAGE, batch_of, random_params, tiny
 
+from internvl_jax.lora import Lora
 from internvl_jax.training import trainer
-from internvl_jax.training.lora import Lora
 from internvl_jax.training.optimizer import AdamW
 from internvl_jax.training.recipes import Recipe
 from internvl_jax.training.state import Place

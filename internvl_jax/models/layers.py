@@ -192,7 +192,7 @@ class Linear(nn.Module):
         return y
 
     def _adapted(self, x: Array) -> Array:
-        """What a low-rank adapter beside the kernel adds (training/lora.py puts it there)."""
+        """What a low-rank adapter beside the kernel adds (lora.py puts it there)."""
         left, right, out = self.eqn.replace("->", ",").split(",")
         a, b, key = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "key"))
         if key is not None:

@@ -33,8 +33,8 @@ CONVERT = " Needs the extra 'convert'."
 
 
 def _merge(args: argparse.Namespace) -> int:
+    from internvl_jax import lora
     from internvl_jax.loading import NANO
-    from internvl_jax.training import lora
 
     with counting() as progress:
         lora.merge_checkpoint(
@@ -46,7 +46,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _to_peft(args: argparse.Namespace) -> int:
     from checkpoints_convert.peft_adapters import export_peft
-    from internvl_jax.training import lora
+    from internvl_jax import lora
 
     config, params = _model(args.checkpoint)
     adapters, settings = lora.load(args.src, params)
@@ -58,7 +58,7 @@ def _to_peft(args: argparse.Namespace) -> int:
 
 def _from_peft(args: argparse.Namespace) -> int:
     from checkpoints_convert.peft_adapters import import_peft
-    from internvl_jax.training import lora
+    from internvl_jax import lora
 
     config, params = _model(args.checkpoint)
     adapters, settings = import_peft(args.src, config)

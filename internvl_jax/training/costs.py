@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from internvl_jax import lora
 from internvl_jax.config import ChatConfig
 from internvl_jax.loading import abstract_for_running
-from internvl_jax.training import lora
 from internvl_jax.training.batch import Batch
 from internvl_jax.training.recipes import Recipe
 from internvl_jax.training.state import ADAPTERS, Place

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from internvl_jax.training.lora import TARGETS, Lora, LoraError
+from internvl_jax.lora import TARGETS, Lora, LoraError
 from internvl_jax.training.optimizer import AdamW
 
 

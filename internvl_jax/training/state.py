@@ -17,11 +17,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from internvl_jax import checkpoint, sharding
+from internvl_jax import checkpoint, lora, sharding
 from internvl_jax.config import ChatConfig
 from internvl_jax.loading import abstract_for_running
 from internvl_jax.models.layers import Array, Params
-from internvl_jax.training import lora, optimizer, resizing
+from internvl_jax.training import optimizer, resizing
 from internvl_jax.training.recipes import Recipe
 
 Progress = Callable[[int, int, str], None]

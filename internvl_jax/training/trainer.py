@@ -25,10 +25,10 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from internvl_jax import distributed, sharding
+from internvl_jax import distributed, lora, sharding
 from internvl_jax.config import ChatConfig
 from internvl_jax.models.layers import BATCH, Params, Remat, unstack
-from internvl_jax.training import lora, objective, optimizer
+from internvl_jax.training import objective, optimizer
 from internvl_jax.training.batch import Batch, pad_rows
 from internvl_jax.training.recipes import Recipe
 from internvl_jax.training.saving import RunError, Steps, claim
