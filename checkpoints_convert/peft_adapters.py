@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from checkpoints_convert.mapping import ConversionError, Tensor, tensors
 from checkpoints_convert.readers import Weights
 from internvl_jax.config import ChatConfig
-from internvl_jax.lora import TARGETS, Lora, Settings, leaf_at, put_at
+from internvl_jax.lora import TARGETS, Lora, Settings, leaf_at, put_at, sides
 from internvl_jax.models.layers import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -119,10 +119,9 @@ def _import_tower(directory: Path, tower: str, config: ChatConfig) -> tuple[Para
         problems += wrong
         found -= expected.keys()
         if not wrong:
-            summed = 2 if target in ("self_attn/o_proj", "attn/proj") else 1
+            ins, outs = sides(target, (0, *tensor.our_shape))
             a, b = (weights.read(name).astype(np.float32).T for name in expected)
-            a = a.reshape(*tensor.our_shape[:summed], rank)
-            parts.setdefault(target, {})[tensor.index[0]] = (a, b.reshape(rank, *tensor.our_shape[summed:]))
+            parts.setdefault(target, {})[tensor.index[0]] = (a.reshape(*ins, rank), b.reshape(rank, *outs))
     problems += [f"unexpected: {name}" for name in found]
     depths = {tuple(sorted(layers)) for layers in parts.values()}
     if not problems and (len(depths) != 1 or next(iter(depths)) != tuple(range(len(next(iter(depths)))))):

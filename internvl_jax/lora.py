@@ -93,7 +93,7 @@ def init_adapters(key: Array, params: Params, settings: Settings) -> Params:
         layers: Params = {}
         for target in lora.targets_of(tower):
             kernel = leaf_at(params[tower]["layers"], target)["kernel"]
-            inputs, outputs = _sides(target, kernel.shape)
+            inputs, outputs = sides(target, kernel.shape)
             key, drawn = jax.random.split(key)
             bound = 1 / math.sqrt(math.prod(inputs))
             pair = {
@@ -264,7 +264,7 @@ def check(params: Params, adapters: Params) -> None:
             problems.append(f"{name}: no such layer")
             continue
         stacked = len(kernel) - (0 if isinstance(params[name.split("/")[0]]["layers"], tuple) else 1)
-        inputs, outputs = _sides(name.split("/layers/")[1], (0, *kernel[-stacked:]))
+        inputs, outputs = sides(name.split("/layers/")[1], (0, *kernel[-stacked:]))
         expected, found = (inputs, leaf.shape[1:-1]) if kind == "lora_a" else (outputs, leaf.shape[2:])
         if tuple(expected) != tuple(found):
             problems.append(f"{name}/{kind} is for {list(found)}, the model has {list(expected)}")
@@ -272,7 +272,7 @@ def check(params: Params, adapters: Params) -> None:
         raise LoraError("the adapter is not of this model:\n  " + "\n  ".join(sorted(problems)))
 
 
-def _sides(target: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def sides(target: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The axes of a stacked kernel [L,...] that are summed, and the others."""
     summed = 2 if target in _SUMMED_OVER_HEADS else 1
     return tuple(shape[1 : 1 + summed]), tuple(shape[1 + summed :])

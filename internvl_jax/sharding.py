@@ -28,6 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from internvl_jax.config import ChatConfig
+from internvl_jax.models.layers import axis_size, fit_spec
 
 AXES = ("data", "fsdp", "tensor")
 VOCABULARY_TILE = 128  # each device's part of the vocabulary is a multiple of this: whole tiles of a TPU's matrix unit
@@ -281,7 +282,7 @@ def adapter_specs(adapters: Any, *, vision: str = "tensor") -> Any:
 def adapter_shardings(adapters: Any, mesh: Mesh, *, vision: str = "tensor") -> Any:
     """A NamedSharding for every leaf of adapters; axes that do not divide are kept whole."""
     return jax.tree.map(
-        lambda leaf, spec: NamedSharding(mesh, fitting(leaf.shape, spec, mesh)),
+        lambda leaf, spec: NamedSharding(mesh, fit_spec(spec, leaf.shape, mesh.shape)),
         adapters,
         adapter_specs(adapters, vision=vision),
     )
@@ -311,8 +312,7 @@ def param_shardings(abstract: Any, mesh: Mesh, *, vision: str = "tensor") -> Any
     def place(keys: Sequence[Any], leaf: Any, spec: P) -> NamedSharding:
         path = path_of(keys)
         if _is_scale(keys):  # groups that do not divide are kept whole
-            fits = (size % axis_size(axis, mesh.shape) == 0 for size, axis in zip(leaf.shape, spec))
-            spec = P(*(axis if fit else None for fit, axis in zip(fits, spec)))
+            spec = fit_spec(spec, leaf.shape, mesh.shape)
         if not _divides(leaf.shape, spec, mesh):
             if not _SHARED_IF_FEW.fullmatch(path):
                 raise ValueError(f"{path} {list(leaf.shape)} does not divide as {spec} over {dict(mesh.shape)}")
@@ -350,17 +350,6 @@ def _is_scale(keys: Sequence[Any]) -> bool:
 
 def _divides(shape: Sequence[int], spec: P, mesh: Mesh) -> bool:
     return all(size % axis_size(axis, mesh.shape) == 0 for size, axis in zip(shape, spec))
-
-
-def fitting(shape: Sequence[int], spec: P, mesh: Mesh) -> P:
-    """A PartitionSpec without the axes that do not divide `shape`."""
-    return P(*(axis if size % axis_size(axis, mesh.shape) == 0 else None for size, axis in zip(shape, spec)))
-
-
-def axis_size(axis: str | Sequence[str] | None, sizes: Mapping[str, int]) -> int:
-    """Devices along one entry of a PartitionSpec."""
-    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
-    return math.prod(sizes[name] for name in names)
 
 
 # Pads.

@@ -86,14 +86,9 @@ def test_reference_of_v1_0_equals_the_goldens(tmp_path):
     for name in IMAGES:
         pixels = reference.pixels(picture(V1_0, name))
         np.testing.assert_array_equal(pixels[0], arrays[f"images/{name}/pixel_values_r1"], err_msg=name)
-    pixels = reference.pixels(picture(V1_0, "rgb"))
-    states = chain([reference.vision_layer(n) for n in range(6)], reference.vision_embeddings()(pixels))
-    assert_close(states, arrays["vision/hidden_states_r1"], 5e-5, "hidden states")
     assert reference.num_vision_layers == 3  # hidden_states[-4] of 7
-    selected = reference.features()(states[3:4])
-    assert_close(selected[0], arrays["vision/selected_r1"], 5e-5, "selected")
-    projected = reference.projector()(selected)
-    assert_close(projected[0], arrays["vision/projected_r1"], 5e-5, "projected")
+    wanted = (arrays[f"vision/{name}_r1"] for name in ("hidden_states", "selected", "projected"))
+    projected = check_tower(reference, reference.pixels(picture(V1_0, "rgb")), 6, *wanted)
     check_language(reference, facts["prompts"], arrays, projected, "logits/en_single/llm_hidden_states")
     small = reference_of(v1_0(tmp_path / "small", SIZES["r2"]), tmp_path / INTERN)
     np.testing.assert_array_equal(small.pixels(picture(V1_0, "rgb"))[0], arrays["images/rgb/pixel_values_r2"])
@@ -105,15 +100,23 @@ def test_reference_of_llava_equals_the_goldens():
     for name in IMAGES:
         pixels = reference.pixels(picture(LLAVA, name))
         np.testing.assert_array_equal(pixels[0], arrays[f"orig/pixel_values/{name}"], err_msg=name)
-    pixels = reference.pixels(picture(LLAVA, "rgb"))
-    states = chain([reference.vision_layer(n) for n in range(5)], reference.vision_embeddings()(pixels))
-    assert_close(states, arrays["orig/vision/hidden_states"], 5e-5, "hidden states")
     assert reference.num_vision_layers == 4  # hidden_states[-2] of 6
-    selected = reference.features()(states[4:5])
-    assert_close(selected[0], arrays["orig/vision/selected"], 5e-5, "selected")
-    projected = reference.projector()(selected)
-    assert_close(projected[0], arrays["orig/vision/projected_all"][0], 5e-5, "projected")
+    vision = "orig/vision"
+    wanted = arrays[f"{vision}/hidden_states"], arrays[f"{vision}/selected"], arrays[f"{vision}/projected_all"][0]
+    projected = check_tower(reference, reference.pixels(picture(LLAVA, "rgb")), 5, *wanted)
     check_language(reference, facts["orig_prompts"], arrays, projected, "orig/llm_hidden_states/en_single")
+
+
+def check_tower(reference, pixels, depth, hidden_states, selected, projected):
+    """Returns what the projector makes of the picture."""
+    layers = [reference.vision_layer(number) for number in range(depth)]
+    states = chain(layers, reference.vision_embeddings()(pixels))
+    assert_close(states, hidden_states, 5e-5, "hidden states")
+    features = reference.features()(states[reference.num_vision_layers][None])
+    assert_close(features[0], selected, 5e-5, "selected")
+    made = reference.projector()(features)
+    assert_close(made[0], projected, 5e-5, "projected")
+    return made
 
 
 def check_language(reference, prompts, arrays, projected, states_name):

@@ -44,11 +44,12 @@ def precision_of(dtype: Any) -> jax.lax.Precision:
 
 def fit_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:
     """A PartitionSpec without the mesh axes that do not divide `shape`; sizes: devices per mesh axis."""
+    return P(*(axes if size % axis_size(axes, sizes) == 0 else None for size, axes in zip(shape, spec)))
 
-    def devices(axes: Any) -> int:
-        return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
-    return P(*(axes if size % devices(axes) == 0 else None for size, axes in zip(shape, spec)))
+def axis_size(axes: str | tuple[str, ...] | None, sizes: Any) -> int:
+    """Devices along one entry of a PartitionSpec."""
+    return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def on_tpu() -> bool:

@@ -27,7 +27,7 @@ from rich.progress import track
 from internvl_jax.nano.render import Sample, make_sample
 from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER
 
-SAMPLES = 120_000  # of the shipped model: each is seen two or three times
+SAMPLES = 120_000  # each is seen two or three times in train.py's stages
 META, LINES = "meta.json", "train.jsonl"
 PART = 1000  # samples that a process renders at once, and pictures of a directory
 

@@ -127,7 +127,7 @@ def answering(
 
 
 def make_stages(steps: Sequence[int] = (2000, 1800, 800), rows: int = ROWS, warmup: int = 100) -> tuple[Stage, ...]:
-    """The stages; the defaults made the shipped model."""
+    """The stages, by default those that the shipped model went through."""
     optimizer = AdamW(1.5e-3, weight_decay=0.05, beta2=0.98, warmup=warmup)
     parts = (
         ("see", ("vision_model", "mlp1", "labels"), seeing),

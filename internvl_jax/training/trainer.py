@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from internvl_jax import distributed, lora, sharding
 from internvl_jax.config import ChatConfig
-from internvl_jax.models.layers import BATCH, Params, Remat, unstack
+from internvl_jax.models.layers import BATCH, Params, Remat, fit_spec, unstack
 from internvl_jax.training import objective, optimizer
 from internvl_jax.training.batch import Batch, pad_rows
 from internvl_jax.training.recipes import Recipe
@@ -223,7 +223,7 @@ def put_batch(batch: Batch, place: Place) -> Batch:
         shape = (values.shape[0], values.shape[1] * count, *values.shape[2:])
         spec = P(None, axes, *[None] * (values.ndim - 2))
         if count == 1:
-            spec = sharding.fitting(shape, spec, place.mesh)
+            spec = fit_spec(spec, shape, place.mesh.shape)
             return jax.device_put(values, NamedSharding(place.mesh, spec))
         made = jax.make_array_from_process_local_data(NamedSharding(place.mesh, spec), values)
         if made.shape != shape:
