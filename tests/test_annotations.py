@@ -48,7 +48,7 @@ def test_llava_json(tmp_path, indent):
     path.write_text(json.dumps(values, indent=indent, ensure_ascii=False))
     entries = Entries(path)
     assert [json.loads(entries[i]) for i in range(len(entries))] == values
-    assert entries.place(1) == f"{path}:{10 if indent else 1}"
+    assert entries.place(1) == f"{path}:{10 if indent else 1} (entry 2)"
     assert read_meta(path)[0].annotation == path  # taken as the only data set
     path.write_text(json.dumps(values)[:-5])
     with pytest.raises(DataError, match="cut off"):

@@ -131,8 +131,9 @@ class Entries:
         return os.pread(self._file.fileno(), end - start, start)
 
     def place(self, number: int) -> str:
-        """FILE:LINE of an entry."""
-        return f"{self.path}:{int(self._spans[number][2])}"
+        """FILE:LINE of an entry; in a JSON list, which may be a single line, its number in the list too."""
+        place = f"{self.path}:{int(self._spans[number][2])}"
+        return place if self.path.suffix != ".json" else f"{place} (entry {number + 1})"
 
     def _open(self) -> None:
         size = self._index.stat().st_size
