@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             # The reader has left. Python would complain once more when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        except ModuleNotFoundError as error:
+            extra = "; pip install 'internvl-jax[convert]'" if error.name in ("torch", "safetensors") else ""
+            return _fail(f"this command needs a package that is not installed: {error.name}{extra}")
         except (ValueError, OSError, ImportError) as error:
             # The project's own errors are ValueErrors that say what to do; a traceback would bury them.
             return _fail(str(error) or type(error).__name__)

@@ -272,6 +272,7 @@ def test_errors_say_what_to_do(run, tmp_path, monkeypatch):
     ("raised", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, "torch; pip install 'internvl-jax[convert]'"),
         (ImportError("no torch: pip install 'internvl-jax[convert]'"), 2, "pip install 'internvl-jax[convert]'"),
         (PermissionError(13, "Permission denied", "out"), 2, "Permission denied: 'out'"),
         (MemoryError(), 2, "too little memory (out of memory); try --dtype bfloat16"),
