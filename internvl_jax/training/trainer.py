@@ -187,9 +187,9 @@ def training_config(config: ChatConfig, recipe: Recipe) -> ChatConfig:
 def assemble(trained: Params, frozen: Params, recipe: Recipe, key: Any) -> Params:
     """One tree of what is trained and what is not, adapters beside their kernels. key: of their dropout, or None.
 
-    Layers stay stacked on a CPU too, unlike for decoding: a scan copies each layer's weights, which is little beside the
-    products of a batch, and its backward pass writes their gradients where they belong. A loop holds slices of all
-    layers and their gradients twice, and XLA's CPU backend undoes its rematerialization.
+    Layers stay stacked on a CPU too, unlike for decoding: a scan copies each layer's weights, which is little beside a
+    batch's products, and its backward pass writes gradients where they belong. A loop holds slices of all layers and
+    their gradients twice, and XLA's CPU backend undoes its rematerialization.
     """
     params = {**frozen, **{name: part for name, part in trained.items() if name != ADAPTERS}}
     return lora.attach(params, trained[ADAPTERS], recipe.lora, key) if ADAPTERS in trained else params
