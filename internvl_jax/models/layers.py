@@ -196,10 +196,13 @@ class Linear(nn.Module):
         """What a low-rank adapter beside the kernel adds (lora.py puts it there)."""
         left, right, out = self.eqn.replace("->", ",").split(",")
         a, b, key = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "key"))
+        summed = "".join(axis for axis in right if axis not in out)
         if key is not None:
             keep = 1 - self.get_variable("params", "lora_dropout")
-            x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep.astype(x.dtype), 0)
-        summed = "".join(axis for axis in right if axis not in out)
+            # Drawn with what is summed foremost: heads that pad it for a mesh come last, and the others draw the same.
+            axis = left.index(summed[0])
+            kept_values = jax.random.bernoulli(key, keep, (x.shape[axis], *x.shape[:axis], *x.shape[axis + 1 :]))
+            x = jnp.where(jnp.moveaxis(kept_values, 0, axis), x / keep.astype(x.dtype), 0)
         kept = "".join(axis for axis in right if axis in out)
         rows = "".join(axis for axis in left if axis not in summed)
         narrow = product(f"{left},{summed}R->{rows}R", x, a, self.dtype)
