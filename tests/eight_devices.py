@@ -3,7 +3,11 @@ the number of devices is fixed when jax starts."""
 
 import contextlib
 import dataclasses
+import os
+import subprocess
+import sys
 from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +33,21 @@ MESHES = (
     "fsdp=2,tensor=4",
     "data=2,fsdp=2,tensor=2",
 )
+
+
+def run_tests(name: str) -> None:
+    """Run a file of tests beside this one with eight virtual devices, in a process of its own."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    path = Path(__file__).with_name(name)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        cwd=path.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
 @cache

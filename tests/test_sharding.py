@@ -1,14 +1,10 @@
 """Meshes, rules and pads. What needs several devices is in eight_devices.py, run here in a process of its own."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eight_devices import run_tests
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
@@ -27,12 +23,7 @@ def mesh_of(data=1, fsdp=1, tensor=1):
 
 
 def test_on_eight_devices():
-    flags = "--xla_force_host_platform_device_count=8"
-    here = Path(__file__).parent
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "eight_devices.py")]
-    result = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    run_tests("eight_devices.py")
 
 
 @pytest.mark.parametrize(
