@@ -224,6 +224,6 @@ def attention_by_head(
         mask = None if allowed is None else allowed[index // kv_heads][None]
         return attention_xla(q, k, v, mask, scales)[0]
 
-    y = jax.lax.map(head, (jnp.arange(batch * kv_heads), per_head))
+    y = jax.lax.map(jax.checkpoint(head), (jnp.arange(batch * kv_heads), per_head))
     y = y.reshape(batch, kv_heads, length, groups, head_dim).transpose(0, 2, 1, 3, 4)
     return y.reshape(batch, length, heads, head_dim)

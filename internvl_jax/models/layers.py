@@ -131,16 +131,28 @@ def product(eqn: str, x: Array, kernel: Array | QArray, dtype: Any, **options: A
 
 
 def _einsum(eqn: str, x: Array, kernel: Array, **options: Any) -> Array:
-    """jnp.einsum, with the axes that are summed taken in the kernel's order.
+    """jnp.einsum; off the TPU as a product of two matrices where it is one.
 
-    einsum takes them by their letters, H before N, and XLA's CPU backend then transposes x and the kernel [N,H,D] to
-    multiply them. A TPU needs no such order, and keeps the programs that its figures come from.
+    einsum takes axes that are summed by their letters, H before N, and XLA's CPU backend then transposes x and the
+    kernel [N,H,D] to multiply them. The same with a kernel's gradient, which is summed over rows and tokens: of
+    matrices it is one product, of [B,T,D] both operands would be transposed first.
+    A TPU needs none of this, and keeps the programs that its figures come from.
     """
-    if not on_tpu():
-        right, out = eqn.split(",")[1].split("->")
-        for axis, name in zip((axis for axis in right if axis not in out), "abc"):
-            eqn = eqn.replace(axis, name)
-    return jnp.einsum(eqn, x, kernel, **options)
+    left, right, out = eqn.replace("->", ",").split(",")
+    kept, summed = "".join(a for a in right if a in out), "".join(a for a in right if a not in out)
+    rows = left.removesuffix(summed)
+    if on_tpu() or (left, out) != (rows + summed, rows + kept) or right not in (summed + kept, kept + summed):
+        return jnp.einsum(eqn, x, kernel, **options)
+    first = right == summed + kept
+    before = x.shape[: x.ndim - len(summed)]
+    after = kernel.shape[len(summed) :] if first else kernel.shape[: len(kept)]
+
+    def multiply(x: Array, kernel: Array) -> Array:
+        matrix = kernel.reshape(-1, math.prod(after)) if first else kernel.reshape(math.prod(after), -1)
+        axes = (((1,), (0 if first else 1,)), ((), ()))
+        return jax.lax.dot_general(x.reshape(math.prod(before), -1), matrix, axes, **options).reshape(*before, *after)
+
+    return made_again(multiply)(x, kernel)  # that is the reshapes: the product is not needed again
 
 
 def split_groups(kernel: QArray) -> QArray:
@@ -219,6 +231,15 @@ def _kept(key: Array, keep: Array, shape: tuple[int, ...], *, heads: bool) -> Ar
     )
 
 
+def made_again(function: Callable[..., Array]) -> Callable[..., Array]:
+    """`function`, of which a backward pass keeps the arguments alone; for cheap ones, element by element.
+
+    jax would keep every value on the way, six of [B,T,F] of LLaMA's MLP in place of three, and a scan over layers
+    writes them out. On a TPU, where layers are made again as a whole, as it is.
+    """
+    return function if on_tpu() else jax.checkpoint(function)
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm over the trailing axes `shape` (Zhang and Sennrich, 2019), as LLaMA and InternViT have it.
 
@@ -233,10 +254,14 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones_init(), self.shape)
-        x32 = x.astype(jnp.float32)
-        axes = tuple(range(-len(self.shape), 0))
-        mean_square = jnp.sum(x32 * x32, axis=axes, keepdims=True) / (self.divisor or math.prod(self.shape))
-        return (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * scale.astype(x.dtype)
+
+        def norm(x: Array, scale: Array) -> Array:
+            x32 = x.astype(jnp.float32)
+            axes = tuple(range(-len(self.shape), 0))
+            mean_square = jnp.sum(x32 * x32, axis=axes, keepdims=True) / (self.divisor or math.prod(self.shape))
+            return (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * scale.astype(x.dtype)
+
+        return made_again(norm)(x, scale)
 
 
 class LayerNorm(nn.Module):
@@ -263,7 +288,7 @@ def gelu(x: Array) -> Array:
     within 1e-7 of x, enough in float32.
     """
     if x.dtype == jnp.float32 and not on_tpu():
-        return 0.5 * x * (1.0 + jax.lax.erf(x * np.float32(math.sqrt(0.5))))
+        return made_again(lambda x: 0.5 * x * (1.0 + jax.lax.erf(x * np.float32(math.sqrt(0.5)))))(x)
     return jax.nn.gelu(x, approximate=False)
 
 

@@ -27,6 +27,7 @@ from internvl_jax.models.layers import (
     apply_rope,
     constrain,
     init_stack,
+    made_again,
     pin_layout,
     product,
     rope_angles,
@@ -191,7 +192,7 @@ class Mlp(nn.Module):
         wide = (cfg.hidden_size, cfg.intermediate_size)
         gate = Linear("BTD,DF->BTF", wide, self.dtype, cfg.mlp_bias, COLUMNS, name="gate_proj")(x)
         up = Linear("BTD,DF->BTF", wide, self.dtype, cfg.mlp_bias, COLUMNS, name="up_proj")(x)
-        x = constrain(jax.nn.silu(gate) * up, P(BATCH, None, TENSOR))
+        x = constrain(made_again(lambda gate, up: jax.nn.silu(gate) * up)(gate, up), P(BATCH, None, TENSOR))
         narrow = (cfg.intermediate_size, cfg.hidden_size)
         return constrain(Linear("BTF,FD->BTD", narrow, self.dtype, cfg.mlp_bias, name="down_proj")(x), HIDDEN)
 

@@ -94,7 +94,7 @@ class HeldOut:
         )
 
         def sums(trained: Params, frozen: Params, batch: Batch) -> objective.Sums:
-            params = assemble_params(trained, frozen, recipe, None, unstacked=place.mesh is None)
+            params = assemble_params(trained, frozen, recipe, None)
             part = jax.tree.map(lambda leaf: leaf[0], batch)
             return objective.loss(
                 params,

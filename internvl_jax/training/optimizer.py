@@ -91,7 +91,21 @@ def make_optimizer(settings: AdamW, steps: int, config: ChatConfig) -> optax.Gra
         weight_decay=settings.weight_decay,
         mask=None if settings.decay == "all" else lambda params: decayed(params, config),
     )
-    return adamw if settings.clip is None else optax.chain(optax.clip_by_global_norm(settings.clip), adamw)
+    return adamw if settings.clip is None else optax.chain(clip_by_global_norm(settings.clip), adamw)
+
+
+def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+    """Scale gradients down to that norm, by torch's factor (DeepSpeed's too): largest / (norm + 1e-6), at most 1.
+
+    optax's own divides every element, and XLA's CPU backend keeps the quotients: a second copy of all gradients. A
+    product it forms again in each of the fusions that read it.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        factor = jnp.minimum(largest / (optax.tree.norm(updates) + 1e-6), 1.0)
+        return jax.tree.map(lambda leaf: leaf * factor, updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def full_precision(tree: Any) -> Any:

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from internvl_jax import distributed, lora, sharding
 from internvl_jax.config import ChatConfig
-from internvl_jax.models.layers import BATCH, Params, Remat, unstack
+from internvl_jax.models.layers import BATCH, Params, Remat
 from internvl_jax.training import objective, optimizer
 from internvl_jax.training.batch import Batch, pad_rows
 from internvl_jax.training.recipes import Recipe
@@ -125,7 +125,7 @@ def make_step(
     dtype = jnp.dtype(settings.dtype)
 
     def micro(trained: Params, frozen: Params, batch: Batch, weights: Any, key: Any) -> tuple[Any, objective.Sums]:
-        params = assemble(trained, frozen, recipe, jax.random.fold_in(key, 0), unstacked=place.mesh is None)
+        params = assemble(trained, frozen, recipe, jax.random.fold_in(key, 0))
         dropping = recipe.drop_path > 0 and "vision_model" in recipe.train
         sums = loss(
             params,
@@ -187,19 +187,15 @@ def training_config(config: ChatConfig, recipe: Recipe) -> ChatConfig:
     return replace(config, vision=replace(config.vision, drop_path_rate=recipe.drop_path))
 
 
-def assemble(trained: Params, frozen: Params, recipe: Recipe, key: Any, *, unstacked: bool = False) -> Params:
+def assemble(trained: Params, frozen: Params, recipe: Recipe, key: Any) -> Params:
     """One tree of what is trained and what is not, adapters beside their kernels. key: of their dropout, or None.
 
-    unstacked: layers as a loop, for CPU, where a scan copies every layer's weights.
+    Layers stay stacked on a CPU too, unlike for decoding: a scan copies each layer's weights, which is little beside the
+    products of a batch, and its backward pass writes their gradients where they belong. A loop holds slices of all
+    layers and their gradients twice, and XLA's CPU backend undoes its rematerialization.
     """
     params = {**frozen, **{name: part for name, part in trained.items() if name != ADAPTERS}}
-    if ADAPTERS in trained:
-        params = lora.attach(params, trained[ADAPTERS], recipe.lora, key)
-    if not unstacked:
-        return params
-    return {
-        name: {**part, "layers": unstack(part["layers"])} if "layers" in part else part for name, part in params.items()
-    }
+    return lora.attach(params, trained[ADAPTERS], recipe.lora, key) if ADAPTERS in trained else params
 
 
 # Batches.
