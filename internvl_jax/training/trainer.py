@@ -97,7 +97,7 @@ class Outcome:
 
 Loss = Callable[..., objective.Sums]
 Evaluate = Callable[[State, Params], dict[str, float]]
-StepFunction = Callable[[State, Params, Batch], tuple[State, dict[str, jax.Array]]]
+StepFunction = jax.stages.Wrapped  # (State, Params, Batch) -> (State, metrics); `lower` compiles it ahead of time
 
 
 def make_step(
@@ -190,8 +190,8 @@ def training_config(config: ChatConfig, recipe: Recipe) -> ChatConfig:
 def assemble(trained: Params, frozen: Params, recipe: Recipe, key: Any) -> Params:
     """One tree of what is trained and what is not, adapters beside their kernels. key: of their dropout, or None.
 
-    Layers stay stacked on a CPU too, unlike for decoding: a scan copies each layer's weights, which is little beside the
-    products of a batch, and its backward pass writes their gradients where they belong. A loop holds slices of all
+    Layers stay stacked on a CPU too, unlike for decoding: a scan copies each layer's weights, which is little beside
+    the products of a batch, and its backward pass writes their gradients where they belong. A loop holds slices of all
     layers and their gradients twice, and XLA's CPU backend undoes its rematerialization.
     """
     params = {**frozen, **{name: part for name, part in trained.items() if name != ADAPTERS}}
