@@ -3,8 +3,8 @@
     python benchmarks/train_vs_torch.py [--recipe stage2] [--remat none full] [--rows 2] [--tokens 512] [--json]
 
 The model is that of vs_torch.py, 249M parameters in transformers' InternVL layout with random weights. A recipe says
-what is trained: stage2 projector and language model, stage1 tower and projector, full everything (without stochastic depth,
-which transformers' module does not have). Both train in float32 with AdamW, no decay of biases and norms, cosine
+what is trained: stage2 projector and language model, stage1 tower and projector, full everything (without stochastic
+depth, which transformers' module does not have). Both train in float32 with AdamW, no decay of biases and norms, cosine
 schedule, gradients clipped to norm 1. Torch runs as its users write it: transformers' model with its own loss and
 default attention (sdpa), frozen parameters without requires_grad, so that the frozen tower records nothing,
 clip_grad_norm_, torch.optim.AdamW as it comes, no gradient checkpointing. Here it is the trainer's own step, once for
