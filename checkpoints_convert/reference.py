@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, InternVLVisionConfig, LlamaConfig
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, InternVLVisionConfig, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLVisionEmbeddings, InternVLVisionLayer
@@ -142,10 +142,11 @@ class Reference:
 
     def vision_embeddings(self) -> Stage:
         """pixels [1,3,S,S] -> [1,1+P,D]."""
-        if self._is_clip:
-            return self._clip_embeddings()
+        return self._clip_embeddings() if self._is_clip else _run(self._intern_embeddings())
+
+    def _intern_embeddings(self) -> nn.Module:
         state = _rename(self._state(f"{self._prefixes[0]}embeddings."), _VISION_NAMES)
-        return _run(_module(lambda: InternVLVisionEmbeddings(self._vision), state))
+        return _module(lambda: InternVLVisionEmbeddings(self._vision), state)
 
     def _clip_embeddings(self) -> Stage:
         prefix, config = self._prefixes[0], self._vision
@@ -161,6 +162,9 @@ class Reference:
             state = self._state(f"{self._prefixes[0]}encoder.layers.{layer}.")
             encoder = _module(lambda: CLIPEncoderLayer(self._vision), state)
             return _run(lambda x: encoder(x, attention_mask=None))
+        return _run(self._intern_layer(layer))
+
+    def _intern_layer(self, layer: int) -> nn.Module:
         state = self._state(f"{self._prefixes[0]}encoder.{'layer' if self._native else 'layers'}.{layer}.")
         for kind in ("weight", "bias"):
             if f"attn.qkv.{kind}" in state:
@@ -170,25 +174,25 @@ class Reference:
         if self._qk_norm_eps is not None:
             for norm in (module.attention.q_norm, module.attention.k_norm):
                 norm.variance_epsilon = self._qk_norm_eps
-        return _run(module)
+        return module
 
     def features(self) -> Stage:
         """[1,1+P,D] -> [1,P*ratio**2,D/ratio**2], without the class token."""
-        if self._is_llava:
-            return _run(lambda x: x[:, 1:])
+        return _run((lambda x: x[:, 1:]) if self._is_llava else self._fold)
 
-        def fold(x: torch.Tensor) -> torch.Tensor:
-            side = round((x.shape[1] - 1) ** 0.5)
-            grid = x[:, 1:].reshape(x.shape[0], side, side, -1)
-            folded = InternVLModel.pixel_shuffle(None, grid, scale_factor=self._ratio)
-            if self._ps_version == "v1":
-                folded = folded.transpose(1, 2)
-            return folded.reshape(x.shape[0], -1, folded.shape[-1])
-
-        return _run(fold)
+    def _fold(self, x: torch.Tensor) -> torch.Tensor:
+        side = round((x.shape[1] - 1) ** 0.5)
+        grid = x[:, 1:].reshape(x.shape[0], side, side, -1)
+        folded = InternVLModel.pixel_shuffle(None, grid, scale_factor=self._ratio)
+        if self._ps_version == "v1":
+            folded = folded.transpose(1, 2)
+        return folded.reshape(x.shape[0], -1, folded.shape[-1])
 
     def projector(self) -> Stage:
         """[1,P,E] -> [1,P,D]."""
+        return _run(self._mlp())
+
+    def _mlp(self) -> nn.Module:
         names = _LLAVA_PROJECTOR_NAMES if self._is_llava else _PROJECTOR_NAMES
         state = _rename(self._state(self._prefixes[1]), names)
         outputs, inputs = state["0.weight" if self._is_llava else "1.weight"].shape
@@ -197,7 +201,7 @@ class Reference:
             mlp = nn.Linear(inputs, outputs), nn.GELU(), nn.Linear(outputs, outputs)
             return nn.Sequential(*mlp) if self._is_llava else nn.Sequential(nn.LayerNorm(inputs), *mlp)
 
-        return _run(_module(build, state))
+        return _module(build, state)
 
     def text_embeddings(self, ids: np.ndarray, image_token_id: int | None) -> Callable[[np.ndarray | None], np.ndarray]:
         """ids [T]; visual tokens [1,P,D] or None -> [1,T,D]."""
@@ -236,11 +240,50 @@ class Reference:
         head = self._tensor(f"{self._prefixes[2]}{'model.embed_tokens' if tied else 'lm_head'}.weight")
         return _run(lambda x: nn.functional.linear(x, head))
 
+    def whole(self, image_token_id: int) -> nn.Module:
+        """All stages of an InternVL model as one module that can be trained; its language model transformers' own.
+
+        Parts: embeddings, layers (those that run), projector, language. forward(pixel_values [M,3,S,S], input_ids,
+        attention_mask, labels [B,T]) -> loss. Raises ValueError for other models, and those without a part.
+        """
+        if self._vision is None or self._text is None or self._is_llava:
+            raise ValueError("only an InternVL model with both of its parts can be put together")
+        state = self._state(self._prefixes[2])
+        language: Any = _module(lambda: LlamaForCausalLM(self._text), state)
+        language.model.rotary_emb = LlamaRotaryEmbedding(self._text)  # no tensor of the checkpoint
+        return _Whole(
+            self._intern_embeddings(),
+            [self._intern_layer(layer) for layer in range(self.num_vision_layers)],
+            self._fold,
+            self._mlp(),
+            language,
+            image_token_id,
+        )
+
     def _tensor(self, key: str) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(self._read(key).astype(np.float32)))
 
     def _state(self, prefix: str) -> dict[str, torch.Tensor]:
         return {key[len(prefix) :]: self._tensor(key) for key in self._keys if key.startswith(prefix)}
+
+
+class _Whole(nn.Module):
+    def __init__(
+        self, embeddings: nn.Module, layers: list[nn.Module], fold: Any, projector: nn.Module, language: Any, image: int
+    ):
+        super().__init__()
+        self.embeddings, self.layers, self.fold = embeddings, nn.ModuleList(layers), fold
+        self.projector, self.language, self.image = projector, language, image
+
+    def forward(self, pixel_values: Any, input_ids: Any, attention_mask: Any, labels: Any) -> torch.Tensor:
+        x = self.embeddings(pixel_values)
+        for layer in self.layers:
+            x = layer(x)
+        features = self.projector(self.fold(x))
+        embedded = self.language.get_input_embeddings()(input_ids)
+        places = (input_ids == self.image)[..., None].expand_as(embedded)
+        embedded = embedded.masked_scatter(places, features)
+        return self.language(inputs_embeds=embedded, attention_mask=attention_mask, labels=labels).loss
 
 
 def _read_json(path: Path) -> dict[str, Any]:

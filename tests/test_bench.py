@@ -1,7 +1,9 @@
 """The benchmark: what it measures and refuses, its figures against a clock and chips that the test makes up."""
 
+import importlib
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -136,3 +138,25 @@ def test_names_are_those_of_the_compilers_devices():
     device = parse_topology("v5e-1").devices()[0]
     assert bench.chip_of(device) is CHIPS["v5e"]
     assert math.isclose(bench.chip_of(device).bf16_flops, 197e12)
+
+
+@pytest.fixture(scope="module")
+def beside_torch():
+    pytest.importorskip("torch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        return importlib.import_module("losses_vs_torch")
+
+
+def test_twenty_steps_of_training_lose_what_torchs_do(beside_torch):
+    """All parts trained in float32, the loss going down by more than half. How far float32 alone drives two runs apart
+    in so many steps is measured: torch from weights that are moved by one rounding."""
+    result = beside_torch.run("full", 20)
+    assert result.ours[0] == pytest.approx(result.original, abs=1e-5)
+    assert max(result.ours[16:]) < result.ours[0] / 2
+    np.testing.assert_allclose(result.ours[:5], result.torch[:5], rtol=0, atol=5e-5)  # 2e-5 was seen
+    np.testing.assert_allclose(result.ours, result.torch, rtol=0, atol=1e-3)  # 2e-4 was seen
+    assert 1e-5 < result.rounding < 5e-3  # 6e-4 was seen
+    picture = beside_torch.plot(result, "full")
+    assert picture.count("<polyline") == 2
+    assert picture.count("<rect") == 21

@@ -1,0 +1,240 @@
+"""The losses of a training run through PyTorch and through this project: same weights, batches, AdamW and schedule.
+
+    python benchmarks/losses_vs_torch.py [--recipe full] [--steps 20] [--plot docs/images/losses_vs_torch.svg] [--json]
+
+The model is the tiny InternVL-Chat-V1-1 of the tests, whose first loss the original code has told
+(tests/data/internvl_chat_v1_1). The PyTorch side is transformers' modules as checkpoints_convert/reference.py puts them
+together, transformers' loss and schedule and torch's optimizer; this side is the trainer's own step. Both in float32,
+without stochastic depth. A recipe says what is trained: full everything, stage1, stage2.
+
+Two correct programs do not stay equal: float32 rounds, and AdamW makes whole steps out of gradients that are rounding
+alone. So PyTorch also runs from weights that are moved by one rounding each, up or down: that far apart are two runs of
+the same program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from checkpoints_convert.convert import load_hf
+from checkpoints_convert.readers import open_checkpoint
+from checkpoints_convert.reference import Reference
+from internvl_jax.config import ChatConfig
+from internvl_jax.loading import abstract_for_running
+from internvl_jax.training import optimizer, state, trainer
+from internvl_jax.training.batch import IGNORED, Batch
+from internvl_jax.training.recipes import Recipe, override, recipe_of
+
+BUNDLE = Path(__file__).resolve().parents[1] / "tests" / "data" / "internvl_chat_v1_1"
+RATE, WARMUP = 5e-4, 2  # the model is small: at the recipes' own rates it would hardly move
+DIFFERENT = 4  # batches, again and again, so that there is something to learn
+AGREE = 1e-3  # largest difference of two losses, which are 4 to 12
+
+# Names in torch that are not decayed: biases, the projector's LayerNorm and LLaMA's norms.
+NO_DECAY = r"bias$|^projector\.0\.|^language\..*norm"
+PARTS = {"vision_model": r"^(embeddings|layers)\.", "mlp1": r"^projector\.", "language_model": r"^language\."}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The losses of all, step by step, and of the first step the original code's."""
+
+    torch: list[float]
+    ours: list[float]
+    moved: list[float]  # torch's from weights moved by one rounding
+    original: float
+
+    @property
+    def apart(self) -> float:
+        """The largest difference of two losses of a step; NaN where one is."""
+        return float(np.abs(np.subtract(self.torch, self.ours)).max())
+
+    @property
+    def rounding(self) -> float:
+        """The same, of torch and torch from moved weights."""
+        return float(np.abs(np.subtract(self.torch, self.moved)).max())
+
+
+def batches(steps: int, image_token_id: int, vocabulary: int) -> list[Batch]:
+    """The golden batch, then others of its shape: other words, brighter or darker pictures."""
+    arrays = np.load(BUNDLE / "goldens.npz")
+    ids, labels = arrays["train/input_ids"], arrays["train/labels"]
+    real = arrays["train/attention_mask"].astype(np.int32)
+    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32)
+    pixels = np.stack([arrays["images/rgb/eval"], arrays["images/gray/eval"]])
+    made = [Batch(ids, labels, real, positions, pixels)]
+    for number in range(1, DIFFERENT):
+        rng = np.random.default_rng(number)
+        words = rng.integers(3, vocabulary - 9, ids.shape).astype(np.int32)  # the last nine mark images and boxes
+        other = np.where((ids == image_token_id) | (real == 0), ids, words)
+        shifted = pixels + rng.standard_normal((len(pixels), 1, 1, 1), dtype=np.float32)
+        made.append(Batch(other, np.where(labels == IGNORED, IGNORED, other), real, positions, shifted))
+    return [made[step % DIFFERENT] for step in range(steps)]
+
+
+def torch_losses(recipe: Recipe, made: list[Batch], image_token_id: int, *, move: bool = False) -> list[float]:
+    """Train through PyTorch. move: from weights that are moved by one rounding, at random up or down."""
+    with open_checkpoint(BUNDLE / "checkpoint") as weights:
+        model = Reference(BUNDLE / "checkpoint", list(weights.weight_map), weights.read).whole(image_token_id).train()
+    if move:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                up = torch.rand(parameter.shape, generator=generator) < 0.5
+                parameter.copy_(torch.nextafter(parameter, torch.where(up, torch.inf, -torch.inf)))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = any(re.search(PARTS[part], name) for part in recipe.train)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    settings = recipe.optimizer
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in trained.items() if not re.search(NO_DECAY, n)]},
+            {"params": [p for n, p in trained.items() if re.search(NO_DECAY, n)], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    schedule = transformers.get_cosine_schedule_with_warmup(adamw, settings.warmup_steps(len(made)), len(made))
+    losses = []
+    for batch in made:
+        loss = model(
+            torch.from_numpy(batch.pixel_values),
+            torch.from_numpy(batch.input_ids).long(),
+            torch.from_numpy(batch.segment_ids),
+            torch.from_numpy(batch.labels).long(),
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip)
+        adamw.step()
+        schedule.step()
+        adamw.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def our_losses(recipe: Recipe, made: list[Batch], image_token_id: int) -> list[float]:
+    """Train through the trainer's step."""
+    config = ChatConfig.from_file(BUNDLE / "checkpoint")
+    place = state.Place(config)
+    adamw = optimizer.make_optimizer(recipe.optimizer, len(made), config)
+    params = load_hf(BUNDLE / "checkpoint", abstract_for_running(config, jnp.float32))
+    now, frozen = state.init_state(params, recipe, adamw, place, 0)
+    settings = trainer.Settings(len(made), remat="none")
+    step = trainer.make_step(config, recipe, settings, adamw, image_token_id, place)
+    losses = []
+    for batch in made:
+        now, metrics = step(now, frozen, trainer.put_batch(trainer.stack_batches([batch]), place))
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+def run(name: str = "full", steps: int = 20) -> Run:
+    """All runs of a recipe."""
+    recipe = override(recipe_of(name), optimizer={"learning_rate": RATE, "warmup": WARMUP}, drop_path=0.0)
+    facts = json.loads((BUNDLE / "goldens.json").read_text(encoding="utf-8"))
+    image_token_id = facts["config"]["token_ids"]["<IMG_CONTEXT>"]
+    vocabulary = ChatConfig.from_file(BUNDLE / "checkpoint").text.vocab_size
+    made = batches(steps, image_token_id, vocabulary)
+    original = float(np.load(BUNDLE / "goldens.npz")["train/loss"])
+    ours = our_losses(recipe, made, image_token_id)
+    theirs, moved = (torch_losses(recipe, made, image_token_id, move=move) for move in (False, True))
+    return Run(theirs, ours, moved, original)
+
+
+def plot(result: Run, name: str) -> str:
+    """Both curves, and below them how far apart they are, as SVG."""
+    width, left, top, height, gap, low = 640, 70, 40, 190, 46, 90
+    steps = len(result.ours)
+    apart = np.abs(np.subtract(result.torch, result.ours))
+    first, last = min(result.torch + result.ours), max(result.torch + result.ours)
+    unit = 10.0 ** np.ceil(np.log10(max(apart.max(), 1e-9)))
+    below = top + height + gap
+    moved = f"PyTorch from weights moved by one rounding: {result.rounding:.1e}"
+
+    def x(step: int) -> float:
+        return left + step * (width - left - 20) / max(1, steps - 1)
+
+    def y(loss: float) -> float:
+        return top + height * (last - loss) / max(last - first, 1e-9)
+
+    def line(losses: list[float], style: str) -> str:
+        points = " ".join(f"{x(i):.1f},{y(loss):.1f}" for i, loss in enumerate(losses))
+        return f'<polyline points="{points}" fill="none" {style}/>'
+
+    def text(at: float, down: float, words: str, more: str = "") -> str:
+        return f'<text x="{at:.1f}" y="{down:.1f}" {more}>{words}</text>'
+
+    end = 'text-anchor="end"'
+    bars = (
+        f'<rect x="{x(i) - 4:.1f}" y="{below + low * (1 - a / unit):.1f}" width="8" height="{low * a / unit:.1f}" '
+        'fill="#777"/>'
+        for i, a in enumerate(apart)
+    )
+    axis = '<line x1="{0}" x2="{1}" y1="{2}" y2="{2}" stroke="#bbb"/>'
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {below + low + 34}" '
+            'font-family="sans-serif" font-size="12">',
+            '<rect width="100%" height="100%" fill="white"/>',
+            text(left, 20, f"{name}, float32: loss of each step", 'font-weight="bold"'),
+            text(left + 300, 20, "PyTorch", 'fill="#d95f02"'),
+            text(left + 370, 20, "internvl-jax (dashed)", 'fill="#1f4e9c"'),
+            axis.format(left, width - 20, top + height),
+            text(left - 8, top + 4, f"{last:.2f}", end),
+            text(left - 8, top + height + 4, f"{first:.2f}", end),
+            line(result.torch, 'stroke="#d95f02" stroke-width="4" stroke-opacity="0.6"'),
+            line(result.ours, 'stroke="#1f4e9c" stroke-width="1.5" stroke-dasharray="6 4"'),
+            text(left, below - 12, f"difference, at most {apart.max():.1e}; {moved}", 'font-weight="bold"'),
+            axis.format(left, width - 20, below + low),
+            text(left - 8, below + 6, f"{unit:.0e}", end),
+            text(left - 8, below + low + 4, "0", end),
+            *bars,
+            text(x(0), below + low + 18, "1", 'text-anchor="middle"'),
+            text(x(steps - 1), below + low + 18, f"step {steps}", end),
+            "</svg>\n",
+        ]
+    )
+
+
+def main() -> None:
+    """Run, print, draw; status 1 where the losses do not agree."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--recipe", default="full", choices=["stage1", "stage2", "full"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--plot", type=Path, metavar="SVG", help="also draw both curves")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps is {args.steps}: it must be at least 1")
+    result = run(args.recipe, args.steps)
+    if args.plot is not None:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        args.plot.write_text(plot(result, args.recipe), encoding="utf-8")
+    if args.json:
+        print(json.dumps({"recipe": args.recipe, "largest_difference": result.apart, **asdict(result)}))
+    else:
+        print(f"{args.recipe}; the original code's loss of step 1: {result.original:.6f}")
+        print("step     torch      ours   difference   torch, weights moved by one rounding")
+        for number, (theirs, ours, moved) in enumerate(zip(result.torch, result.ours, result.moved), 1):
+            print(f"{number:4}{theirs:10.6f}{ours:10.6f}{ours - theirs:13.1e}{moved - theirs:13.1e}")
+        print(f"largest difference: {result.apart:.1e}; of torch from moved weights: {result.rounding:.1e}")
+        print(f"torch {torch.__version__}, transformers {transformers.__version__}, jax {jax.__version__}")
+    if not result.apart <= AGREE:
+        sys.exit(f"LOSSES DO NOT AGREE: {result.apart:.1e}, more than {AGREE:.0e}")
+
+
+if __name__ == "__main__":
+    main()
