@@ -47,7 +47,7 @@ def test_flops_are_those_of_the_compiled_step(name):
     counted = hlo.flops(hlo.parse(step.lower(state, frozen, batch).compile().as_text()))
     ours = costs.batch_flops(model, recipe, batch, 1)
     # XLA computes the whole square of attention, and the head's forward pass twice.
-    assert 1 < counted / ours < 1.15
+    assert 1 < counted / ours < 1.2
     trained, still = costs.parameters(model, recipe)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.trained))
     assert trained == count
