@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -143,7 +144,12 @@ def make_mesh(
             f"the mesh {named} needs {needed or 'more'} devices, there are {len(devices)}: data * fsdp * tensor must "
             f"be at most {len(devices)}; legal tensor sizes are {_listed(tensors)}"
         )
-    mesh = jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:needed])
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        mesh = jax.make_mesh(tuple(sizes.values()), AXES, types, devices=devices[:needed])
+    except NotImplementedError:  # an axis that is no product of the torus's own: jax splits these on v5e alone
+        split = create_device_mesh(tuple(sizes.values()), devices[:needed], allow_split_physical_axes=True)
+        mesh = Mesh(split, AXES, axis_types=types)
     if config is not None:
         validate_mesh(config, mesh)
     return mesh

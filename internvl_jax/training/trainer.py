@@ -324,8 +324,9 @@ class _Run:
                 break
             position = self.batches.get_state()
             waited = time.perf_counter() - began
+            placed = put_batch(batch, self.place)
             with jax.transfer_guard("disallow"):
-                state, metrics = self.step(state, self.frozen, put_batch(batch, self.place))
+                state, metrics = self.step(state, self.frozen, placed)
             self.look()
             self.under_way = (number, batch, metrics, waited)
             if (number + 1) % self.settings.save_every == 0 and number + 1 < self.settings.steps:
