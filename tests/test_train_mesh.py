@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from eight_devices import run_tests
+from devices import run_file
 from eight_devices_train import ADAMW, CONFIG, FULL, equal_numbers
 from test_distributed import free_port, run_two
 from tiny_checkpoint import write_checkpoint, write_squares
@@ -23,7 +23,7 @@ def entries_of(directory, kind="loss"):
 
 
 def test_on_eight_devices():
-    run_tests("eight_devices_train.py")
+    run_file("eight_devices_train.py")
 
 
 def test_two_processes_equal_one(tmp_path):
