@@ -183,12 +183,16 @@ def _parser() -> argparse.ArgumentParser:
         "TPU, and prints memory, FLOPs, collectives and rooflines per chip. Needs the extra 'tpu'.\n\nexamples:\n"
         "  internvl-jax compile-report --topology v5e-8 --program decode --batch 8 --length 2048\n"
         "  internvl-jax compile-report --topology v6e:2x2 --mesh tensor=4 --batch 16 --json\n"
-        "  internvl-jax compile-report --topology v5e-16 --plan",
+        "  internvl-jax compile-report --topology v5e-16 --plan\n"
+        "  internvl-jax compile-report --topology v5e-16 --program train --recipe stage2 --param-dtype bfloat16",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     report.add_argument("--topology", metavar="T", help="v5e-8, v6e-1, v5p-8, tpu7x or v5e:2x4")
     report.add_argument(
-        "--program", default="generate", metavar="P", help="encode, prefill, decode, or generate (all of them together)"
+        "--program",
+        default="generate",
+        metavar="P",
+        help="encode, prefill, decode, generate (all of them together), or train",
     )
     report.add_argument(
         "--preset", default="internvl_chat_v1_1", metavar="M", help=f"{', '.join(PRESETS)}; or a directory's"
@@ -200,7 +204,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--vision", metavar="MODE", help="spread the tower by 'tensor' or 'data' (the mesh decides)")
     report.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="default: bfloat16")
     _add_quantize(report)
-    report.add_argument("--plan", action="store_true", help="choose mesh and batch for the slice")
+    training = report.add_argument_group("--program train", "a step of the trainer, moments in float32")
+    training.add_argument("--recipe", metavar="R", help="as for train (stage2); --table: R,R,...")
+    training.add_argument("--images", type=int, metavar="N", help="pictures in a row (1)")
+    training.add_argument("--remat", metavar="POLICY", help="full, dots or none (full)")
+    training.add_argument("--param-dtype", choices=["float32", "bfloat16"], help="of what is trained (float32)")
+    report.add_argument("--plan", action="store_true", help="choose mesh and batch; of training, remat and dtype")
     report.add_argument("--table", action="store_true", help="plan for all usual slices, or T,T,...; Markdown (slow)")
     report.add_argument("--json", action="store_true", help="print one JSON object")
     report.set_defaults(run=_compile_report)
@@ -487,6 +496,11 @@ def _compile_report(args: argparse.Namespace) -> int:
     if not args.table and not args.topology:
         raise ValueError("name the slice: --topology v5e-8 for example")
 
+    if args.program == "train":
+        return _train_report(args)
+    for name in ("recipe", "images", "remat", "param_dtype"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --program train")
     from tpu_scripts import compile_report, plan
 
     if args.table:
@@ -499,6 +513,33 @@ def _compile_report(args: argparse.Namespace) -> int:
     else:
         report = compile_report.report(compile_report.make_workload(**asked, mesh=args.mesh), args.program)
         print(json.dumps(report.to_dict()) if args.json else "\n".join(compile_report.lines(report)))
+    return 0
+
+
+def _train_report(args: argparse.Namespace) -> int:
+    from tpu_scripts import train_report
+
+    for name in ("prompt", "quantize", "cache_dtype"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} does not apply to --program train")
+    chosen = ("batch", "remat", "param_dtype")
+    names = ("preset", "topology", "recipe", "mesh", "length", "images", "vision", "dtype", *chosen)
+    asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if (args.plan or args.table) and any(name in asked for name in chosen):
+        raise ValueError("--plan and --table choose --batch, --remat and --param-dtype: leave them out")
+    if args.table:
+        slices = asked.pop("topology", ",".join(train_report.SLICES)).split(",")
+        recipes = asked.pop("recipe", ",".join(train_report.RECIPES)).split(",")
+        for line in train_report.table(asked, slices, recipes, say=err.print):
+            print(line, flush=True)
+        return 0
+    done = (
+        train_report.plan(asked, say=err.print) if args.plan else train_report.report(train_report.make_work(**asked))
+    )
+    if done is None:
+        print("nothing fits: take a larger slice, shorter rows or adapters (--recipe lora)")
+        return 0
+    print(json.dumps(done.to_dict()) if args.json else "\n".join(train_report.lines(done)))
     return 0
 
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -143,7 +144,12 @@ def make_mesh(
             f"the mesh {named} needs {needed or 'more'} devices, there are {len(devices)}: data * fsdp * tensor must "
             f"be at most {len(devices)}; legal tensor sizes are {_listed(tensors)}"
         )
-    mesh = jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:needed])
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        mesh = jax.make_mesh(tuple(sizes.values()), AXES, types, devices=devices[:needed])
+    except NotImplementedError:  # an axis that is no product of the torus's own: jax splits these on v5e alone
+        split = create_device_mesh(tuple(sizes.values()), devices[:needed], allow_split_physical_axes=True)
+        mesh = Mesh(split, AXES, axis_types=types)
     if config is not None:
         validate_mesh(config, mesh)
     return mesh
@@ -170,6 +176,32 @@ def validate_mesh(config: ChatConfig, mesh: Mesh, batch: int | None = None) -> N
             f"a batch of {batch} rows does not divide over data={data} x fsdp={fsdp}: use a multiple of {data * fsdp} "
             f"rows, or data * fsdp one of {_listed(_divisors(batch))}"
         )
+
+
+def row_owners(mesh: Mesh) -> tuple[tuple[int, ...], dict[int, int]]:
+    """Who brings the rows of a batch: for every part of them along data and fsdp, in order, the number of its owner;
+    and the owner that each process is, or belongs to.
+
+    An owner is a process, or several that tensor spans: they hold the same parts and bring the same rows. Its parts
+    need not stand together: a mesh follows the wires of a TPU, not its hosts.
+    Raises MeshError where processes share some parts and not all, or hold different numbers of them.
+    """
+    held: dict[int, list[int]] = {}
+    for part, devices in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
+        for process in {device.process_index for device in devices}:
+            held.setdefault(process, []).append(part)
+    owners = sorted({tuple(parts) for parts in held.values()})
+    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    if len({len(parts) for parts in owners}) > 1 or sum(map(len, owners)) != count:
+        raise MeshError(
+            f"the mesh {dict(mesh.shape)} shares out {count} parts of a batch to {len(held)} processes unevenly: "
+            f"{'; '.join(f'process {process} has {parts}' for process, parts in sorted(held.items())[:8])}. Along data "
+            "and fsdp each process needs parts of its own, as many as the others, or the same as others on tensor"
+        )
+    owner_of = {part: number for number, parts in enumerate(owners) for part in parts}
+    return tuple(owner_of[part] for part in range(count)), {
+        process: owner_of[parts[0]] for process, parts in held.items()
+    }
 
 
 def default_vision_mode(mesh: Mesh) -> str:

@@ -1,6 +1,7 @@
 """The chat model, stage by stage: the golden bundle, transformers' InternVL, merging, and that everything matters."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -427,6 +428,21 @@ def test_merge_against_a_loop(counts):
     for row, column in np.argwhere(ids == IMAGE):
         expected[row, column] = next(left)
     assert next(left, None) is None
+    assert np.array_equal(merged, expected)
+
+
+def test_merge_of_several_owners():
+    """Parts of an owner need not stand together, and its images lie evenly over them, wherever its rows want them."""
+    owners = (0, 1, 1, 0)
+    rng = np.random.default_rng(3)
+    ids, _ = rows_with_images([2, 1, 0, 1, 3, 0, 0, 1], 4, seed=1)  # two rows in each part, two image slots
+    embeddings = rng.standard_normal((*ids.shape, 5)).astype(np.float32)
+    features = rng.standard_normal((8, 4, 5)).astype(np.float32)
+    merged = jax.jit(partial(chat_model.merge_images, owners=owners))(embeddings, ids == IMAGE, features)
+    left = [iter(features[slots].reshape(-1, 5)) for slots in ([0, 1, 6, 7], [2, 3, 4, 5])]
+    expected = embeddings.copy()
+    for row, column in np.argwhere(ids == IMAGE):
+        expected[row, column] = next(left[owners[row // 2]])
     assert np.array_equal(merged, expected)
 
 

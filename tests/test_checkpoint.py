@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import environment
 
 from internvl_jax import checkpoint
 from internvl_jax.checkpoint import CheckpointError, Writer, chunk_shape, load, save, stored_tree
@@ -238,10 +239,8 @@ def test_onto_meshes_of_eight_devices(tmp_path):
 
     published = Path(__file__).parent / "data" / "internvl_chat_v1_1" / "checkpoint"
     convert(published, tmp_path / "converted")
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     result = subprocess.run(
         [sys.executable, "-c", ON_EIGHT_DEVICES, str(published), str(tmp_path / "converted")],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        capture_output=True, text=True, check=False,
+        env=environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.stdout.strip() == "equal", result.stderr[-3000:]

@@ -9,7 +9,7 @@ import pytest
 from internvl_jax.cli import main
 from internvl_jax.config import PRESETS, tower_name
 from internvl_jax.sharding import MeshError
-from tpu_scripts import plan
+from tpu_scripts import hlo, measure, plan
 from tpu_scripts.chips import CHIPS, GIB, Topology, TopologyError, parse_topology
 
 LAYERS, WIDTH, HIDDEN, HEADS, HEAD_DIM, VOCABULARY = 4, 512, 768, 8, 128, 1000
@@ -185,12 +185,12 @@ def test_two_devices_of_a_chip_count_together(compile_report, small):
 
 def test_network_time_counts_links(compile_report, small, generated):
     load, _, _ = generated
-    sums = compile_report.hlo.Collective("all-reduce", 10**6, 3, None, None, ())
+    sums = hlo.Collective("all-reduce", 10**6, 3, None, None, ())
     # 2x2 chips: each sends 2 * 3/4 of the sum over its two links.
-    assert compile_report.network_seconds(load, sums) == pytest.approx(3 * 1.5e6 / (2 * 50e9))
+    assert measure.network_seconds(load.topology, load.mesh, sums) == pytest.approx(3 * 1.5e6 / (2 * 50e9))
     pair = replace(sums, kind="all-gather", group=(0, 1))
-    assert compile_report.network_seconds(load, pair) == pytest.approx(3 * 0.5e6 / 50e9)
-    assert compile_report.network_seconds(load, replace(sums, group=(2,))) == 0
+    assert measure.network_seconds(load.topology, load.mesh, pair) == pytest.approx(3 * 0.5e6 / 50e9)
+    assert measure.network_seconds(load.topology, load.mesh, replace(sums, group=(2,))) == 0
 
 
 def test_links():
@@ -271,14 +271,14 @@ def test_heads_that_do_not_divide(compile_report):
         compile_report.make_workload(topology="v5e-16", mesh="tensor=16")
 
 
-def test_messages_of_the_compiler(compile_report):
+def test_messages_of_the_compiler():
     temporaries = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (28.06G) "
     )
-    assert compile_report.exhausted(temporaries + "exceeds available HBM (15.75G).") == int(28.06 * GIB)
+    assert measure.exhausted(temporaries + "exceeds available HBM (15.75G).") == int(28.06 * GIB)
     used = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded by 1.75G."
-    assert compile_report.exhausted(used) == int(17.5 * GIB)
-    assert compile_report.exhausted("INVALID_ARGUMENT: Used 17.50G of 15.75G hbm") is None
+    assert measure.exhausted(used) == int(17.5 * GIB)
+    assert measure.exhausted("INVALID_ARGUMENT: Used 17.50G of 15.75G hbm") is None
 
 
 def test_full_size_ideals(compile_report):

@@ -13,6 +13,7 @@ from internvl_jax.training import costs, optimizer, recipes
 from internvl_jax.training.batch import Batch
 from internvl_jax.training.state import Place, init_state
 from internvl_jax.training.trainer import Settings, make_step, stack_batches
+from tpu_scripts import hlo
 
 ROWS, LENGTH, IMAGES = 2, 256, 3
 
@@ -43,10 +44,10 @@ def test_flops_are_those_of_the_compiled_step(name):
     params = jax.tree.map(jnp.asarray, random_params(model))
     state, frozen = init_state(params, recipe, adamw, place, 0)
     step = make_step(model, recipe, Settings(4, remat="none", chunk=LENGTH), adamw, IMAGE, place)
-    counted = step.lower(state, frozen, batch).compile().cost_analysis()["flops"]
+    counted = hlo.flops(hlo.parse(step.lower(state, frozen, batch).compile().as_text()))
     ours = costs.batch_flops(model, recipe, batch, 1)
-    # XLA counts the whole square of attention, the head's second forward pass, softmax and norms besides.
-    assert 0.95 < counted / ours < 1.35
+    # XLA computes the whole square of attention, and the head's forward pass twice.
+    assert 1 < counted / ours < 1.2
     trained, still = costs.parameters(model, recipe)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.trained))
     assert trained == count

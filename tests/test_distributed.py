@@ -1,7 +1,6 @@
 """Start-up of several processes; two real ones that load, answer and save together."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from devices import environment
 
 from internvl_jax import checkpoint, distributed
 from internvl_jax.config import ChatConfig
@@ -30,12 +30,11 @@ def free_port():
 
 def run_two(command, directory, devices=4):
     """Run two_processes.py's `command` on two processes; returns what each printed."""
-    port, flags = free_port(), f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    port = free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, str(HERE / "two_processes.py"), str(number), str(port), command, str(directory)],
-            env=environment,
+            env=environment(devices),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -51,6 +51,20 @@ def test_loops_count_as_often_as_they_run(compile_on):
     assert hlo.flops(found) == 2 * 64 * 256 * 256 * (3 * 5 + 3 + 2)
 
 
+def test_loops_that_count_by_two(compile_on):
+    """As XLA's rings do, which gather a matrix from both sides while it is multiplied."""
+
+    def program(x, w):
+        def body(carry):
+            number, x = carry
+            return number + 2, jnp.tanh(x @ w)
+
+        return jax.lax.while_loop(lambda carry: carry[0] < 7, body, (0, x))[1]
+
+    found = compile_on((1, 1), program, ((64, 256), P()), ((256, 256), P()))
+    assert hlo.flops(found) == 4 * 2 * 64 * 256 * 256
+
+
 def test_loops_that_end_when_the_data_say_so_count_once(compile_on):
     def program(x, w):
         return jax.lax.while_loop(lambda x: jnp.max(x) > 1, lambda x: (x @ w) * 0.5, x)

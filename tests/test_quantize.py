@@ -1,9 +1,6 @@
 """Quantized weights and caches: rounding, products, whole models, meshes, checkpoints, and what is refused."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
+from devices import run_file
 from eight_devices import IMAGE, batch_of, config_of, params_of
 from golden import assert_close, kl
 
@@ -414,9 +412,4 @@ def test_refusals():
 
 
 def test_on_eight_devices():
-    flags = "--xla_force_host_platform_device_count=8"
-    here = Path(__file__).parent
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "eight_devices_quantize.py")]
-    result = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    run_file("eight_devices_quantize.py")

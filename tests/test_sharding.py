@@ -1,14 +1,12 @@
 """Meshes, rules and pads. What needs several devices is in eight_devices.py, run here in a process of its own."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import run_file
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
@@ -27,12 +25,7 @@ def mesh_of(data=1, fsdp=1, tensor=1):
 
 
 def test_on_eight_devices():
-    flags = "--xla_force_host_platform_device_count=8"
-    here = Path(__file__).parent
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "eight_devices.py")]
-    result = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    run_file("eight_devices.py")
 
 
 @pytest.mark.parametrize(
@@ -71,6 +64,40 @@ def test_make_mesh():
     assert dict(make_mesh("data=-1", device).shape)["data"] == 1
     with pytest.raises(MeshError, match=r"needs 3 devices, there are 1.*at most 1"):
         make_mesh("tensor=3", device)
+
+
+def hosts(processes, **sizes):
+    """A mesh whose devices are of these processes, in order."""
+    shape = tuple(mesh_of(**sizes).shape.values())
+    devices = np.empty(len(processes), object)
+    devices[:] = [SimpleNamespace(process_index=process) for process in processes]
+    return SimpleNamespace(shape=dict(zip(AXES, shape)), devices=devices.reshape(shape))
+
+
+def test_who_brings_which_rows():
+    """The orders are those that a v5e-16 of four hosts has."""
+    ring = (0, 0, 1, 1, 1, 1, 0, 2, 3, 3, 3, 3, 2, 2, 2, 0)
+    assert sharding.row_owners(hosts(ring, fsdp=16)) == (ring, {0: 0, 1: 1, 2: 2, 3: 3})
+    assert sharding.row_owners(hosts((2, 2, 0, 0), fsdp=4)) == ((0, 0, 1, 1), {2: 0, 0: 1})
+    pairs = (0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3)  # tensor spans two hosts
+    expected = ((0, 0, 1, 1), {0: 0, 1: 0, 2: 1, 3: 1})
+    assert sharding.row_owners(hosts(pairs, fsdp=4, tensor=4)) == expected
+    with pytest.raises(
+        MeshError, match=r"shares out 3 parts .* unevenly: process 0 has \[0, 1\]; process 1 has \[1, 2\]"
+    ):
+        sharding.row_owners(hosts((0, 0, 0, 1, 1, 1), data=3, tensor=2))
+    with pytest.raises(MeshError, match="unevenly"):
+        sharding.row_owners(hosts((0, 0, 1), data=3))
+
+
+def test_meshes_that_split_an_axis_of_the_torus():
+    """Of v6e's 4 x 4 chips, 2 x 8 are no whole axes."""
+    pytest.importorskip("libtpu")
+    from tpu_scripts.chips import parse_topology
+
+    mesh = make_mesh("data=2,fsdp=8", parse_topology("v6e-16").devices())
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 8, "tensor": 1}
+    assert len({device.id for device in mesh.devices.flat}) == 16
 
 
 def test_illegal_meshes_name_the_legal_ones():

@@ -6,6 +6,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections import namedtuple
 from dataclasses import replace
 
@@ -197,6 +200,67 @@ def test_a_stopped_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, workers
     trees = [checkpoint.load(tmp_path / name / "model", checkpoint.stored_tree(tmp_path / name / "model"))
              for name in ("parts", "straight")]  # fmt: skip
     jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
+def test_bfloat16_parameters(train, place, tmp_path, monkeypatch):
+    """Kept in bfloat16, moved in float32; a stopped run goes on bit for bit."""
+    options = {"param_dtype": "bfloat16", "learning_rate": 3e-2, "save_every": 2, "steps": 4}
+    assert train("stage2", tmp_path / "straight", **options)[0] == 0
+    real = training_run.train
+
+    def stopped(*args, **options):
+        stop = lambda entry: entry["step"] == 1 and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        return real(*args, **{**options, "log": stop})
+
+    monkeypatch.setattr(training_run, "train", stopped)
+    code, printed = train("stage2", tmp_path / "parts", **options)
+    assert code == 1, printed
+    monkeypatch.undo()
+    states = []
+
+    def watched(*args, **options):
+        outcome = real(*args, **options)
+        states.append(outcome.state)
+        return outcome
+
+    monkeypatch.setattr(training_run, "train", watched)
+    assert train("stage2", tmp_path / "parts", **options)[0] == 0
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "straight")
+    assert entries(tmp_path / "parts")[-1]["loss"] < entries(tmp_path / "parts")[0]["loss"]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(states[0].trained)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(states[0].optimizer[1][0].mu)} == {"float32"}
+    code, printed = train("stage2", tmp_path / "parts", **{**options, "param_dtype": "float32"})
+    assert code == 2
+    assert "param_dtype was 'bfloat16', is 'float32'" in printed
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_saves_and_says_how_to_go_on(place, tmp_path, workers):
+    """To the whole group, as a terminal sends it: workers that read data get it too."""
+    out = tmp_path / "run"
+    argv = f"train lora --data {place}/squares.json --checkpoint {place}/tiny --output {out} --rows 2 --length 96"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "internvl_jax.cli", *argv.split(), "--steps=100000", f"--workers={workers}"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        until = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < until:
+            if (out / "metrics.jsonl").exists() and len(entries(out)) >= 3:
+                break
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, printed = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 1, printed
+    done = re.search(r"stopped after step (\d+) of 100000, which is saved: the same command goes on", printed)[1]
+    assert "Traceback" not in printed
+    assert [path.name for path in (out / "steps").iterdir()] == [done]
+    assert entries(out)[-1]["step"] == int(done)
 
 
 def test_derived_numbers_stay_when_a_run_goes_on(train, tmp_path):

@@ -12,7 +12,7 @@ from internvl_jax.nano import lesson
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "training.md"
-SHORTER = {"internvl_jax.nano.lesson": ["--samples", "400"], "train": ["--steps", "24"]}
+SHORTER = {"internvl_jax.nano.lesson": ["--samples", "400"], "train": ["--steps", "36"]}
 
 
 def commands():

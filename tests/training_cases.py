@@ -4,6 +4,7 @@ python training_cases.py DIRECTORY STEPS CACHE [DIE_AT]    trains there; prints 
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from test_objective import IMAGE, batch_of, random_params, tiny
 
+from internvl_jax import sharding
 from internvl_jax.lora import Lora
 from internvl_jax.training import trainer
 from internvl_jax.training.optimizer import AdamW
@@ -55,28 +57,58 @@ class Batches:
         self.next = state["next"]
 
 
+class Shares(Batches):
+    """What one of two processes brings of batches of 8 rows, which have one image or two; `share` None: all of it.
+
+    stop_at: this process is asked to end before that batch.
+    """
+
+    def __init__(self, config, share=None, stop_at=None):
+        super().__init__(config, rows=8)
+        self.share, self.stop_at = share, stop_at
+
+    def make(self, number):
+        if number == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        mine = slice(None) if self.share is None else slice(self.share, None, 2)
+        rows = [[40], [20, 20], [20, 20], [40], [40], [40], [20, 20], [40]]  # of samples of an image each
+        batch = batch_of(self.config, rows, 48)
+        first = np.cumsum([0, *map(len, rows)])
+        images = [image for row in range(8)[mine] for image in range(first[row], first[row + 1])]
+        pixels = batch.pixel_values[images] + np.random.default_rng(number).random() - 0.5
+        empty = np.zeros((7 - len(images) if self.share is not None else 0, *pixels.shape[1:]), np.float32)
+        rows = jax.tree.map(lambda leaf: leaf[mine], batch.replace(pixel_values=None))
+        return rows.replace(pixel_values=np.concatenate([pixels, empty]).astype(np.float32))
+
+
 compiled = {}  # steps that several tests share: tracing and compiling is most of a short run
 
 
 def make_step(config, recipe, settings, adamw, image_token_id, place, make=trainer.make_step, **options):
-    key = (config, recipe.name, *settings.identity().values(), settings.remat, str(options))
+    where = (place.mesh, place.vision)
+    key = (config, recipe.name, *settings.identity().values(), settings.remat, settings.chunk, where, str(options))
     if key not in compiled:
         compiled[key] = make(config, recipe, settings, adamw, image_token_id, place, **options)
     return compiled[key]
 
 
 def run(directory, steps, name="lora", *, batches=None, place=None, params=None, log=None, alone=False, **settings):
-    """alone: with a step of its own, whose compiles are counted."""
-    config = tiny()
-    if not alone and place is None:
+    """name: of RECIPES, or a recipe. alone: with a step of its own, whose compiles are counted."""
+    if not alone:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer, "make_step", make_step)
-            return run(directory, steps, name, batches=batches, params=params, log=log, alone=True, **settings)
-    place = Place(config) if place is None else place
-    params = jax.tree.map(jax.numpy.asarray, random_params(config)) if params is None else params
+            options = {"batches": batches, "place": place, "params": params, "log": log}
+            return run(directory, steps, name, alone=True, **options, **settings)
+    place = Place(tiny()) if place is None else place
+    config = place.config
+    if params is None:
+        params = jax.tree.map(jax.numpy.asarray, random_params(config))
+        if place.mesh is not None:
+            params = sharding.place_params(params, config, place.mesh, vision=place.vision)
     settings = Settings(**{"steps": steps, "save_every": 2, "log_every": 1, "remat": "none", **settings})
     batches = Batches(config) if batches is None else batches
-    return train(directory, config, RECIPES[name], settings, params, batches, IMAGE, place, log=log)
+    recipe = RECIPES[name] if isinstance(name, str) else name
+    return train(directory, config, recipe, settings, params, batches, IMAGE, place, log=log)
 
 
 if __name__ == "__main__":

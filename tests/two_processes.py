@@ -15,6 +15,8 @@ import numpy as np
 
 from internvl_jax import batch, checkpoint, distributed, sharding
 from internvl_jax.loading import load
+from internvl_jax.training.recipes import Recipe
+from internvl_jax.training.state import Place
 
 IMAGES = Path(__file__).parent / "data" / "internvl_chat_v1_1" / "images"
 QUESTIONS = ["What is in this picture?", "Name two colours.", "And in this one?"]
@@ -86,6 +88,36 @@ def answers(directory):
         work = batch.prepare(directory / "questions.jsonl", directory / f"{name}.jsonl", mesh)
         batch.run(load(directory / "model", work.mesh, "float32"), work, size=2, **options)
     return {}
+
+
+def train(directory):
+    """Training where rows of the processes take turns on the mesh; stopped by one process, gone on with on another
+    mesh; and with a tensor axis over both, which then bring the same rows."""
+    from eight_devices_train import ADAMW, CONFIG, FULL
+    from training_cases import Shares, run
+
+    recipe = Recipe("full", FULL, ADAMW, 2, 48)
+    mine, first = jax.devices(), jax.process_index() == 0
+    turns = [mine[0], mine[2], mine[1], mine[3]]
+
+    def go(name, mesh, share, **options):
+        batches = Shares(CONFIG, share, **options)
+        place = Place(CONFIG, mesh)
+        done = run(directory / name, 4, recipe, place=place, batches=batches, save_every=4)
+        return {"step": done.step, "finished": done.finished, "owners": place.owners, "batches": batches.next}
+
+    process = jax.process_index()
+    results = {
+        "straight": go("straight", sharding.make_mesh("fsdp=4", turns), process),
+        "stopped": go("parts", sharding.make_mesh("fsdp=4", turns), process, stop_at=None if first else 1),
+        "resumed": go("parts", sharding.make_mesh("data=2,tensor=2"), process),
+        "tensor": go("tensor", sharding.make_mesh("data=2,tensor=2", turns), None),
+    }
+    try:
+        go("parts", sharding.make_mesh("data=2,tensor=2", turns), None)
+    except ValueError as error:
+        results["refused"] = str(error)
+    return results
 
 
 def main():

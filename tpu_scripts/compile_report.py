@@ -11,8 +11,6 @@ Figures are per chip. A TPU7x chip is two devices for JAX, and its figures are t
 from __future__ import annotations
 
 import math
-import re
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -30,8 +28,8 @@ from internvl_jax.loading import abstract_for_running
 from internvl_jax.models.layers import Params, fit_spec
 from internvl_jax.quantize import quantize_params
 from internvl_jax.sampling import GenerationConfig, make_settings
-from tpu_scripts import hlo
-from tpu_scripts.chips import DIE_TO_DIE, GIB, Topology, parse_topology
+from tpu_scripts.chips import GIB, Topology, parse_topology
+from tpu_scripts.measure import bytes_on_device, compile_for, memory_lines, mesh_name, work_lines
 
 ShapeDtype = jax.ShapeDtypeStruct
 
@@ -58,7 +56,7 @@ class Workload:
 
     @property
     def mesh_name(self) -> str:
-        return ",".join(f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1) or "tensor=1"
+        return mesh_name(self.mesh)
 
 
 # Programs.
@@ -297,42 +295,16 @@ def report(load: Workload, program: str) -> Report:
         raise ValueError(f"{program} needs {' and '.join(missing)}, which this model does not have")
     chip = load.topology.chip
     with jax.set_mesh(load.mesh):
-        lowered = spec.lower(load)
-        started = time.perf_counter()
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            needed = exhausted(str(error))
-            if needed is None:
-                raise
-            compiled = None
-        seconds = time.perf_counter() - started
-    parameters = chip.devices * param_bytes(load, spec.parts)
-    if compiled is None:
-        memory: dict[str, Any] = dict.fromkeys(("arguments", "outputs", "temporaries", "aliased"))
-        memory |= {"peak": chip.devices * needed, "parameters": parameters}
-        flops, collectives = None, []
-        roofline: dict[str, Any] = dict.fromkeys(("compute", "hbm", "network"))
-    else:
-        stats = compiled.memory_analysis()
-        memory = {
-            "arguments": stats.argument_size_in_bytes,
-            "outputs": stats.output_size_in_bytes,
-            "temporaries": stats.temp_size_in_bytes,
-            "aliased": stats.alias_size_in_bytes,
-            "peak": stats.peak_memory_in_bytes,
-        }
-        memory = {name: chip.devices * size for name, size in memory.items()} | {"parameters": parameters}
-        text = hlo.parse(compiled.as_text())
-        flops = chip.devices * hlo.flops(text)
-        found = hlo.collectives(text)
-        collectives = _summary(found, spec.layers(load.config))
+        measured = compile_for(load.topology, load.mesh, spec.lower(load), spec.layers(load.config))
+    memory = measured.memory | {"parameters": chip.devices * param_bytes(load, spec.parts)}
+    roofline: dict[str, Any] = dict.fromkeys(("compute", "hbm", "network"))
+    if measured.fits:
         roofline = {
-            "compute": flops / chip.bf16_flops,
+            "compute": measured.flops / chip.bf16_flops,
             "hbm": _least_traffic(load, spec, memory) / chip.hbm_bandwidth,
-            "network": sum(network_seconds(load, one) for one in found),
+            "network": measured.network_seconds,
         }
-    bound_by = max(roofline, key=lambda name: roofline[name]) if compiled is not None else None
+    bound_by = max(roofline, key=lambda name: roofline[name]) if measured.fits else None
     done = Report(
         topology=load.topology.name,
         chips=load.topology.chips,
@@ -347,14 +319,14 @@ def report(load: Workload, program: str) -> Report:
         quantize=load.quantize,
         hbm_bytes=memory,
         hbm_capacity_bytes=chip.hbm_bytes,
-        fits=compiled is not None,
-        flops_per_chip=flops,
+        fits=measured.fits,
+        flops_per_chip=measured.flops,
         ideal_flops_per_chip=spec.ideal_flops(load) / load.topology.chips,
-        collectives=collectives,
+        collectives=measured.collectives,
         roofline_seconds=roofline,
         bound_by=bound_by,
         throughput_bound={"value": spec.amount(load) / roofline[bound_by] if bound_by else None, "unit": spec.unit},
-        compile_seconds=seconds,
+        compile_seconds=measured.compile_seconds,
     )
     return done if done.fits else replace(done, advice=advice(load, done))
 
@@ -396,52 +368,13 @@ def peak_together(load: Workload, part: Report) -> int:
 
 def param_bytes(load: Workload, parts: Iterable[str]) -> int:
     """Bytes of these parts' parameters on one device."""
-    return _bytes_on_device([load.params[part] for part in parts if part in load.params])
+    return bytes_on_device([load.params[part] for part in parts if part in load.params])
 
 
 def state_bytes(load: Workload) -> int:
     """Bytes of the rows that are decoded, the cache above all, on one device."""
     with jax.set_mesh(load.mesh):
-        return _bytes_on_device(_state(load))
-
-
-def _bytes_on_device(tree: Any) -> int:
-    def size(leaf: Any) -> int:
-        width = 0.5 if leaf.dtype.name in ("int4", "uint4") else leaf.dtype.itemsize
-        return math.ceil(math.prod(leaf.sharding.shard_shape(leaf.shape)) * width)
-
-    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
-
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def exhausted(message: str) -> int | None:
-    """Bytes per device that a program needs which the compiler found too large; None where that is not the message."""
-    if "RESOURCE_EXHAUSTED" not in message:
-        return None
-    needed = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)i?B?\)", message) or re.search(
-        r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", message
-    )
-    return int(float(needed[1]) * _UNITS[needed[2]]) if needed else None
-
-
-def _summary(found: list[hlo.Collective], layers: int) -> list[dict[str, Any]]:
-    """Collectives by kind. What runs a multiple of `layers` times belongs to the layers."""
-    summary = []
-    for kind in dict.fromkeys(one.kind for one in found):
-        same = [one for one in found if one.kind == kind]
-        inside = [one for one in same if one.times % layers == 0]
-        summary.append(
-            {
-                "kind": kind,
-                "count_per_layer": sum(one.times for one in inside) // layers,
-                "bytes_per_layer": sum(one.times * one.bytes for one in inside) // layers,
-                "count": sum(one.times for one in same),
-                "bytes": sum(one.times * one.bytes for one in same),
-            }
-        )
-    return summary
+        return bytes_on_device(_state(load))
 
 
 def _least_traffic(load: Workload, spec: Program, memory: dict[str, int]) -> int:
@@ -454,31 +387,7 @@ def skipped_bytes(load: Workload, parts: Iterable[str]) -> int:
     """Bytes of parameters on one device that a program need not read: of the embedding table it reads few rows, unless
     the table is the head too."""
     language = load.params["language_model"] if "language_model" in parts else {}
-    return _bytes_on_device(language["embed_tokens"]) if "lm_head" in language else 0
-
-
-def network_seconds(load: Workload, one: hlo.Collective) -> float:
-    """The least time that a collective takes: what a chip must send, over its links to the chips that take part.
-
-    The formulas are those of bandwidth-optimal rings; latency is not counted.
-    """
-    devices = list(load.mesh.devices.flat)
-    group = [devices[place] for place in one.group] if one.group else devices
-    places = {tuple(device.coords) for device in group}
-    chips, chip = len(places), load.topology.chip
-    on_one_chip = chips == 1
-    k = len(group) if on_one_chip else chips
-    if k == 1:
-        return 0.0
-    sent = {
-        "all-reduce": 2 * (k - 1) / k,
-        "all-gather": (k - 1) / k,
-        "reduce-scatter": k - 1,
-        "all-to-all": (k - 1) / k,
-        "collective-permute": 1,
-    }[one.kind] * one.bytes
-    links = DIE_TO_DIE if on_one_chip else load.topology.links(places)
-    return one.times * sent / (links * chip.link_bandwidth)
+    return bytes_on_device(language["embed_tokens"]) if "lm_head" in language else 0
 
 
 def advice(load: Workload, done: Report) -> tuple[str, ...]:
@@ -505,8 +414,6 @@ def advice(load: Workload, done: Report) -> tuple[str, ...]:
 
 def lines(done: Report) -> list[str]:
     """A report for people."""
-    memory, gib = done.hbm_bytes, lambda size: "?" if size is None else f"{size / GIB:.2f}"
-    used = f"{gib(memory['peak'])} of {gib(done.hbm_capacity_bytes)} GiB per chip"
     head = (
         f"{done.program}: {done.topology} ({done.chips} chips), {done.mesh}, batch {done.batch}, length {done.length}"
     )
@@ -514,24 +421,12 @@ def lines(done: Report) -> list[str]:
         head += f", prompt {done.prompt}"
     head += f", {done.dtype}" + (f", {done.quantize} weights" if done.quantize else "")
     head += f", {done.cache_dtype} cache" if done.cache_dtype != done.dtype else ""
-    text = [head, f"  fits         {'yes' if done.fits else 'NO'}: {used}"]
-    text += [f"               {line}" for line in done.advice]
-    kinds = ("arguments", "parameters", "outputs", "aliased", "temporaries")
-    text.append("  HBM          " + ", ".join(f"{kind} {gib(memory[kind])}" for kind in kinds) + " GiB")
-    ideal = done.ideal_flops_per_chip
-    if done.flops_per_chip is not None:
-        ratio = done.flops_per_chip / ideal
-        text.append(f"  FLOPs        {done.flops_per_chip:.4g} per chip, {ratio:.3f} x the ideal {ideal:.4g}")
-        text += [
-            f"  {'collectives' if number == 0 else '':<13}{one['count_per_layer']:g} {one['kind']} per layer "
-            f"({one['bytes_per_layer'] / 2**20:.3g} MiB), {one['count']} in all ({one['bytes'] / 2**20:.3g} MiB)"
-            for number, one in enumerate(done.collectives)
-        ]
+    text = [head, *memory_lines(done.hbm_bytes, done.hbm_capacity_bytes, done.fits, done.advice)]
+    text += work_lines(done.flops_per_chip, done.ideal_flops_per_chip, done.collectives)
+    if done.fits:
         times = ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in done.roofline_seconds.items())
         bound = done.throughput_bound
         text.append(f"  roofline ms  {times}: bound by {done.bound_by}, at most {bound['value']:,.4g} {bound['unit']}")
-    else:
-        text.append(f"  FLOPs        not known, ideal {ideal:.4g} per chip")
     text.append(f"  compiled in  {done.compile_seconds:.1f} s")
     for part in done.parts:
         text += ["", *lines(part)]

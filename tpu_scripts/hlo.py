@@ -175,10 +175,33 @@ def trip_count(program: Program, loop: Instruction) -> int | None:
         root = next(line for line in inner.values() if line.is_root)
     if root.opcode != "compare" or "direction=LT" not in root.attributes:
         return None
-    bound = lines.get(root.operands[1])
-    while bound is not None and bound.opcode in ("copy", "bitcast", "convert"):
-        bound = lines.get(bound.operands[0])
-    return int(bound.operands[0]) if bound is not None and bound.opcode == "constant" else None
+    bound = _constant(lines, root.operands[1])
+    counter = lines.get(root.operands[0])
+    place = counter and re.search(r"\bindex=(\d+)", counter.attributes)
+    return None if bound is None else -(-bound // (_increment(program, loop, int(place[1])) if place else 1))
+
+
+def _constant(lines: dict[str, Instruction], name: str) -> int | None:
+    """The value of a constant, also through what only passes it on."""
+    line = lines.get(name)
+    while line is not None and line.opcode in ("copy", "bitcast", "convert"):
+        line = lines.get(line.operands[0])
+    return int(line.operands[0]) if line is not None and line.opcode == "constant" else None
+
+
+def _increment(program: Program, loop: Instruction, place: int) -> int:
+    """By how much a loop's body raises the counter at that place of what it carries: 1 unless it plainly adds more.
+
+    XLA's rings that gather a matrix while it is multiplied count by two, a step in each direction.
+    """
+    (body,) = loop.called("body")
+    lines = {line.name: line for line in program.computations[body]}
+    result = next(line for line in lines.values() if line.is_root)
+    added = lines.get(result.operands[place]) if result.opcode == "tuple" else None
+    if added is None or added.opcode != "add":
+        return 1
+    constants = [_constant(lines, name) for name in added.operands]
+    return next((value for value in constants if value), 1)
 
 
 def collectives(program: Program) -> list[Collective]:

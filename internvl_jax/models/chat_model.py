@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.models import intern_vit, llama, projector
@@ -73,16 +74,27 @@ def encode_images(
     return projected, out
 
 
-def merge_images(embeddings: Array, is_image: Array, features: Array) -> Array:
-    """Put visual tokens where the prompt has image tokens, in prompt order over the whole batch.
+def merge_images(embeddings: Array, is_image: Array, features: Array, owners: tuple[int, ...] = (0,)) -> Array:
+    """Put visual tokens where the prompt has image tokens, in prompt order over the rows of each owner.
 
     embeddings [B,T,D], is_image [B,T] bool, features [M,P,D] -> [B,T,D]. A gather: no scatter, no dynamic shape. The
     host must have checked that there are M*P image tokens : no count can be checked under jit.
+    owners: rows and images are that many equal parts, and the parts with one number are one owner's. Its images, in
+        order over its parts, are those of its rows, in theirs; an image need not lie in the part of its row.
     """
     flat = features.reshape(-1, features.shape[-1]).astype(embeddings.dtype)
-    index = jnp.cumsum(is_image.reshape(-1).astype(jnp.int32)) - 1
-    index = jnp.clip(index, 0, flat.shape[0] - 1).reshape(is_image.shape)
-    return jnp.where(is_image[..., None], flat[index], embeddings)
+    size = flat.shape[0] // len(owners)
+    index = jnp.cumsum(is_image.reshape(len(owners), -1).astype(jnp.int32), axis=1) - 1
+    if len(owners) == 1:
+        index = jnp.clip(index, 0, size - 1)
+    else:
+        numbers = np.asarray(owners)
+        parts = np.stack([np.flatnonzero(numbers == owner) for owner in owners]).astype(np.int32)  # of a part's owner
+        earlier = np.tril(numbers[:, None] == numbers, -1).astype(np.int32)
+        index = index + (earlier @ (index[:, -1] + 1))[:, None]  # among all of the owner's
+        index = jnp.clip(index, 0, parts.shape[1] * size - 1)
+        index = jnp.take_along_axis(jnp.asarray(parts), index // size, axis=1) * size + index % size
+    return jnp.where(is_image[..., None], flat[index.reshape(is_image.shape)], embeddings)
 
 
 def embed_prompt(
@@ -92,20 +104,16 @@ def embed_prompt(
     image_token_id: int | Array,
     *,
     dtype: Any,
-    groups: int = 1,
+    owners: tuple[int, ...] = (0,),
 ) -> Array:
     """Embeddings of a prompt with its images merged in. input_ids [B,T], image_features [M,P,D] or None -> [B,T,D].
 
-    groups: rows and images are that many equal parts, and each part's images stand in its own rows.
+    owners: of equal parts of the rows and of the images, as merge_images takes them.
     """
     embeddings = llama.embed(params["language_model"], input_ids, dtype)
     if image_features is None:
         return embeddings
-    is_image = input_ids == image_token_id
-    if groups == 1:
-        return merge_images(embeddings, is_image, image_features)
-    parts = (x.reshape(groups, -1, *x.shape[1:]) for x in (embeddings, is_image, image_features))
-    return jax.vmap(merge_images)(*parts).reshape(embeddings.shape)
+    return merge_images(embeddings, input_ids == image_token_id, image_features, owners)
 
 
 def forward(

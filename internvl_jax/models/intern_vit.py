@@ -205,7 +205,8 @@ def forward(
 def _drop_path_scales(key: Array, config: VisionConfig, images: int) -> Array:
     """Stochastic depth (Huang et al., 2016): 0 or 1/keep per layer, branch and image. -> [L,2,M]."""
     keep = 1.0 - jnp.linspace(0.0, config.drop_path_rate, config.num_hidden_layers)[:, None, None]
-    drawn = jax.random.uniform(key, (config.num_hidden_layers, 2, images)) < keep
+    # Images foremost: slots added at the end change nothing of what the others draw.
+    drawn = jax.random.uniform(key, (images, config.num_hidden_layers, 2)).transpose(1, 2, 0) < keep
     return drawn / keep
 
 

@@ -208,14 +208,27 @@ class Linear(nn.Module):
         """What a low-rank adapter beside the kernel adds (lora.py puts it there)."""
         left, right, out = self.eqn.replace("->", ",").split(",")
         a, b, key = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "key"))
+        summed = "".join(axis for axis in right if axis not in out)
         if key is not None:
             keep = 1 - self.get_variable("params", "lora_dropout")
-            x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep.astype(x.dtype), 0)
-        summed = "".join(axis for axis in right if axis not in out)
+            x = jnp.where(_kept(key, keep, x.shape, heads=len(summed) > 1), x / keep.astype(x.dtype), 0)
         kept = "".join(axis for axis in right if axis in out)
         rows = "".join(axis for axis in left if axis not in summed)
         narrow = product(f"{left},{summed}R->{rows}R", x, a, self.dtype)
         return product(f"{rows}R,R{kept}->{out}", narrow, b, self.dtype)
+
+
+def _kept(key: Array, keep: Array, shape: tuple[int, ...], *, heads: bool) -> Array:
+    """What dropout keeps: bool of a shape [B,...], or with heads [B,...,N,H], True with probability `keep`.
+
+    Rows and heads that are added at the end, to fill a mesh, change nothing of what the others draw.
+    """
+    if not heads:
+        return jax.random.bernoulli(key, keep, shape)
+    *rows, count, width = shape
+    return jax.vmap(lambda key: jax.random.bernoulli(key, keep, (*rows, width)), out_axes=-2)(
+        jax.random.split(key, count)
+    )
 
 
 def made_again(function: Callable[..., Array]) -> Callable[..., Array]:

@@ -103,7 +103,7 @@ def cell_means(features: Array, config: ChatConfig) -> Array:
 
 def seeing(
     params: Params, config: ChatConfig, batch: Batch, weights: Array, image_token_id: int, *, dtype: Any, remat: Any,
-    z_loss: float, chunk: int, image_groups: int, **vit: Any,
+    z_loss: float, chunk: int, owners: tuple[int, ...], **vit: Any,
 ) -> Sums:  # fmt: skip
     """The first stage's loss, in objective.loss's form: of the labels alone. What is counted are pictures."""
     features, _ = chat_model.encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
@@ -114,14 +114,14 @@ def seeing(
 
 def answering(
     params: Params, config: ChatConfig, batch: Batch, weights: Array, image_token_id: int, *, dtype: Any, remat: Any,
-    z_loss: float, chunk: int, image_groups: int, **vit: Any,
+    z_loss: float, chunk: int, owners: tuple[int, ...], **vit: Any,
 ) -> Sums:  # fmt: skip
     """The other stages' loss, in objective.loss's form: of the answers, and of the labels a little."""
     features, _ = chat_model.encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
     seen, _ = label_loss(params["labels"], config, features, batch.image_labels)
     sums = objective.language_loss(
         params, config, batch, features, weights, image_token_id,
-        z_loss=z_loss, chunk=chunk, dtype=dtype, remat=remat, image_groups=image_groups,
+        z_loss=z_loss, chunk=chunk, dtype=dtype, remat=remat, owners=owners,
     )  # fmt: skip
     return sums.replace(loss=sums.loss + LABEL_WEIGHT * seen)
 

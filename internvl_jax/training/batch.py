@@ -14,7 +14,8 @@ class Batch(flax.struct.PyTreeNode):
     """Rows of tokens with the images that stand in them. Shapes are static: a bucket has one.
 
     A row holds one sample, or several packed behind one another, and padding at its end. Made by several processes,
-    each holds its own rows and image slots, and the order of `pixel_values` is that of the process's own rows.
+    each holds its own rows and image slots, and the order of `pixel_values` is that of the process's own rows (on a
+    mesh, where these are parts of the whole: chat_model.merge_images).
     """
 
     input_ids: Any  # [B,T] int32; 0 on padding

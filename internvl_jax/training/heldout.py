@@ -104,7 +104,7 @@ class HeldOut:
                 image_token_id,
                 chunk=settings.chunk,
                 dtype=settings.dtype,
-                image_groups=jax.process_count(),
+                owners=place.owners,
                 image_axes=axes,
             )
 

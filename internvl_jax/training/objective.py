@@ -75,7 +75,7 @@ def loss(
     chunk: int = CHUNK,
     dtype: Any = jnp.float32,
     remat: Remat = False,
-    image_groups: int = 1,
+    owners: tuple[int, ...] = (0,),
     **vit: Any,
 ) -> Sums:
     """The weighted loss of a batch, or of a micro-batch of one.
@@ -84,7 +84,7 @@ def loss(
     z_loss: adds this times the squared log of the softmax's normaliser (Chowdhery et al., "PaLM", 2022), which keeps
         logits from drifting; 0, the reference's, for none.
     chunk: tokens of each row whose logits exist at once. remat: as run_layers takes it. vit: to intern_vit.forward.
-    image_groups: rows and image slots are that many equal parts, each with its own images (one per process).
+    owners: who brought each part of the rows and image slots, as chat_model.merge_images takes it (Place.owners).
     """
     features = None
     if batch.pixel_values.shape[0]:
@@ -100,7 +100,7 @@ def loss(
         chunk=chunk,
         dtype=dtype,
         remat=remat,
-        image_groups=image_groups,
+        owners=owners,
     )
 
 
@@ -116,10 +116,10 @@ def language_loss(
     chunk: int = CHUNK,
     dtype: Any = jnp.float32,
     remat: Remat = False,
-    image_groups: int = 1,
+    owners: tuple[int, ...] = (0,),
 ) -> Sums:
     """As `loss`, of images that are encoded already: features [M,P,D], or None."""
-    x = chat_model.embed_prompt(params, batch.input_ids, features, image_token_id, dtype=dtype, groups=image_groups)
+    x = chat_model.embed_prompt(params, batch.input_ids, features, image_token_id, dtype=dtype, owners=owners)
     real = batch.segment_ids > 0
     language = params["language_model"]
     hidden, _, _ = llama.forward(

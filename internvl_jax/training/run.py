@@ -142,7 +142,7 @@ def _prepared(options: Options, report: Callable[[Problem], None] | None, progre
     if mesh is None and jax.process_count() > 1:
         raise RunError(f"{jax.process_count()} processes train on one mesh: give --mesh, for example data=-1")
     place = Place(config, mesh, options.vision)
-    processes = jax.process_count()
+    processes = place.shares  # with data of their own
     rows = _rows(recipe, place, processes, options.accumulate)
     tokenizer, processor = load_tokenizer(directory), load_processor(directory, config)
     lengths = (*sorted(options.buckets), length)
@@ -160,7 +160,7 @@ def _prepared(options: Options, report: Callable[[Problem], None] | None, progre
             tokenizer,
             processor,
             layout,
-            process=(jax.process_index(), processes),
+            process=(place.share, processes),
             report=report,
             base=options.base if meta == options.data else None,
             progress=progress,
@@ -267,7 +267,6 @@ def start(
             tell=tell,
         )
     peak = peak_flops(place)
-    processes = jax.process_count()
     batches = iter(made.loader)
     try:
         outcome = train(
@@ -284,7 +283,7 @@ def start(
             evaluate=evaluate,
             ideal_seconds=None
             if peak is None
-            else lambda batch: costs.batch_flops(made.config, made.recipe, batch, processes) / peak,
+            else lambda batch: costs.batch_flops(made.config, made.recipe, batch, place.shares) / peak,
             profile=made.output / PROFILE if options.profile else None,
         )
     finally:
@@ -300,8 +299,8 @@ def summary(made: Run) -> list[str]:
     trained, frozen = costs.parameters(made.config, recipe)
     what = [*recipe.train, *(f"adapters of {tower} (rank {one.rank})" for tower, one in recipe.lora.items())]
     name = "nano" if options.checkpoint is None else made.checkpoint.resolve().name
-    rows = layout.rows * jax.process_count() * settings.accumulate
-    slots = layout.image_slots * jax.process_count() * settings.accumulate
+    rows = layout.rows * made.place.shares * settings.accumulate
+    slots = layout.image_slots * made.place.shares * settings.accumulate
     lengths = " or ".join(map(str, layout.lengths))
     per_step = rows * (layout.max_length * _filled(made) / found.tokens if layout.packed else 1)
     where = "one device" if options.mesh is None else f"mesh {options.mesh}, {jax.device_count()} devices"
@@ -360,7 +359,7 @@ def result(made: Run, outcome: Outcome | None) -> list[str]:
 
 def memory(made: Run) -> tuple[int, int]:
     """costs.memory_per_device of a run."""
-    processes = jax.process_count()
+    processes = made.place.shares
     return costs.memory_per_device(
         made.recipe,
         made.place,
@@ -444,7 +443,7 @@ def _image_slots(
     options: Options, found: Survey, before: dict[str, Any], rows: int, length: int, packed: bool, place: Place
 ) -> int:
     """Image slots of a process's batch."""
-    processes = jax.process_count()
+    processes = place.shares
     if options.images is not None:
         return options.images
     if "image_slots" in before and before["image_slots"] % processes == 0:

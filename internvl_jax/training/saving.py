@@ -1,7 +1,7 @@
 """A run on disk: steps that can be gone on from, however the run ended.
 
     DIRECTORY/run.json          what the run is: its recipe and settings; another run cannot go on here
-    DIRECTORY/steps/1200/       Orbax's: the State in true shapes, and the place in the data of every process
+    DIRECTORY/steps/1200/       Orbax's: the State in true shapes, and the place in the data of every share
     DIRECTORY/steps/damaged-N   a step that could not be read; the one before it was used
 
 Steps are written while training goes on, and have their names only when they are whole.
@@ -58,7 +58,9 @@ class Steps:
         step = int(jax.device_get(state.step))
         if step in self._manager.all_steps():
             return
-        places = [json.loads(message) for message in distributed.exchange(_encode(data).encode())]
+        told = distributed.exchange(json.dumps([self._place.share, _encode(data)]).encode())
+        shares = dict(json.loads(message) for message in told)  # processes of one share are at one place
+        places = [shares[number] for number in sorted(shares)]
         true = self._place.resized(state, self._place.unpad, storage=True)
         try:
             self._manager.save(
@@ -102,13 +104,13 @@ class Steps:
 
     def _continued(self, step: int, found: Any) -> tuple[State, Any]:
         places = found["data"]["processes"]
-        if len(places) != jax.process_count():
+        if len(places) != self._place.shares:
             raise RunError(
                 f"{self.directory / str(step)} was written by {len(places)} processes, now there are "
-                f"{jax.process_count()}: each has its own place in the data, so start as many as before"
+                f"{self._place.shares}: each has its own place in the data, so start as many as before"
             )
         state = self._place.resized(found["state"], self._place.pad, storage=False)
-        return state, _decode(places[jax.process_index()])
+        return state, _decode(places[self._place.share])
 
     def _set_aside(self, step: int, problem: str) -> None:
         self._manager.close()
@@ -178,9 +180,9 @@ def claim(directory: str | Path, settings: dict[str, Any]) -> bool:
     return there
 
 
-def _encode(data: Any) -> str:
-    """A data iterator's state as JSON; grain's are dictionaries, or bytes."""
-    return json.dumps({"bytes": base64.b64encode(data).decode()} if isinstance(data, bytes) else {"value": data})
+def _encode(data: Any) -> dict[str, Any]:
+    """A data iterator's state for JSON; grain's are dictionaries, or bytes."""
+    return {"bytes": base64.b64encode(data).decode()} if isinstance(data, bytes) else {"value": data}
 
 
 def _decode(entry: dict[str, Any]) -> Any:

@@ -39,11 +39,26 @@ class State(flax.struct.PyTreeNode):
 
 
 class Place:
-    """Where a run's arrays lie: a mesh with its rules, or one device."""
+    """Where a run's arrays lie: a mesh with its rules, or one device. And who brings which rows to it.
+
+    Raises MeshError where the mesh's processes cannot share out rows, or this process has no device in it.
+    """
 
     def __init__(self, config: ChatConfig, mesh: Mesh | None = None, vision: str | None = None):
         self.config, self.mesh = config, mesh
         self.vision = vision if vision is not None or mesh is None else sharding.default_vision_mode(mesh)
+        # The data are shared out to this many, of which this process is number `share`; owners: see merge_images.
+        self.shares, self.share = 1, 0
+        self.owners: tuple[int, ...] = (0,)
+        if mesh is not None:
+            owners, shares = sharding.row_owners(mesh)
+            if jax.process_index() not in shares:
+                raise sharding.MeshError(
+                    f"process {jax.process_index()} has no device in the mesh {dict(mesh.shape)}: it must take in all "
+                    f"{jax.device_count()} devices"
+                )
+            self.shares, self.share = len(set(owners)), shares[jax.process_index()]
+            self.owners = owners if self.shares > 1 else (0,)
 
     def specs(self, params: Params, *, storage: bool = False) -> Params:
         """Shardings of parameters and adapters; storage: of true shapes. On one device: None for every leaf."""
@@ -83,9 +98,12 @@ class Place:
             return state.replace(trained=fit(state.trained), optimizer=_over_params(fit, state.optimizer))
 
         abstract = jax.eval_shape(run, state)
-        if self.mesh is None or jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, state):
+        if self.mesh is None:
             return state
-        return jax.jit(run, out_shardings=self.shardings(abstract, storage=storage))(state)
+        where = self.shardings(abstract, storage=storage)
+        if jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, state):
+            return jax.device_put(state, where)
+        return jax.jit(run, out_shardings=where)(state)
 
     def shardings(self, state: State, *, storage: bool = False) -> State:
         """A State of shardings, None everywhere on one device."""
@@ -179,6 +197,12 @@ def init_state(
     outs = None if place.mesh is None else (where.step, where.optimizer, where.key)
     step, moments, key = jax.jit(rest_of, out_shardings=outs)(trained)
     return State(step, trained, moments, key), frozen
+
+
+def abstract_state(recipe: Recipe, adamw: optax.GradientTransformation, place: Place) -> State:
+    """Shapes of `init_state`'s State, parameters in float32; computes nothing."""
+    params = jax.eval_shape(place.pad, abstract_for_running(place.config, jnp.float32))
+    return jax.eval_shape(lambda params: init_state(params, recipe, adamw, place, 0)[0], params)
 
 
 def write_model(directory: str | Path, base: str | Path, trained: Params, place: Place, recipe: Recipe) -> None:

@@ -27,12 +27,12 @@ from jax.sharding import PartitionSpec as P
 
 from internvl_jax import distributed, lora, sharding
 from internvl_jax.config import ChatConfig
-from internvl_jax.models.layers import BATCH, Params, Remat, fit_spec
+from internvl_jax.models.layers import BATCH, Params, Remat
 from internvl_jax.training import objective, optimizer
 from internvl_jax.training.batch import Batch, pad_rows
 from internvl_jax.training.recipes import Recipe
 from internvl_jax.training.saving import RunError, Steps, claim
-from internvl_jax.training.state import ADAPTERS, Place, State, init_state
+from internvl_jax.training.state import ADAPTERS, Place, State, abstract_state, init_state
 
 # What the backward pass keeps of a layer: its input (and makes the rest again), also products with weights, everything.
 REMAT: dict[str, Remat] = {
@@ -97,7 +97,7 @@ class Outcome:
 
 Loss = Callable[..., objective.Sums]
 Evaluate = Callable[[State, Params], dict[str, float]]
-StepFunction = Callable[[State, Params, Batch], tuple[State, dict[str, jax.Array]]]
+StepFunction = jax.stages.Wrapped  # (State, Params, Batch) -> (State, metrics); `lower` compiles it ahead of time
 
 
 def make_step(
@@ -137,7 +137,7 @@ def make_step(
             chunk=settings.chunk,
             dtype=dtype,
             remat=REMAT[settings.remat],
-            image_groups=jax.process_count(),
+            owners=place.owners,
             drop_path_key=jax.random.fold_in(key, 1) if dropping else None,
             image_axes=BATCH if place.mesh is None else sharding.IMAGE_AXES[place.vision],
         )
@@ -174,7 +174,10 @@ def make_step(
         }
         return state.replace(step=state.step + 1, trained=trained, optimizer=moments), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    outs = None
+    if place.mesh is not None:  # as the state came: where XLA lays it out itself, the next step is another program
+        outs = (place.shardings(abstract_state(recipe, adamw, place)), NamedSharding(place.mesh, P()))
+    return jax.jit(step, donate_argnums=0, out_shardings=outs)
 
 
 def training_config(config: ChatConfig, recipe: Recipe) -> ChatConfig:
@@ -187,9 +190,9 @@ def training_config(config: ChatConfig, recipe: Recipe) -> ChatConfig:
 def assemble(trained: Params, frozen: Params, recipe: Recipe, key: Any) -> Params:
     """One tree of what is trained and what is not, adapters beside their kernels. key: of their dropout, or None.
 
-    Layers stay stacked on a CPU too, unlike for decoding: a scan copies each layer's weights, which is little beside a
-    batch's products, and its backward pass writes gradients where they belong. A loop holds slices of all layers and
-    their gradients twice, and XLA's CPU backend undoes its rematerialization.
+    Layers stay stacked on a CPU too, unlike for decoding: a scan copies each layer's weights, which is little beside
+    the products of a batch, and its backward pass writes their gradients where they belong. A loop holds slices of all
+    layers and their gradients twice, and XLA's CPU backend undoes its rematerialization.
     """
     params = {**frozen, **{name: part for name, part in trained.items() if name != ADAPTERS}}
     return lora.attach(params, trained[ADAPTERS], recipe.lora, key) if ADAPTERS in trained else params
@@ -207,29 +210,21 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
 def put_batch(batch: Batch, place: Place) -> Batch:
     """A stacked batch of this process's rows and images as arrays of all processes.
 
-    Raises MeshError where rows do not divide over the mesh, or a process does not hold rows of its own.
+    Image slots that do not divide over its part of the mesh are filled up with empty ones.
+    Raises MeshError where rows do not divide over the mesh.
     """
     if place.mesh is None:
         return jax.device_put(batch)
-    count = jax.process_count()
-    rows = batch.labels.shape[1]
-    sharding.validate_mesh(place.config, place.mesh, rows * count)
+    sharding.validate_mesh(place.config, place.mesh, batch.labels.shape[1] * place.shares)
+    parts = place.mesh.shape["data"] * place.mesh.shape["fsdp"] // place.shares
+    where = NamedSharding(place.mesh, P(None, BATCH))
 
-    def put(values: np.ndarray, axes: Any) -> jax.Array:
-        shape = (values.shape[0], values.shape[1] * count, *values.shape[2:])
-        spec = P(None, axes, *[None] * (values.ndim - 2))
-        if count == 1:
-            spec = fit_spec(spec, shape, place.mesh.shape)
-            return jax.device_put(values, NamedSharding(place.mesh, spec))
-        made = jax.make_array_from_process_local_data(NamedSharding(place.mesh, spec), values)
-        if made.shape != shape:
-            raise sharding.MeshError(
-                f"{count} processes hold {values.shape[1]} rows or images each, and the mesh makes {made.shape[1]} of "
-                "them: data * fsdp must be a multiple of the number of processes, whole processes along it"
-            )
-        return made
+    def put(values: np.ndarray) -> jax.Array:
+        values = np.pad(values, [(0, 0), (0, -values.shape[1] % parts), *[(0, 0)] * (values.ndim - 2)])
+        shape = (values.shape[0], values.shape[1] * place.shares, *values.shape[2:])
+        return jax.make_array_from_process_local_data(where, values, shape)
 
-    return jax.tree.map(lambda values: put(values, BATCH), batch)
+    return jax.tree.map(put, batch)
 
 
 # The loop.
@@ -329,8 +324,9 @@ class _Run:
                 break
             position = self.batches.get_state()
             waited = time.perf_counter() - began
+            placed = put_batch(batch, self.place)
             with jax.transfer_guard("disallow"):
-                state, metrics = self.step(state, self.frozen, put_batch(batch, self.place))
+                state, metrics = self.step(state, self.frozen, placed)
             self.look()
             self.under_way = (number, batch, metrics, waited)
             if (number + 1) % self.settings.save_every == 0 and number + 1 < self.settings.steps:
@@ -371,7 +367,7 @@ class _Run:
             raise TrainingError(self.broken(number, batch, values))
         now = time.perf_counter()
         seconds, self.ended = now - self.ended, now
-        images = int(np.any(batch.pixel_values, axis=(2, 3, 4)).sum()) * jax.process_count()
+        images = int(np.any(batch.pixel_values, axis=(2, 3, 4)).sum()) * self.place.shares
         entry = {
             "step": number + 1,
             **values,
