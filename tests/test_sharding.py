@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from devices import run_file
+from golden import unstack
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
@@ -145,9 +146,7 @@ def test_rules_must_match_and_be_used():
 
 
 def test_layers_one_by_one_follow_the_same_rules():
-    stack = chat_model.abstract_params(NANO)["language_model"]["layers"]
-    layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)
-    tree = (layer,) * NANO.text.num_hidden_layers
+    tree = jax.eval_shape(unstack, chat_model.abstract_params(NANO)["language_model"]["layers"])
     language = {**chat_model.abstract_params(NANO)["language_model"], "layers": tree}
     specs = sharding.param_specs({"language_model": language})["language_model"]["layers"]
     assert specs[1]["self_attn"]["q_proj"]["kernel"] == P("fsdp", "tensor", None)
