@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden import unstack
 
 from internvl_jax.config import PRESETS
 from internvl_jax.models import attention as seam
@@ -19,7 +20,7 @@ from internvl_jax.models.attention import (
     implementation,
     self_mask,
 )
-from internvl_jax.models.layers import positions_from_valid, unstack
+from internvl_jax.models.layers import positions_from_valid
 
 HEAD_DIM = 8
 

@@ -17,10 +17,10 @@ from generation_cases import (
     torch_beams,
     torch_llama,
 )
+from golden import unstack
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.generate import GenerationConfig, Generator
-from internvl_jax.models.layers import unstack
 
 CONFIG = ChatConfig.from_hf(LLAMA)
 CASES = beam_cases()

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from generation_cases import IMAGE, LLAMA, NO_END, llama_weights, padded, rows_of, tokens_of
+from golden import unstack
 
 from internvl_jax import generate
 from internvl_jax.config import ChatConfig
 from internvl_jax.generate import GenerationConfig, Generator, bucket
 from internvl_jax.models import chat_model, llama
-from internvl_jax.models.layers import positions_from_valid, unstack
+from internvl_jax.models.layers import positions_from_valid
 from internvl_jax.sampling import EOS_SLOTS
 
 CONFIG = ChatConfig.from_hf(LLAMA)

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import DATA, assert_close, bundle, leaf, random_tree, read_safetensors, spread, torch_tree, tree_of
+from golden import DATA, assert_close, bundle, leaf, random_tree, read_safetensors, spread, torch_tree, tree_of, unstack
 
 from internvl_jax.config import ChatConfig, VisionConfig
 from internvl_jax.models import intern_vit
-from internvl_jax.models.layers import unstack
 
 BUNDLE = DATA / "intern_vit"
 INTERPOLATED = ["interp_up_168", "interp_down_70", "interp_rect_84x140", "interp_remainder_177"]

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from generation_cases import LLAMA, llama_weights
-from golden import assert_close, kl, spread, torch_tree
+from golden import assert_close, kl, spread, torch_tree, unstack
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.models import llama
-from internvl_jax.models.layers import positions_from_valid, unstack
+from internvl_jax.models.layers import positions_from_valid
 
 TOKENS = 497  # a wrong rotary base hides in short prompts
 CONFIG = ChatConfig.from_hf(LLAMA).text

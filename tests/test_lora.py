@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import assert_close, random_tree, spread, torch_tree
+from golden import assert_close, random_tree, spread, torch_tree, unstack
 from jax.sharding import PartitionSpec as P
 from test_objective import IMAGE, batch_of, evaluate, random_params, tiny
 
@@ -14,7 +14,7 @@ from internvl_jax import lora, sharding
 from internvl_jax.config import ChatConfig
 from internvl_jax.lora import Lora, LoraError
 from internvl_jax.models import chat_model, intern_vit
-from internvl_jax.models.layers import Linear, unstack
+from internvl_jax.models.layers import Linear
 from internvl_jax.quantize import quantize_params
 from internvl_jax.training import objective, recipes, resizing, train_cli
 

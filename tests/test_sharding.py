@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from devices import run_file
+from golden import unstack
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from internvl_jax import sharding
 from internvl_jax.config import PRESETS
 from internvl_jax.models import chat_model, intern_vit
-from internvl_jax.models.layers import unstack
 from internvl_jax.sharding import AXES, MeshError, make_mesh, parse_mesh, validate_mesh
 
 V1_1 = PRESETS["internvl_chat_v1_1"]()

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from internvl_jax import generate, sharding
+from internvl_jax import flops, generate, sharding
 from internvl_jax.config import PRESETS, ChatConfig
 from internvl_jax.loading import abstract_for_running
 from internvl_jax.models.layers import Params, fit_spec
@@ -121,35 +121,21 @@ def _decode(load: Workload) -> jax.stages.Lowered:
 
 def _encode_flops(load: Workload) -> float:
     config = load.config
-    vision, projector = config.vision, config.projector
-    width, patches = vision.hidden_size, (config.image_size // vision.patch_size) ** 2
-    tokens = patches + 1
-    layer = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * tokens**2 * width
-    embed = 2 * patches * vision.num_channels * vision.patch_size**2 * width
-    project = 2 * config.tokens_per_image * (projector.in_features + projector.out_features) * projector.out_features
-    return load.batch * (config.num_vision_layers * layer + embed + project)
-
-
-def _text_weights(config: ChatConfig) -> int:
-    """Elements of the matrices of the language model's layers."""
-    text = config.text
-    heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
-    return text.num_hidden_layers * text.hidden_size * (heads + 3 * text.intermediate_size)
+    return load.batch * (flops.tower_products(config) + flops.tower_attention(config) + flops.projector(config))
 
 
 def _prefill_flops(load: Workload) -> float:
     """Layers, the causal half of attention, logits of the last position only."""
-    text, length = load.config.text, load.prompt
-    attention = 2 * length**2 * text.num_attention_heads * text.head_dim * text.num_hidden_layers
-    head = 2 * text.hidden_size * text.vocab_size
-    return load.batch * (2 * length * _text_weights(load.config) + attention + head)
+    config, length = load.config, load.prompt
+    layers = 2 * length * flops.text_weights(config) + flops.causal_attention(config, length)
+    return load.batch * (layers + flops.head(config))
 
 
 def _decode_flops(load: Workload) -> float:
     """One step: layers, attention over every slot of the cache, logits."""
     text = load.config.text
     attention = 4 * load.length * text.num_attention_heads * text.head_dim * text.num_hidden_layers
-    return load.batch * (2 * _text_weights(load.config) + attention + 2 * text.hidden_size * text.vocab_size)
+    return load.batch * (2 * flops.text_weights(load.config) + attention + flops.head(load.config))
 
 
 def _text_layers(config: ChatConfig) -> int:

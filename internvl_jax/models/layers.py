@@ -370,9 +370,3 @@ def run_layers(
 def init_stack(block: nn.Module, key: Array, num_layers: int, *args: Any) -> Params:
     """Parameters of `num_layers` layers stacked on axis 0; `args` are example inputs of one layer."""
     return jax.vmap(lambda k: block.init(k, *args)["params"])(jax.random.split(key, num_layers))
-
-
-def unstack(layers: Params) -> tuple[Params, ...]:
-    """A stacked tree as a tuple of per-layer trees (for decoding on CPU)."""
-    count = jax.tree.leaves(layers)[0].shape[0]
-    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from internvl_jax import lora
+from internvl_jax import flops, lora
 from internvl_jax.config import ChatConfig
 from internvl_jax.loading import abstract_for_running
 from internvl_jax.training.batch import Batch
@@ -28,21 +28,10 @@ def step_flops(config: ChatConfig, recipe: Recipe, rows: int, length: int, image
     Forward once; backward once more for the products' inputs, where anything below them is trained, and once for
     their weights where these are trained.
     """
-    vision, projector, text = config.vision, config.projector, config.text
-    tokens = rows * length
-    heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
-    weights = text.num_hidden_layers * text.hidden_size * (heads + 3 * text.intermediate_size)
-    head = text.hidden_size * text.vocab_size
-    attention = 2 * rows * length**2 * text.num_attention_heads * text.head_dim * text.num_hidden_layers  # causal half
-    language = 2 * tokens * (weights + head)
-    seen = (config.image_size // vision.patch_size) ** 2
-    width = vision.hidden_size
-    layer = 2 * (seen + 1) * (4 * width**2 + 2 * width * vision.intermediate_size)
-    patches = 2 * seen * vision.num_channels * vision.patch_size**2 * width
-    tower = images * (config.num_vision_layers * layer + patches)
-    mixing = images * config.num_vision_layers * 4 * (seen + 1) ** 2 * width
-    projected = (projector.in_features + projector.out_features) * projector.out_features
-    project = 2 * images * config.tokens_per_image * projected
+    language = rows * length * (2 * flops.text_weights(config) + flops.head(config))
+    attention = rows * flops.causal_attention(config, length)
+    tower, mixing = images * flops.tower_products(config), images * flops.tower_attention(config)
+    project = images * flops.projector(config)
     whole, adapted = recipe.train, recipe.lora
     below_projector = "vision_model" in whole or "vision_model" in adapted
     below_language = below_projector or "mlp1" in whole or "language_model" in whole or "language_model" in adapted

@@ -7,6 +7,7 @@ a batch. It does not depend on the number of workers, and restoring it reads not
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,11 @@ class BatchDataset(grain.IterDataset[Batch]):
         return BatchIterator(self)
 
 
+def _keep_reading(index: int, count: int) -> None:
+    """In a worker: Ctrl-C, which a terminal sends to all, is for the process that trains; it ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class BatchIterator(grain.DatasetIterator[Batch]):
     """Where a process is in its samples, and the next batch from there."""
 
@@ -182,7 +188,7 @@ class BatchIterator(grain.DatasetIterator[Batch]):
         if self._dataset.workers:
             if not flags.FLAGS.is_parsed():  # grain's workers read absl's flags, and nothing here parses any
                 flags.FLAGS.mark_as_parsed()
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(self._dataset.workers, 4 * THREADS))
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(self._dataset.workers, 4 * THREADS), _keep_reading)
         return iter(stream)
 
     def get_state(self) -> dict[str, Any]:
