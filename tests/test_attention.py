@@ -99,6 +99,28 @@ def test_by_head_equals_xla(length, causal, kv_heads, int8, dtype):
         assert_close(actual, expected, tolerance, name)
 
 
+def test_by_head_in_blocks_equals_xla(monkeypatch):
+    """Causal rows of samples and padding on either side: a block of queries reads the keys up to its end."""
+    monkeypatch.setattr(seam, "BLOCK", 16)
+    q, k, v, weights = random((2, 40, 4, HEAD_DIM), (2, 2, 40, HEAD_DIM), (2, 2, 40, HEAD_DIM), (2, 40, 4, HEAD_DIM))
+    segments = jnp.asarray([[0] * 3 + [1] * 20 + [2] * 17, [1] * 9 + [2] * 25 + [0] * 6])
+    place = jnp.tile(jnp.arange(40), (2, 1))
+    mask = self_mask(place, segments > 0, segments)
+    real = (segments > 0)[..., None, None]  # what padding attends to is left open
+
+    def result(run):
+        def loss(q, k, v):
+            y = jnp.where(real, run(q, k, v, mask.allowed), 0)
+            return jnp.sum(y * weights), y
+
+        (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+        return y, *gradients
+
+    blocks = result(partial(attention_by_head, causal=True))
+    for name, actual, expected in zip(("y", "q", "k", "v"), blocks, result(attention_xla)):
+        assert_close(actual, expected, 1e-5, name)
+
+
 @pytest.mark.parametrize(("kv_heads", "groups"), [(5, 1), (2, 4)])
 def test_decode_kernel_equals_xla(kv_heads, groups, monkeypatch):
     """Rows of which few slots, the last slots, or all are in use, one with a hole, one with none."""

@@ -43,6 +43,7 @@ DECODE_FROM = 256  # slots
 CAUSAL_FROM = 512  # tokens
 UNMASKED_FROM = 1024
 BY_HEAD_FROM = 512 * 512  # scores per head
+BLOCK = 256  # queries of a head whose scores are made at once, of the keys up to their last
 
 
 class Mask(NamedTuple):
@@ -111,7 +112,8 @@ def attention(
             k, v, scales = jax.tree.map(
                 lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False), (k, v, scales)
             )
-        run = attention_by_head if program == "by_head" else attention_xla
+        causal = mask is not None and mask.segments is not None
+        run = partial(attention_by_head, causal=causal) if program == "by_head" else attention_xla
         return run(q, k.astype(q.dtype), v.astype(q.dtype), None if mask is None else mask.allowed, scales)
 
     interpret = not on_tpu()
@@ -193,7 +195,8 @@ def attention_xla(
         scores = scores * scales[0][:, :, None, None]
     if allowed is not None:
         scores = jnp.where(allowed[:, None, None], scores, MASK_VALUE)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    # The largest score cancels out: no gradient needs to go through it.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if scales is not None:
         weights = weights * scales[1][:, :, None, None]
@@ -204,7 +207,13 @@ def attention_xla(
 
 
 def attention_by_head(
-    q: Array, k: Array, v: Array, allowed: Array | None, scales: tuple[Array, Array] | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    allowed: Array | None,
+    scales: tuple[Array, Array] | None = None,
+    *,
+    causal: bool = False,
 ) -> Array:
     """attention_xla of one row and kv head after the other. Arguments and result as there.
 
@@ -214,6 +223,7 @@ def attention_by_head(
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     groups = heads // kv_heads
+    block = BLOCK if causal else length
     folded = q.reshape(batch, length, kv_heads, groups, head_dim).transpose(0, 2, 1, 3, 4)
     per_head = jax.tree.map(lambda leaf: leaf.reshape(batch * kv_heads, *leaf.shape[2:]), (folded, k, v, scales))
 
@@ -222,7 +232,14 @@ def attention_by_head(
         q, k, v, scales = jax.tree.map(lambda leaf: leaf[None], leaves)
         k, v, scales = jax.tree.map(lambda leaf: leaf[None], (k, v, scales))
         mask = None if allowed is None else allowed[index // kv_heads][None]
-        return attention_xla(q, k, v, mask, scales)[0]
+        parts = []
+        for start in range(0, length, block):
+            here = slice(start, start + block)
+            seen = slice(min(start + block, length)) if causal else slice(None)
+            part = None if mask is None else mask[:, here, seen]
+            of = None if scales is None else (scales[0][..., seen], scales[1][..., seen])
+            parts.append(attention_xla(q[:, here], k[:, :, seen], v[:, :, seen], part, of)[0])
+        return jnp.concatenate(parts)
 
     y = jax.lax.map(jax.checkpoint(head), (jnp.arange(batch * kv_heads), per_head))
     y = y.reshape(batch, kv_heads, length, groups, head_dim).transpose(0, 2, 1, 3, 4)

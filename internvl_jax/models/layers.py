@@ -211,11 +211,13 @@ class Linear(nn.Module):
         summed = "".join(axis for axis in right if axis not in out)
         if key is not None:
             keep = 1 - self.get_variable("params", "lora_dropout")
-            x = jnp.where(_kept(key, keep, x.shape, heads=len(summed) > 1), x / keep.astype(x.dtype), 0)
-        kept = "".join(axis for axis in right if axis in out)
+            # XLA for TPU would draw anew for every tile of the product below: slow, and to compile seven times as slow.
+            kept = jax.lax.optimization_barrier(_kept(key, keep, x.shape, heads=len(summed) > 1))
+            x = jnp.where(kept, x / keep.astype(x.dtype), 0)
+        made = "".join(axis for axis in right if axis in out)
         rows = "".join(axis for axis in left if axis not in summed)
         narrow = product(f"{left},{summed}R->{rows}R", x, a, self.dtype)
-        return product(f"{rows}R,R{kept}->{out}", narrow, b, self.dtype)
+        return product(f"{rows}R,R{made}->{out}", narrow, b, self.dtype)
 
 
 def _kept(key: Array, keep: Array, shape: tuple[int, ...], *, heads: bool) -> Array:

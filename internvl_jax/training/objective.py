@@ -9,6 +9,7 @@ runs, from labels and segments alone: so parts of a batch (devices, accumulated 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -18,7 +19,7 @@ import numpy as np
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.models import chat_model, llama
-from internvl_jax.models.layers import Array, Params, Remat
+from internvl_jax.models.layers import Array, Params, Remat, on_tpu
 from internvl_jax.training.batch import IGNORED, Batch
 
 CHUNK = 256  # tokens of every row whose logits exist at once
@@ -143,10 +144,10 @@ def _head_loss(
         x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def one(sums: tuple[Array, Array], part: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
-        x, wanted, weight = part
-        logits = llama.logits(language, config.text, x)
+    name = "lm_head" if "lm_head" in language else "embed_tokens"
+
+    def one(head: Params, x: Array, wanted: Array, weight: Array) -> tuple[Array, Array]:
+        logits = llama.logits({name: head}, config.text, x)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         # Not a gather: the vocabulary may lie over several devices, and each has only its part of it.
         is_target = jnp.arange(logits.shape[-1]) == wanted[..., None]
@@ -155,8 +156,61 @@ def _head_loss(
         if z_loss:
             losses = losses + z_loss * normaliser**2
         best = target >= jnp.max(logits, axis=-1)
-        return (sums[0] + jnp.sum(losses * weight), sums[1] + jnp.sum(best & (weight > 0), dtype=jnp.float32)), None
+        return jnp.sum(losses * weight), jnp.sum(best & (weight > 0), dtype=jnp.float32)
 
-    zero = jnp.zeros((), jnp.float32)
-    sums, _ = jax.lax.scan(one, (zero, zero), (split(hidden), split(targets), split(weights)))
-    return sums
+    alone = jax.sharding.get_abstract_mesh().empty and not on_tpu()
+    run = _summed_with_gradients(one) if alone else _summed(jax.checkpoint(one))
+    return run(language[name], split(hidden), split(targets), split(weights))
+
+
+Slices = Callable[[Params, Array, Array, Array], tuple[Array, Array]]
+
+
+def _summed(one: Slices) -> Slices:
+    """`one` of each slice, added up."""
+
+    def run(head: Params, x: Array, wanted: Array, weight: Array) -> tuple[Array, Array]:
+        zero = jnp.zeros((), jnp.float32)
+        add = lambda sums, part: (jax.tree.map(jnp.add, sums, one(head, *part)), None)  # noqa: E731
+        return jax.lax.scan(add, (zero, zero), (x, wanted, weight))[0]
+
+    return run
+
+
+def _summed_with_gradients(one: Slices) -> Slices:
+    """The same, with gradients of head and x made while a slice's logits exist: those are computed once, not twice.
+
+    A quantized head has none. Not on a mesh or a TPU, whose programs are measured as they are.
+    """
+
+    def run(head: Params, x: Array, wanted: Array, weight: Array) -> tuple[Array, Array]:
+        leaves, tree = jax.tree.flatten(head)
+        moves = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+
+        def whole(moving: list[Array]) -> Params:
+            rest = iter(moving)
+            return tree.unflatten([next(rest) if moved else leaf for leaf, moved in zip(leaves, moves)])
+
+        @jax.custom_vjp
+        def summed(moving: list[Array], x: Array) -> tuple[Array, Array]:
+            return _summed(one)(whole(moving), x, wanted, weight)
+
+        def forward(moving: list[Array], x: Array) -> tuple[Any, Any]:
+            slope = jax.value_and_grad(lambda head, x, *part: one(whole(head), x, *part), argnums=(0, 1), has_aux=True)
+
+            def step(carry: Any, part: Any) -> tuple[Any, Array]:
+                (loss, right), (of_head, of_x) = slope(moving, *part)
+                return jax.tree.map(jnp.add, carry, (loss, right, of_head)), of_x
+
+            zero = jnp.zeros((), jnp.float32)
+            first = (zero, zero, jax.tree.map(jnp.zeros_like, moving))
+            (loss, right, of_head), of_x = jax.lax.scan(step, first, (x, wanted, weight))
+            return (loss, right), (of_head, of_x)
+
+        def backward(made: Any, cotangents: Any) -> Any:
+            return jax.tree.map(lambda leaf: leaf * cotangents[0].astype(leaf.dtype), made)
+
+        summed.defvjp(forward, backward)
+        return summed([leaf for leaf, moved in zip(leaves, moves) if moved], x)
+
+    return run
