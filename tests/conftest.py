@@ -12,6 +12,14 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONG = ("test_on_eight_devices", "test_nano_learns_a_new_question", "test_two_processes_equal_one")
+
+
+def pytest_collection_modifyitems(items):
+    """Minutes-long tests first: begun last, they would leave the other worker without work."""
+    items.sort(key=lambda item: not item.name.startswith(LONG))  # stable: the others stay in order
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_compilation_cache(tmp_path_factory):
     """Loading a model turns jax's cache on disk on: here, not in the home of whoever runs the tests."""
