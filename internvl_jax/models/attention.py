@@ -195,8 +195,7 @@ def attention_xla(
         scores = scores * scales[0][:, :, None, None]
     if allowed is not None:
         scores = jnp.where(allowed[:, None, None], scores, MASK_VALUE)
-    # The largest score cancels out: no gradient needs to go through it.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if scales is not None:
         weights = weights * scales[1][:, :, None, None]
