@@ -189,7 +189,7 @@ def _summed_with_gradients(one: Slices) -> Slices:
 
         def whole(moving: list[Array]) -> Params:
             rest = iter(moving)
-            return tree.unflatten([next(rest) if moved else leaf for leaf, moved in zip(leaves, moves)])
+            return jax.tree.unflatten(tree, [next(rest) if moved else leaf for leaf, moved in zip(leaves, moves)])
 
         @jax.custom_vjp
         def summed(moving: list[Array], x: Array) -> tuple[Array, Array]:
