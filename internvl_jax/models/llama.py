@@ -303,6 +303,12 @@ def forward(
     return hidden, cache, out
 
 
+def head(params: Params) -> Params:
+    """The part of the parameters that `logits` reads: lm_head, or the embeddings where they are tied."""
+    name = "lm_head" if "lm_head" in params else "embed_tokens"
+    return {name: params[name]}
+
+
 def logits(params: Params, config: TextConfig, hidden: Array) -> Array:
     """The language model's head. hidden [...,D] -> float32 [...,V].
 

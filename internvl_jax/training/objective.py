@@ -144,10 +144,8 @@ def _head_loss(
         x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
 
-    name = "lm_head" if "lm_head" in language else "embed_tokens"
-
     def one(head: Params, x: Array, wanted: Array, weight: Array) -> tuple[Array, Array]:
-        logits = llama.logits({name: head}, config.text, x)
+        logits = llama.logits(head, config.text, x)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         # Not a gather: the vocabulary may lie over several devices, and each has only its part of it.
         is_target = jnp.arange(logits.shape[-1]) == wanted[..., None]
@@ -160,7 +158,7 @@ def _head_loss(
 
     alone = jax.sharding.get_abstract_mesh().empty and not on_tpu()
     run = _summed_with_gradients(one) if alone else _summed(jax.checkpoint(one))
-    return run(language[name], split(hidden), split(targets), split(weights))
+    return run(llama.head(language), split(hidden), split(targets), split(weights))
 
 
 Slices = Callable[[Params, Array, Array, Array], tuple[Array, Array]]
