@@ -7,13 +7,13 @@ import io
 import json
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from internvl_jax import logs
 from internvl_jax.config import PRESETS
 from internvl_jax.evaluation import cli as evaluation_cli
 from internvl_jax.processing.images import load_image
@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no Chinese shows "?" instead of a traceback
             stream.reconfigure(errors="replace")
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: err.print(f"warning: {message}")
+    with logs.to_terminal():
         try:
             code = args.run(args)
             sys.stdout.flush()

@@ -10,20 +10,17 @@ Values are read from the checkpoint's own file; nothing here assumes a published
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internvl_jax import files
+
 
 class ConfigError(ValueError):
     """A config.json that this code cannot run as written; the message names the field and what to do."""
-
-
-class ConfigWarning(UserWarning):
-    """A field of a config.json that has no effect here."""
 
 
 # config.json's "model_type" -> what the layout holds. The names are Hugging Face's, which has one for two: "llava" is
@@ -293,11 +290,11 @@ class ChatConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; ConfigError says which file is missing or where it stops being JSON."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = files.read_json(path)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; a checkpoint directory needs its {path.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable JSON ({error}); download it again") from None
+    except files.TextError as error:
+        raise ConfigError(f"{error}; download it again") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value

@@ -1,12 +1,12 @@
 """Hugging Face's config.json: from and to the project's configurations, one pair of functions per layout.
 
 A field that would change the numbers and that this code does not implement raises ConfigError; a field that this code
-does not know is named in a ConfigWarning; Hugging Face's boilerplate that cannot change the numbers is skipped.
+does not know is named in a warning; Hugging Face's boilerplate that cannot change the numbers is skipped.
 """
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +16,6 @@ from internvl_jax.config import (
     LAYOUTS,
     ChatConfig,
     ConfigError,
-    ConfigWarning,
     ProjectorConfig,
     RopeScaling,
     TextConfig,
@@ -25,6 +24,8 @@ from internvl_jax.config import (
     require,
     unshuffle_of,
 )
+
+logger = logging.getLogger(__name__)
 
 # What PretrainedConfig writes into every section and what describes training, generation defaults or kernels only.
 _BOILERPLATE = frozenset(
@@ -129,7 +130,7 @@ class _Section:
     def finish(self, ignored: str = "") -> None:
         unknown = sorted(set(self.values) - self.used - _BOILERPLATE - set(ignored.split()))
         if unknown:
-            warnings.warn(f"{self.where}: no effect here: {', '.join(unknown)}", ConfigWarning, stacklevel=4)
+            logger.warning("%s: ignored fields: %s", self.where, ", ".join(unknown))
 
 
 _NO_DROPOUT = "dropout is not implemented (no published recipe uses it)"

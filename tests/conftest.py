@@ -1,5 +1,6 @@
 """What every test runs under."""
 
+import logging
 import os
 import signal
 
@@ -18,6 +19,38 @@ LONG = ("test_on_eight_devices", "test_nano_learns_a_new_question", "test_two_pr
 def pytest_collection_modifyitems(items):
     """Minutes-long tests first: begun last, they would leave the other worker without work."""
     items.sort(key=lambda item: not item.name.startswith(LONG))  # stable: the others stay in order
+
+
+class _Messages(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.texts = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+@pytest.fixture
+def logged():
+    """The warnings that this project's loggers get during a test, as a list of texts."""
+    handler = _Messages()
+    logging.getLogger("internvl_jax").addHandler(handler)
+    logging.getLogger("checkpoints_convert").addHandler(handler)
+    yield handler.texts
+    logging.getLogger("internvl_jax").removeHandler(handler)
+    logging.getLogger("checkpoints_convert").removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def no_ignored_fields(request):
+    """No golden config.json has a field that is ignored: a test that wants one asks for `logged`."""
+    handler = _Messages()
+    logger = logging.getLogger("internvl_jax.hf_config")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    if "logged" not in request.fixturenames and "run" not in request.fixturenames:
+        assert not handler.texts
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
-import warnings
+import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import orbax.checkpoint as ocp
 
 from internvl_jax import distributed
 from internvl_jax.training.state import Place, State
+
+logger = logging.getLogger(__name__)
 
 RUN, STEPS = "run.json", "steps"
 
@@ -119,7 +121,7 @@ class Steps:
                 aside = self.directory / f"damaged-{step}"
                 (self.directory / str(step)).rename(aside)
                 shown = problem.splitlines()[0][:300]
-                warnings.warn(f"step {step} cannot be read ({shown}); moved to {aside}", stacklevel=3)
+                logger.warning("step %s cannot be read (%s); moved to %s", step, shown, aside)
         self._manager = self._open()
 
     def __enter__(self) -> Steps:

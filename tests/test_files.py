@@ -1,0 +1,97 @@
+"""files.py: paths, text with byte order marks, outputs that appear whole and belong to one process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from internvl_jax import files
+
+HOLD = """
+import sys, time
+from internvl_jax import files
+with files.claim(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_paths_are_resolved_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real/inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real/inner")
+    (tmp_path / "real/picture.png").symlink_to("blob")
+    assert files.resolve("~/x") == tmp_path / "x"
+    assert files.resolve("link/../y") == tmp_path / "real/y"  # as the system reads it, not by the letter
+    assert files.resolve("link/..") == tmp_path / "real"
+    assert files.resolve("real/picture.png") == tmp_path / "real/picture.png"
+    assert files.resolve("") == files.resolve(".") == tmp_path
+    assert files.resolve("back\\slash/") == tmp_path / "back\\slash"
+    with pytest.raises(ValueError, match="is not a path"):
+        files.resolve("~nobody-has-this-name/x")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_byte_order_marks_are_read(tmp_path, mark):
+    path = tmp_path / "a.json"
+    path.write_bytes(mark + '{"a": "中"}'.encode())
+    assert files.read_json(path) == {"a": "中"}
+
+
+def test_files_that_are_no_text(tmp_path):
+    path = tmp_path / "a.json"
+    for data, message in (
+        (b"{}\n\xff", r"a\.json:2: not UTF-8 text"),
+        ("{}".encode("utf-16"), "UTF-16 text: save it as UTF-8"),
+        (b"{", "not readable JSON"),
+        (b"[" * 100_000, "not readable JSON"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(files.TextError, match=message):
+            files.read_json(path)
+
+
+def test_a_failed_write_keeps_the_old_content(tmp_path):
+    path = files.write_text(tmp_path / ("n" * 250), "old")
+
+    def write(error):
+        with files.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(RuntimeError):
+        write(RuntimeError())
+    with pytest.raises(OSError, match="nnn") as caught:
+        write(OSError(28, "No space left on device"))
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_an_output_belongs_to_one_process(tmp_path):
+    output = tmp_path / "out put"
+    with subprocess.Popen([sys.executable, "-c", HOLD, output], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        message = f"out put is being written by process {other.pid} on .*since"
+        for _ in range(2):
+            with pytest.raises(files.OutputInUseError, match=message), files.claim(output):
+                pass
+        with files.claim(tmp_path / "another"):
+            pass
+        other.kill()
+    with files.claim(output):  # the lock of a dead process holds nobody up
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_leftovers_are_named_and_removed(tmp_path, logged):
+    output = tmp_path / "model"
+    other = files.temporary_path(tmp_path / "model2", 5)
+    for path in (files.temporary_path(output, 5), files.temporary_path(output, 6), files.temporary_path(output), other):
+        path.mkdir()
+        (path / "chunk").touch()
+    files.remove_leftovers(output)
+    assert sorted(tmp_path.iterdir()) == sorted([other, files.temporary_path(output)])
+    assert [text.split()[1] for text in logged] == [f"{tmp_path}/.model.tmp-5,", f"{tmp_path}/.model.tmp-6,"]
