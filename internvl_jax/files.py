@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -20,6 +21,7 @@ import filelock
 
 logger = logging.getLogger(__name__)
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # json.loads makes them of escapes; no UTF-8 file can hold them
 _MAX_NAME_BYTES = 160  # of a name that is extended; file systems allow 255
 
 
@@ -79,6 +81,17 @@ def read_json(path: str | Path) -> Any:
         raise TextError(f"{path} is not readable JSON ({error})") from None
 
 
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """`value` as JSON text that any UTF-8 file can hold: only lone surrogates are escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return _LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def replace_surrogates(text: str) -> str:
+    """`text` for people to read, with U+FFFD for each lone surrogate."""
+    return _LONE_SURROGATE.sub("\ufffd", text)
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write a UTF-8 file under a temporary name, then rename it: the old content or the new, never a part."""
     return write_bytes(path, text.encode("utf-8"))
@@ -90,6 +103,27 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     with replacing(path) as temporary:
         temporary.write_bytes(data)
     return path
+
+
+def append_text(path: str | Path, text: str) -> None:
+    """Append to a UTF-8 file, which is on disk afterwards. A failure leaves it as it was; the error names the file."""
+    data = text.encode("utf-8")
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            before = os.fstat(file).st_size
+            try:
+                while data:
+                    data = data[os.write(file, data) :]
+                os.fsync(file)
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(file, before)
+                raise
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """files.py: paths, text with byte order marks, outputs that appear whole and belong to one process."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -68,6 +69,35 @@ def test_a_failed_write_keeps_the_old_content(tmp_path):
     assert caught.value.filename == str(path)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process grows beyond 100 bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_appending_all_or_nothing(tmp_path, small_files):
+    path = tmp_path / "answers.jsonl"
+    files.append_text(path, "é" * 20)
+    files.append_text(path, "b" * 20)
+    with pytest.raises(OSError, match="too large") as caught:
+        files.append_text(path, "c" * 41)
+    assert caught.value.filename == str(path)
+    assert path.read_text(encoding="utf-8") == "é" * 20 + "b" * 20
+    with pytest.raises(OSError, match="directory"):
+        files.append_text(tmp_path, "x")
+
+
+def test_json_with_lone_surrogates(tmp_path):
+    value = {"é": ["\ud800 red", "\U0001f600"], "n": 1.5}
+    path = files.write_text(tmp_path / "a.json", files.to_json(value))
+    assert files.read_json(path) == value
+    assert path.read_text(encoding="utf-8") == '{"é": ["\\ud800 red", "\U0001f600"], "n": 1.5}'
+    assert files.replace_surrogates("a\udfffb") == "a\ufffdb"
 
 
 def test_an_output_belongs_to_one_process(tmp_path):
