@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from internvl_jax import files
 
 # Whose prompts and rules: V1-1's own scripts, or LLaVA's, with which V1-0 and LLaVA-1.5 were evaluated.
 Codebase = Literal["internvl", "llava"]
@@ -37,6 +43,7 @@ class Item:
     category: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)  # what else its file says
+    aliases: tuple[str, ...] = ()  # other ids by which files of predictions name it
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,10 @@ class Folder:
 
     def look(self, *names: str) -> Path | None:
         """As `find`, None where none is there."""
-        if not self.root.is_dir():
+        if not _has_kind(self.root, stat.S_ISDIR):
             raise EvaluationError(f"{self.root} is not a directory: --data names the one with the benchmark's files")
         places = (self.root / self.name / name for name in names)
-        return next((path for path in (*places, *(self.root / name for name in names)) if path.is_file()), None)
+        return next((path for path in (*places, *(self.root / name for name in names)) if is_file(path)), None)
 
     def picture(self, name: str, folders: Sequence[str]) -> Path | None:
         """A picture by its path in the data file (from the data folder or above it), or by its name in `folders`."""
@@ -69,26 +76,50 @@ class Folder:
         roots = (self.root, self.root / self.name, self.root.parent)
         paths = [root / part for part in (name, inside) for root in roots]
         paths += [root / folder / part for folder in folders for part in (inside, Path(name).name) for root in roots]
-        return next((path for path in paths if path.is_file()), None)
+        return next((path for path in paths if is_file(path)), None)
 
 
-def records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def is_file(path: Path) -> bool:
+    """Whether there is a file of that name. Raises OSError where the system does not say; Path.is_file says no then."""
+    return _has_kind(path, stat.S_ISREG)
+
+
+def _has_kind(path: Path, kind: Any) -> bool:
+    try:
+        return bool(kind(os.stat(path).st_mode))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        return False
+    except ValueError:  # a NUL, or a surrogate, which no name on disk has
+        return False
+
+
+def read_text(path: Path) -> str:
+    """The text of a file with or without a byte order mark. Raises OSError, and EvaluationError where it is no text."""
+    try:
+        return files.read_text(path)
+    except files.TextError as error:
+        raise EvaluationError(str(error)) from None
+
+
+def records(path: Path, text: str | None = None) -> list[tuple[str, dict[str, Any]]]:
     """("FILE:LINE" or "FILE, record N", record) of a JSONL file or a JSON list.
 
     A JSON object may hold the list as "questions", "annotations" or "data", or be a mapping of ids to records, which
-    then get theirs as "id". Raises EvaluationError listing every line that is malformed.
+    then get theirs as "id". text: of the file, where it was read already.
+    Raises EvaluationError listing every line that is malformed.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path} is not a text file in UTF-8 ({error})") from None
+    text = read_text(path) if text is None else text
     whole = None
     if path.suffix == ".json":
         try:
             whole = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass  # POPE's labels are JSON lines under that name
-    if (isinstance(whole, dict) and len(text.splitlines()) > 1) or isinstance(whole, (list, dict)):
+    if isinstance(whole, (list, dict)):
         rows = list(_entries(path, whole))
     else:
         rows = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -96,7 +127,7 @@ def records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for where, row in rows:
         try:
             record = json.loads(row) if isinstance(row, str) else row
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{where}: not JSON ({error})")
             continue
         if isinstance(record, dict):
@@ -112,8 +143,10 @@ def records(path: Path) -> list[tuple[str, dict[str, Any]]]:
 def json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises EvaluationError where it is something else."""
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        whole = json.loads(read_text(path))
+    except EvaluationError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{path} is not JSON ({error})") from None
     if not isinstance(whole, dict):
         raise EvaluationError(f"{path} should hold an object, not {type(whole).__name__}")
@@ -145,6 +178,15 @@ def need(record: Mapping[str, Any], where: str, *names: str, kind: type | tuple[
         wanted = " or ".join(one.__name__ for one in kinds)
         raise EvaluationError(f"{where}: {name!r} must be {wanted}, not {record[name]!r:.80}")
     return record[name]
+
+
+@contextmanager
+def noting(problems: list[str]) -> Iterator[None]:
+    """Add an EvaluationError of the block to `problems`, so that all of them can be told at once."""
+    try:
+        yield
+    except EvaluationError as error:
+        problems.append(str(error))
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from internvl_jax.evaluation.gqa import gqa_answer
 from internvl_jax.evaluation.items import Codebase, EvaluationError, Folder, Item, records
+from internvl_jax.evaluation.readers import is_missing
 from internvl_jax.evaluation.scoring import Answers, choice_cell, mmmu_answer
 from internvl_jax.evaluation.vqa import normalize_m4c
 
@@ -120,10 +121,8 @@ def _table(
 
 
 def _cells(item: Item, prediction: str) -> Mapping[str, Any]:
-    cells: dict[str, Any] = {name: text or None for name, text in item.record.items()}
-    for letter in "ABCDE":
-        if letter in cells and letter not in item.options:
-            cells[letter] = None
+    """What pandas writes back of a row: it has read the texts that spell a missing value as empty cells."""
+    cells: dict[str, Any] = {name: None if is_missing(text) else text for name, text in item.record.items()}
     return cells | {"index": int(item.source_id), "prediction": prediction}
 
 
