@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from checkpoints_convert.files import ConversionReport, copy_all_side_files, make_report, new_directory
+from checkpoints_convert.files import ConversionReport, copy_all_side_files, make_report
 from checkpoints_convert.mapping import ConversionError, Tensor, canonical, plan
 from checkpoints_convert.readers import Weights, open_checkpoint, read_index
 from internvl_jax import checkpoint
 from internvl_jax.checkpoint import Progress
 from internvl_jax.config import ChatConfig
+from internvl_jax.files import new_directory, resolve
 from internvl_jax.models import chat_model
 from internvl_jax.quantize import Scheme, is_quantized, quantize_kernel, quantize_params, quantize_while_reading
 
@@ -74,7 +75,8 @@ def convert(
     later, `destination` does not come into being.
     """
     started = time.perf_counter()
-    source = Path(source)
+    source, destination = resolve(source), resolve(destination)
+    checkpoint.check_place(destination)
     if checkpoint.is_converted(source):
         raise ConversionError(f"{source} is converted already")
     config = ChatConfig.from_file(source, vision_tower)
@@ -86,7 +88,7 @@ def convert(
         kernels = {name: leaf for name, leaf in checkpoint.named_leaves(abstract, is_quantized) if is_quantized(leaf)}
         total, done = weights.total_bytes, 0
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-        with new_directory(destination, size) as directory:
+        with new_directory(destination, size, error=ConversionError) as directory:
             with checkpoint.Writer(directory, abstract) as writer:
                 for part in parts:
                     values = part.read(weights, dtypes[part.path])
@@ -104,7 +106,7 @@ def convert(
             copy_all_side_files(source, directory, vision_tower)
             if quantize is None:
                 _keep_published(config, weights, directory)
-    return make_report(Path(destination), len(weights.shapes), size, started)
+    return make_report(destination, len(weights.shapes), size, started)
 
 
 _quantize = jax.jit(quantize_kernel, static_argnames=("name", "qtype"))
@@ -119,7 +121,7 @@ def load_hf(directory: str | Path, abstract: Any, *, progress: Progress | None =
     largest leaf beside what is loaded.
     Raises ConversionError, ConfigError or CheckpointError that list all that is wrong, before a tensor is read.
     """
-    directory = Path(directory)
+    directory = resolve(directory)
     config = ChatConfig.from_file(directory)
     with open_checkpoint(directory) as weights:
         parts, dtypes = _match(config, weights)

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints_convert.convert import BUFFERS, EMBEDDING, PUBLISHED, published_map
-from checkpoints_convert.files import ConversionReport, copy_all_side_files, make_report, new_directory
+from checkpoints_convert.files import ConversionReport, copy_all_side_files, make_report
 from checkpoints_convert.mapping import TOWER, ConversionError, Tensor, canonical, tensors
 from checkpoints_convert.readers import PICKLES, SAFETENSORS, Weights
 from checkpoints_convert.writers import Specs, assign_files, is_safe, lay_out, write_at, write_index
 from internvl_jax import checkpoint
 from internvl_jax.checkpoint import Progress
 from internvl_jax.config import ChatConfig
+from internvl_jax.files import new_directory, resolve
 from internvl_jax.models import chat_model
 
 MAX_SHARD = 5 * 10**9  # bytes, where the published files are not known
@@ -45,13 +46,13 @@ def export(
     whatever goes wrong later, `destination` does not come into being.
     """
     started = time.perf_counter()
-    source = Path(source)
+    source, destination = resolve(source), resolve(destination)
     config = ChatConfig.from_file(source)
     specs, read = _published(source, config)
     sizes = {key: math.prod(shape) * dtype.itemsize for key, (shape, dtype) in specs.items()}
     total, done = sum(sizes.values()), 0
     weight_map = _files(source, config, sizes, safe_serialization)
-    with new_directory(destination, total) as directory:
+    with new_directory(destination, total, error=ConversionError) as directory:
         copy_all_side_files(source, directory, skip=(PUBLISHED,))
         for file in dict.fromkeys(weight_map.values()):
             names = {_name(key, file): key for key in specs if weight_map[key] == file}
@@ -67,7 +68,7 @@ def export(
             keys = [key for key, file in weight_map.items() if Path(file).parent == part]
             files = {_name(key, weight_map[key]): Path(weight_map[key]).name for key in keys}
             write_index(directory / part, files, sum(sizes[key] for key in keys))
-    return make_report(Path(destination), len(specs), total, started)
+    return make_report(destination, len(specs), total, started)
 
 
 def _name(key: str, file: str) -> str:

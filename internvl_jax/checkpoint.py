@@ -17,9 +17,10 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import numpy as np
 import tensorstore as ts
 from qwix import QArray
 
-from internvl_jax import distributed
+from internvl_jax import distributed, files
 from internvl_jax.quantize import is_quantized, quantize_while_reading
 from internvl_jax.sharding import PARAM_RULES
 
@@ -66,34 +67,21 @@ class Writer:
     """
 
     def __init__(self, directory: Path, abstract: Any):
-        self._final = directory / PARAMS
-        number = distributed.from_first(str(os.getpid()).encode()).decode()
-        self._temporary = directory / f".{PARAMS}.tmp-{number}"
-        self._pending: ts.WriteFutures | None = None
         leaves = dict(named_leaves(abstract))
-        with distributed.first_alone() as first:
-            if first:
-                self._make(leaves)
-        with distributed.all_or_none():
-            if not first and not self._temporary.is_dir():
-                raise CheckpointError(
-                    f"{self._temporary} is on process 0 but not here: several processes write to a directory that all "
-                    "of them see (a mounted bucket, NFS)"
-                )
-            if not first:
-                self._stores = {name: _open(self._temporary / name.replace("/", ".")) for name in leaves}
-
-    def _make(self, leaves: dict[str, Any]) -> None:
-        if self._final.exists():
-            raise CheckpointError(f"{self._final} exists already: remove it, or write somewhere else")
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir(parents=True)
+        self._pending: ts.WriteFutures | None = None
+        self._stack = ExitStack()
+        self._temporary = self._stack.enter_context(new_directory(directory / PARAMS))
         try:
-            self._stores = {name: self._create(name, leaf) for name, leaf in leaves.items()}
-            for name, value in _orbax_metadata(leaves).items():
-                (self._temporary / name).write_text(json.dumps(value))
+            with distributed.first_alone() as first:
+                if first:
+                    self._stores = {name: self._create(name, leaf) for name, leaf in leaves.items()}
+                    for name, value in _orbax_metadata(leaves).items():
+                        (self._temporary / name).write_text(json.dumps(value))
+            with distributed.all_or_none():
+                if not first:
+                    self._stores = {name: _open(self._temporary / name.replace("/", ".")) for name in leaves}
         except BaseException:
-            self.__exit__()
+            self.__exit__(*sys.exc_info())
             raise
 
     def _create(self, name: str, leaf: Any) -> ts.TensorStore:
@@ -119,18 +107,16 @@ class Writer:
 
     def commit(self) -> None:
         """Everything is written: give the directory its name."""
-        with distributed.first_alone() as first:
-            if first:
-                self._temporary.rename(self._final)
+        self._stack.close()
 
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any = None, error: BaseException | None = None, trace: Any = None) -> None:
         if self._pending is not None:  # after an interrupt it would go on writing into what is removed here
             self._pending.exception()
-        if distributed.is_first():
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        error = error or CheckpointError(f"{self._temporary} was left without commit")
+        self._stack.__exit__(type(error), error, trace)
 
 
 class Reader:
@@ -227,31 +213,48 @@ def _copied(
     directory: Path, base: Path, shapes: Mapping[str, tuple[int, ...]], files: Mapping[str, str]
 ) -> Iterator[Writer]:
     """The Writer of a directory that is to be as `base`, files beside the parameters included; whole at the end."""
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    with distributed.first_alone() as first:
-        if first:
-            if directory.exists():
-                raise CheckpointError(f"{directory} exists already: remove it, or write somewhere else")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            for path in base.iterdir():
-                if path.is_file() and path.name not in files:
-                    shutil.copy(path, temporary)
-                elif (path / "config.json").is_file():  # LLaVA's vision tower: its small files
-                    shutil.copytree(path, temporary / path.name)
-            for name, text in files.items():
-                (temporary / name).write_text(text, encoding="utf-8")
-    try:
-        abstract = _nested({name: (shapes[name], dtype) for name, (_, dtype) in _stored(base).items()})
+    abstract = _nested({name: (shapes[name], dtype) for name, (_, dtype) in _stored(base).items()})
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    with new_directory(directory, needed) as temporary:
+        with distributed.first_alone() as first:
+            if first:
+                for path in base.iterdir():
+                    if path.is_file() and path.name not in files:
+                        shutil.copy(path, temporary)
+                    elif (path / "config.json").is_file():  # LLaVA's vision tower: its small files
+                        shutil.copytree(path, temporary / path.name)
+                for name, text in files.items():
+                    (temporary / name).write_text(text, encoding="utf-8")
         with Writer(temporary, abstract) as writer:
             yield writer
             writer.commit()
+
+
+@contextmanager
+def new_directory(destination: str | Path, needed: int | None = None) -> Iterator[Path]:
+    """`files.new_directory` for all processes together: process 0 makes it, and gives it its name when all are done.
+
+    Raises CheckpointError, on all processes, where destination exists or has too little room, and on those that do not
+    see what process 0 made.
+    """
+    check_place(destination)
+    with ExitStack() as stack:
+        made = b""
         with distributed.first_alone() as first:
             if first:
-                temporary.rename(directory)
-    finally:
-        if distributed.is_first():
-            shutil.rmtree(temporary, ignore_errors=True)
+                context = files.new_directory(destination, needed, error=CheckpointError)
+                made = os.fsencode(stack.enter_context(context))
+        temporary = Path(os.fsdecode(distributed.from_first(made)))
+        with distributed.all_or_none():
+            if not temporary.is_dir():
+                raise CheckpointError(
+                    f"{temporary} is on process 0 but not here: several processes write to a directory that all of "
+                    "them see (a mounted bucket, NFS)"
+                )
+        yield temporary
+        with distributed.first_alone() as first:
+            if first:
+                stack.close()
 
 
 def stored_tree(directory: str | Path) -> Any:
@@ -391,6 +394,7 @@ def check_shapes(directory: Path, wanted: dict[str, Any], stored: dict[str, tupl
 def _stored(directory: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shapes and dtypes by leaf, after a look at every file's size."""
     params = directory / PARAMS
+    check_place(params)
     try:
         keys = json.loads((params / "_METADATA").read_text())["tree_metadata"].values()
         names = ["/".join(part["key"] for part in entry["key_metadata"]) for entry in keys]
@@ -427,7 +431,23 @@ def _leaf_path(directory: Path, name: str) -> Path:
     return directory / PARAMS / name.replace("/", ".")
 
 
+def check_place(directory: str | Path) -> None:
+    """Raise CheckpointError where TensorStore would take the path of a directory for another one."""
+    path = str(files.resolve(directory))
+    problem = ""
+    if "\\" in path:
+        problem = "has a backslash in it, which TensorStore takes for a slash"
+    elif any(part.endswith(".__lock") for part in Path(path).parts):
+        problem = 'has a name that ends in ".__lock", which TensorStore keeps for itself'
+    elif not path.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in path):
+        problem = "has a name that is not UTF-8, which TensorStore cannot open"
+    if problem:
+        raise CheckpointError(f"{path} {problem}: rename the directory")
+
+
 def _open(path: Path, **options: Any) -> ts.TensorStore:
+    path = files.resolve(path)
+    check_place(path)
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path}/"}}
     if "metadata" in options:
         spec["metadata"] = options.pop("metadata")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -13,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,14 @@ logger = logging.getLogger(__name__)
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # json.loads makes them of escapes; no UTF-8 file can hold them
 _MAX_NAME_BYTES = 160  # of a name that is extended; file systems allow 255
+_SPARE = 16 * 2**20  # bytes left free beside what a new directory needs, for small files and metadata
 
 
-class OutputInUseError(ValueError):
+class OutputError(ValueError):
+    """An output that cannot be written where it was asked for; the message says why and what to do."""
+
+
+class OutputInUseError(OutputError):
     """Another process is writing the same output; the message says which."""
 
 
@@ -164,13 +170,16 @@ def remove_leftovers(path: Path) -> None:
     prefix = _temporary_prefix(path)
     with suppress(FileNotFoundError):
         for found in sorted(path.parent.iterdir()):
-            if not found.name.startswith(prefix) or found == temporary_path(path):
-                continue
-            logger.warning("removing %s, which an interrupted process left", found)
-            if found.is_dir() and not found.is_symlink():
-                shutil.rmtree(found, ignore_errors=True)
-            else:
-                found.unlink(missing_ok=True)
+            if found.name.startswith(prefix) and found != temporary_path(path):
+                _remove_leftover(found)
+
+
+def _remove_leftover(found: Path) -> None:
+    logger.warning("removing %s, which an interrupted process left", found)
+    if found.is_dir() and not found.is_symlink():
+        shutil.rmtree(found, ignore_errors=True)
+    else:
+        found.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -210,3 +219,103 @@ def claim(output: str | Path) -> Iterator[None]:
         holder.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def new_directory(
+    destination: str | Path,
+    needed: int | None = None,
+    *,
+    replace: bool = False,
+    error: type[ValueError] = OutputError,
+) -> Iterator[Path]:
+    """A directory to fill, which becomes `destination` when the block ends well and is removed when it does not.
+
+    This process holds the claim of `destination` meanwhile; what a killed process left of it is named and removed.
+    Parents are made, and removed again where the block fails.
+
+    Args:
+        destination: the directory; nothing may be there.
+        needed: bytes that will be written, for which there has to be room; None: not checked.
+        replace: what is there is replaced, at the end.
+        error: the class of the errors below but OutputInUseError.
+
+    Raises:
+        OutputError: destination exists, its disk has too little room or is full in the end.
+        OutputInUseError: another process writes it.
+        OSError: it cannot be written, with its name.
+    """
+    destination = resolve(destination)
+    temporary = temporary_path(destination)
+    existing = next(parent for parent in destination.parents if parent.exists())
+    made = [parent for parent in destination.parents if not parent.exists()]
+
+    def refuse_existing() -> None:
+        if not replace and os.path.lexists(destination):
+            raise error(f"{destination} exists already: remove it, or name another directory")
+
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        refuse_existing()
+        with _named(destination):
+            stack.enter_context(claim(destination))
+            refuse_existing()  # the one who held the claim may have made it
+            remove_leftovers(destination)
+            if os.path.lexists(temporary):  # of a process that had this one's number, as happens in containers
+                _remove_leftover(temporary)
+            free = shutil.disk_usage(existing).free
+        if needed is not None and free < needed + _SPARE:
+            raise error(
+                f"{destination} needs {(needed + _SPARE) / 1e9:.2f} GB, {existing} has {free / 1e9:.2f} GB left: free "
+                "some space, or name a directory on another disk"
+            )
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        try:
+            with _named(destination):
+                temporary.mkdir()
+            yield temporary
+            with _named(destination):
+                _put_in_place(temporary, destination, replace=replace)
+        except Exception as caught:
+            if is_full(caught):
+                raise error(
+                    f"the disk of {existing} is full, nothing was kept: free some space, or name a directory elsewhere"
+                ) from caught
+            raise
+
+
+def _put_in_place(temporary: Path, destination: Path, *, replace: bool) -> None:
+    if not (replace and os.path.lexists(destination)):
+        temporary.rename(destination)
+        return
+    old = temporary_path(destination, f"{os.getpid()}-old")
+    destination.rename(old)
+    temporary.rename(destination)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Remove those of `directories`, innermost first, that nothing is in."""
+    for directory in directories:
+        with suppress(OSError):
+            directory.rmdir()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An OSError of the block names `path`, which the user knows, not a temporary file."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, says that a disk, or a user's share of it, is full."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    while error is not None:
+        # TensorStore reports the system's message in an error of its own.
+        if getattr(error, "errno", None) in numbers or any(os.strerror(number) in str(error) for number in numbers):
+            return True
+        error = error.__cause__
+    return False

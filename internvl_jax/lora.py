@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -214,20 +213,12 @@ def save(directory: str | Path, adapters: Params, settings: Settings) -> None:
 
     Raises CheckpointError where `directory` exists.
     """
-    directory = Path(directory)
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    with distributed.first_alone() as first:
-        if first:
-            if directory.exists():
-                raise checkpoint.CheckpointError(f"{directory} exists already: remove it, or write somewhere else")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            text = json.dumps({tower: asdict(lora) for tower, lora in settings.items()}, indent=2) + "\n"
-            (temporary / FILE).write_text(text, encoding="utf-8")
-    checkpoint.save(temporary, adapters)
-    with distributed.first_alone() as first:
-        if first:
-            temporary.rename(directory)
+    with checkpoint.new_directory(directory) as temporary:
+        with distributed.first_alone() as first:
+            if first:
+                text = json.dumps({tower: asdict(lora) for tower, lora in settings.items()}, indent=2) + "\n"
+                (temporary / FILE).write_text(text, encoding="utf-8")
+        checkpoint.save(temporary, adapters)
 
 
 def load(directory: str | Path, params: Params | None = None) -> tuple[Params, dict[str, Lora]]:

@@ -21,9 +21,11 @@ from checkpoints_convert.convert import convert, load_hf  # noqa: E402
 from checkpoints_convert.export import export  # noqa: E402
 from checkpoints_convert.mapping import ConversionError  # noqa: E402
 from checkpoints_convert.readers import open_weights  # noqa: E402
-from internvl_jax import checkpoint  # noqa: E402
+from internvl_jax import checkpoint, files  # noqa: E402
 from internvl_jax.config import ChatConfig, ConfigError  # noqa: E402
 from internvl_jax.models import chat_model  # noqa: E402
+
+SHARD = "pytorch_model-00001-of-00002.bin"
 
 # What goes wrong, before anything is written.
 
@@ -259,15 +261,25 @@ def test_export_of_what_does_not_fit(change, tmp_path):
 # What goes wrong while writing.
 
 
-def test_not_enough_space(tmp_path, monkeypatch):
+def test_not_enough_space(tmp_path, monkeypatch, logged):
+    """What an interrupted run left is removed before the room is measured."""
     convert(VIT_BIN, tmp_path / "ours")
-    (tmp_path / "new.tmp-7").mkdir()
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2e6, 1e6, 1e6))
+
+    def measure(path):
+        assert not left.exists()
+        return usage(2e6, 1e6, 1e6)
+
+    monkeypatch.setattr(shutil, "disk_usage", measure)
     for run, source in ((convert, VIT_BIN), (export, tmp_path / "ours")):
-        with pytest.raises(ConversionError, match=r"needs 0\.02 GB, .* has 0\.00 GB left.*new\.tmp-7 there is left"):
+        left = files.temporary_path(tmp_path / "new", 7)
+        left.mkdir()
+        with pytest.raises(ConversionError, match=r"needs 0\.02 GB, .* has 0\.00 GB left: free some space"):
             run(source, tmp_path / "new")
-    assert sorted(os.listdir(tmp_path)) == ["new.tmp-7", "ours"]
+        assert logged.pop() == f"removing {left}, which an interrupted process left"
+        with pytest.raises(ConversionError, match="needs"):
+            run(source, tmp_path / "a" / "b" / "new")
+    assert os.listdir(tmp_path) == ["ours"]
 
 
 # TensorStore's words when a disk is full, and the system's.
@@ -317,17 +329,82 @@ def test_interrupt_by_the_user(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_killed(tmp_path):
-    """A process that cannot clean up leaves a temporary name only, and the next run is not disturbed by it."""
-    script = (
-        "import os, signal, sys; from checkpoints_convert.convert import convert\n"
-        "kill = lambda done, total, what: done > total / 2 and os.kill(os.getpid(), signal.SIGKILL)\n"
-        "convert(*sys.argv[1:], progress=kill)"
+KILL = """
+import os, signal, sys
+from checkpoints_convert.convert import convert
+from checkpoints_convert.export import export
+run = {"convert": convert, "export": export}[sys.argv[1]]
+run(*sys.argv[2:4], progress=lambda done, total, what: done > total / 2 and os.kill(os.getpid(), int(sys.argv[4])))
+"""
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_killed(command, tmp_path, logged):
+    """What a process leaves that cannot clean up has a temporary name; the next one names and removes it."""
+    source = VIT_BIN
+    if command == "export":
+        convert(VIT_BIN, source := tmp_path / "ours")
+    args = [sys.executable, "-c", KILL, command, source, tmp_path / "out" / "new", str(int(signal.SIGKILL))]
+    assert subprocess.run(args, check=False).returncode == -signal.SIGKILL
+    names = sorted(os.listdir(tmp_path / "out"))
+    (left,) = [name for name in names if name.startswith(".new.tmp-")]
+    assert "new" not in names
+    assert not checkpoint.is_converted(tmp_path / "out" / left)
+    {"convert": convert, "export": export}[command](source, tmp_path / "out" / "new")
+    assert logged == [f"removing {tmp_path / 'out' / left}, which an interrupted process left"]
+    assert os.listdir(tmp_path / "out") == ["new"]
+
+
+def test_two_into_one_place(tmp_path):
+    """The second is refused and told who the first is."""
+    refusals = []
+
+    def meanwhile(done, total, what):
+        if not refusals:
+            script = "import sys; from checkpoints_convert.convert import convert; convert(*sys.argv[1:])"
+            args = [sys.executable, "-c", script, VIT_BIN, tmp_path / "new"]
+            refusals.append(subprocess.run(args, check=False, capture_output=True, text=True).stderr)
+
+    convert(VIT_BIN, tmp_path / "new", progress=meanwhile)
+    assert f"OutputInUseError: {tmp_path}/new is being written by process {os.getpid()} on " in refusals[0]
+    assert os.listdir(tmp_path) == ["new"]
+
+
+AWKWARD = ["a b", "a%20b", "a?b#c|d", "a\nb", "中文ü", "n" * 200, "-x", "~x", "link/../up", "a.tmp-3", "[a]*"]
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_names(name, tmp_path):
+    """Everything goes to the very directory that is named."""
+    (tmp_path / "elsewhere" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("elsewhere/inner")
+    wanted = tmp_path / "elsewhere" / "up" if name == "link/../up" else tmp_path / name
+    convert(VIT_BIN, f"{tmp_path}/{name}/")
+    assert (wanted / "params" / "vision_model.layers.ls1" / "0.0").is_file()
+    export(f"{tmp_path}/{name}/", f"{tmp_path}/{name} back/")
+    back = wanted.with_name(wanted.name + " back")
+    state, again = (torch.load(path / SHARD, weights_only=True) for path in (VIT_BIN, back))
+    assert {key: values.tolist() for key, values in state.items()} == {k: v.tolist() for k, v in again.items()}
+    params = chat_model.abstract_params(ChatConfig.from_file(wanted))
+    loaded = checkpoint.load(f"{tmp_path}/{name}/", params)
+    np.testing.assert_array_equal(
+        np.asarray(loaded["vision_model"]["layers"]["ls1"][0], np.float32),
+        state["encoder.layers.0.ls1"].float().numpy(),
     )
-    result = subprocess.run([sys.executable, "-c", script, VIT_BIN, tmp_path / "new"], check=False)
-    assert result.returncode == -signal.SIGKILL
-    (left,) = os.listdir(tmp_path)
-    assert left.startswith("new.tmp-")
-    assert not checkpoint.is_converted(tmp_path / left)
-    convert(VIT_BIN, tmp_path / "new")
-    assert checkpoint.is_converted(tmp_path / "new")
+
+
+@pytest.mark.parametrize("name", ["a\\b", "\\", "a\\", "x.__lock", os.fsdecode(b"\xff")])
+def test_names_that_tensorstore_misreads(name, tmp_path):
+    for place in (tmp_path / name, tmp_path / name / "ours"):
+        with pytest.raises(checkpoint.CheckpointError, match=r"TensorStore .*: rename the directory"):
+            convert(VIT_BIN, place)
+        with pytest.raises(checkpoint.CheckpointError, match="rename the directory"):
+            checkpoint.save(place, {"mlp1": {"norm": {"scale": np.ones(4)}}})
+    assert not os.listdir(tmp_path)
+    shutil.copytree(VIT_BIN, tmp_path / name)
+    if not name.isprintable():  # torch cannot either
+        return
+    convert(tmp_path / name, tmp_path / "ours")  # published files are read from anywhere
+    (tmp_path / "ours").rename(tmp_path / name / "ours")
+    with pytest.raises(checkpoint.CheckpointError, match="rename the directory"):
+        checkpoint.Reader(tmp_path / name / "ours")

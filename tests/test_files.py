@@ -125,3 +125,50 @@ def test_leftovers_are_named_and_removed(tmp_path, logged):
     files.remove_leftovers(output)
     assert sorted(tmp_path.iterdir()) == sorted([other, files.temporary_path(output)])
     assert [text.split()[1] for text in logged] == [f"{tmp_path}/.model.tmp-5,", f"{tmp_path}/.model.tmp-6,"]
+
+
+def test_new_directory_appears_whole_or_not_at_all(tmp_path, logged):
+    wanted = tmp_path / "a" / "model"
+
+    def fill(error=None, **options):
+        with files.new_directory(tmp_path / "a" / "b" / ".." / "model", **options) as directory:
+            assert not (wanted / "file").exists()
+            (directory / "file").write_text("content")
+            if error is not None:
+                raise error
+
+    for error in (KeyError("a"), KeyboardInterrupt(), SystemExit(143)):  # a signal's handler raises such ones
+        with pytest.raises(type(error)):
+            fill(error)
+        assert os.listdir(tmp_path) == []  # the parents that were made for it neither
+    with pytest.raises(files.OutputError, match=r"the disk of .* is full, nothing was kept"):
+        fill(OSError(28, "No space left on device"))
+    (tmp_path / "a").mkdir()
+    files.temporary_path(wanted).mkdir()  # of a killed process that had this one's number
+    fill()
+    assert logged == [f"removing {files.temporary_path(wanted)}, which an interrupted process left"]
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/model", "a/model/file"]
+    with pytest.raises(files.OutputError, match="exists already"):
+        fill()
+    (wanted / "file").rename(wanted / "old")
+    with pytest.raises(KeyError):
+        fill(KeyError("a"), replace=True)
+    assert (wanted / "old").exists()
+    fill(replace=True)
+    assert os.listdir(wanted) == ["file"]
+    assert os.listdir(tmp_path / "a") == ["model"]
+
+
+def test_new_directory_belongs_to_one_process(tmp_path):
+    with files.new_directory(tmp_path / "model"):
+        args = [sys.executable, "-c", HOLD, tmp_path / "model"]
+        other = subprocess.run(args, capture_output=True, text=True, check=False)
+        assert f"model is being written by process {os.getpid()} on" in other.stderr
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_new_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/model") as caught, files.new_directory(tmp_path / "file" / "model"):
+        pass
+    assert caught.value.filename == str(tmp_path / "file" / "model")

@@ -32,6 +32,7 @@ import optax
 
 from internvl_jax import checkpoint
 from internvl_jax.config import PRESETS, ChatConfig
+from internvl_jax.files import new_directory
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import Array, Params
 from internvl_jax.nano import build_tokenizer, dataset
@@ -208,17 +209,13 @@ def write_model(directory: Path, tokenizer: Path, params: Params, config: ChatCo
         "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": list(MEAN), "image_std": list(STD),
         "resample": 3, "size": config.image_size,
     }  # fmt: skip
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for path in tokenizer.glob("*token*"):
-        if path.is_file():
-            shutil.copy(path, temporary)
-    for name, value in (("config.json", config.to_hf()), ("preprocessor_config.json", preprocessor)):
-        (temporary / name).write_text(json.dumps(value, indent=2) + "\n")
-    checkpoint.save(temporary, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    with new_directory(directory, replace=True) as temporary:
+        for path in tokenizer.glob("*token*"):
+            if path.is_file():
+                shutil.copy(path, temporary)
+        for name, value in (("config.json", config.to_hf()), ("preprocessor_config.json", preprocessor)):
+            (temporary / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        checkpoint.save(temporary, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
 
 
 def main(argv: list[str] | None = None) -> int:
