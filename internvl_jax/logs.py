@@ -38,9 +38,13 @@ def to_terminal() -> Iterator[None]:
         warnings.showwarning = before
 
 
-def _log_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """As `logging.captureWarnings` does, without the source line, which tells a user nothing."""
-    logging.getLogger("py.warnings").warning("%s", message)
+def _log_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+    """As `logging.captureWarnings` does, without the source line, which tells a user nothing.
+
+    PIL's remarks about odd metadata name no file: what cannot be read of an image is an error that does.
+    """
+    level = logging.DEBUG if Path(filename).parent.name == "PIL" else logging.WARNING
+    logging.getLogger("py.warnings").log(level, "%s", message)
 
 
 @contextmanager

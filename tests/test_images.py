@@ -6,6 +6,8 @@ import os
 import struct
 import subprocess
 import sys
+import threading
+import warnings
 import zlib
 from pathlib import Path
 
@@ -13,8 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from internvl_jax import logs
 from internvl_jax.config import ConfigError
-from internvl_jax.processing.images import ImageError, ImageProcessor, expand_to_square, load_image, to_rgb
+from internvl_jax.processing import images
+from internvl_jax.processing.images import ImageError, ImageProcessor, load_image, read_once, to_rgb
+from internvl_jax.processing.resampling import expand_to_square
+from internvl_jax.training.augment import augment
 
 DATA = Path(__file__).parent / "data"
 CHAT = DATA / "internvl_chat_v1_1"
@@ -158,9 +164,46 @@ def test_deep_grey_is_scaled_down_and_not_clipped(dtype):
     np.testing.assert_array_equal(processor(image), processor(image, "native"))
 
 
+def test_fractions_up_to_255_are_as_pil_has_them():
+    values = np.array([[-3, 0.2, 1.5, 254.9]], np.float32)
+    np.testing.assert_array_equal(np.asarray(to_rgb(Image.fromarray(values)))[0, :, 0], [0, 0, 1, 254])
+
+
 def test_deep_grey_that_only_uses_eight_bits_is_as_pil_has_it():
     values = np.arange(256, dtype=np.uint16).reshape(16, 16)
     np.testing.assert_array_equal(np.asarray(to_rgb(load(encoded(Image.fromarray(values)))))[..., 0], values)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([0, 1000, 4095], np.uint16), [0, 62, 255]),  # 12 bits
+        (np.array([0, 1000, 4095], np.int32), [0, 62, 255]),
+        (np.array([0, 1000, 4096], np.uint16), [0, 3, 15]),  # 16 bits
+        (np.array([-5, 70_000, 700_000], np.int32), [0, 25, 255]),
+        (np.array([0, 0.5, 1], np.float32), [0, 128, 255]),
+        (np.array([-1, 0.25, 0.5], np.float32), [0, 64, 128]),
+        (np.array([0, 0.5, np.nan], np.float32), [0, 128, 0]),
+        (np.array([np.nan, 100, np.inf], np.float32), [0, 100, 255]),
+        (np.array([0, 500, 1000], np.float32), [0, 127, 255]),
+        (np.zeros(3, np.float32), [0, 0, 0]),
+        (np.full(3, np.nan, np.float32), [0, 0, 0]),
+    ],
+)
+def test_grey_is_scaled_by_its_own_range(values, expected, monkeypatch):
+    monkeypatch.setattr(images, "_BLOCK", 1)  # a row at once
+    image = load(encoded(Image.fromarray(values[:, None]), "TIFF"))
+    np.testing.assert_array_equal(np.asarray(to_rgb(image)), np.repeat(np.asarray(expected)[:, None, None], 3, axis=2))
+    processor = ImageProcessor(5, (0, 0, 0), (1, 1, 1))
+    np.testing.assert_array_equal(processor(image), processor(image, "native"))
+
+
+def test_grey_that_is_taken_for_12_bits_is_told_of_once(logged):
+    images._say_once.cache_clear()
+    dark = Image.fromarray(np.full((2, 2), 4000, np.uint16))
+    for image in (dark, dark, Image.fromarray(np.full((2, 2), 5000, np.uint16))):
+        to_rgb(image)
+    assert logged == ["grey images of 16 bits without a value above 4095 are read as 12 bits, so that 4095 is white"]
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I", "F", "La", "RGBa"])
@@ -220,6 +263,7 @@ def test_the_golden_phone_picture_is_turned():
     np.testing.assert_array_equal(np.asarray(upright), np.rot90(np.asarray(image), -1))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
 @pytest.mark.parametrize(
     ("exif", "turned"),
     [
@@ -267,7 +311,7 @@ def test_bombs_are_refused_before_they_are_unpacked(tmp_path):
     path = tmp_path / "bomb.png"
     path.write_bytes(png_header(60_000, 60_000))
     for source in (path, path.read_bytes()):
-        with pytest.raises(ImageError, match="pixels: scale it down first"):
+        with pytest.raises(ImageError, match="60000 x 60000 pixels, more than 178,956,970: scale it down first"):
             load(source)
     # Below PIL's own limit, above ours.
     with pytest.raises(ImageError, match=r"9000 x 9000 pixels, more than 1,000,000: scale it down first"):
@@ -275,6 +319,115 @@ def test_bombs_are_refused_before_they_are_unpacked(tmp_path):
     with pytest.raises(ImageError, match="30 x 20 pixels, more than 599"):
         load(Image.new("L", (30, 20)), max_pixels=599)
     assert load(Image.new("L", (30, 20)), max_pixels=600).size == (30, 20)
+
+
+@pytest.mark.filterwarnings("ignore:Image was not the expected size:UserWarning")
+def test_an_icon_that_is_larger_than_its_header_says():
+    file = bytearray(encoded(random_picture("RGB", 16, 16), "ICO"))
+    inside = encoded(Image.new("L", (900, 700)))
+    file[14:22] = struct.pack("<II", len(inside), 22)
+    assert load(bytes(file[:22]) + inside).size == (900, 700)
+    with pytest.raises(ImageError, match="900 x 700 pixels, more than 10,000"):
+        load(bytes(file[:22]) + inside, max_pixels=10_000)
+    with pytest.raises(ImageError, match="has more than 178,956,970 pixels"):
+        load(bytes(file[:22]) + png_header(60_000, 60_000))
+
+
+def test_a_side_longer_than_pil_has_a_table_for():
+    with pytest.raises(ImageError, match="8388609 x 1 pixels, a side above 8,388,608: cut it into pieces"):
+        load(png_header(8_388_609, 1))
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+def test_a_thin_image_takes_little_memory_in_every_layout(tmp_path, size):
+    path = tmp_path / "thin.png"
+    Image.new("RGB", size, (10, 200, 30)).save(path)
+    code = f"""
+import resource, sys
+from internvl_jax.processing.images import ImageProcessor, load_image
+from internvl_jax.training.augment import AUGMENTATIONS, augment
+import numpy as np
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+before = peak()
+image = load_image({str(path)!r}, honour_exif=True)
+for layout in ({{}}, {{"pad_to_square": True}}, {{"centre_crop": True}}):
+    processor = ImageProcessor(336, (0, 0, 0), (1, 1, 1), **layout)
+    for path in ("eval", "native") if not layout else ("eval",):
+        pixels = processor(image, path)
+        assert pixels.shape == (3, 336, 336)
+        assert abs(pixels[1] - 200 / 255).max() < 1e-6 or "pad_to_square" in layout
+    for kind in AUGMENTATIONS:
+        processor(augment(image, kind, np.random.default_rng(0)))
+print(peak() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert int(run.stdout) < 100e6  # 10.8 GB where the square is made
+
+
+def test_an_image_without_room_in_memory_is_an_error_of_its_own(monkeypatch):
+    def full(*args, **kwargs):
+        raise MemoryError
+
+    image = random_picture()
+    processors = [ImageProcessor(8, MEAN, STD), ImageProcessor(8, MEAN, STD, pad_to_square=True)]
+    data = encoded(image)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "resize", full)
+        for processor in processors:
+            for do in (processor, processor.scaled):
+                with pytest.raises(ImageError, match="37 x 23 pixels takes more memory than there is"):
+                    do(image)
+    monkeypatch.setattr(Image.Image, "load", full)
+    with pytest.raises(ImageError, match="takes more memory than there is"):
+        load(data)
+
+
+# Warnings, which belong to the whole process.
+
+
+def test_reading_images_in_threads_leaves_the_warnings_of_others_alone():
+    data = encoded(random_picture("RGB", 400, 400))
+
+    def read():
+        for _ in range(10):
+            ImageProcessor(28, MEAN, STD)(load(data, honour_exif=True))
+
+    with warnings.catch_warnings(record=True) as arrived:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        threads = [threading.Thread(target=read) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        said = 0
+        while any(thread.is_alive() for thread in threads):
+            warnings.warn("the main thread has something to say", stacklevel=1)
+            said += 1
+        for thread in threads:
+            thread.join()
+        assert warnings.filters == before
+    assert said > 3
+    assert [str(item.message) for item in arrived] == ["the main thread has something to say"] * said
+
+
+def test_nothing_is_warned_of():
+    palette = random_picture("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in ("eval", "native"):
+            ImageProcessor(28, MEAN, STD)(load(encoded(palette, transparency=bytes(range(256)))), path)
+        with pytest.raises(ImageError, match="damaged or truncated"):
+            load(png_header(12_000, 8_000))  # more than PIL warns of, fewer than are refused
+        large = Image.new("L", (12_000, 8_000), 7)
+        ImageProcessor(28, MEAN, STD)(augment(to_rgb(load(large)), "crop", np.random.default_rng(0)))
+
+
+def test_the_command_line_leaves_out_what_pil_says_of_metadata(capsys):
+    data = encoded(random_picture(), exif=b"MM\x00\x2a\x00\x00\x00\x08")
+    with warnings.catch_warnings(), logs.to_terminal():
+        warnings.simplefilter("always")
+        load(data, honour_exif=True)
+        warnings.warn("of somebody else", stacklevel=1)
+    assert capsys.readouterr().err == "warning: of somebody else\n"
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
@@ -287,6 +440,7 @@ def test_truncated_files_are_refused_by_name(tmp_path, format):
             load(path)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "DDS"])
 def test_damaged_files_are_read_or_refused(format):
     """Whatever a decoder stumbles over, the caller sees an ImageError."""
@@ -356,6 +510,26 @@ def test_a_picture_from_a_pipe():
     os.close(write_end)
     try:
         np.testing.assert_array_equal(np.asarray(load(f"/dev/fd/{read_end}")), np.asarray(image))
+    finally:
+        os.close(read_end)
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="this system names no open files")
+def test_a_pipe_is_read_once_and_a_file_stays_a_path(tmp_path, monkeypatch):
+    image = random_picture()
+    data = encoded(image)
+    read_end, write_end = os.pipe()
+    os.write(write_end, data)
+    os.close(write_end)
+    try:
+        assert read_once(Path(f"/dev/fd/{read_end}")) == data
+        (tmp_path / "image.png").write_bytes(data)
+        assert read_once(tmp_path / "image.png") == tmp_path / "image.png"
+        for missing in ("missing.png", "nul\0.png", "~nobody-has-this-name/cat.png"):
+            assert read_once(missing) == Path(missing)
+        monkeypatch.setattr(images, "MAX_BYTES", 1000)
+        with pytest.raises(ImageError, match="/dev/zero gives more than 1,000 bytes"):
+            images._whole(io.FileIO("/dev/zero"), "/dev/zero")
     finally:
         os.close(read_end)
 

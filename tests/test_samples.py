@@ -12,7 +12,7 @@ from internvl_jax.config import ChatConfig
 from internvl_jax.processing.images import ImageProcessor
 from internvl_jax.processing.tokenizer import load_tokenizer
 from internvl_jax.training.annotations import DataError, Record, Source
-from internvl_jax.training.augment import RATIO, SCALE, augment, random_crop
+from internvl_jax.training.augment import RATIO, SCALE, _cut, augment, random_crop
 from internvl_jax.training.samples import Problem, Problems, Sample, SampleMaker
 
 CHECKPOINT = DATA / "internvl_chat_v1_1" / "checkpoint"
@@ -164,6 +164,31 @@ def test_jpeg_keeps_the_size_and_loses_a_little():
     assert changed.size == image.size
     difference = np.abs(np.asarray(changed, np.int32) - np.asarray(image, np.int32))
     assert 0 < difference.mean() < 3
+
+
+def test_crops_are_pils():
+    image = Image.fromarray(rng().integers(0, 256, (300, 2, 3), np.uint8))
+    for box in ((0, 0, 2, 300), (1, 150, 2, 299), (0, 7, 1, 8)):
+        cut = _cut(image, box[0], box[1], box[2] - box[0], box[3] - box[1])
+        assert np.array_equal(np.asarray(cut), np.asarray(image.crop(box)))
+
+
+def test_an_image_that_jpeg_cannot_hold_is_a_problem(maker, tmp_path):
+    Image.new("RGB", (70_000, 1)).save(tmp_path / "long.png")
+    ask = record(entry("<image>?", "b", image="long.png"), augment=True, root=tmp_path)
+    problem = make_maker(augmentation="jpeg")(ask, rng())
+    assert (problem.kind, problem.place) == ("image", "a.jsonl:7")
+    assert "70000 x 1 pixels cannot be written as JPEG, whose sides have at most 65,500" in problem.message
+    assert isinstance(maker(ask, rng()), Sample)
+
+
+def test_an_entry_without_room_in_memory_is_a_problem(maker, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "stack", full)
+    problem = maker(record(entry("<image>?", "b", image="rgb.png")), rng())
+    assert (problem.kind, problem.place) == ("memory", "a.jsonl:7")
 
 
 def test_models_that_rows_do_not_fit():

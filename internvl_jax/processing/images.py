@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import io
-import warnings
+import logging
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile
 
 from internvl_jax.config import ChatConfig, read_json, tower_directory
+from internvl_jax.processing.resampling import pad_and_resize, resize_and_crop
+
+logger = logging.getLogger(__name__)
 
 # PIL's own limit against decompression bombs, above which it refuses: a picture of 20,000 x 8,900 pixels.
 MAX_PIXELS = 2 * 89_478_485
+MAX_SIDE = 1 << 23  # to resize a side, PIL makes a table of 32 bytes for each of its pixels
+MAX_BYTES = 1 << 30  # of a file that has to be held in memory
+
+_BLOCK = 1 << 20  # pixels that are converted at once
 
 IMAGE_MODES = ("eval", "native")
 
@@ -41,8 +52,38 @@ def load_image(
 
     source: a path, the bytes of a file, a PIL image, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4] of uint8.
     honour_exif: turn it upright as its EXIF orientation says (the reference does not).
-    Raises ImageError for what is missing, unreadable, truncated, empty or larger than `max_pixels`.
+    Nothing here touches settings of the process: images are read in threads.
+    Raises ImageError for what is missing, unreadable, truncated, empty or larger than `max_pixels` or than memory.
     """
+    with _memory_for("the image"):
+        return _load(source, honour_exif, max_pixels)
+
+
+def read_once(source: str | Path) -> Path | bytes:
+    """The path of a file, or the bytes of what can be read a single time, as a pipe can.
+
+    Raises ImageError for a pipe of more than MAX_BYTES. A file that cannot be opened is left to `load_image`.
+    """
+    path = Path(source)
+    try:
+        with path.expanduser().open("rb") as file:
+            return path if file.seekable() else _whole(file, str(source))
+    except ImageError:
+        raise
+    except (OSError, ValueError, RuntimeError):
+        return path
+
+
+@contextmanager
+def _memory_for(what: str) -> Iterator[None]:
+    """An image that memory has no room for is that image's error, not the end of all others'."""
+    try:
+        yield
+    except MemoryError:
+        raise ImageError(f"{what} takes more memory than there is: scale it down first") from None
+
+
+def _load(source: Any, honour_exif: bool, max_pixels: int) -> Image.Image:
     if isinstance(source, Image.Image):
         return _decode(source, "the PIL image", honour_exif, max_pixels)
     if isinstance(source, np.ndarray):
@@ -58,7 +99,7 @@ def load_image(
     try:
         with Path(source).expanduser().open("rb") as file:
             # PIL jumps about in the file, which a pipe (/dev/stdin) does not allow.
-            return _read(file if file.seekable() else io.BytesIO(file.read()), name, honour_exif, max_pixels)
+            return _read(file if file.seekable() else io.BytesIO(_whole(file, name)), name, honour_exif, max_pixels)
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist") from None
     except IsADirectoryError:
@@ -71,46 +112,81 @@ def load_image(
         raise ImageError(f"{name} is not a path ({error})") from None
 
 
+def _whole(file: IO[bytes], name: str) -> bytes:
+    data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"{name} gives more than {MAX_BYTES:,} bytes: write it to a file")
+    return data
+
+
 def _read(file: IO[bytes], name: str, honour_exif: bool, max_pixels: int) -> Image.Image:
     if not file.seek(0, io.SEEK_END):
         raise ImageError(f"{name} is empty: it has no bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(file)
+        image = _open(file)
     except Image.DecompressionBombError:
         raise ImageError(f"{name} has more than {max_pixels:,} pixels: scale it down first") from None
-    except UnidentifiedImageError:
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ImageError(f"{name} is damaged ({error})") from None
+    if image is None:
         raise ImageError(
             f"{name} is not a picture in a format that can be read (PNG, JPEG, WebP, GIF, ...), or its beginning is "
             "damaged"
-        ) from None
-    except Exception as error:
-        raise ImageError(f"{name} is damaged ({error})") from None
+        )
     return _decode(image, name, honour_exif, max_pixels)
 
 
+def _open(file: IO[bytes]) -> ImageFile.ImageFile | None:
+    """What PIL.Image.open does without its opinion on size: it warns of a large image, and warnings can only be muted
+    for the whole process. `_decode` looks at the size that the header gives. None: no format of PIL's."""
+    file.seek(0)
+    prefix = file.read(16)
+    tried: set[str] = set()
+    for prepare in (Image.preinit, Image.init):  # the common formats, then all
+        prepare()
+        for name in [name for name in Image.ID if name not in tried]:
+            tried.add(name)
+            factory, accept = Image.OPEN[name]
+            try:
+                accepted = accept is None or accept(prefix)
+                if accepted and not isinstance(accepted, str):  # a text says what the format would need
+                    file.seek(0)
+                    return cast(ImageFile.ImageFile, factory(file, ""))
+            except (SyntaxError, IndexError, TypeError, struct.error):
+                continue  # how a format says that the file is not its own
+    return None
+
+
 def _decode(image: Image.Image, name: str, honour_exif: bool, max_pixels: int) -> Image.Image:
+    _check_size(image, name, max_pixels)
+    try:
+        image.load()
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError:  # of an icon's file, whose header need not tell the truth
+        raise ImageError(f"{name} has more than {max_pixels:,} pixels: scale it down first") from None
+    except Exception as error:  # the decoders of the formats raise whatever they stumble over
+        raise ImageError(f"{name} is damaged or truncated ({error})") from None
+    _check_size(image, name, max_pixels)
+    return _upright(image) if honour_exif else image
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError(f"{name} is empty ({width} x {height} pixels)")
     if width * height > max_pixels:
         raise ImageError(f"{name} has {width} x {height} pixels, more than {max_pixels:,}: scale it down first")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image.load()
-    except Exception as error:  # the decoders of the formats raise whatever they stumble over
-        raise ImageError(f"{name} is damaged or truncated ({error})") from None
-    return _upright(image) if honour_exif else image
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(f"{name} has {width} x {height} pixels, a side above {MAX_SIDE:,}: cut it into pieces")
 
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as the EXIF orientation says. EXIF data that cannot be read says nothing: the picture is still good."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:
         return image
     # PIL's exif_transpose also writes the EXIF data anew, which fails where another entry of it is odd.
@@ -130,21 +206,57 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB as PIL does, except for 16-bit grey: PIL clips what is above 255 to white.
+    """Convert to RGB as PIL does, except for grey of more than 8 bits, which PIL makes black or white.
 
-    Grey values (modes I, I;16) that go above 255 are read as 16-bit and scaled down; others are as PIL has them.
+    Whole numbers (modes I, I;16) and fractions (F) are scaled by the range that their largest value lies in:
+
+    - fractions up to 1: 1 is white;
+    - up to 255: 8 bits, as PIL has them;
+    - whole numbers up to 4095: 12 bits, which files hold in 16. A 16-bit image that is darker than 6% everywhere
+      becomes brighter by this, so a warning says once that it was done;
+    - whole numbers up to 65535: 16 bits;
+    - above: the largest value is white.
+
+    Negative values and NaN are black.
     """
     if image.mode == "RGB":
         return image  # PIL would copy it
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.size and values.max() > 255:
-            image = Image.fromarray((np.clip(values, 0, 65535) // 257).astype(np.uint8))
-    elif image.mode == "La":  # premultiplied grey, which PIL converts to LA only
+    image = _to_8_bits(image)
+    if image.mode == "La":  # premultiplied grey, which PIL converts to LA only
         image = image.convert("LA")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL warns of palettes with transparency; the reference drops it too
-        return image.convert("RGB")
+    if "transparency" in image.info and image.mode in ("L", "P"):
+        # It does not change the RGB values, but PIL warns where it is more than one colour.
+        image = image.copy()
+        del image.info["transparency"]
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey as `to_rgb` scales it, in mode L; every other image as it is."""
+    fractions = image.mode == "F"
+    if not fractions and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    finite = np.isfinite(values)
+    highest = float(values.max(where=finite, initial=0))
+    if not highest or (highest <= 255 and (not fractions or (highest > 1 and finite.all()))):
+        return image
+    bounds = (1, 255) if fractions else (4095, 65535)
+    white = next((bound for bound in bounds if highest <= bound), highest)
+    if white == 4095:
+        _say_once("grey images of 16 bits without a value above 4095 are read as 12 bits, so that 4095 is white")
+    grey = np.empty(values.shape, np.uint8)
+    step = max(1, _BLOCK // image.width)
+    for row in range(0, image.height, step):
+        block = np.nan_to_num(values[row : row + step].astype(np.float64), nan=0, posinf=white, neginf=0)
+        scaled = np.floor(block * 255 / white + (0.5 if white == 1 else 0))
+        grey[row : row + step] = np.clip(scaled, 0, 255)
+    return Image.fromarray(grey)
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 @dataclass(frozen=True)
@@ -206,22 +318,24 @@ class ImageProcessor:
         if path == "native" and (self.pad_to_square or self.centre_crop):
             done = "padded to a square" if self.pad_to_square else "cropped"
             raise ImageError(f"pictures of this model are {done} in RGB: use the image path 'eval'")
-        if path == "native" and not image.mode.startswith("I"):
-            resized = to_rgb(image.resize((self.image_size, self.image_size)))
-        else:
-            resized = self.scaled(image)
+        with _memory_for(f"an image of {image.width} x {image.height} pixels"):
+            if path == "native":
+                resized = to_rgb(_to_8_bits(image).resize((self.image_size, self.image_size)))
+            else:
+                resized = self.scaled(image)
         pixels = np.asarray(resized, np.float32) / np.float32(255)
         normalised = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
     def scaled(self, image: Image.Image) -> Image.Image:
         """The picture of the path "eval" in RGB, of its final size, not yet numbers. Scaled again, it stays so."""
-        rgb = to_rgb(image)
-        if self.pad_to_square:
-            rgb = expand_to_square(rgb, tuple(int(value * 255) for value in self.mean))
-        if self.centre_crop:
-            return _crop(rgb, self.image_size)
-        return rgb.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        with _memory_for(f"an image of {image.width} x {image.height} pixels"):
+            rgb = to_rgb(image)
+            if self.pad_to_square:
+                return pad_and_resize(rgb, tuple(int(value * 255) for value in self.mean), self.image_size)
+            if self.centre_crop:
+                return resize_and_crop(rgb, self.image_size)
+            return rgb.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
 
 
 def load_processor(directory: Path, config: ChatConfig, tower: Path | None = None) -> ImageProcessor | None:
@@ -239,27 +353,6 @@ def load_processor(directory: Path, config: ChatConfig, tower: Path | None = Non
     return ImageProcessor.from_dir(
         place, config.image_size, pad_to_square=config.pad_to_square, centre_crop=config.centre_crop
     )
-
-
-def _crop(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side resized to `size`, the longer one in proportion; then the centre, as CLIPImageProcessor does."""
-    width, height = image.size
-    short = min(width, height)
-    width, height = int(size * width / short), int(size * height / short)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return resized.crop((left, top, left + size, top + size))
-
-
-def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Centre a picture on a square of its longer side, filled with `colour`."""
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
-    square = Image.new(image.mode, (side, side), colour)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
 
 
 def _triple(value: Any, complaint: str) -> tuple[float, float, float]:

@@ -8,8 +8,11 @@ import math
 import numpy as np
 from PIL import Image
 
+from internvl_jax.processing.images import ImageError, load_image
+
 SCALE, RATIO = (0.8, 1.0), (3 / 4, 4 / 3)  # of the crop's area to the picture's, and of its width to its height
 QUALITIES = (75, 100)  # of JPEG, both included
+JPEG_SIDE = 65_500  # pixels, of libjpeg
 
 AUGMENTATIONS = ("crop", "jpeg")
 
@@ -30,20 +33,29 @@ def random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
-            return image.crop((left, top, left + w, top + h))
+            return _cut(image, int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1)), w, h)
     low, high = RATIO
     w, h = width, height
     if width / height < low:
         h = round(width / low)
     elif width / height > high:
         w = round(height * high)
-    left, top = (width - w) // 2, (height - h) // 2
-    return image.crop((left, top, left + w, top + h))
+    return _cut(image, (width - w) // 2, (height - h) // 2, w, h)
+
+
+def _cut(image: Image.Image, left: int, top: int, width: int, height: int) -> Image.Image:
+    """As image.crop, which warns of large crops, and warnings can only be muted for the whole process."""
+    box = (left, top, left + width, top + height)
+    return image.resize((width, height), Image.Resampling.NEAREST, box=box)
 
 
 def degrade(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Written as JPEG of a random quality, and read again."""
+    """Written as JPEG of a random quality, and read again. Raises ImageError where JPEG cannot hold it."""
+    quality = int(rng.integers(QUALITIES[0], QUALITIES[1] + 1))
+    if max(image.size) > JPEG_SIDE:
+        raise ImageError(
+            f"{image.width} x {image.height} pixels cannot be written as JPEG, whose sides have at most {JPEG_SIDE:,}"
+        )
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=int(rng.integers(QUALITIES[0], QUALITIES[1] + 1)))
-    return Image.open(file).convert("RGB")
+    image.save(file, "JPEG", quality=quality)
+    return load_image(file.getvalue(), honour_exif=False)

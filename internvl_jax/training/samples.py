@@ -132,6 +132,8 @@ class SampleMaker:
             return Problem("image", str(error), record.place)
         except TokenizerError as error:
             return Problem("conversation", str(error), record.place)
+        except MemoryError:
+            return Problem("memory", "it takes more memory than there is", record.place)
 
     def images_of(self, sample: Sample) -> int:
         """How many images a sample has, by its tokens."""
