@@ -16,7 +16,7 @@ from rich.console import Console
 from internvl_jax import logs
 from internvl_jax.config import PRESETS
 from internvl_jax.evaluation import cli as evaluation_cli
-from internvl_jax.processing.images import load_image
+from internvl_jax.processing.images import load_image, read_once
 from internvl_jax.progress import counting, err, progress_bar, status
 from internvl_jax.training import adapters_cli, train_cli
 from internvl_jax.training import cli as training_cli
@@ -323,8 +323,9 @@ def _chat(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
     if prompt is not None and not prompt.strip():
         raise ValueError("the prompt is empty: ask a question, or leave PROMPT out to start a session")
-    for path in args.image:  # before the model is read for them
-        load_image(path, honour_exif=False)
+    images = [read_once(path) for path in args.image]
+    for image in images:  # before the model is read for them
+        load_image(image, honour_exif=False)
 
     from internvl_jax.distributed import several
     from internvl_jax.loading import load
@@ -348,20 +349,20 @@ def _chat(args: argparse.Namespace) -> int:
     chat.check_ready()
     options = {"system": args.system, "honour_exif": not args.ignore_exif, **generation}
     if prompt is None:
-        return _session(chat, args.image, options)
+        return _session(chat, images, options)
     if args.json:
         with status("answering"):
-            reply = chat.chat(prompt, images=args.image, **options)
+            reply = chat.chat(prompt, images=images, **options)
         print(json.dumps(reply.to_dict(), ensure_ascii=False))
         return 0
-    reply = _answer(chat, prompt, args.image, [], options)
+    reply = _answer(chat, prompt, images, [], options)
     if reply.finish_reason == "length":
         err.print(f"(cut off after {len(reply.tokens)} tokens: --max-new-tokens allows more)", style="dim")
     return 0
 
 
 def _answer(
-    chat: Any, question: str, images: list[Path], history: list[tuple[str, str]], options: dict[str, Any]
+    chat: Any, question: str, images: list[Path | bytes], history: list[tuple[str, str]], options: dict[str, Any]
 ) -> Any:
     """Print an answer, piece by piece where it can be streamed; returns the whole Reply."""
     with status("answering") as waiting:
@@ -378,7 +379,7 @@ def _answer(
     return stream.reply
 
 
-def _session(chat: Any, images: list[Path], options: dict[str, Any]) -> int:
+def _session(chat: Any, images: list[Path | bytes], options: dict[str, Any]) -> int:
     """Ask, answer, ask again, until end of input."""
     try:
         import readline  # noqa: F401  (line editing for input(); absent on some systems)
@@ -406,11 +407,11 @@ def _session(chat: Any, images: list[Path], options: dict[str, Any]) -> int:
             elif command == "/clear":
                 images, history = [], []
             elif command == "/image":
-                path = _picture(argument)
+                image = _picture(argument)
                 if history:
                     err.print("(a new picture starts a new conversation)")
                     images, history = [], []
-                images = [*images, path]
+                images = [*images, image]
             elif command.startswith("/"):
                 err.print(f"{command} is no command here; there are:\n{INTERACTIVE_HELP}")
             else:
@@ -422,14 +423,14 @@ def _session(chat: Any, images: list[Path], options: dict[str, Any]) -> int:
             _fail(str(error))
 
 
-def _picture(argument: str) -> Path:
-    """The file that /image names, once it has been seen to be a picture."""
+def _picture(argument: str) -> Path | bytes:
+    """The image that /image names, once it has been seen to be one: the file, or what a pipe gives."""
     name = argument.strip().strip("'\"")
     if not name:
         raise ValueError("/image needs a file: /image photo.jpg")
-    path = Path(name).expanduser()
-    load_image(path, honour_exif=False)
-    return path
+    image = read_once(Path(name).expanduser())
+    load_image(image, honour_exif=False)
+    return image
 
 
 def _ask(prompt: str) -> str:

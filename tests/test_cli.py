@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 from golden import DATA, bundle
@@ -142,6 +143,23 @@ def test_bad_options(argv, message, capsys):
 
 
 # One question.
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="this system names no open files")
+@pytest.mark.parametrize("session", [False, True])
+def test_an_image_from_a_pipe(golden, session):
+    read_end, write_end = os.pipe()
+    with open(write_end, "wb") as file:
+        file.write(Path(PICTURE).read_bytes())
+    try:
+        name = f"/dev/fd/{read_end}"  # what --image <(cat image.png) passes
+        if session:
+            code, out, _ = golden(stdin=f"/image {name}\n{QUESTION}\n/quit\n")
+        else:
+            code, out, _ = golden("--image", name, QUESTION)
+    finally:
+        os.close(read_end)
+    assert (code, out) == (0, SEEN["response"] + "\n")
 
 
 def test_an_answer_and_nothing_else(golden):
