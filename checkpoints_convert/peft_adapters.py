@@ -1,29 +1,54 @@
 """Low-rank adapters in the layout of Hugging Face's peft, and back.
 
-The reference wraps each tower on its own, so there is a peft directory for each: DST/language_model/ and
-DST/vision_model/ with adapter_config.json and adapter_model.safetensors, which peft's PeftModel.from_pretrained takes
-for `model.language_model` or `model.vision_model`. A matrix lora_A is [rank, in] there, lora_B [out, rank].
+The reference wraps each tower on its own, so that is what is written: DST/language_model/ and DST/vision_model/ with
+adapter_config.json and adapter_model.safetensors, which peft's PeftModel.from_pretrained takes for
+`model.language_model` or `model.vision_model`. A matrix lora_A is [rank, in] there, lora_B [out, rank]. Adapters of a
+whole model are read too, and what LLaVA trains beside them and leaves in non_lora_trainables.bin.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import logging
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
-from checkpoints_convert.mapping import ConversionError, Tensor, tensors
+from checkpoints_convert.mapping import ConversionError, Tensor, canonical, tensors
+from checkpoints_convert.peft_config import MERGE_IT, PeftConfig, read_config
 from checkpoints_convert.readers import Weights
+from internvl_jax import files
 from internvl_jax.config import ChatConfig
-from internvl_jax.lora import TARGETS, Lora, Settings, leaf_at, put_at, sides
+from internvl_jax.lora import REPLACED, TARGETS, Lora, Settings, leaf_at, put_at, sides
 from internvl_jax.models.layers import Params
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+logger = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+BESIDE = "non_lora_trainables.bin"  # LLaVA's: what was trained with an adapter and is none, the projector above all
 _WRAPPED = "base_model.model."  # what peft puts before a wrapped model's own names
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_PAIR = re.compile(r"(?P<name>.+)\.lora_(?P<side>[AB])\.weight")
+_TRAINING_ONLY = (".lora_velora_embed",)  # VeLoRA's, for the backward pass
+_LAYER = re.compile(r"(?:^|(?<=\.))layers?\.\d+\.")  # from here on the layouts' names are what a tower's layer holds
+_PROJECTOR = re.compile(r"(?:.*\.)?mm_projector\.(0|2)\.(weight|bias)")  # LLaVA's names, for its other layouts too
+# What trainers leave beside an adapter and what says nothing about its numbers.
+_ORDINARY = re.compile(
+    r"(README|LICEN[SC]E|NOTICE|USE_POLICY).*|\..*|.*token.*\.(json|model)|vocab\..*|merges\.txt|chat_template.*|"
+    r"(generation_|preprocessor_|processor_|video_preprocessor_)?config\.json|training_args\.(bin|json|yaml)|"
+    r"(trainer_state|train_results|eval_results|all_results|trainer_log)\.jsonl?|(optimizer|scheduler|scaler)\.(pt|bin)|"
+    r"rng_state.*\.pth|latest|zero_to_fp32\.py|events\.out\..*|runs|logs|wandb|(checkpoint-|global_step)\d+|.*\.(log|png|txt)"
+)
+
+
+# To peft.
 
 
 def export_peft(directory: str | Path, adapters: Params, settings: Settings, config: ChatConfig) -> None:
@@ -32,18 +57,14 @@ def export_peft(directory: str | Path, adapters: Params, settings: Settings, con
     config: of the model that the adapters are for, in the published layout of V1-1, LLaMA or InternViT.
     Raises ConversionError where `directory` exists, and for layouts whose towers have other layers.
     """
-    directory = Path(directory)
-    if directory.exists():
-        raise ConversionError(f"{directory} exists already: remove it, or write somewhere else")
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        for tower in adapters:
-            (temporary / tower).mkdir(parents=True)
+    with files.new_directory(directory, error=ConversionError) as temporary:
+        for tower in (name for name in adapters if name != REPLACED):
+            (temporary / tower).mkdir()
             _export_tower(temporary / tower, tower, adapters[tower], settings[tower], config)
-        temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if REPLACED in adapters:
+            part = temporary / "language_model"  # beside the adapter, where LLaVA looks for it
+            values = _replaced_to_theirs(adapters[REPLACED], config)
+            torch.save(values, (part if part.exists() else temporary) / BESIDE)
 
 
 def _export_tower(directory: Path, tower: str, tree: Params, lora: Lora, config: ChatConfig) -> None:
@@ -76,67 +97,6 @@ def _export_tower(directory: Path, tower: str, tree: Params, lora: Lora, config:
     (directory / CONFIG).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def import_peft(directory: str | Path, config: ChatConfig) -> tuple[Params, dict[str, Lora]]:
-    """Adapters and settings from directories that peft or `export_peft` wrote, float32 numpy arrays.
-
-    Raises ConversionError for directories without one, for kinds of adapter that are not plain LoRA, and for tensors
-    that are missing, unexpected or of another shape, all listed.
-    """
-    directory = Path(directory)
-    adapters: Params = {}
-    settings: dict[str, Lora] = {}
-    for tower in TARGETS:
-        if (directory / tower / CONFIG).is_file():
-            adapters[tower], settings[tower] = _import_tower(directory / tower, tower, config)
-    if not adapters:
-        raise ConversionError(f"{directory} has no {' or '.join(f'{tower}/{CONFIG}' for tower in TARGETS)}")
-    return adapters, settings
-
-
-def _import_tower(directory: Path, tower: str, config: ChatConfig) -> tuple[Params, Lora]:
-    written = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    for name, plain in (("bias", "none"), ("use_dora", False), ("use_rslora", False), ("modules_to_save", None)):
-        if written.get(name, plain) not in (plain, None):
-            raise ConversionError(f"{directory / CONFIG} has {name} {written[name]!r}: only plain LoRA is read")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if written.get(name):
-            raise ConversionError(f"{directory / CONFIG} has {name}: one rank for all layers is read")
-    weights = Weights(directory, [WEIGHTS], None)
-    found = set(weights.shapes)
-    rank = written["r"]
-    parts: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
-    problems = []
-    for target, tensor, key in _targets(tower, Lora(rank), config):
-        outputs, inputs = tensor.shape
-        expected = {f"{key}.lora_A.weight": (rank, inputs), f"{key}.lora_B.weight": (outputs, rank)}
-        if not found & expected.keys():
-            continue
-        wrong = [
-            f"{name} is {weights.shapes.get(name, 'missing')}, the model asks for {shape}"
-            for name, shape in expected.items()
-            if weights.shapes.get(name) != shape
-        ]
-        problems += wrong
-        found -= expected.keys()
-        if not wrong:
-            ins, outs = sides(target, (0, *tensor.our_shape))
-            a, b = (weights.read(name).astype(np.float32).T for name in expected)
-            parts.setdefault(target, {})[tensor.index[0]] = (a.reshape(*ins, rank), b.reshape(rank, *outs))
-    problems += [f"unexpected: {name}" for name in found]
-    depths = {tuple(sorted(layers)) for layers in parts.values()}
-    if not problems and (len(depths) != 1 or next(iter(depths)) != tuple(range(len(next(iter(depths)))))):
-        problems.append("the adapters are not of the same first layers for every target")
-    if problems:
-        raise ConversionError(f"{directory}: the adapter does not fit the model:\n  " + "\n  ".join(sorted(problems)))
-    tree: Params = {}
-    for target, layers in parts.items():
-        for number, name in enumerate(("lora_a", "lora_b")):
-            put_at(tree, f"{target}/{name}", np.stack([layers[layer][number] for layer in sorted(layers)]))
-    all_of_them = set(parts) == set(TARGETS[tower])
-    targets = None if all_of_them else tuple(target for target in TARGETS[tower] if target in parts)
-    return {"layers": tree}, Lora(rank, written["lora_alpha"], written.get("lora_dropout", 0.0), targets)
-
-
 def _targets(tower: str, lora: Lora, config: ChatConfig) -> Iterator[tuple[str, Tensor, str]]:
     """The layers that have an adapter: our target, the published tensor of its kernel, peft's name for it."""
     wanted = {f"{tower}/layers/{target}/kernel": target for target in lora.targets_of(tower)}
@@ -152,3 +112,318 @@ def _targets(tower: str, lora: Lora, config: ChatConfig) -> Iterator[tuple[str, 
         yield wanted[tensor.path], tensor, _WRAPPED + tensor.key.removeprefix(f"{tower}.").removesuffix(".weight")
     if missing:
         raise ConversionError(f"the model has no {', '.join(sorted(missing))}")
+
+
+def _replaced_to_theirs(tree: Params, config: ChatConfig) -> dict[str, torch.Tensor]:
+    found = {}
+    for tensor in tensors(config):
+        if not tensor.index and (values := _leaf_or_none(tree, tensor.path)) is not None:
+            found[_WRAPPED + tensor.key] = torch.tensor(tensor.to_theirs(np.asarray(values, np.float32)))
+    return found
+
+
+def _leaf_or_none(tree: Params, path: str) -> Any:
+    try:
+        return leaf_at(tree, path)
+    except KeyError:
+        return None
+
+
+# From peft.
+
+
+def import_peft(directory: str | Path, config: ChatConfig) -> tuple[Params, dict[str, Lora]]:
+    """Adapters and settings from directories that peft or `export_peft` wrote, float32 numpy arrays.
+
+    The numbers are peft's: where ranks or scales differ from layer to layer, or layers have no adapter, matrices are
+    filled up with zeros and scales go into lora_b. What was trained beside the adapters (modules_to_save, LLaVA's
+    non_lora_trainables.bin) comes under lora.REPLACED. Files that are not read are named in a warning.
+
+    Args:
+        directory: of an adapter, of the whole model or of one tower, or one that has a directory for each tower.
+        config: of the model that the adapters are for.
+
+    Raises:
+        ConversionError: there is no adapter, it is of a kind that is not read, or tensors are missing, unexpected, of
+            another shape or not finite, all listed.
+        OSError: a file cannot be read.
+    """
+    directory = files.resolve(directory)
+    towers = [tower for tower in TARGETS if (directory / tower / CONFIG).exists()]
+    if (directory / CONFIG).exists():
+        if towers:
+            raise ConversionError(f"{directory} is an adapter, and so is {towers[0]}/ in it: pass one of them")
+        found = [_read(directory, config, None)]
+    elif towers:
+        found = [_read(directory / tower, config, tower) for tower in towers]
+        if (directory / BESIDE).exists():
+            found.append(_read_beside(directory, config))
+        _name_unread(directory, {*towers, BESIDE})
+    else:
+        raise ConversionError(_no_adapter(directory))
+    problems = [f"{one.directory.name}: {text}" if len(found) > 1 else text for one in found for text in one.problems]
+    if problems:
+        raise ConversionError(
+            f"{directory}: the adapter does not fit the model:\n  " + "\n  ".join(sorted(set(problems)))
+        )
+    adapters: Params = {}
+    settings: dict[str, Lora] = {}
+    for one in found:
+        for tower, pairs in one.pairs.items():
+            adapters[tower], settings[tower] = _stacked(tower, pairs, one.config, config)
+        for path, values in one.replaced.items():
+            put_at(adapters, f"{REPLACED}/{path}", values)
+    if not settings:
+        raise ConversionError(f"{directory}: the adapter holds no matrices lora_A and lora_B of this model")
+    return adapters, settings
+
+
+def _no_adapter(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"{directory} {'is a file' if directory.exists() else 'does not exist'}: pass an adapter's directory"
+    inside = sorted(str(path.parent) for path in directory.glob(f"*/{CONFIG}"))
+    inside += sorted(str(path.parent) for path in directory.glob(f"*/*/{CONFIG}"))
+    names = ", ".join((CONFIG, *(f"{tower}/{CONFIG}" for tower in TARGETS)))
+    return f"{directory} has none of {names}" + (f"; pass {' or '.join(inside)}" if inside else "")
+
+
+class _Pair(NamedTuple):
+    """The adapter of one layer, or of one part of a fused one."""
+
+    a: np.ndarray  # [inputs, R]
+    b: np.ndarray  # [R, outputs]
+    scale: float
+    part: int | None  # of q, k and v that are one kernel here
+
+
+@dataclass
+class _Read:
+    """What one directory holds."""
+
+    directory: Path
+    config: PeftConfig
+    pairs: dict[str, dict[tuple[str, int], list[_Pair]]] = field(default_factory=dict)  # by tower, target and layer
+    replaced: dict[str, np.ndarray] = field(default_factory=dict)  # by path of the leaf
+    problems: list[str] = field(default_factory=list)
+    taken: set[str] = field(default_factory=set)  # keys of kernels whose adapters were found
+
+
+class _Names:
+    """peft's names of a model's layers: those of the whole model, or of a part of it that was wrapped alone."""
+
+    def __init__(self, config: ChatConfig, tower: str | None):
+        self.config = config
+        self.kernels: dict[str, tuple[str, str, Tensor]] = {}  # key without ".weight" -> tower, target, tensor
+        self.whole: dict[str, Tensor] = {}  # tensors that are a whole leaf
+        for tensor in tensors(config):
+            one, _, rest = tensor.path.partition("/layers/")
+            target = rest.removesuffix("/kernel")
+            if not tensor.index:
+                self.whole[tensor.key] = tensor
+            elif target in TARGETS.get(one, ()) and tower in (None, one):
+                self.kernels[tensor.key.removesuffix(".weight")] = one, target, tensor
+        # The language model first: CLIP's layers have names that end like its layers'.
+        self._order = sorted(self.kernels, key=lambda key: list(TARGETS).index(self.kernels[key][0]))
+
+    def kernel(self, name: str) -> str | None:
+        """The key of the layer that peft calls `name`."""
+        for full in (name, f"model.{name}"):
+            key = (canonical(self.config, f"{full}.weight") or "").removesuffix(".weight")
+            if key in self.kernels:
+                return key
+        return next((key for key in self._order if key.endswith(f".{name}")), None)
+
+    def leaf(self, name: str) -> Tensor | None:
+        """The tensor, a whole leaf, that is called `name` in a file."""
+        projector = _PROJECTOR.fullmatch(name)
+        if projector and self.config.projector is not None and not self.config.projector.layer_norm:
+            path = f"mlp1/fc{1 if projector[1] == '0' else 2}/{'kernel' if projector[2] == 'weight' else 'bias'}"
+            return next(tensor for tensor in self.whole.values() if tensor.path == path)
+        for full in (name, f"model.{name}"):
+            tensor = self.whole.get(canonical(self.config, full) or "")
+            if tensor is not None:
+                return tensor
+        return next((tensor for key, tensor in self.whole.items() if key.endswith(f".{name}")), None)
+
+
+def _read(directory: Path, config: ChatConfig, tower: str | None) -> _Read:
+    read = _Read(directory, read_config(directory / CONFIG))
+    weights_file = next((name for name in (WEIGHTS, PICKLE) if (directory / name).exists()), None)
+    if weights_file is None:
+        raise ConversionError(f"{directory} has neither {WEIGHTS} nor {PICKLE}: was it downloaded completely?")
+    present = [weights_file, *([BESIDE] if (directory / BESIDE).exists() else ())]
+    _name_unread(directory, {CONFIG, *present})
+    names = _Names(config, tower)
+    with Weights(directory, present, None) as weights:
+        matrices: dict[str, dict[str, str]] = {}
+        others = []
+        for key in weights.shapes:
+            match = _PAIR.fullmatch(key)
+            if match is None and not key.endswith(_TRAINING_ONLY):
+                others.append(key)
+            elif match is not None:
+                matrices.setdefault(match["name"], {})[match["side"]] = key
+        for name, sides_of in matrices.items():
+            _read_pair(read, weights, names, name, sides_of)
+        read.problems += _left_out(read, names, [name.removeprefix(_WRAPPED) for name in matrices])
+        _read_replaced(read, weights, names, others)
+    return read
+
+
+def _read_beside(directory: Path, config: ChatConfig) -> _Read:
+    """What LLaVA trained beside adapters, where it lies beside the towers' directories."""
+    read = _Read(directory, PeftConfig())
+    with Weights(directory, [BESIDE], None) as weights:
+        _read_replaced(read, weights, _Names(config, None), list(weights.shapes))
+    return read
+
+
+def _read_pair(read: _Read, weights: Weights, names: _Names, wrapped: str, keys: dict[str, str]) -> None:
+    name = wrapped.removeprefix(_WRAPPED)
+    key = names.kernel(name)
+    if key is None:
+        read.problems += [f"unexpected: {one}, no layer of the model that adapters go to" for one in keys.values()]
+        return
+    tower, target, tensor = names.kernels[key]
+    if key in read.taken:
+        read.problems.append(f"{name} is there twice, under two names")
+        return
+    read.taken.add(key)
+    if not read.config.selects(name):
+        read.problems.append(f"unexpected: {name} has an adapter, but {CONFIG} selects other layers")
+        return
+    (outputs, inputs), rank = tensor.shape, read.config.rank_of(name)
+    arrays = []
+    for side, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+        expected = f"{wrapped}.lora_{side}.weight"
+        found = weights.shapes.get(expected, "missing")
+        if found != shape:
+            read.problems.append(f"{expected} is {found}, the model asks for {shape}")
+        elif (values := _values(read, weights, expected)) is not None:
+            arrays.append(values)
+    if len(arrays) == 2:
+        layer, part = tensor.index[0], tensor.index[-1] if len(tensor.index) > 1 else None
+        pair = _Pair(arrays[0].T, arrays[1].T, read.config.scale_of(name), part)
+        read.pairs.setdefault(tower, {}).setdefault((target, layer), []).append(pair)
+
+
+def _values(read: _Read, weights: Weights, key: str) -> np.ndarray | None:
+    """A tensor in float32; None, and a problem, where it is not of finite floating-point numbers."""
+    dtype = weights.dtypes[key]
+    if dtype.name not in _FLOATS:
+        read.problems.append(f"{key} is {dtype.name}: adapters are read in {', '.join(_FLOATS)}")
+        return None
+    with np.errstate(over="ignore"):
+        values = weights.read(key).astype(np.float32)
+    if not np.isfinite(values).all():
+        read.problems.append(f"{key} holds NaN or infinite values")
+        return None
+    return values
+
+
+def _left_out(read: _Read, names: _Names, found: list[str]) -> list[str]:
+    """Layers that adapter_config.json selects, in the towers that have adapters, and the file does not hold."""
+    prefixes: dict[str, set[tuple[str, str]]] = {}  # by tower, how names begin: in the file, and in the tables
+    for name in found:
+        key, start = names.kernel(name), _LAYER.search(name)
+        if key is not None and start is not None:
+            begin = key.removesuffix(name[start.start() :])
+            prefixes.setdefault(names.kernels[key][0], set()).add((name[: start.start()], begin))
+    missing = []
+    for key, (tower, _, _) in names.kernels.items():
+        for theirs, ours in prefixes.get(tower, ()):
+            name = theirs + key.removeprefix(ours)
+            if name not in found and read.config.selects(name):
+                missing.append(f"missing: {name}.lora_A.weight and lora_B.weight, which {CONFIG} selects")
+    return missing
+
+
+def _read_replaced(read: _Read, weights: Weights, names: _Names, keys: list[str]) -> None:
+    """Take in what was trained as a whole, and note what has no place."""
+    saved = set()
+    for key in keys:
+        name = key.removeprefix(_WRAPPED)
+        tensor = names.leaf(name)
+        if tensor is None:
+            read.problems.append(f"unexpected: {key}, {_why_unexpected(key)}; {MERGE_IT}")
+        elif weights.shapes[key] != tensor.shape:
+            read.problems.append(f"{key} is {weights.shapes[key]}, the model asks for {tensor.shape}")
+        elif tensor.path.startswith("language_model/embed") and names.config.text.tie_word_embeddings:
+            read.problems.append(f"unexpected: {key}, the head shares the embedding of this model; {MERGE_IT}")
+        elif (values := _values(read, weights, key)) is not None:
+            if tensor.path in read.replaced:
+                read.problems.append(f"{key} is there twice, under two names")
+            read.replaced[tensor.path] = tensor.to_ours(values)
+        saved.add(name.rpartition(".")[0])
+    for module in read.config.modules_to_save:
+        if not any(re.match(rf"(^|.*\.){module}($|\..*)", name) for name in saved):
+            read.problems.append(f"missing: modules_to_save names {module}, of which the files hold nothing")
+    projector = {tensor.path: tensor.key for tensor in names.whole.values() if tensor.path.startswith("mlp1/")}
+    if not read.problems and read.replaced.keys() & projector.keys():
+        absent = projector.keys() - read.replaced.keys()
+        read.problems += [f"missing: {projector[path]} of the projector" for path in absent]
+
+
+def _why_unexpected(key: str) -> str:
+    if "lora_magnitude_vector" in key:
+        return "which DoRA has"
+    if "lora_embedding_" in key:
+        return "an adapter of an embedding"
+    if re.search(r"\.lora_[AB]\.[^.]+\.weight$", key):
+        return "the name of an adapter is in it: save it with peft's save_pretrained"
+    if re.search(r"\.lora_B\.bias$", key):
+        return "a bias of an adapter"
+    if "trainable_tokens_" in key:
+        return "rows of an embedding"
+    return "which has no place beside adapters of this model"
+
+
+def _stacked(
+    tower: str, pairs: dict[tuple[str, int], list[_Pair]], peft: PeftConfig, config: ChatConfig
+) -> tuple[Params, Lora]:
+    """A tower's adapters in our form: every layer, one rank, one scale."""
+    depth = config.num_vision_layers if tower == "vision_model" else config.text.num_hidden_layers
+    idle = sorted(
+        {layer for (_, layer), parts in pairs.items() if layer >= depth and any(part.b.any() for part in parts)}
+    )
+    if idle:
+        logger.warning(
+            "adapters of %s layers %s are left out: these layers never run", tower, ", ".join(map(str, idle))
+        )
+    rank = max(sum(part.a.shape[1] for part in parts) for parts in pairs.values())
+    scales = {part.scale for parts in pairs.values() for part in parts}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    plain = rank == peft.r and scale == peft.lora_alpha / rank
+    table = {
+        (tensor.path.partition("/layers/")[2].removesuffix("/kernel"), tensor.index[0]): tensor
+        for tensor in tensors(config)
+        if tensor.path.startswith(f"{tower}/layers/") and tensor.path.endswith("/kernel")
+    }
+    tree: Params = {}
+    targets = tuple(target for target in TARGETS[tower] if any(target == one for one, _ in pairs))
+    for target in targets:
+        tensor = table[target, 0]
+        ins, outs = sides(target, (0, *tensor.our_shape))
+        if len(tensor.index) > 1:
+            outs = (3, *outs)  # q, k and v
+        a, b = np.zeros((depth, *ins, rank), np.float32), np.zeros((depth, rank, *outs), np.float32)
+        for layer in range(depth):
+            start = 0
+            for part in pairs.get((target, layer), ()):
+                rows = slice(start, start + part.a.shape[1])
+                place = b[layer, rows] if part.part is None else b[layer, rows, part.part]
+                a[layer, ..., rows] = part.a.reshape(*ins, -1)
+                place[...] = (part.b * np.float32(part.scale / scale)).reshape(place.shape)
+                start = rows.stop
+        put_at(tree, f"{target}/lora_a", a)
+        put_at(tree, f"{target}/lora_b", b)
+    alpha = peft.lora_alpha if plain else scale * rank
+    return {"layers": tree}, Lora(rank, alpha, peft.lora_dropout, None if targets == TARGETS[tower] else targets)
+
+
+def _name_unread(directory: Path, read: set[str]) -> None:
+    """Name what lies beside and is not read, except for what trainers always leave."""
+    unread = sorted(path.name for path in directory.iterdir() if path.name not in read)
+    unread = [name for name in unread if not _ORDINARY.fullmatch(name)]
+    if unread:
+        logger.warning("%s: not read: %s", directory, ", ".join(unread))

@@ -83,7 +83,8 @@ def load(
         pairs, settings = added
         pairs = jax.device_get(pairs)
         if mesh is not None:
-            pairs = sharding.place_adapters(pairs, config, mesh, vision=vision)
+            replaced = {name: pairs.pop(name) for name in (lora.REPLACED,) if name in pairs}
+            pairs = {**sharding.place_adapters(pairs, config, mesh, vision=vision), **replaced}
         params = lora.attach(params, pairs, settings)
     return Chat(
         config,

@@ -5,6 +5,9 @@
 A product x @ kernel becomes x @ kernel + alpha / rank * (dropout(x) @ lora_a) @ lora_b. `attach` puts adapters beside
 their kernels, where models.layers.Linear finds them, for training and for serving unmerged; kernels may be quantized.
 `merge` adds them to the kernels. On disk an adapter is a directory with adapter.json and its own params/.
+
+What was trained as a whole beside adapters, LLaVA's projector or an embedding, stands under REPLACED at the path that
+it has in the parameters, {"replaced": {"mlp1": {"fc1": {"kernel": [D,D], ...}}}}, and replaces the model's own.
 """
 
 from __future__ import annotations
@@ -20,14 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internvl_jax import checkpoint, distributed
+from internvl_jax import checkpoint, distributed, files
 from internvl_jax.models.layers import Array, Params, precision_of
-from internvl_jax.quantize import is_quantized
+from internvl_jax.quantize import is_quantized, quantize_kernel
 from internvl_jax.sharding import path_of
 
 Progress = Callable[[int, int, str], None]
 
 FILE = "adapter.json"
+REPLACED = "replaced"  # beside the towers of a tree of adapters
 
 # The reference's targets (InternVL's wrap_llm_lora and wrap_backbone_lora): every linear layer of the blocks.
 TARGETS = {
@@ -108,9 +112,11 @@ def attach(params: Params, adapters: Params, settings: Settings, key: Array | No
     """`params` with adapters beside their kernels; both are left as they are. Works under jit.
 
     Layers may be stacked or a tuple of per-layer trees. key: for dropout, in training; without it there is none.
+    Replaced parameters become what those of `params` are: padded, quantized and laid out on devices.
     """
-    result = dict(params)
-    for number, tower in enumerate(sorted(adapters)):
+    result = _with_replaced(params, adapters)
+    params = result
+    for number, tower in enumerate(sorted(_towers(adapters))):
         lora, layers, pairs = settings[tower], params[tower]["layers"], adapters[tower]["layers"]
         dropped = None if key is None or not lora.dropout else jax.random.fold_in(key, number)
         if not isinstance(layers, tuple):
@@ -123,6 +129,35 @@ def attach(params: Params, adapters: Params, settings: Settings, key: Array | No
             raise LoraError("dropout is for training, whose layers are stacked")
         result[tower] = {**params[tower], "layers": placed}
     return result
+
+
+def _towers(adapters: Params) -> Params:
+    return {tower: tree for tower, tree in adapters.items() if tower != REPLACED}
+
+
+def _with_replaced(params: Params, adapters: Params) -> Params:
+    """`params` with what adapters hold under REPLACED in the place of their own."""
+    result = dict(params)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(adapters.get(REPLACED, {})):
+        name = path_of(keys)
+        part, _, rest = name.partition("/")
+        branch = jax.tree.map(lambda value: value, result[part], is_leaf=is_quantized)  # its dictionaries copied
+        put_at(branch, rest, _in_place_of(leaf_at(branch, rest), leaf, name))
+        result[part] = branch
+    return result
+
+
+def _in_place_of(old: Any, new: Any, name: str) -> Any:
+    if is_quantized(old):
+        new = quantize_kernel(jnp.asarray(new, jnp.float32), name=name, qtype=old.qvalue.dtype)
+
+    def fit(new: Any, old: Any) -> Any:
+        pads = [(0, theirs - ours) for ours, theirs in zip(new.shape, old.shape, strict=True)]
+        fitted = jnp.pad(jnp.asarray(new, old.dtype), pads)
+        under_jit = isinstance(old, jax.core.Tracer) or not isinstance(old, jax.Array)
+        return fitted if under_jit else jax.device_put(fitted, old.sharding)
+
+    return jax.tree.map(fit, new, old)
 
 
 def _beside(kernels: Params, pairs: Params, lora: Lora, key: Array | None) -> Params:
@@ -146,12 +181,12 @@ def merge(params: Params, adapters: Params, settings: Settings) -> Params:
     Adapters may be of the first layers only (those past select_layer are never trained).
     Raises LoraError for quantized kernels, which have no room for them.
     """
-
+    params = _with_replaced(params, adapters)
     return {
         **params,
         **{
             tower: {**params[tower], "layers": _merged(params[tower]["layers"], tree["layers"], settings[tower].scale)}
-            for tower, tree in adapters.items()
+            for tower, tree in _towers(adapters).items()
         },
     }
 
@@ -190,6 +225,7 @@ def merge_checkpoint(
     Raises LoraError where the adapters are not of this model or base is quantized, CheckpointError where `directory`
     exists or base is damaged.
     """
+    directory, base = files.resolve(directory), files.resolve(base)
     tree = checkpoint.stored_tree(base)
     if any(is_quantized(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_quantized)):
         raise LoraError(f"{base} is quantized: merge into the checkpoint that it was made from, then quantize")
@@ -198,6 +234,9 @@ def merge_checkpoint(
     known = {f"{path_of(keys[:-1])}/{keys[-1].key}": leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(pairs)}
 
     def change(name: str, layer: int | None, values: np.ndarray) -> np.ndarray:
+        replaced = known.get(f"{REPLACED}/{name}")
+        if replaced is not None:
+            return np.asarray(replaced)
         kernel = name.removesuffix("/kernel")
         a, b = known.get(f"{kernel}/lora_a"), known.get(f"{kernel}/lora_b")
         if layer is None or a is None or layer >= len(a):
@@ -211,7 +250,7 @@ def merge_checkpoint(
 def save(directory: str | Path, adapters: Params, settings: Settings) -> None:
     """Write adapters alone: adapter.json and params/, whole or not at all. Several processes call it together.
 
-    Raises CheckpointError where `directory` exists.
+    Raises CheckpointError where `directory` exists, OutputInUseError where another process is writing it.
     """
     with checkpoint.new_directory(directory) as temporary:
         with distributed.first_alone() as first:
@@ -222,33 +261,75 @@ def save(directory: str | Path, adapters: Params, settings: Settings) -> None:
 
 
 def load(directory: str | Path, params: Params | None = None) -> tuple[Params, dict[str, Lora]]:
-    """Adapters and their settings, as `save` wrote them. params: the model they must fit, or None.
+    """Adapters and their settings, as `save` wrote them.
 
-    Raises LoraError where the directory holds no adapter or one of another model, CheckpointError where it is damaged.
+    Args:
+        directory: what `save` wrote.
+        params: the model that the adapters must fit, or None.
+
+    Raises:
+        LoraError: the directory holds no adapter, or one of another model or with NaN or infinite values.
+        CheckpointError: its parameters are damaged.
+        OSError: it cannot be read.
     """
-    directory = Path(directory)
-    try:
-        written = json.loads((directory / FILE).read_text(encoding="utf-8"))
-        settings = {
-            tower: Lora(**{**entry, "targets": entry["targets"] and tuple(entry["targets"])})
-            for tower, entry in written.items()
-        }
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise LoraError(f"{directory} holds no adapter ({error}): it has {FILE} and {checkpoint.PARAMS}/") from None
+    directory = files.resolve(directory)
+    settings = _read_settings(directory)
     adapters = checkpoint.load(directory, checkpoint.stored_tree(directory))
+    bad = [
+        path_of(keys)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(adapters))
+        if not np.isfinite(leaf.astype(np.float32)).all()
+    ]
+    if bad:
+        raise LoraError(f"{directory}: NaN or infinite values in {', '.join(bad)}: the training that wrote it diverged")
+    if set(_towers(adapters)) != set(settings):
+        raise LoraError(
+            f"{directory}: {FILE} describes adapters of {', '.join(settings) or 'nothing'}, "
+            f"{checkpoint.PARAMS}/ holds those of {', '.join(_towers(adapters)) or 'nothing'}"
+        )
     if params is not None:
         check(params, adapters)
     return adapters, settings
 
 
+def _read_settings(directory: Path) -> dict[str, Lora]:
+    path = directory / FILE
+    try:
+        written = files.read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        if (directory / "adapter_config.json").exists():
+            raise LoraError(
+                f"{directory} holds an adapter of Hugging Face's peft: read it with "
+                f"'internvl-jax adapters from-peft {directory} DST'"
+            ) from None
+        raise LoraError(f"{directory} holds no adapter, which has {FILE} and {checkpoint.PARAMS}/") from None
+    try:
+        return {
+            tower: Lora(**{**entry, "targets": entry["targets"] and tuple(entry["targets"])})
+            for tower, entry in written.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise LoraError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+
+
 def check(params: Params, adapters: Params) -> None:
     """Raise LoraError, all listed, where adapters have no kernel to go with or one of other sizes."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
     kernels: dict[str, tuple[int, ...]] = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized):
+    for keys, leaf in leaves:
         if keys[-1] == jax.tree_util.DictKey("kernel"):
             kernels.setdefault(path_of(keys), tuple(leaf.shape))
     problems = []
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(adapters):
+    whole = {
+        path_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
+    }
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(adapters.get(REPLACED, {})):
+        expected = whole.get(path_of(keys))
+        if expected is None:
+            problems.append(f"{path_of(keys)}: no such parameter")
+        elif tuple(expected) != tuple(leaf.shape):
+            problems.append(f"{path_of(keys)} is {list(leaf.shape)}, the model has {list(expected)}")
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(_towers(adapters)):
         name, kind = path_of(keys[:-1]), keys[-1].key
         kernel = kernels.get(f"{name}/kernel")
         if kernel is None:
@@ -257,10 +338,17 @@ def check(params: Params, adapters: Params) -> None:
         stacked = len(kernel) - (0 if isinstance(params[name.split("/")[0]]["layers"], tuple) else 1)
         inputs, outputs = sides(name.split("/layers/")[1], (0, *kernel[-stacked:]))
         expected, found = (inputs, leaf.shape[1:-1]) if kind == "lora_a" else (outputs, leaf.shape[2:])
+        if stacked < len(kernel) and leaf.shape[0] > kernel[0]:
+            problems.append(f"{name}/{kind} is for {leaf.shape[0]} layers, the model has {kernel[0]}")
         if tuple(expected) != tuple(found):
             problems.append(f"{name}/{kind} is for {list(found)}, the model has {list(expected)}")
     if problems:
         raise LoraError("the adapter is not of this model:\n  " + "\n  ".join(sorted(problems)))
+
+
+def replaced_names(adapters: Params) -> list[str]:
+    """The parameters that adapters replace as a whole, "mlp1/fc1/kernel"."""
+    return [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(adapters.get(REPLACED, {}))]
 
 
 def sides(target: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -10,7 +10,7 @@ from golden import assert_close, random_tree, spread, torch_tree, unstack
 from jax.sharding import PartitionSpec as P
 from test_objective import IMAGE, batch_of, evaluate, random_params, tiny
 
-from internvl_jax import lora, sharding
+from internvl_jax import checkpoint, files, lora, sharding
 from internvl_jax.config import ChatConfig
 from internvl_jax.lora import Lora, LoraError
 from internvl_jax.models import chat_model, intern_vit
@@ -127,6 +127,62 @@ def test_saved_alone_and_checked(tmp_path):
         Lora(4, targets=("q_proj",)).targets_of("vision_model")
     with pytest.raises(LoraError, match="a rank is positive"):
         Lora(0)
+
+
+def test_adapters_that_are_damaged_or_unreadable_say_which(tmp_path, monkeypatch):
+    adapters = adapters_of(random_params(tiny()))
+    lora.leaf_at(adapters["vision_model"]["layers"], "mlp/fc1")["lora_b"] *= np.nan
+    lora.save(tmp_path / "adapter", adapters, BOTH)
+    with pytest.raises(LoraError, match="NaN or infinite values in vision_model/layers/mlp/fc1/lora_b: the training"):
+        lora.load(tmp_path / "adapter")
+    written = tmp_path / "adapter" / lora.FILE
+    text = written.read_text()
+    for damaged, message in (
+        (text[:-9], "not readable JSON"),
+        ("[]", "is damaged"),
+        ('{"language_model": {}}', "damaged"),
+    ):
+        written.write_text(damaged)
+        with pytest.raises(ValueError, match=message):
+            lora.load(tmp_path / "adapter")
+    written.write_text(text)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(LoraError, match="Hugging Face's peft: read it with 'internvl-jax adapters from-peft"):
+        lora.load(tmp_path)
+
+    def fails(path):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(lora.files, "read_text", fails)
+    with pytest.raises(OSError, match="Input/output error"):  # says nothing about what the directory holds
+        lora.load(tmp_path / "adapter")
+
+
+def test_one_process_writes_an_adapter_and_nothing_is_left(tmp_path, monkeypatch, logged):
+    adapters = adapters_of(random_params(tiny()), {"language_model": Lora(2)})
+    target = tmp_path / "new" / "my adapter"
+    with files.claim(target), pytest.raises(files.OutputInUseError, match=r"my adapter is being written by process"):
+        lora.save(target, adapters, {"language_model": Lora(2)})
+    left = files.temporary_path(target, 4194305)  # of a process that was killed
+    (left / "params").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lora.save("~/new/../new/my adapter/", adapters, {"language_model": Lora(2)})
+    assert logged == [f"removing {left}, which an interrupted process left"]
+    assert [path.name for path in target.parent.iterdir()] == ["my adapter"]
+    (tmp_path / "link").symlink_to(target)
+    for name in ("~/new/my adapter", tmp_path / "new" / ".." / "link", f"{target}/"):
+        assert lora.load(name)[1] == {"language_model": Lora(2)}
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    with pytest.raises(checkpoint.CheckpointError, match="dangling exists already"):
+        lora.save(tmp_path / "dangling", adapters, {"language_model": Lora(2)})
+    monkeypatch.setattr(checkpoint, "save", fails_as_full)
+    with pytest.raises(checkpoint.CheckpointError, match="the disk of .* is full, nothing was kept"):
+        lora.save(target.with_name("other"), adapters, {"language_model": Lora(2)})
+    assert [path.name for path in target.parent.iterdir()] == ["my adapter"]
+
+
+def fails_as_full(*_):
+    raise OSError(28, "No space left on device")
 
 
 def test_layouts_follow_the_kernels():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from internvl_jax import files
 from internvl_jax.progress import counting, err
 
 
@@ -20,12 +21,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     for name, run, summary, source, extra in (
         ("merge", _merge, "add adapters to the weights: a checkpoint of its own", "the adapters", ""),
         ("to-peft", _to_peft, "write adapters for peft, a directory for each tower", "the adapters", CONVERT),
-        ("from-peft", _from_peft, "read adapters that peft wrote", "with language_model/, vision_model/", CONVERT),
+        ("from-peft", _from_peft, "read adapters that peft wrote", "what peft or LLaVA wrote, or to-peft", CONVERT),
     ):
         one = parts.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.{extra}")
-        one.add_argument("src", type=Path, metavar="SRC", help=source)
-        one.add_argument("dst", type=Path, metavar="DST", help="the directory to write; must not exist")
-        one.add_argument("--checkpoint", type=Path, metavar="DIR", help="the converted model that they are for (nano)")
+        one.add_argument("src", type=files.resolve, metavar="SRC", help=source)
+        one.add_argument("dst", type=files.resolve, metavar="DST", help="the directory to write; must not exist")
+        one.add_argument(
+            "--checkpoint", type=files.resolve, metavar="DIR", help="the converted model that they are for (nano)"
+        )
         one.set_defaults(run=run)
 
 
@@ -51,8 +54,10 @@ def _to_peft(args: argparse.Namespace) -> int:
     config, params = _model(args.checkpoint)
     adapters, settings = lora.load(args.src, params)
     export_peft(args.dst, adapters, settings, config)
-    for tower in adapters:
+    for tower in settings:
         err.print(f"{args.dst / tower}: PeftModel.from_pretrained(model.{tower}, ...)")
+    if lora.REPLACED in adapters:
+        err.print("non_lora_trainables.bin: what was trained beside the adapters; LLaVA reads it, peft does not")
     return 0
 
 
@@ -64,7 +69,8 @@ def _from_peft(args: argparse.Namespace) -> int:
     adapters, settings = import_peft(args.src, config)
     lora.check(params, adapters)
     lora.save(args.dst, adapters, settings)
-    err.print(f"{args.dst}: adapters of {', '.join(adapters)}; internvl-jax chat --adapters {args.dst}")
+    beside = f", and {', '.join(lora.replaced_names(adapters))}" if lora.REPLACED in adapters else ""
+    err.print(f"{args.dst}: adapters of {', '.join(settings)}{beside}; internvl-jax chat --adapters {args.dst}")
     return 0
 
 
