@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from checkpoints_convert.files import ConversionReport, copy_all_side_files, make_report
 from checkpoints_convert.mapping import ConversionError, Tensor, canonical, plan
 from checkpoints_convert.readers import Weights, open_checkpoint, read_index
-from internvl_jax import checkpoint
+from internvl_jax import checkpoint, distributed
 from internvl_jax.checkpoint import Progress
 from internvl_jax.config import ChatConfig
 from internvl_jax.files import new_directory, resolve
+from internvl_jax.leaf_files import not_finite
 from internvl_jax.models import chat_model
 from internvl_jax.quantize import Scheme, is_quantized, quantize_kernel, quantize_params, quantize_while_reading
 
@@ -46,13 +47,23 @@ class _Part:
 
     def read(self, weights: Weights, dtype: np.dtype) -> np.ndarray:
         """The part in our shape."""
-        (key, tensor), *others = self.tensors
-        if not others:
-            return tensor.to_ours(weights.read(key)).astype(dtype, copy=False)
-        axis = len(tensor.index) - 2  # index is (layer, slices, part)
-        parts = [tensor.to_ours(weights.read(key)).astype(dtype, copy=False) for key, tensor in self.tensors]
+        parts = [_read_tensor(weights, key, tensor, dtype) for key, tensor in self.tensors]
+        if len(parts) == 1:
+            return parts[0]
+        axis = len(self.tensors[0][1].index) - 2  # index is (layer, slices, part)
         order = np.argsort([tensor.index[-1] for _, tensor in self.tensors])
         return np.stack([parts[number] for number in order], axis)
+
+
+def _read_tensor(weights: Weights, key: str, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):  # an overflow is what is looked for next
+        values = tensor.to_ours(weights.read(key)).astype(dtype, copy=False)
+    if (found := not_finite(values)) is not None:
+        raise ConversionError(
+            f"{weights.directory}: {key} holds numbers that are not finite ({found} in {dtype}), so that no answer can "
+            "come of it: its training diverged, its type was too narrow, or the file is damaged; take another copy"
+        )
+    return values
 
 
 def convert(
@@ -119,9 +130,14 @@ def load_hf(directory: str | Path, abstract: Any, *, progress: Progress | None =
     kernels that are quantized in it are quantized here, a layer at a time.
     Where its vision stack is shorter than the stored one, the layers beyond are not read. Host memory is bounded by the
     largest leaf beside what is loaded.
-    Raises ConversionError, ConfigError or CheckpointError that list all that is wrong, before a tensor is read.
+    Raises ConversionError, ConfigError or CheckpointError that list all that is wrong, before a tensor is read; and
+    ConversionError for a tensor that holds numbers that are not finite.
     """
-    directory = resolve(directory)
+    with distributed.all_or_none():
+        return _load_hf(resolve(directory), abstract, progress)
+
+
+def _load_hf(directory: Path, abstract: Any, progress: Progress | None) -> Any:
     config = ChatConfig.from_file(directory)
     with open_checkpoint(directory) as weights:
         parts, dtypes = _match(config, weights)

@@ -4,7 +4,8 @@
 config.json and the tokenizer files. Orbax's own checkpointer holds a whole leaf several times while it saves (14 GB for
 V1-1's largest stack of 5.7 GB, measured); here a leaf is written chunk by chunk through TensorStore, on which Orbax
 stands, so that memory is bounded by one chunk. A chunk is one layer, split along the axes that a mesh splits,
-and is not compressed: a device reads little more than its own part, and a truncated file shows by its size.
+and is not compressed: a device reads little more than its own part, and a truncated file shows by its size. Chunks have
+checksums (leaf_files.py), which Orbax passes over.
 
 Several processes read and write one directory together, on a file system that all of them see: each reads what its
 devices hold and writes what no other process writes; process 0 makes the directory and gives it its name at the end.
@@ -19,7 +20,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,22 @@ import tensorstore as ts
 from qwix import QArray
 
 from internvl_jax import distributed, files
+from internvl_jax.leaf_files import (
+    Bounds,
+    CheckpointError,
+    LeafFile,
+    array_metadata,
+    bounds_of,
+    check_place,
+    not_finite,
+    read_checksums,
+    stored_array,
+    write_checksums,
+)
 from internvl_jax.quantize import is_quantized, quantize_while_reading
 from internvl_jax.sharding import PARAM_RULES
 
 Progress = Callable[[int, int, str], None]
-Bounds = tuple[tuple[int, int], ...]
 
 PARAMS = "params"
 QVALUE = "qvalue"  # the integers of a quantized kernel; their scales lie beside them
@@ -43,15 +55,6 @@ QVALUE = "qvalue"  # the integers of a quantized kernel; their scales lie beside
 # along fsdp some bytes are read more than once; V1-1 is 15,000 files as it is.
 PARTS = {"tensor": 8, "fsdp": 4}
 SMALLEST_PART = 1 << 20  # bytes; below, a read costs more than it saves, and a small model would be a thousand files
-READS = 16  # chunk reads under way at once
-_OWN_TYPES = tuple(jnp.dtype(name) for name in ("bfloat16", "int4"))  # which zarr has no codes for
-_CONTEXT = ts.Context(
-    {"file_io_concurrency": {"limit": READS}, "file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}}
-)
-
-
-class CheckpointError(ValueError):
-    """A parameter directory that is missing, damaged or of another model; the message says which and what to do."""
 
 
 def is_converted(directory: str | Path) -> bool:
@@ -79,34 +82,31 @@ class Writer:
                         (self._temporary / name).write_text(json.dumps(value))
             with distributed.all_or_none():
                 if not first:
-                    self._stores = {name: _open(self._temporary / name.replace("/", ".")) for name in leaves}
+                    self._stores = {name: LeafFile(self._temporary / _directory(name), name) for name in leaves}
         except BaseException:
             self.__exit__(*sys.exc_info())
             raise
 
-    def _create(self, name: str, leaf: Any) -> ts.TensorStore:
+    def _create(self, name: str, leaf: Any) -> LeafFile:
         dtype = jnp.dtype(leaf.dtype)
-        metadata = {
-            "zarr_format": 2,
-            "shape": list(leaf.shape),
-            "chunks": list(chunk_shape(name, leaf.shape, dtype.itemsize)),
-            "dtype": dtype.name if dtype in _OWN_TYPES else dtype.str,
-            "compressor": None,
-            "dimension_separator": ".",
-            "fill_value": None,
-            "filters": None,
-            "order": "C",
-        }
-        path = self._temporary / name.replace("/", ".")
-        return _open(path, create=True, metadata=metadata)
+        metadata = array_metadata(leaf.shape, chunk_shape(name, leaf.shape, dtype.itemsize), dtype)
+        return LeafFile(self._temporary / _directory(name), name, create=True, metadata=metadata)
 
     def write(self, name: str, index: Any, values: np.ndarray) -> None:
         """Write `values` at `index` (numpy's basic indexing) of the leaf called `name`, "a/b/c"."""
-        self._pending = self._stores[name][index].write(values)
+        self._pending = self._stores[name].write(index, values)
         self._pending.result()
 
     def commit(self) -> None:
-        """Everything is written: give the directory its name."""
+        """Everything is written: sum what is not summed yet and give the directory its name."""
+        known = {_directory(name): leaf.checksums for name, leaf in self._stores.items()}
+        everyones = [json.loads(message) for message in distributed.exchange(json.dumps(known).encode())]
+        with distributed.first_alone() as first:
+            if first:
+                for name, leaf in self._stores.items():
+                    for other in everyones:
+                        leaf.checksums |= other[_directory(name)]
+                write_checksums(self._temporary, {_directory(n): leaf.complete() for n, leaf in self._stores.items()})
         self._stack.close()
 
     def __enter__(self) -> Writer:
@@ -124,11 +124,15 @@ class Reader:
 
     def __init__(self, directory: str | Path):
         self.leaves = _stored(Path(directory))  # name -> (shape, dtype)
-        self._stores = {name: _open(_leaf_path(Path(directory), name)) for name in self.leaves}
+        self._stores = _open_leaves(Path(directory), self.leaves)
 
     def read(self, name: str, index: Any = ()) -> np.ndarray:
         """The part at `index` (numpy's basic indexing) of the leaf called `name`, "a/b/c"."""
-        return self._stores[name][index].read().result()
+        store, parts = self._stores[name], index if isinstance(index, tuple) else (index,)
+        if parts and isinstance(parts[0], int):  # a layer of a stack is a chunk, or several
+            layer = store.read(((parts[0], parts[0] + 1), *((0, size) for size in store.shape[1:])))[0]
+            return np.ascontiguousarray(layer[parts[1:]])
+        return np.ascontiguousarray(store.read(tuple((0, size) for size in store.shape))[parts])
 
 
 def save(directory: str | Path, params: Any) -> None:
@@ -203,7 +207,10 @@ def write_mapped(
         for number, (name, layer) in enumerate(pieces, 1):
             index: Any = ... if layer is None else (layer,)
             values = source.read(name, index)
-            writer.write(name, index, np.asarray(change(name, layer, values)).astype(values.dtype))
+            changed = np.asarray(change(name, layer, values)).astype(values.dtype)
+            if (found := not_finite(changed)) is not None:
+                raise CheckpointError(f"{name} of {base} would become {found}: nothing is written")
+            writer.write(name, index, changed)
             if progress is not None:
                 progress(number, len(pieces), "writing")
 
@@ -287,22 +294,52 @@ def load(directory: str | Path, abstract: Any, *, progress: Progress | None = No
     where it has fewer (select_layer), and with shardings each process reads what its own devices hold, once. Kernels
     that are quantized in `abstract` but not on disk are quantized here, a layer at a time.
     progress: called as progress(done_bytes, total_bytes, what), both of this process (see `bytes_read`).
-    Raises CheckpointError for files that are missing or truncated, and for leaves of other names or shapes, all listed.
+    Raises CheckpointError for files that are missing or truncated, and for leaves of other names or shapes, all listed;
+    and for a chunk that is not what was written (where it has a checksum) or holds numbers that are not finite.
+    """
+    directory = Path(directory)
+    done, leaves = 0, []
+    with distributed.all_or_none():
+        stored = _stored(directory)
+        whole = None if any(name.endswith(f"/{QVALUE}") for name in stored) else is_quantized
+        wanted = dict(named_leaves(abstract, is_leaf=whole))
+        check_shapes(directory, wanted, {name: shape for name, (shape, _) in stored.items()})
+        stores = _open_leaves(directory, wanted)
+        sizes = {name: _bytes_to_read(stores[name], leaf) for name, leaf in wanted.items()}
+        for name, leaf in wanted.items():
+            leaves.append((_quantize_leaf if is_quantized(leaf) else _load_leaf)(stores[name], leaf))
+            done += sizes[name]
+            if progress is not None:
+                progress(done, sum(sizes.values()), "loading")
+    return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=whole), leaves)
+
+
+def verify(directory: str | Path, *, progress: Progress | None = None) -> tuple[int, bool]:
+    """Read all of a converted checkpoint and check it, as `load` does what it reads. Memory is bounded by one chunk.
+
+    Returns: bytes of the parameters, and whether they have checksums (those written by earlier versions have none).
+
+    Raises:
+        CheckpointError: lists the files that are missing, truncated or not what was written, and the leaves that hold
+            numbers that are not finite.
     """
     directory = Path(directory)
     stored = _stored(directory)
-    whole = None if any(name.endswith(f"/{QVALUE}") for name in stored) else is_quantized
-    wanted = dict(named_leaves(abstract, is_leaf=whole))
-    check_shapes(directory, wanted, {name: shape for name, (shape, _) in stored.items()})
-    stores = {name: _open(_leaf_path(directory, name)) for name in wanted}
-    sizes = {name: _bytes_to_read(stores[name], leaf) for name, leaf in wanted.items()}
-    done, leaves = 0, []
-    for name, leaf in wanted.items():
-        leaves.append((_quantize_leaf if is_quantized(leaf) else _load_leaf)(name, stores[name], leaf))
-        done += sizes[name]
-        if progress is not None:
-            progress(done, sum(sizes.values()), "loading")
-    return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=whole), leaves)
+    leaves = _open_leaves(directory, stored)
+    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored.values())
+    done, problems = 0, []
+    for leaf in leaves.values():
+        for number in np.ndindex(*(-(-size // chunk) for size, chunk in zip(leaf.shape, leaf.chunk))):
+            bounds = tuple((n * c, min(size, (n + 1) * c)) for n, c, size in zip(number, leaf.chunk, leaf.shape))
+            try:
+                done += leaf.read(bounds).nbytes
+            except CheckpointError as error:
+                problems.append(str(error))
+            if progress is not None:
+                progress(done, total, "verifying")
+    if problems:
+        raise CheckpointError(f"{directory} is damaged:\n  " + "\n  ".join(dict.fromkeys(problems)))
+    return total, read_checksums(directory / PARAMS) is not None
 
 
 def bytes_read() -> int:
@@ -335,22 +372,25 @@ def _split_axis(name: str, shape: tuple[int, ...], mesh_axis: str) -> int | None
     return next((other for other in (axis, *others) if shape[other] % PARTS[mesh_axis] == 0), axis)
 
 
-def _quantize_leaf(name: str, store: ts.TensorStore, leaf: QArray) -> QArray:
+def _quantize_leaf(store: LeafFile, leaf: QArray) -> QArray:
     def read(layer: int | None, sharding: Any) -> jax.Array:
-        part = store if layer is None else store[layer]
-        return _load_leaf(name, part, jax.ShapeDtypeStruct(part.shape, store.dtype.numpy_dtype, sharding=sharding))
+        shape = store.shape if layer is None else store.shape[1:]
+        return _load_leaf(store, jax.ShapeDtypeStruct(shape, store.dtype, sharding=sharding), layer)
 
-    return quantize_while_reading(name, leaf, read)
+    return quantize_while_reading(store.name, leaf, read)
 
 
-def _load_leaf(name: str, store: ts.TensorStore, leaf: Any) -> jax.Array:
+def _load_leaf(store: LeafFile, leaf: Any, layer: int | None = None) -> jax.Array:
+    """A leaf, or one layer of a stack."""
     values: dict[Bounds, np.ndarray] = {}  # devices that hold the same part share one read
 
     def read(index: tuple[slice, ...] = ()) -> np.ndarray:
-        bounds = _bounds(index, leaf.shape)
+        bounds = bounds_of(index, leaf.shape)
         if bounds not in values:
-            part = store[tuple(slice(*ends) for ends in bounds)].read().result()
-            values[bounds] = part.astype(leaf.dtype, copy=False)
+            if layer is None:
+                values[bounds] = store.read(bounds, leaf.dtype)
+            else:
+                values[bounds] = store.read(((layer, layer + 1), *bounds), leaf.dtype)[0]
         return values[bounds]
 
     sharding = getattr(leaf, "sharding", None)
@@ -359,22 +399,15 @@ def _load_leaf(name: str, store: ts.TensorStore, leaf: Any) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
-    """(start, stop) along every axis. The leaf may have fewer layers than the file: its own shape decides."""
-    given = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
-    return given + tuple((0, size) for size in shape[len(given) :])
-
-
-def _bytes_to_read(store: ts.TensorStore, leaf: Any) -> int:
+def _bytes_to_read(store: LeafFile, leaf: Any) -> int:
     """Bytes of the chunks that hold this process's parts of a leaf. A chunk is read as a whole."""
     sharding = getattr(leaf.qvalue if is_quantized(leaf) else leaf, "sharding", None)
     parts = [()] if sharding is None else sharding.addressable_devices_indices_map(leaf.shape).values()
-    chunk = store.chunk_layout.read_chunk.shape
     chunks = sum(
-        math.prod(-(-stop // size) - start // size for (start, stop), size in zip(bounds, chunk))
-        for bounds in {_bounds(part, leaf.shape) for part in parts}
+        math.prod(-(-stop // size) - start // size for (start, stop), size in zip(bounds, store.chunk))
+        for bounds in {bounds_of(part, leaf.shape) for part in parts}
     )
-    return chunks * math.prod(chunk) * store.dtype.numpy_dtype.itemsize
+    return chunks * math.prod(store.chunk) * store.dtype.itemsize
 
 
 def check_shapes(directory: Path, wanted: dict[str, Any], stored: dict[str, tuple[int, ...]]) -> None:
@@ -395,29 +428,18 @@ def _stored(directory: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shapes and dtypes by leaf, after a look at every file's size."""
     params = directory / PARAMS
     check_place(params)
+    path = params / "_METADATA"
     try:
-        keys = json.loads((params / "_METADATA").read_text())["tree_metadata"].values()
+        keys = files.read_json(path)["tree_metadata"].values()
         names = ["/".join(part["key"] for part in entry["key_metadata"]) for entry in keys]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{directory} has no {PARAMS}/ written by this project: convert a checkpoint") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{params}/_METADATA is damaged ({error}); convert the checkpoint again") from None
+    except (files.TextError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); convert the checkpoint again") from None
     found, problems = {}, []
     for name in names:
-        path = _leaf_path(directory, name)
-        try:
-            array = json.loads((path / ".zarray").read_text())
-            shape, chunks = tuple(array["shape"]), array["chunks"]
-            dtype = jnp.dtype(array["dtype"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problems.append(f"{path / '.zarray'}: {error}")
-            continue
-        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(path)}
-        expected = math.prod(chunks) * dtype.itemsize
-        for number in np.ndindex(*(-(-size // chunk) for size, chunk in zip(shape, chunks))):
-            file = ".".join(map(str, number)) or "0"
-            if sizes.get(file) != expected:
-                problems.append(f"{path / file}: {sizes.get(file, 'no')} bytes, expected {expected}")
+        shape, dtype, wrong = stored_array(_leaf_path(directory, name))
+        problems += wrong
         found[name] = (shape, dtype)
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
@@ -427,31 +449,25 @@ def _stored(directory: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return found
 
 
+def _directory(name: str) -> str:
+    return name.replace("/", ".")
+
+
 def _leaf_path(directory: Path, name: str) -> Path:
-    return directory / PARAMS / name.replace("/", ".")
+    return directory / PARAMS / _directory(name)
 
 
-def check_place(directory: str | Path) -> None:
-    """Raise CheckpointError where TensorStore would take the path of a directory for another one."""
-    path = str(files.resolve(directory))
-    problem = ""
-    if "\\" in path:
-        problem = "has a backslash in it, which TensorStore takes for a slash"
-    elif any(part.endswith(".__lock") for part in Path(path).parts):
-        problem = 'has a name that ends in ".__lock", which TensorStore keeps for itself'
-    elif not path.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in path):
-        problem = "has a name that is not UTF-8, which TensorStore cannot open"
-    if problem:
-        raise CheckpointError(f"{path} {problem}: rename the directory")
-
-
-def _open(path: Path, **options: Any) -> ts.TensorStore:
-    path = files.resolve(path)
-    check_place(path)
-    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path}/"}}
-    if "metadata" in options:
-        spec["metadata"] = options.pop("metadata")
-    return ts.open(spec, context=_CONTEXT, open=True, **options).result()
+def _open_leaves(directory: Path, names: Iterable[str]) -> dict[str, LeafFile]:
+    """The leaves called `names`, to read, with the checksums of their chunks where they were written with them."""
+    checksums = read_checksums(directory / PARAMS)
+    leaves = {}
+    for name in names:
+        known = None if checksums is None else checksums.get(_directory(name))
+        leaf = LeafFile(_leaf_path(directory, name), name, known)
+        if checksums is not None:
+            leaf.check_metadata()
+        leaves[name] = leaf
+    return leaves
 
 
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[tuple[str, Any]]:
@@ -470,7 +486,7 @@ def _own_pieces(name: str, leaf: Any) -> Iterator[tuple[Any, Any]]:
         parts = [(shard.index, shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
     for index, values in parts:
         if "/layers/" in name:
-            (first, last), *_ = _bounds(index, leaf.shape)
+            (first, last), *_ = bounds_of(index, leaf.shape)
             yield from (((layer, *index[1:]), values[layer - first]) for layer in range(first, last))
         else:
             yield (*index, ...), values

@@ -161,6 +161,15 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--safetensors", action="store_true", help="write model-*.safetensors, not pytorch_model-*.bin")
     export.set_defaults(run=_export)
 
+    verify = commands.add_parser(
+        "verify",
+        help="read all of a converted checkpoint and check it",
+        description="Reads DIR, a directory that 'convert' or training wrote, and checks every file's size and "
+        "checksum, and that every number is finite. Loading checks the same of what it reads.",
+    )
+    verify.add_argument("directory", type=Path, metavar="DIR", help="the converted directory")
+    verify.set_defaults(run=_verify)
+
     parity = commands.add_parser(
         "parity",
         help="compare this implementation with PyTorch's, layer by layer",
@@ -466,6 +475,18 @@ def _export(args: argparse.Namespace) -> int:
     with progress_bar() as progress:
         report = export(args.src, args.dst, safe_serialization=args.safetensors or None, progress=progress)
     err.print(report.summary())
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from internvl_jax import checkpoint
+
+    with progress_bar() as progress:
+        size, summed = checkpoint.verify(args.directory, progress=progress)
+    checked = (
+        "sizes, checksums and finiteness checked" if summed else "sizes and finiteness checked, no checksums there"
+    )
+    err.print(f"{args.directory}: {size / 1e9:.2f} GB, {checked}")
     return 0
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from devices import environment
 
-from internvl_jax import checkpoint
+from internvl_jax import checkpoint, leaf_files
 from internvl_jax.checkpoint import CheckpointError, Writer, chunk_shape, load, save, stored_tree
 from internvl_jax.config import PRESETS
 from internvl_jax.models import chat_model
@@ -138,7 +139,7 @@ def test_failure_while_opening_leaves_nothing(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no")
 
-    monkeypatch.setattr(checkpoint, "_open", refuse)
+    monkeypatch.setattr(checkpoint, "LeafFile", refuse)
     with pytest.raises(OSError, match="no"):
         Writer(tmp_path, {"mlp1": {"norm": {"scale": jnp.ones(4)}}})
     assert not any(tmp_path.iterdir())
@@ -202,6 +203,181 @@ def test_damaged_array_metadata(damaged):
     path.write_text(json.dumps({"shape": [3]}))
     with pytest.raises(CheckpointError, match=r"mlp1\.fc1\.bias"):
         stored_tree(damaged)
+
+
+def flip(path, at, bit=3):
+    """Change one bit of a file that may be a link."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.unlink()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["vision_model.layers.mlp.fc1.kernel", "mlp1.fc1.bias"])
+def test_flipped_bits_are_seen(damaged, saved, name):
+    chunk = chunk_of(damaged, name)
+    flip(chunk, 101)
+    flip(chunk, 40)
+    tree = saved[1]
+    for read in (
+        lambda: load(damaged, abstract(tree)),
+        lambda: checkpoint.verify(damaged),
+        lambda: checkpoint.Reader(damaged).read(name.replace(".", "/"), (0,) if "layers" in name else ...),
+    ):
+        with pytest.raises(CheckpointError, match="the checksum is not that of what was written") as caught:
+            read()
+        assert str(chunk) in str(caught.value)
+    (damaged / "params" / "checksums.json").unlink()  # as earlier versions wrote
+    load(damaged, abstract(tree))
+    assert checkpoint.verify(damaged) == (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), False)
+
+
+def test_verify(saved):
+    directory, tree = saved
+    calls = []
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    assert checkpoint.verify(directory, progress=lambda *call: calls.append(call)) == (size, True)
+    assert calls[-1] == (size, size, "verifying")
+
+
+def test_verify_lists_all(damaged):
+    chunks = [chunk_of(damaged, name) for name in ("vision_model.layers.ls1", "mlp1.fc2.kernel")]
+    for chunk in chunks:
+        flip(chunk, 0)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.verify(damaged)
+    assert all(str(chunk) in str(caught.value) for chunk in chunks)
+
+
+def test_damaged_checksums_and_metadata(damaged):
+    params = damaged / "params"
+    flip(params / "mlp1.fc1.bias" / ".zarray", (params / "mlp1.fc1.bias" / ".zarray").read_bytes().index(b"dtype"))
+    with pytest.raises(CheckpointError, match=r"mlp1\.fc1\.bias"):
+        stored_tree(damaged)
+    metadata = (params / "mlp1.fc2.bias" / ".zarray").read_text()
+    (params / "mlp1.fc1.bias" / ".zarray").write_text(metadata.replace("bfloat16", "<f2"))  # of the same size
+    with pytest.raises(CheckpointError, match=r"mlp1\.fc1\.bias/\.zarray is damaged"):
+        load(damaged, abstract(random_tree()))
+    (params / "mlp1.fc1.bias" / ".zarray").write_text(metadata)
+    path = params / "checksums.json"
+    text = path.read_text()
+    for content, words in (
+        (text.replace("mlp1.norm.scale", "mlp1.norm.stale"), "lacks mlp1.norm.scale"),
+        (text[:-1], "not readable JSON"),
+        ("{}", "damaged"),
+        ('{"crc32": {"a": {"0": "x"}}}', "a checksum is no number"),
+    ):
+        path.unlink()
+        path.write_text(content)
+        with pytest.raises(CheckpointError, match=words):
+            load(damaged, {"mlp1": {"norm": {"scale": jax.ShapeDtypeStruct((480,), jnp.float32)}}})
+
+
+def test_checksums_of_any_order_of_writing(tmp_path, monkeypatch):
+    """Chunks that are written piece by piece, or by another process, are summed at the end; int4 as it lies on disk."""
+    monkeypatch.setattr(checkpoint, "chunk_shape", lambda name, shape, itemsize: tuple(-(-n // 2) for n in shape))
+    rng = np.random.default_rng(0)
+    values = {"a": rng.standard_normal((4, 6)).astype("bfloat16"), "b": rng.integers(-8, 8, (4, 6)).astype("int4")}
+    with Writer(tmp_path, values) as writer:
+        writer.write("a", (slice(0, 3), ...), values["a"][:3])
+        writer.write("a", (3,), values["a"][3])
+        writer.write("b", (slice(None), slice(0, 3)), values["b"][:, :3])
+        writer.write("b", (..., slice(3, 6)), values["b"][:, 3:])
+        writer.commit()
+    sums = json.loads((tmp_path / "params" / "checksums.json").read_text())["crc32"]
+    for name, chunks in sums.items():
+        for file, crc in chunks.items():
+            assert zlib.crc32((tmp_path / "params" / name / file).read_bytes()) == crc, (name, file)
+    assert [sorted(sums[name]) for name in "ab"] == [[".zarray", "0.0", "0.1", "1.0", "1.1"]] * 2
+    assert checkpoint.verify(tmp_path)[1]
+    assert_equal(load(tmp_path, abstract(values)), values)
+    flip(tmp_path / "params" / "b" / "1.0", 2)
+    part = jax.ShapeDtypeStruct((4, 6), "int4", sharding=None)
+    with pytest.raises(CheckpointError, match=r"b/1\.0 is damaged"):
+        load(tmp_path, {"b": part})
+
+
+def test_every_part_of_a_chunk_that_is_read_is_checked(tmp_path):
+    leaf_files.write_checksums(tmp_path, {})
+    metadata = leaf_files.array_metadata((8, 6), (4, 3), "float32")
+    leaf = leaf_files.LeafFile(tmp_path / "a", "a", create=True, metadata=metadata)
+    values = np.arange(48, dtype=np.float32).reshape(8, 6)
+    leaf.write(..., values).result()
+    again = leaf_files.LeafFile(tmp_path / "a", "a", leaf.complete())
+    np.testing.assert_array_equal(again.read(((3, 5), (2, 4))), values[3:5, 2:4])
+    np.testing.assert_array_equal(again.read(((0, 4), (0, 3)), "bfloat16"), values[:4, :3].astype("bfloat16"))
+    flip(tmp_path / "a" / "1.1", 7)
+    again.read(((0, 4), (0, 6)))
+    for bounds in (((4, 5), (3, 4)), ((0, 8), (5, 6)), ((0, 8), (0, 6))):
+        with pytest.raises(CheckpointError, match=r"a/1\.1 is damaged"):
+            again.read(bounds)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("size", [1, 17, (1 << 18) + 5])
+def test_not_finite(dtype, size):
+    values = np.random.default_rng(0).standard_normal(size).astype(dtype)
+    values[0] = np.finfo(dtype).max if dtype != "bfloat16" else 3e38
+    assert leaf_files.not_finite(values) is None
+    for number in ("inf", "-inf", "nan"):
+        values[-1] = float(number)
+        assert leaf_files.not_finite(values) == number
+    assert leaf_files.not_finite(np.zeros((0, 3), dtype)) is None
+    assert leaf_files.not_finite(np.full(3, -1, "int8")) is None
+
+
+@pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("checksums", [True, False])
+def test_numbers_that_are_not_finite_are_named(number, checksums, tmp_path):
+    tree = {"vision_model": {"layers": {"mlp": {"fc1": {"kernel": np.ones((3, 4, 5), "bfloat16")}}}}}
+    tree["vision_model"]["layers"]["mlp"]["fc1"]["kernel"][2, 3, 1] = number
+    save(tmp_path, tree)
+    if not checksums:
+        (tmp_path / "params" / "checksums.json").unlink()
+    name = "vision_model/layers/mlp/fc1/kernel"
+    for read in (
+        lambda: load(tmp_path, abstract(tree)),
+        lambda: load(tmp_path, abstract(tree, jnp.float32)),
+        lambda: checkpoint.verify(tmp_path),
+        lambda: checkpoint.Reader(tmp_path).read(name, (2,)),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{name} holds numbers that are not finite \({number}\)"):
+            read()
+    checkpoint.Reader(tmp_path).read(name, (1,))
+    few = {"vision_model": {"layers": {"mlp": {"fc1": {"kernel": jax.ShapeDtypeStruct((2, 4, 5), jnp.float32)}}}}}
+    load(tmp_path, few)  # the third layer is not read
+
+
+def test_a_cast_that_overflows_is_named(tmp_path):
+    save(tmp_path, {"a": np.full(3, 3.4e38, np.float32)})
+    with pytest.raises(CheckpointError, match="a holds numbers that are not finite"):
+        load(tmp_path, {"a": jax.ShapeDtypeStruct((3,), jnp.bfloat16)})
+
+
+def test_a_scale_that_is_not_finite_is_named(tmp_path):
+    kernel = {"qvalue": np.ones((2, 3, 4), "int8"), "scale": np.full((2, 1, 4), np.nan, np.float32)}
+    save(tmp_path, {"language_model": {"layers": {"kernel": kernel}}})
+    with pytest.raises(CheckpointError, match="language_model/layers/kernel/scale holds numbers"):
+        load(tmp_path, stored_tree(tmp_path))
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_an_error_of_the_system_is_not_taken_for_damage(saved, monkeypatch, error):
+    directory, tree = saved
+    real = Path.read_bytes
+
+    def refuse(file):
+        def read(path):
+            if path.name == file:
+                raise type(error)(error.errno, error.strerror, str(path))
+            return real(path)
+
+        return read
+
+    for file in ("_METADATA", ".zarray", "checksums.json"):
+        monkeypatch.setattr(Path, "read_bytes", refuse(file))
+        with pytest.raises(type(error), match=file):
+            load(directory, abstract(tree))
 
 
 ON_EIGHT_DEVICES = """

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -144,6 +145,33 @@ def test_dtypes_that_cannot_be_kept(tmp_path):
     message = refused(single_file(tmp_path, change), tmp_path)
     assert "encoder.layers.0.ls1 is int8: only float32, float16, bfloat16 can be read" in message
     assert "encoder.layers.2.ls2 is float32, the same tensor of an earlier layer bfloat16" in message
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_numbers_that_are_not_finite(number, quantize, tmp_path):
+    def change(state):
+        state["encoder.layers.3.attn.proj.weight"][5, 7] = number
+
+    source = single_file(tmp_path, change)
+    words = rf"encoder\.layers\.3\.attn\.proj\.weight holds numbers that are not finite \({number} in bfloat16\)"
+    with pytest.raises(ConversionError, match=words):
+        convert(source, tmp_path / "ours", quantize=quantize)
+    assert not (tmp_path / "ours").exists()
+    with pytest.raises(ConversionError, match=words):
+        load_hf(source, chat_model.abstract_params(ChatConfig.from_file(VIT_BIN), jnp.bfloat16))
+
+
+def test_export_of_numbers_that_are_not_finite(tmp_path):
+    convert(VIT_BIN, tmp_path / "ours")
+    chunk = tmp_path / "ours" / "params" / "vision_model.layers.ls1" / "3.0"
+    chunk.write_bytes(chunk.read_bytes()[:-2] + b"\x80\x7f")
+    with pytest.raises(checkpoint.CheckpointError, match=r"3\.0 is damaged"):
+        export(tmp_path / "ours", tmp_path / "back")
+    (tmp_path / "ours" / "params" / "checksums.json").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=r"vision_model/layers/ls1 .* not finite \(inf\)"):
+        export(tmp_path / "ours", tmp_path / "back")
+    assert os.listdir(tmp_path) == ["ours"]
 
 
 class Code:
