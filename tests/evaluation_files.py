@@ -36,3 +36,10 @@ def table(path, rows, columns=None):
 
 def picture64():
     return base64.b64encode(png()).decode()
+
+
+FAST = ("--max-new-tokens", "6", "--num-beams", "1", "--batch", "4")  # options of a run
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluation_cases import cases
+from evaluation_files import FAST, rows
 from PIL import Image
 
-import internvl_jax
 from internvl_jax import loading
 from internvl_jax.cli import main
 from internvl_jax.evaluation import tiny
@@ -26,34 +26,10 @@ from internvl_jax.processing.images import ImageProcessor
 IMAGES = Path(__file__).parent / "data" / "internvl_chat_v1_1" / "images"
 V1_0 = Path(__file__).parent / "data" / "internvl_chat_v1_0" / "checkpoint"
 
-FAST = ("--max-new-tokens", "6", "--num-beams", "1", "--batch", "4")
+pytest_plugins = ["evaluation_runs"]
+
 EXTRA = {name: "openpyxl" for name, benchmark in BENCHMARKS.items() if benchmark.needs_xlsx}
 EXTRA |= {"mmmu-val": "pyarrow", "mmmu-test": "pyarrow"}
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    pytest.importorskip("sklearn")
-    root = tmp_path_factory.mktemp("data")
-    tiny.write(root, 8)
-    return root
-
-
-@pytest.fixture(scope="session")
-def nano():
-    return internvl_jax.load()
-
-
-@pytest.fixture
-def run(data, nano, tmp_path, monkeypatch):
-    """Run a benchmark with nano, which is loaded once for all tests; returns (exit code, the run's directory)."""
-    monkeypatch.setattr(loading, "load", lambda path, **options: nano)
-
-    def run(name, *options, out="run"):
-        code = main(["eval", name, "--data", str(data), "--out", str(tmp_path / out), *FAST, *options])
-        return code, tmp_path / out
-
-    return run
 
 
 def broken(value):
@@ -111,10 +87,6 @@ def test_whatever_is_wrong_with_a_data_file_is_told(tmp_path):
         path.write_bytes(original)
     assert len(refused) > 500
     assert [message for message in refused if str(tmp_path) not in message] == []
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -193,9 +165,10 @@ def test_a_stopped_run_goes_on(run, capsys):
     assert run("okvqa")[0] == 2
     assert "--resume goes on with them" in capsys.readouterr().err
     assert run("okvqa", "--resume", "--limit", "7")[0] == 2
-    assert "was begun with another limit, questions" in capsys.readouterr().err
-    assert run("okvqa", "--resume", "--quantize", "int8")[0] == 2
-    assert "was begun with another quantize" in capsys.readouterr().err
+    assert "was begun with other settings (limit: not given then, 7 now): give the same" in capsys.readouterr().err
+    assert run("okvqa", "--resume", "--quantize", "int8", "--num-beams", "2")[0] == 2
+    assert "(num_beams: 1 then, 2 now; quantize: not given then, int8 now)" in capsys.readouterr().err
+    assert (out / "predictions.jsonl").read_bytes() == b"".join(lines[:3]) + lines[3][:20]
     assert run("okvqa", "--resume")[0] == 0
     report = json.loads((out / "report.json").read_text())
     assert (report["score"], report["timing"]["answered"]) == (value, len(lines) - 3)

@@ -6,14 +6,20 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from internvl_jax import files
 from internvl_jax.evaluation.benchmarks import BEAMS, BENCHMARKS
-from internvl_jax.evaluation.items import Codebase, EvaluationError, Folder
+from internvl_jax.evaluation.items import Codebase, EvaluationError, Folder, Item, json_object
 from internvl_jax.evaluation.predictions import read_predictions
 from internvl_jax.evaluation.scoring import Score
+from internvl_jax.evaluation.submissions import import_openpyxl, write_apart
 from internvl_jax.progress import counting, err, progress_bar
+
+if TYPE_CHECKING:
+    from internvl_jax.evaluation.plan import Plan
 
 DATA_HELP = "the folder with the benchmark's files, or the reference's data folder around it"
 
@@ -34,6 +40,7 @@ def add_parser(
     parser.set_defaults(run=lambda args: parser.print_help() or 0)
     parts = parser.add_subparsers(title="commands", metavar="COMMAND", help="a benchmark, or what to do")
     _add_score(parts)
+    _add_submit(parts)
     table = parts.add_parser(
         "table", help="the results table: published figures beside those of runs", description="Prints Markdown."
     )
@@ -77,17 +84,33 @@ def _add_score(parts: argparse._SubParsersAction) -> None:
         description="Reads a benchmark's files and somebody's predictions (JSON lines with an id and an answer, or one "
         "JSON object {id: answer}) and prints the score.",
     )
-    score.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK", help=", ".join(BENCHMARKS))
-    score.add_argument("--predictions", type=Path, required=True, metavar="FILE", help="JSONL or JSON")
-    score.add_argument("--data", type=Path, required=True, metavar="DIR", help=DATA_HELP)
-    score.add_argument(
+    _add_answers(score, list(BENCHMARKS))
+    score.add_argument("--json", action="store_true", help="print one JSON object, with the points of every question")
+    score.set_defaults(run=_score)
+
+
+def _add_submit(parts: argparse._SubParsersAction) -> None:
+    submit = parts.add_parser(
+        "submit",
+        help="write the file to hand in from a file of predictions",
+        description="Reads a benchmark's files and somebody's predictions, as `eval score` does, and writes what a "
+        "server or a judge scores: the same files that a run writes.",
+    )
+    _add_answers(submit, [name for name, benchmark in BENCHMARKS.items() if benchmark.submit is not None])
+    submit.add_argument("--out", type=Path, metavar="DIR", help="where to write (runs/BENCHMARK-submission)")
+    submit.set_defaults(run=_submit)
+
+
+def _add_answers(parser: argparse.ArgumentParser, names: list[str]) -> None:
+    parser.add_argument("benchmark", choices=names, metavar="BENCHMARK", help=", ".join(names))
+    parser.add_argument("--predictions", type=Path, required=True, metavar="FILE", help="JSONL or JSON")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help=DATA_HELP)
+    parser.add_argument(
         "--codebase",
         choices=["internvl", "llava"],
         default="internvl",
         help="whose rules read the answers: V1-1's scripts (internvl, the default), or LLaVA's, for LLaVA-1.5 and V1-0",
     )
-    score.add_argument("--json", action="store_true", help="print one JSON object, with the points of every question")
-    score.set_defaults(run=_score)
 
 
 def _add_judge(parts: argparse._SubParsersAction) -> None:
@@ -115,10 +138,8 @@ def _run(args: argparse.Namespace, name: str, join: Callable[[argparse.Namespace
     from internvl_jax import distributed
     from internvl_jax.config import ChatConfig
     from internvl_jax.evaluation.plan import plan
-    from internvl_jax.evaluation.run import answer, prepare
-    from internvl_jax.loading import NANO, load
+    from internvl_jax.loading import NANO
     from internvl_jax.processing.images import load_processor
-    from internvl_jax.sampling import GenerationConfig
 
     if args.batch < 1:
         raise EvaluationError(f"--batch must be at least 1, not {args.batch}")
@@ -130,18 +151,30 @@ def _run(args: argparse.Namespace, name: str, join: Callable[[argparse.Namespace
     codebase: Codebase = "llava" if config.template == "vicuna_v1" else "internvl"
     model = "nano" if args.checkpoint is None else directory.resolve().name
     join(args)
-    with distributed.all_or_none():
-        made = plan(
-            name,
-            codebase,
-            args.data,
-            args.out or Path("runs") / f"{name}-{model}",
-            limit=args.limit,
-            resume=args.resume,
-            num_beams=args.num_beams,
-            max_new_tokens=args.max_new_tokens,
-            precision={key: getattr(args, key) for key in ("dtype", "quantize", "cache_dtype")},
-        )
+    out = args.out or Path("runs") / f"{name}-{model}"
+    first = distributed.is_first()
+    with ExitStack() as held:
+        with distributed.all_or_none():
+            if first:
+                held.enter_context(files.claim(out))
+        options = {name: getattr(args, name) for name in ("limit", "resume", "num_beams", "max_new_tokens")}
+        precision = {key: getattr(args, key) for key in ("dtype", "quantize", "cache_dtype")}
+        for turn in (True, False):  # process 0 first: where all write to one disk, the others find its files
+            with distributed.all_or_none():
+                if first == turn:
+                    made = plan(
+                        name, codebase, args.data, out, model=model, precision=precision, first=first, **options
+                    )
+        return _answer(args, made)
+
+
+def _answer(args: argparse.Namespace, made: Plan) -> int:
+    from internvl_jax import distributed
+    from internvl_jax.evaluation.report import result
+    from internvl_jax.evaluation.run import answer, prepare
+    from internvl_jax.loading import load
+    from internvl_jax.sampling import GenerationConfig
+
     settings: dict[str, Any] = dict(made.generation)
     GenerationConfig(**settings)
     work = prepare(made, args.mesh)
@@ -163,26 +196,49 @@ def _run(args: argparse.Namespace, name: str, join: Callable[[argparse.Namespace
         raise
     if distributed.is_first():
         print((made.out / "report.md").read_text(encoding="utf-8"), end="")
-        failed = f", {done.failed} with an error" if done.failed else ""
-        err.print(
-            f"{made.out}: {done.answered} answered in {done.seconds:.0f} s{failed}; {done.found} were there already"
-        )
+        asked = f"{done.answered} answered in {done.seconds:.0f} s" if done.answered else "nothing was asked"
+        there = f", {done.found} answers were there already" if done.found else ""
+        err.print(f"{made.out}: {asked}{there}; {result(json_object(made.out / 'report.json'))}")
     return 1 if done.failed else 0
 
 
 def _score(args: argparse.Namespace) -> int:
     benchmark = BENCHMARKS[args.benchmark]
     if benchmark.score is None:
-        raise EvaluationError(f"{benchmark.title} is scored by a server or a judge: its answers are not in its files")
+        raise EvaluationError(
+            f"{benchmark.title} is scored by a server or a judge: its answers are not in its files; "
+            f"`eval submit {args.benchmark}` writes the file to hand in"
+        )
     with counting() as progress:
-        items = benchmark.read(Folder(args.data, benchmark.folder), args.codebase)
-        answers = _Watched(read_predictions(args.predictions, items), progress)
+        items, given = _answers(args)
+        answers = _Watched(given, progress)
         score = benchmark.score(items, answers, args.codebase)
     if args.json:
         values = {"benchmark": args.benchmark, "title": benchmark.title, "questions": len(items), **vars(score)}
         print(json.dumps(values, ensure_ascii=False))
     else:
         print("\n".join(lines(benchmark.title, len(items), score)))
+    return 0
+
+
+def _answers(args: argparse.Namespace) -> tuple[list[Item], dict[str, str]]:
+    """The benchmark's questions, and somebody's answers to all of them."""
+    benchmark = BENCHMARKS[args.benchmark]
+    items = benchmark.read(Folder(args.data, benchmark.folder), args.codebase)
+    if not items:
+        raise EvaluationError(f"{args.data} has no questions of {benchmark.title}")
+    return items, read_predictions(args.predictions, items)
+
+
+def _submit(args: argparse.Namespace) -> int:
+    benchmark = BENCHMARKS[args.benchmark]
+    assert benchmark.submit is not None
+    if benchmark.needs_xlsx:
+        import_openpyxl()
+    items, answers = _answers(args)
+    folder, out = Folder(args.data, benchmark.folder), args.out or Path("runs") / f"{args.benchmark}-submission"
+    for path in write_apart(benchmark.submit, items, answers, args.codebase, folder, out):
+        print(path)
     return 0
 
 

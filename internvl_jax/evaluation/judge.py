@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -11,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from internvl_jax import files
 from internvl_jax.evaluation import mmvet
-from internvl_jax.evaluation.items import EvaluationError, Folder, json_object, need
+from internvl_jax.evaluation.items import EvaluationError, Folder, json_object, need, records
 from internvl_jax.evaluation.report import save
 
 TRIES = 6  # at a server that is busy, each after twice the pause of the one before
@@ -45,8 +47,8 @@ class Judge:
                 reason = f"{error.code} {error.reason}"
                 if error.code != 429 and error.code < 500:
                     raise EvaluationError(f"{self.url} refuses: {reason}, {error.read()[:300]!r}") from None
-            except (urllib.error.URLError, TimeoutError) as error:
-                reason = str(error)
+            except (OSError, http.client.HTTPException) as error:  # refused, too late, or cut off
+                reason = str(error) or type(error).__name__
             if number + 1 < TRIES:
                 time.sleep(PAUSE * 2**number)
         raise EvaluationError(f"{self.url} does not answer ({reason}); the grades so far are kept: begin again later")
@@ -73,13 +75,28 @@ def judge_run(
     """Grade the answers of an MM-Vet run and put the score into its report, which is returned.
 
     prompt: mm-vet_evaluator.py, or a text with its few-shot prompt. Grades are appended to grades.jsonl as they come:
-    an interrupted grading goes on where it was. Those of another model are refused.
+    an interrupted grading goes on where it was. Those of another model are refused. The run's directory belongs to this
+    process meanwhile.
     """
-    values = json_object(directory / "report.json") if (directory / "report.json").exists() else {}
-    if values.get("benchmark") != "mm-vet" or not (directory / "submission.json").exists():
+    with files.claim(directory):
+        return _judge_run(directory, data, prompt, judge, runs, progress)
+
+
+def _judge_run(
+    directory: Path,
+    data: Path,
+    prompt: Path,
+    judge: Judge,
+    runs: int,
+    progress: Callable[[int, int, str], None] | None,
+) -> dict[str, Any]:
+    try:
+        values, answers = (json_object(directory / name) for name in ("report.json", "submission.json"))
+    except (FileNotFoundError, NotADirectoryError):
+        values, answers = {}, {}
+    if values.get("benchmark") != "mm-vet":
         raise EvaluationError(f"{directory} is no finished run of mm-vet: only its answers are graded by a judge")
     few_shot = mmvet.read_prompt(prompt)
-    answers = json_object(directory / "submission.json")
     facts = json_object(Folder(data, "mm-vet").find("mm-vet.json"))
     missing = [name for name in answers if name not in facts]
     if missing:
@@ -93,8 +110,7 @@ def judge_run(
             grade = mmvet.grade(judge, mmvet.judge_message(few_shot, question, truth, answers[name]))
             grades[name, run] = grade.score
             row = {"id": name, "run": run, "asked": judge.model, "model": sorted(judge.models), "score": grade.score}
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({**row, "replies": grade.replies}) + "\n")
+            files.append_text(path, json.dumps({**row, "replies": grade.replies}) + "\n")
         if progress is not None:
             progress(done, len(wanted), "grading")
     capabilities = {name: need(facts[name], name, "capability", kind=list) for name in answers}
@@ -117,21 +133,32 @@ def judge_run(
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """Grades so far; a last line that was cut off is forgotten, and removed."""
-    if not path.exists():
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
         return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        os.truncate(path, len(whole.encode()))
-    return [json.loads(line) for line in whole.splitlines()]
+    end = data.rfind(b"\n") + 1
+    if not data[end:].startswith(_BEGINNING[: len(data) - end]):
+        raise EvaluationError(f"{path}: its last line is not a grade: is it another program's file?")
+    rows = [row for _, row in records(path, files.decode_text(data[:end], path))] if end else []
+    if end < len(data):
+        os.truncate(path, end)
+    return rows
+
+
+_BEGINNING = b'{"id": '  # of every line that is written here
 
 
 def _read_grades(path: Path, model: str) -> dict[tuple[str, int], float]:
-    rows = _rows(path)
-    other = next((row["asked"] for row in rows if row["asked"] != model), None)
-    if other is not None:
-        raise EvaluationError(f"{path} has grades by {other}, not {model}: remove it to grade anew")
-    return {(row["id"], row["run"]): row["score"] for row in rows}
+    grades = {}
+    for number, row in enumerate(_rows(path), 1):
+        where = f"{path}:{number}"
+        other = need(row, where, "asked")
+        if other != model:
+            raise EvaluationError(f"{path} has grades by {other}, not {model}: remove it to grade anew")
+        name, run = need(row, where, "id"), need(row, where, "run", kind=int)
+        grades[name, run] = need(row, where, "score", kind=(int, float))
+    return grades
 
 
 def _models(path: Path) -> set[str]:

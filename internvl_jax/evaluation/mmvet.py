@@ -11,8 +11,11 @@ import hashlib
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from internvl_jax import files
 
 PUBLISHED_JUDGE = "gpt-4-0613"  # of the published figures
 TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5, 2.0)  # of successive calls
@@ -37,11 +40,12 @@ def read_prompt(path: Path) -> str:
 
     Raises ValueError where it is not the one that the published figures were made with.
     """
-    text = path.read_text(encoding="utf-8")
+    text = files.read_text(path).replace("\r\n", "\n")
     texts = [text, text.strip("\n")]
     if path.suffix == ".py":
-        constants = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
-        texts = [value for value in constants if isinstance(value, str)]
+        with suppress(SyntaxError):
+            constants = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+            texts = [value for value in constants if isinstance(value, str)]
     for candidate in texts:
         if hashlib.sha256(candidate.encode()).hexdigest() == PROMPT_SHA256:
             return candidate

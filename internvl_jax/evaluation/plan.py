@@ -8,15 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internvl_jax import files
 from internvl_jax.evaluation.benchmarks import BENCHMARKS, Benchmark
-from internvl_jax.evaluation.items import Codebase, EvaluationError, Folder, Item, json_object, records, refuse
-from internvl_jax.evaluation.submissions import import_openpyxl, write_text
+from internvl_jax.evaluation.items import (
+    Codebase,
+    EvaluationError,
+    Folder,
+    Item,
+    is_file,
+    json_object,
+    read_text,
+    records,
+    refuse,
+)
+from internvl_jax.evaluation.submissions import import_openpyxl
+
+# All that a run, or the grading of one, writes beside its pictures.
+WRITTEN = (
+    *("settings.json", "questions.jsonl", "predictions.jsonl", "report.json", "report.md", "wrong.html"),
+    *("submission.json", "submission_normalized.json", "submission.xlsx", "grades.jsonl"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,7 @@ class Plan:
     out: Path
     generation: dict[str, int]
     limit: int | None
+    model: str
     precision: dict[str, str | None]  # dtype, quantize and cache_dtype as asked for; None: the checkpoint's own
 
     @property
@@ -43,6 +61,7 @@ class Plan:
         return {
             "benchmark": self.name,
             "codebase": self.codebase,
+            "model": self.model,
             "limit": self.limit,
             "generation": self.generation,
             "questions": digest,
@@ -60,49 +79,96 @@ def plan(
     resume: bool = False,
     num_beams: int | None = None,
     max_new_tokens: int | None = None,
+    model: str = "nano",
     precision: dict[str, str | None] | None = None,
+    first: bool = True,
 ) -> Plan:
     """Read the data and write the run's questions; nothing is answered yet.
 
     num_beams, max_new_tokens: in place of those of the published figures. limit: only the first questions.
-    precision: as asked of `loading.load`.
+    model: its name. precision: as asked of `loading.load`.
+    first: whether this is process 0, which holds the claim of `out` and says whether the run may go on there.
     Raises EvaluationError for data that cannot be used, pictures that are missing (all listed), a directory that holds
-    answers already and is not to be resumed, or that was made with other settings.
+    answers already and is not to be resumed, or that was made with other settings, or that is no run's.
     """
     benchmark = BENCHMARKS[name]
     if limit is not None and limit < 1:
         raise EvaluationError(f"--limit must be at least 1, not {limit}")
+    data, out = files.resolve(data), files.resolve(out)
     folder = Folder(data, benchmark.folder)
     items = benchmark.read(folder, codebase)[:limit]
+    if not items:
+        raise EvaluationError(f"{data} has no questions of {benchmark.title}")
     generation = benchmark.generation(codebase, num_beams)
     if max_new_tokens is not None:
         generation["max_new_tokens"] = max_new_tokens
-    made = Plan(name, codebase, folder, items, out, generation, limit, precision or {})
+    made = Plan(name, codebase, folder, items, out, generation, limit, model, precision or {})
     if benchmark.needs_xlsx:
         import_openpyxl()
-    answers = out / "predictions.jsonl"
-    if answers.exists() and answers.stat().st_size:
-        if not resume:
-            raise EvaluationError(f"{answers} has answers already: --resume goes on with them, --out DIR names another")
-        before = json_object(out / "settings.json")
-        changed = [key for key, value in made.settings.items() if before.get(key) != value]
-        if changed:
-            raise EvaluationError(
-                f"{out} was begun with another {', '.join(changed)}: --out DIR names another directory"
-            )
-        _drop_errors(answers)
+    if first:
+        _prepare_directory(made, resume)
     out.mkdir(parents=True, exist_ok=True)
+    files.write_text(out / "settings.json", json.dumps(made.settings, indent=2))
     _write_questions(made)
-    write_text(out / "settings.json", json.dumps(made.settings, indent=2))
     return made
 
 
+def _prepare_directory(made: Plan, resume: bool) -> None:
+    out = made.out
+    if out.exists() and not out.is_dir():
+        raise EvaluationError(f"{out} is a file: --out names a directory")
+    for name in WRITTEN:
+        files.remove_leftovers(out / name)
+    for picture in sorted((out / "pictures").glob("*.*")):
+        if _UNFINISHED_PICTURE.fullmatch(picture.name):
+            picture.unlink()
+    there = [out / name for name in WRITTEN if is_file(out / name)]
+    if not there:
+        return
+    before = json_object(out / "settings.json") if out / "settings.json" in there else {}
+    if "benchmark" not in before:
+        raise EvaluationError(f"{there[0]} is not from a run of `eval`: --out DIR names another directory")
+    answers = out / "predictions.jsonl"
+    if answers not in there or not answers.stat().st_size:
+        return
+    if not resume:
+        raise EvaluationError(f"{answers} has answers already: --resume goes on with them, --out DIR names another")
+    changed = _differences(before, made.settings)
+    if changed:
+        raise EvaluationError(
+            f"{out} was begun with other settings ({'; '.join(changed)}): give the same ones, or another --out DIR"
+        )
+    _drop_errors(answers)
+
+
+_UNFINISHED_PICTURE = re.compile(r"\.[0-9a-f]{24}\.(png|jpg)\.tmp-[0-9]+")
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that are not as they were, with both values, in words."""
+    names = [name for name in now if name in before and before[name] != now[name]]
+    told = []
+    for name in names:
+        old, new = before[name], now[name]
+        if name == "questions":  # a digest
+            told += [] if "limit" in names or "benchmark" in names else ["the data files had other questions"]
+        elif isinstance(old, dict) and isinstance(new, dict):
+            told += _differences(dict.fromkeys(new) | old, dict.fromkeys(old) | new)
+        else:
+            told.append(f"{name}: {_shown(old)} then, {_shown(new)} now")
+    return told
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else str(value)
+
+
 def _drop_errors(answers: Path) -> None:
-    """Questions that could not be answered are asked again: the picture may have been mended."""
-    lines = answers.read_text(encoding="utf-8").split("\n")
+    """Questions that could not be answered are asked again: the image may have been mended."""
+    lines = read_text(answers).split("\n")
     kept = [line for line in lines if not _is_error(line)]
     if len(kept) < len(lines):
-        write_text(answers, "\n".join(kept))
+        files.write_text(answers, "\n".join(kept))
 
 
 def _is_error(line: str) -> bool:
@@ -120,10 +186,10 @@ def _write_questions(made: Plan) -> None:
         if isinstance(item.image, str) and path is None:
             problems.append(f"{item.id!r}: no picture {item.image} in {made.folder.root} or its folders")
             continue
-        images = [] if path is None else [str(path.absolute())]
+        images = [] if path is None else [str(path)]
         rows.append({"id": item.id, "question": made.benchmark.prompt(item, made.codebase), "images": images})
     refuse(problems)
-    write_text(made.out / "questions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    files.write_text(made.out / "questions.jsonl", "".join(files.to_json(row) + "\n" for row in rows))
 
 
 def _picture(made: Plan, item: Item) -> Path | None:
@@ -135,9 +201,7 @@ def _picture(made: Plan, item: Item) -> Path | None:
     path = made.out / "pictures" / f"{hashlib.sha256(item.image).hexdigest()[:24]}.{suffix}"
     if not path.exists():  # rotations of a question share theirs
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(item.image)
-        part.replace(path)
+        files.write_bytes(path, item.image)
     return path
 
 

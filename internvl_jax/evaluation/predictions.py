@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_jax.evaluation.items import SHORT, YES_NO, EvaluationError, Item, need, records, refuse
+from internvl_jax.evaluation.items import SHORT, YES_NO, EvaluationError, Item, need, read_text, records, refuse
 
-IDS = ("id", "question_id", "questionId", "index")
+IDS = ("id", "question_id", "questionId", "index", "image")
 TEXTS = ("answer", "text", "prediction")
 QUESTIONS = ("question", "prompt")
 
@@ -17,17 +17,19 @@ QUESTIONS = ("question", "prompt")
 def read_predictions(path: Path, items: Sequence[Item]) -> dict[str, str]:
     """Item's id -> answer.
 
-    The file holds JSON lines or a JSON list of records with an id ("id", "question_id", "questionId" or "index") and an
-    answer ("answer", "text" or "prediction"), or one JSON object {id: answer}. Where several items share an id, the
-    record's "question" or "prompt" tells them apart.
+    The file holds JSON lines or a JSON list of records with an id ("id", "question_id", "questionId", "index" or
+    "image") and an answer ("answer", "text" or "prediction"), or one JSON object {id: answer}. Where several items
+    share an id, the record's "question" or "prompt" tells them apart.
     Raises EvaluationError listing what is malformed, unknown, there twice, or missing.
     """
-    if not path.is_file():
-        raise EvaluationError(f"{path} does not exist: --predictions names a file of answers")
     by_id: dict[str, list[Item]] = {}
+    by_alias: dict[str, list[Item]] = {}
     for item in items:
         for name in {item.id, str(item.source_id)}:
             by_id.setdefault(name, []).append(item)
+        for name in item.aliases:
+            by_alias.setdefault(name, []).append(item)
+    by_id = by_alias | by_id
     answers: dict[str, str] = {}
     first: dict[str, str] = {}
     problems = []
@@ -41,22 +43,29 @@ def read_predictions(path: Path, items: Sequence[Item]) -> dict[str, str]:
             problems.append(f"{where} answers {item.id!r}, which {first[item.id]} has answered")
         answers[item.id], first[item.id] = answer, where
     missing = [item.id for item in items if item.id not in answers]
-    if missing and not problems:
+    if missing:
         shown = ", ".join(repr(name) for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
-        problems.append(f"{path} has no answer to {len(missing)} of {len(items)} questions: {shown}")
+        problems.insert(0, f"{path} has no answer to {len(missing)} of {len(items)} questions: {shown}")
     refuse(problems)
     return answers
 
 
 def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        raise EvaluationError(f"{path} does not exist: --predictions names a file of answers") from None
+    except IsADirectoryError:
+        inside = "its predictions.jsonl" if (path / "predictions.jsonl").exists() else "a file of answers"
+        raise EvaluationError(f"{path} is a directory: --predictions names {inside}") from None
     if path.suffix == ".json":
         try:
-            whole = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            whole = json.loads(text)
+        except (ValueError, RecursionError):
             whole = None
         if isinstance(whole, dict) and whole and all(isinstance(value, str) for value in whole.values()):
             return [(f"{path}, {key!r}", {"id": key, "answer": value}) for key, value in whole.items()]
-    return records(path)
+    return records(path, text)
 
 
 def _match(record: dict[str, Any], where: str, by_id: dict[str, list[Item]]) -> tuple[Item, str]:

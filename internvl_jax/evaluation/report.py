@@ -5,18 +5,18 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from internvl_jax import files
 from internvl_jax.evaluation.benchmarks import BENCHMARKS
 from internvl_jax.evaluation.items import EvaluationError, json_object, records
 from internvl_jax.evaluation.plan import Plan
 from internvl_jax.evaluation.published import PUBLISHED, SYSTEMS
 from internvl_jax.evaluation.scoring import Score
-from internvl_jax.evaluation.submissions import write_text
 from internvl_jax.processing.images import load_image, to_rgb
 
 PICTURES = 200  # wrong answers on the page: about 20 kB each
@@ -27,7 +27,7 @@ CODEBASES = {"internvl": "V1-1's evaluation scripts", "llava": "LLaVA's evaluati
 
 @dataclass(frozen=True)
 class Timing:
-    """Of the last part of a run that was resumed."""
+    """Of the last part of a run that was resumed; nothing was answered where all answers were there."""
 
     answered: int
     seconds: float
@@ -51,7 +51,7 @@ def write_report(
         benchmark.submit(items, said, made.codebase, made.folder, made.out) if benchmark.submit and not failed else []
     )
     if score is not None:
-        write_text(made.out / "wrong.html", _wrong_page(made, said, score))
+        files.write_text(made.out / "wrong.html", _wrong_page(made, said, score))
     values = {
         "benchmark": made.name,
         "title": benchmark.title,
@@ -64,17 +64,28 @@ def write_report(
         "failed": failed,
         "score": None if score is None else {name: value for name, value in asdict(score).items() if name != "points"},
         "submission": [path.name for path in written],
-        "timing": asdict(timing),
+        "timing": _timing(made.out, timing),
         "published": PUBLISHED.get(made.name, {}),
     }
     save(made.out, values)
     return values
 
 
+def _timing(directory: Path, timing: Timing) -> dict[str, Any]:
+    """This part's; where it had nothing to answer, that of the part before stands beside it."""
+    values = asdict(timing)
+    if not timing.answered:
+        with suppress(FileNotFoundError, EvaluationError):  # no report yet, or none that is worth keeping
+            before = json_object(directory / "report.json").get("timing")
+            if isinstance(before, dict):
+                values["before"] = before.get("before", before)
+    return values
+
+
 def save(directory: Path, values: Mapping[str, Any]) -> None:
     """Write report.json and report.md."""
-    write_text(directory / "report.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    write_text(directory / "report.md", "\n".join(lines(values)) + "\n")
+    files.write_text(directory / "report.json", files.to_json(values, indent=2) + "\n")
+    files.write_text(directory / "report.md", files.replace_surrogates("\n".join(lines(values)) + "\n"))
 
 
 def lines(values: Mapping[str, Any]) -> list[str]:
@@ -106,13 +117,26 @@ def lines(values: Mapping[str, Any]) -> list[str]:
         if score is not None and score[figures]:
             shown += ["", f"## {title}", "", "| | |", "|---|---|"]
             shown += [f"| {key} | {value:.2f} |" for key, value in score[figures].items()]
-    rate = timing["answered"] / timing["seconds"] if timing["seconds"] else 0.0
-    shown += [
-        "",
-        f"{timing['answered']} answered in {timing['seconds']:.0f} s: {rate:.2f} questions/s, {timing['new_tokens']} "
-        f"tokens, batches of {timing['batch']}.",
-    ]
+    asked = timing if timing["answered"] else timing.get("before", timing)
+    shown.append("")
+    if not timing["answered"]:
+        shown.append("Nothing was asked this time: all answers were there already.")
+    if asked["answered"]:
+        rate = f": {asked['answered'] / asked['seconds']:.2f} questions/s" if asked["seconds"] else ""
+        shown.append(
+            f"{asked['answered']} answered in {asked['seconds']:.0f} s{rate}, {asked['new_tokens']} tokens, batches of "
+            f"{asked['batch']}."
+        )
     return shown
+
+
+def result(values: Mapping[str, Any]) -> str:
+    """The report's figure in a few words."""
+    if values["failed"]:
+        return f"no score, {len(values['failed'])} questions have an error"
+    if values["score"] is None:
+        return f"to hand in: {', '.join(values['submission'])}"
+    return f"{values['score']['name']} {values['score']['value']:.2f}"
 
 
 def _wrong_page(made: Plan, answers: Mapping[str, str], score: Score) -> str:
@@ -123,7 +147,7 @@ def _wrong_page(made: Plan, answers: Mapping[str, str], score: Score) -> str:
         paths[row["id"]] = row["images"]
     cards = []
     for item in wrong[:PICTURES]:
-        pictures = "".join(f'<img src="data:image/jpeg;base64,{_thumbnail(path)}">' for path in paths[item.id])
+        pictures = "".join(map(_thumbnail, paths[item.id]))
         cells = (
             ("question", item.question),
             ("options", "\n".join(f"{letter}. {text}" for letter, text in item.options.items())),
@@ -140,18 +164,21 @@ def _wrong_page(made: Plan, answers: Mapping[str, str], score: Score) -> str:
         "padding-top:1em}img{max-width:320px;align-self:flex-start}dt{color:#666;font-size:.8em}"
         "dd{margin:0 0 .5em;white-space:pre-wrap}"
     )
-    return (
+    return files.replace_surrogates(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
         f"<h1>{title}</h1>{more}{''.join(cards)}</html>\n"
     )
 
 
 def _thumbnail(path: str) -> str:
-    image = to_rgb(load_image(path, honour_exif=False))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
-    return base64.b64encode(file.getvalue()).decode()
+    try:
+        image = to_rgb(load_image(path, honour_exif=False))
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=80)
+    except (ValueError, OSError, MemoryError) as error:  # it was read before; the page is not worth the report
+        return f"<p>{html.escape(str(error) or type(error).__name__)}</p>"
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
 def table(directories: Sequence[Path]) -> list[str]:
@@ -164,9 +191,12 @@ def table(directories: Sequence[Path]) -> list[str]:
     origin: dict[tuple[str, str], Path] = {}
     notes = []
     for directory in directories:
-        if not (directory / "report.json").exists():
-            raise EvaluationError(f"{directory} has no report.json: name directories of finished runs")
-        values = json_object(directory / "report.json")
+        try:
+            values = json_object(directory / "report.json")
+        except (FileNotFoundError, NotADirectoryError):
+            raise EvaluationError(f"{directory} has no report.json: name directories of finished runs") from None
+        if missing := [key for key in ("benchmark", "model", "limit", "score", "generation") if key not in values]:
+            raise EvaluationError(f"{directory / 'report.json'} is no report of a run: it has no {missing[0]!r}")
         name, model = values["benchmark"], values["model"]
         if (name, model) in origin:
             raise EvaluationError(f"{directory} and {origin[name, model]} are both {model} on {name}: name one of them")

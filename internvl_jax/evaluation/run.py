@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from internvl_jax import batch, distributed
@@ -37,8 +38,8 @@ def answer(chat: Chat, made: Plan, work: batch.Work, *, size: int, progress: Pro
     running = _Running(made)
 
     def report(done: int, total: int, what: str) -> None:
-        if progress is not None:
-            progress(done, total, what, running.note())
+        if progress is not None:  # the last line has no score: the report's comes next
+            progress(done, total, what, running.note() if done < total else "")
 
     with Ahead(chat, work, size) as ahead:
         done = batch.run(ahead, work, size=size, progress=report, honour_exif=False, **made.generation)  # type: ignore[arg-type]
@@ -65,11 +66,12 @@ class _Running:
         score = self._made.benchmark.score
         if score is not None and distributed.is_first() and time.monotonic() > self._next:
             started = time.monotonic()
-            answers = {key: text for key, text in read_answers(self._made).items() if text is not None}
-            items = [item for item in self._made.items if item.id in answers]
-            if items:
-                so_far = score(items, answers, self._made.codebase)
-                self._note = f"{so_far.name} {so_far.value:.1f} so far"
+            with suppress(OSError):  # a note is not worth the run
+                answers = {key: text for key, text in read_answers(self._made).items() if text is not None}
+                items = [item for item in self._made.items if item.id in answers]
+                if items:
+                    so_far = score(items, answers, self._made.codebase)
+                    self._note = f"{so_far.name} {so_far.value:.1f} so far"
             ended = time.monotonic()
             self._next = ended + max(RUNNING, (ended - started) / SHARE)
         return self._note

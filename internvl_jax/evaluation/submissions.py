@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
+import io
+import re
+import shutil
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from internvl_jax import files
 from internvl_jax.evaluation.gqa import gqa_answer
-from internvl_jax.evaluation.items import Codebase, EvaluationError, Folder, Item, records
+from internvl_jax.evaluation.items import Codebase, EvaluationError, Folder, Item, need, records
 from internvl_jax.evaluation.readers import is_missing
 from internvl_jax.evaluation.scoring import Answers, choice_cell, mmmu_answer
 from internvl_jax.evaluation.vqa import normalize_m4c
@@ -17,19 +20,37 @@ from internvl_jax.evaluation.vqa import normalize_m4c
 # (items, answers, codebase, data folder, directory to write to) -> the files written
 Submit = Callable[[Sequence[Item], Answers, Codebase, Folder, Path], list[Path]]
 
+_NOT_IN_XML = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\ud800-\\udfff\\ufffe\\uffff]")
 _TABLE_DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write a file under a temporary name, then rename it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-    return path
+def write_apart(
+    submit: Submit, items: Sequence[Item], answers: Answers, codebase: Codebase, folder: Folder, out: Path
+) -> list[Path]:
+    """Write what is to be handed in into a directory that may hold other files; returns the files.
+
+    Raises EvaluationError where one of them is there already with other content: nothing is replaced.
+    """
+    with files.claim(out):
+        files.remove_leftovers(out)
+        made = files.temporary_path(out)
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir(parents=True)
+        try:
+            written = submit(items, answers, codebase, folder, made)
+            for path in written:
+                if (out / path.name).exists() and (out / path.name).read_bytes() != path.read_bytes():
+                    raise EvaluationError(
+                        f"{out / path.name} is there already, with other answers: --out DIR names another directory"
+                    )
+            out.mkdir(exist_ok=True)
+            return [path.replace(out / path.name) for path in written]
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def _json(path: Path, value: Any) -> Path:
-    return write_text(path, json.dumps(value, ensure_ascii=False))
+    return files.write_text(path, files.to_json(value))
 
 
 def _said(item: Item, answers: Answers, codebase: Codebase) -> str:
@@ -43,10 +64,12 @@ def vqav2(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: F
     The server wants every question of test2015: those without an answer are filled up with empty ones where the data
     folder has a file that lists them.
     """
-    said = {int(item.source_id): _said(item, answers, codebase) for item in items}
+    said = {_number(item.source_id, item.id): _said(item, answers, codebase) for item in items}
     clean = {int(item.source_id): normalize_m4c(answers[item.id]) for item in items}
     path = folder.look("v2_OpenEnded_mscoco_test2015_questions.json", "llava_vqav2_mscoco_test2015.jsonl")
-    every = list(said) if path is None else [int(record["question_id"]) for _, record in records(path)]
+    listed = [] if path is None else records(path)
+    every = [_number(need(record, where, "question_id", kind=(int, str)), where) for where, record in listed]
+    every = every or list(said)
     unknown = said.keys() - set(every)
     if unknown:
         raise EvaluationError(f"{path} has no question {min(unknown)}, which was answered")
@@ -54,6 +77,13 @@ def vqav2(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: F
         _json(out / name, [{"question_id": number, "answer": texts.get(number, "")} for number in every])
         for name, texts in (("submission.json", said), ("submission_normalized.json", clean))
     ]
+
+
+def _number(text: str | int, where: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise EvaluationError(f"{where}: the question's id is {text!r}, and the server wants a number") from None
 
 
 def vizwiz(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: Folder, out: Path) -> list[Path]:
@@ -109,15 +139,25 @@ def _table(
         for column, name in enumerate(columns, 1):
             value = cells.get(name)
             if isinstance(value, str):
-                value = openpyxl.cell.cell.ILLEGAL_CHARACTERS_RE.sub("", value)
+                value = _NOT_IN_XML.sub("", value)
             cell = sheet.cell(number, column, value)
             if isinstance(value, str):
                 cell.data_type = "s"  # an answer that begins with "=" is no formula
-    path = out / "submission.xlsx"
-    part = out / f"submission.{os.getpid()}.part.xlsx"
-    book.save(part)
-    part.replace(path)
-    return path
+    file = io.BytesIO()
+    book.save(file)
+    return files.write_bytes(out / "submission.xlsx", _without_dates(file))
+
+
+def _without_dates(file: io.BytesIO) -> bytes:
+    """A workbook without the time at which it was written: the same answers make the same file."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "docProps/core.xml":
+                content = re.sub(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", b"1980-01-01T00:00:00Z", content)
+            new.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content, zipfile.ZIP_DEFLATED)
+    return made.getvalue()
 
 
 def _cells(item: Item, prediction: str) -> Mapping[str, Any]:
