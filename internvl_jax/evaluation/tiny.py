@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import argparse
 import base64
+import hashlib
 import io
 import json
+import os
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from internvl_jax import files
 from internvl_jax.evaluation.choices import CIRCULAR, LETTERS
 from internvl_jax.evaluation.items import SHORT, YES_NO
 from internvl_jax.evaluation.mmmu import SUBJECTS
@@ -26,13 +30,66 @@ from internvl_jax.evaluation.vqa import PEOPLE
 from internvl_jax.evaluation.yes_no import COGNITION, PERCEPTION
 from internvl_jax.nano.render import COLOURS, Question, heldout_questions
 
+MARKER = ".internvl-jax-tiny.json"  # what was written here, with digests
 COUNT = 24  # questions of each data set
 
 Asked = Sequence[tuple[np.ndarray, Question]]
 
 
 def write(root: Path, count: int = COUNT) -> None:
-    """Write every data set below `root`, as the reference's data folder has them. MMMU's takes pyarrow."""
+    """Write every data set below `root`, as the reference's data folder has them. MMMU's takes pyarrow.
+
+    Nothing that is there is replaced but what an earlier call wrote, and nobody has changed since: real data has the
+    same names. Raises ValueError naming the file, or the directory, and then nothing is written.
+    """
+    root = files.resolve(root)
+    with files.claim(root):
+        files.remove_leftovers(root)
+        before = _written(root)
+        made = files.temporary_path(root)
+        shutil.rmtree(made, ignore_errors=True)
+        try:
+            _write(made, count)
+            digests = {path.relative_to(made).as_posix(): _digest(path) for path in made.rglob("*") if path.is_file()}
+            for name, digest in digests.items():
+                if os.path.lexists(root / name) and _digest(root / name) not in (digest, before.get(name)):
+                    raise ValueError(f"{root / name} has been changed since it was written: name another directory")
+            files.write_text(_make(root / MARKER), json.dumps(before | digests, indent=0))
+            for name in digests:
+                shutil.move(made / name, _make(root / name))  # `root` may be a link to another disk
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _written(root: Path) -> dict[str, str]:
+    """Digests of what an earlier call wrote. Raises ValueError for a directory that holds something else."""
+    try:
+        if not os.listdir(root):
+            return {}
+        marker = files.read_json(root / MARKER)
+    except FileNotFoundError:
+        if not root.exists():
+            return {}
+        raise ValueError(
+            f"{root} holds files that this command did not write, which real data might be: name a new directory"
+        ) from None
+    except NotADirectoryError:
+        raise ValueError(f"{root} is a file: name a directory") from None
+    if not isinstance(marker, dict):
+        raise ValueError(f"{root / MARKER} is not from this command: name a new directory")
+    return marker
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _make(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _write(root: Path, count: int) -> None:
     colours, shapes = heldout_questions("color", "en", count), heldout_questions("shape", "en", count)
     exists, words = heldout_questions("exists", "en", 2 * count), heldout_questions("word", "en", count)
     chinese = heldout_questions("color", "zh", count)
@@ -352,7 +409,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="where to write")
     parser.add_argument("--count", type=int, default=COUNT, metavar="N", help=f"questions of each data set ({COUNT})")
     args = parser.parse_args(argv)
-    write(args.directory, args.count)
+    if args.count < 4:
+        parser.error(f"--count must be at least 4, not {args.count}")
+    try:
+        write(args.directory, args.count)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
