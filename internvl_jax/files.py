@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import hashlib
 import json
 import logging
@@ -13,7 +12,6 @@ import shlex
 import shutil
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -113,8 +111,12 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     return path
 
 
-def append_text(path: str | Path, text: str) -> None:
-    """Append to a UTF-8 file, which is on disk afterwards. A failure leaves it as it was; the error names the file."""
+def append_text(path: str | Path, text: str, *, sync: bool = True) -> None:
+    """Append to a UTF-8 file, which is on disk afterwards. A failure leaves it as it was; the error names the file.
+
+    Args:
+        sync: wait for the disk. Without, a crash of the machine may lose the text.
+    """
     data = text.encode("utf-8")
     try:
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -123,7 +125,8 @@ def append_text(path: str | Path, text: str) -> None:
             try:
                 while data:
                     data = data[os.write(file, data) :]
-                os.fsync(file)
+                if sync:
+                    os.fsync(file)
             except OSError:
                 with suppress(OSError):
                     os.ftruncate(file, before)
@@ -132,34 +135,6 @@ def append_text(path: str | Path, text: str) -> None:
             os.close(file)
     except OSError as error:
         raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
-
-
-def cache_directory(name: str) -> Path | None:
-    """$XDG_CACHE_HOME/internvl_jax/NAME (or in ~/.cache), made; None where it cannot be written, after a warning."""
-    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "internvl_jax" / name
-    try:
-        path = resolve(path)
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as file:  # a full disk still makes empty files
-            file.write(bytes(4096))
-    except (OSError, ValueError) as error:
-        warn_of_cache(path, error)
-        return None
-    return path
-
-
-def warn_of_cache(path: Path, error: Exception) -> None:
-    """Say once that the cache cannot be used, whichever of its directories is found so first."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    _warn_once(
-        f"the cache {path.parent} cannot be used ({reason}): compiled programs and indexes of annotations are made anew "
-        "by every process; set XDG_CACHE_HOME to a directory that can be written"
-    )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning("%s", message)
 
 
 @contextmanager
@@ -230,6 +205,10 @@ def claim(output: str | Path) -> Iterator[None]:
     lock = filelock.FileLock(path, timeout=0)
     try:
         lock.acquire()
+    except NotImplementedError:
+        logger.warning("%s: this file system has no locks; make sure that no other process writes there", output)
+        yield
+        return
     except filelock.Timeout:
         with suppress(OSError):
             other = holder.read_text(encoding="utf-8")

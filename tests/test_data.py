@@ -155,6 +155,20 @@ def test_pictures_are_cropped_anew_in_every_epoch(tmp_path, model):
     assert len({b.pixel_values.tobytes() for b in plain}) == 2
 
 
+def test_crops_follow_the_seed(tmp_path, model):
+    (tmp_path / "meta.json").write_text(json.dumps(write_data(tmp_path, 4)))
+
+    def pixels(seed):
+        batches = list(open_data(tmp_path / "meta.json", *model, PACKED, shuffle=False, epochs=1, seed=seed))
+        return np.concatenate([batch.pixel_values for batch in batches])
+
+    one, two = pixels(1), pixels(2)
+    assert np.array_equal(one, pixels(1))
+    seen = np.any(one, axis=(1, 2, 3))
+    assert seen.sum() == 2
+    assert all(np.abs(a - b).max() > 0.1 for a, b in zip(one[seen], two[seen]))
+
+
 def test_a_position_in_other_data_is_refused(meta, model):
     state = iter(open_data(meta, *model, PACKED)).get_state()
     for options in ({"seed": 1}, {"process": (0, 2)}, {"shuffle": False}):

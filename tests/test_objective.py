@@ -130,6 +130,19 @@ def test_decay_is_the_reference_trainers(golden):
     assert ours == set(golden.facts["hf_trainer_no_decay"])
 
 
+def test_norms_of_a_layer_norm_tower_do_not_decay():
+    """To the Trainer they are torch's LayerNorms; InternViT's own RMSNorms are not, and decay."""
+    for kind, decays in (("layer_norm", False), ("rms_norm", True)):
+        config = tiny()
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, norm_type=kind))
+        layers = optimizer.decayed(abstract_for_running(config, jnp.float32), config)["vision_model"]["layers"]
+        for norm in ("norm1", "norm2"):
+            assert layers[norm]["scale"] == decays
+        assert not any(norm.get("bias") for norm in (layers["norm1"], layers["norm2"]))
+        assert layers["mlp"]["fc1"]["kernel"]
+        assert layers["ls1"]
+
+
 def tiny(**text):
     """Small enough to compile fast, large enough that a chunk is not the whole."""
     config = PRESETS["nano"]()

@@ -86,6 +86,19 @@ def test_packed_rows_are_full():
     assert filled > 0.98
 
 
+def test_samples_that_fit_exactly():
+    """A bucket, a row and the image slots of a batch are used to the last place."""
+    layout = Layout(rows=2, lengths=(8, 16), image_slots=2, packed=False)
+    assert [layout.bucket(tokens) for tokens in (1, 7, 8, 9, 16)] == [8, 8, 8, 16, 16]
+    assert choose([make_sample(0, 8, 1), make_sample(1, 9, 1), make_sample(2, 8, 1)], layout) == [[0], [2]]
+    packed = Layout(rows=2, lengths=(16,), image_slots=2)
+    samples = [make_sample(0, 16, 2), make_sample(1, 10), make_sample(2, 6), make_sample(3, 32)]
+    assert choose(samples, packed) == [[0], [1, 2]]
+    assert choose(samples[:3], packed) is None  # two batches' tokens are waited for
+    assert choose([make_sample(n, 3, 1) for n in range(4)], packed) == [[0, 1], []]  # or their images
+    assert choose([make_sample(n, 3, 1) for n in range(3)], packed) is None
+
+
 def test_a_sample_waits_for_a_few_batches_at_most():
     layout = Layout(rows=2, lengths=(32,), image_slots=4)
     samples = random_samples(400, 32, 4)

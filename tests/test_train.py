@@ -18,7 +18,7 @@ import pytest
 from tiny_checkpoint import tiny_config, write_checkpoint, write_squares
 
 import internvl_jax
-from internvl_jax import checkpoint, cli
+from internvl_jax import checkpoint, cli, files
 from internvl_jax.config import ChatConfig
 from internvl_jax.training import run as training_run
 from internvl_jax.training.recipes import recipe_of
@@ -276,6 +276,39 @@ def test_derived_numbers_stay_when_a_run_goes_on(train, tmp_path):
     assert "another run's: recipe.optimizer.learning_rate was 0.003, is 1.0. Go on with its settings" in printed
 
 
+def test_what_happened_to_steps_is_said_and_logged(train, tmp_path):
+    out = tmp_path / "run"
+    assert train("lora", out, steps=2, save_every=1)[0] == 0
+    shutil.rmtree(out / "model")
+    (out / ".model.tmp-99999" / "model").mkdir(parents=True)  # of a process that was killed
+    (out / "steps" / "2" / "data" / "metadata").unlink()
+    code, printed = train("lora", out, steps=2, save_every=1)
+    assert code == 0
+    assert sorted(path.name for path in (out / "steps").iterdir()) == ["1", "2", "damaged-2"]
+    assert [entry["step"] for entry in entries(out)] == [1, 2, 2]
+    assert not (out / ".model.tmp-99999").exists()
+    assert (out / "model").is_dir()
+    assert f"warning: removing {out}/.model.tmp-99999, which an interrupted process left" in printed
+    moved = f"step 2 is damaged (data/metadata is missing); moved to {out}/steps/damaged-2"
+    assert f"warning: {moved}" in printed
+    assert moved in (out / "log.txt").read_text()
+    code, printed = train("lora", out, "--from-scratch", steps=2, save_every=1)
+    assert code == 2
+    assert f"{out}/model exists: the run has ended" in printed
+
+
+def test_a_second_run_into_one_output_is_refused(train, place, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(training_run, "open_data", None)  # refused before anything is read
+    (tmp_path / "other").symlink_to(out)
+    with files.claim(out):
+        for name in (out, tmp_path / "other", tmp_path / "no" / ".." / "run"):
+            code, printed = train("lora", name)
+            assert code == 2
+            assert re.search(rf"{out} is being written by process {os.getpid()} on .*: wait for it, or name", printed)
+    assert not out.exists()
+
+
 # What is wrong with the data.
 
 
@@ -289,6 +322,13 @@ def test_data_errors(train, place, tmp_path):
     assert "1 of 24 conversations looked at cannot be used and will be skipped" in printed
     assert f"{tmp_path / 'bad.jsonl'}:4: not JSON" in printed
     assert "1 conversations could not be used: 1 annotation" in printed
+    log = (tmp_path / "run" / "log.txt").read_text()
+    for said in ("warning: skipped", "1 of 24 conversations looked at", "1 conversations could not be used"):
+        assert said in printed
+    assert "1 of 24 conversations looked at cannot be used" in log
+    assert re.search(r"WARNING internvl_jax\.training\.reporting: skipped .*bad\.jsonl:4: not JSON", log)
+    assert re.search(r"INFO internvl_jax\.training\.reporting: step 2/2: loss", log)
+    assert re.search(r"INFO .*: adapters: .*/run/model\n", log)
     code, printed = train("lora", tmp_path / "fatal", data_errors="fatal", **bad)
     assert code == 2
     assert re.search(r"1 of 24 samples looked at cannot be used; .*bad\.jsonl:4: not JSON", printed)
@@ -328,7 +368,7 @@ def test_data_errors(train, place, tmp_path):
         ({"save_every": 0}, "save_every is 0"),
         ({"eval_data": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
         ({"buckets": 200}, "must be shorter than rows of 96"),
-        ({"workers": -1}, "no -1 workers"),
+        ({"workers": -1}, "workers is -1: it must be 0 (threads) or more"),
         ({"image_size": 60, "recipe": "stage1"}, "patches"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",

@@ -93,7 +93,8 @@ def make_step(config, recipe, settings, adamw, image_token_id, place, make=train
 
 
 def run(directory, steps, name="lora", *, batches=None, place=None, params=None, log=None, alone=False, **settings):
-    """name: of RECIPES, or a recipe. alone: with a step of its own, whose compiles are counted."""
+    """name: of RECIPES, or a recipe. alone: with a step of its own, whose compiles are counted. settings: of Settings;
+    from_scratch is train's."""
     if not alone:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer, "make_step", make_step)
@@ -105,10 +106,11 @@ def run(directory, steps, name="lora", *, batches=None, place=None, params=None,
         params = jax.tree.map(jax.numpy.asarray, random_params(config))
         if place.mesh is not None:
             params = sharding.place_params(params, config, place.mesh, vision=place.vision)
+    options = {"log": log, "from_scratch": settings.pop("from_scratch", False)}
     settings = Settings(**{"steps": steps, "save_every": 2, "log_every": 1, "remat": "none", **settings})
     batches = Batches(config) if batches is None else batches
     recipe = RECIPES[name] if isinstance(name, str) else name
-    return train(directory, config, recipe, settings, params, batches, IMAGE, place, log=log)
+    return train(directory, config, recipe, settings, params, batches, IMAGE, place, **options)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from internvl_jax import checkpoint
+from internvl_jax import checkpoint, logs
 from internvl_jax.config import PRESETS, ChatConfig
 from internvl_jax.files import new_directory
 from internvl_jax.models import chat_model
@@ -226,7 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.out / "tokenizer.model").exists():
         build_tokenizer.build(args.out)
     config = nano_config(args.out)
-    params = run(args.out, config, make_stages(), samples=dataset.SAMPLES)
+    with logs.to_terminal():
+        params = run(args.out, config, make_stages(), samples=dataset.SAMPLES)
     if params is None:
         return 1
     write_model(args.out / "model", args.out, params, config)

@@ -76,8 +76,10 @@ def open_data(
     index, count = process
     if not 0 <= index < count:
         raise DataError(f"process {index} of {count} is none")
-    if workers < 0 or (epochs is not None and epochs < 1):
-        raise DataError(f"there are no {workers} workers, no {epochs} epochs")
+    if workers < 0:
+        raise DataError(f"workers is {workers}: it must be 0 (threads) or more")
+    if epochs is not None and epochs < 1:
+        raise DataError(f"epochs is {epochs}: it must be at least 1")
     maker = SampleMaker.of(
         config, tokenizer, processor, max_length=layout.max_length, image_slots=layout.image_slots, **options
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from internvl_jax import distributed, sharding
+from internvl_jax import distributed, files, sharding
 from internvl_jax.chat import Chat
 from internvl_jax.config import ChatConfig
 from internvl_jax.loading import unstack_towers
@@ -51,7 +50,7 @@ class Answered:
     answer: str
 
     def to_json(self) -> str:
-        return json.dumps(vars(self), ensure_ascii=False)
+        return files.to_json(vars(self))
 
 
 class HeldOut:
@@ -152,8 +151,8 @@ class HeldOut:
             Answered(step, question.text, question.expected, reply.text)
             for question, reply in zip(self._questions, replies)
         ]
-        with open(self._directory / "answers.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(f"{answered.to_json()}\n" for answered in said)
+        lines = "".join(f"{answered.to_json()}\n" for answered in said)
+        files.append_text(self._directory / "answers.jsonl", lines, sync=False)
         for answered in said if self._tell is not None else ():
             self._tell(answered)
 

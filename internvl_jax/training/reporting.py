@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from internvl_jax import distributed
 from internvl_jax.progress import err
 from internvl_jax.training.heldout import Answered
 from internvl_jax.training.samples import Problem
+
+logger = logging.getLogger(__name__)
 
 QUIET = 30.0  # seconds between lines where there is no terminal
 LISTED = 20  # samples that cannot be used which are named; all are counted
@@ -46,7 +49,7 @@ class Reporter:
                 if name != "step":
                     self._writer.add_scalar(name, value, step)
         if "eval_loss" in entry:
-            err.print(
+            logger.info(
                 f"step {step}: held-out loss {entry['eval_loss']:.4f}, {entry['eval_accuracy']:.1%} of "
                 f"{entry['eval_tokens']:,.0f} tokens right"
             )
@@ -60,7 +63,7 @@ class Reporter:
         if due and (err.is_terminal or now - self._last_line > QUIET or step == self._steps):
             seconds = (now - self._started[0]) / max(1, step - self._started[1])
             left = f", {_duration((self._steps - step) * seconds)} left" if 1 < step < self._steps else ""
-            err.print(f"step {step}/{self._steps}: {shown}{'' if err.is_terminal else left}")
+            logger.info(f"step {step}/{self._steps}: {shown}{'' if err.is_terminal else left}")
             self._last_line = now
 
     def close(self) -> None:
@@ -72,7 +75,7 @@ class Reporter:
         """A held-out question with what was expected and what was said."""
         right = "✓" if answered.answer == answered.expected else "✗"
         question = " ".join(answered.question.split())
-        err.print(f"  {right} {question[:100]} → {answered.answer[:200]!r} (expected {answered.expected[:200]!r})")
+        logger.info(f"  {right} {question[:100]} → {answered.answer[:200]!r} (expected {answered.expected[:200]!r})")
 
 
 class Skipped:
@@ -84,9 +87,9 @@ class Skipped:
     def __call__(self, problem: Problem) -> None:
         self._kinds[problem.kind] += 1
         if self._kinds.total() <= LISTED:
-            err.print(f"skipped: {problem.place}: {problem.message}", style="yellow")
+            logger.warning("skipped %s: %s", problem.place, problem.message)
         elif self._kinds.total() == LISTED + 1:
-            err.print("more are skipped and counted, and not named any more", style="yellow")
+            logger.warning("more are skipped and counted, and not named any more")
 
     def lines(self) -> list[str]:
         """How many there were, if any."""

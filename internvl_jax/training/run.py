@@ -3,14 +3,17 @@
 OUTPUT/run.json       what the run is (saving.py)       OUTPUT/metrics.jsonl   every step's numbers
 OUTPUT/steps/         where it can go on from           OUTPUT/answers.jsonl   answers to held-out questions
 OUTPUT/model/         the model, or its adapters, at the end
+OUTPUT/log.txt        what was said to the terminal
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from internvl_jax import checkpoint, distributed, sharding
-from internvl_jax.config import ChatConfig, read_json
+from internvl_jax import checkpoint, distributed, files, logs, sharding
+from internvl_jax.config import ChatConfig
 from internvl_jax.loading import NANO, enable_compilation_cache
 from internvl_jax.models.layers import Params
 from internvl_jax.processing.images import ImageProcessor, load_processor
@@ -32,14 +35,14 @@ from internvl_jax.training.heldout import Answered, HeldOut, pick_questions
 from internvl_jax.training.packing import Layout
 from internvl_jax.training.recipes import Recipe
 from internvl_jax.training.samples import Problem
-from internvl_jax.training.saving import RUN, STEPS, RunError, is_there
+from internvl_jax.training.saving import MODEL, RUN, STEPS, RunError, begin, is_there
 from internvl_jax.training.state import ADAPTERS, Place, read_params, write_model
 from internvl_jax.training.survey import Survey, survey
 from internvl_jax.training.trainer import PROFILED, Outcome, Settings, facts, train
 
 Progress = Callable[..., None]
 
-MODEL, PROFILE, TENSORBOARD = "model", "profile", "tensorboard"
+PROFILE, TENSORBOARD, LOG = "profile", "tensorboard", "log.txt"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Options:
     eval_batches: int = 16
     answers: int = 3
     profile: bool = False
+    from_scratch: bool = False  # begin at step 1 although there are saved steps
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ def _prepared(options: Options, report: Callable[[Problem], None] | None, progre
     length = _row_length(options, recipe, config)
     recipe = replace(recipe, length=length)
     before = _before(options.output)
+    if options.from_scratch and (options.output / MODEL).exists():
+        raise RunError(f"{options.output / MODEL} exists: the run has ended. Choose another directory for another run")
     mesh = None if options.mesh is None else sharding.make_mesh(options.mesh, config=config)
     if mesh is None and options.vision is not None:
         raise RunError("--vision says how the tower lies on a mesh: give --mesh too")
@@ -225,11 +231,19 @@ def _prepared(options: Options, report: Callable[[Problem], None] | None, progre
         looked.maker.image_token_id,
         found,
         identity,
-        _last_step(options.output),
+        None if options.from_scratch else _last_step(options.output),
     )
     is_there(options.output, facts(made.recipe, made.settings, made.identity))
     _check_room(made)
     return made
+
+
+@contextmanager
+def log_file(made: Run) -> Iterator[None]:
+    """Make the run's directory; within, what is said goes to OUTPUT/log.txt too. On all processes; process 0 writes."""
+    begin(made.output, facts(made.recipe, made.settings, made.identity))
+    with logs.to_file(made.output / LOG) if distributed.is_first() else nullcontext():
+        yield
 
 
 def start(
@@ -285,6 +299,7 @@ def start(
             if peak is None
             else lambda batch: costs.batch_flops(made.config, made.recipe, batch, place.shares) / peak,
             profile=made.output / PROFILE if options.profile else None,
+            from_scratch=options.from_scratch,
         )
     finally:
         batches.close()
@@ -436,7 +451,7 @@ def _before(output: Path) -> dict[str, Any]:
     """What run.json says, where the run is there already: it keeps the numbers that were derived then."""
     if output.exists() and not output.is_dir():
         raise RunError(f"{output} is a file: --output is the directory of the run")
-    return read_json(output / RUN) if (output / RUN).exists() else {}
+    return files.read_json(output / RUN) if os.path.lexists(output / RUN) else {}
 
 
 def _image_slots(

@@ -1,8 +1,9 @@
-"""A run on disk: steps that can be gone on from, however the run ended.
+"""A run on disk: steps from which it can be resumed, however it ended.
 
     DIRECTORY/run.json          what the run is: its recipe and settings; another run cannot go on here
-    DIRECTORY/steps/1200/       Orbax's: the State in true shapes, and the place in the data of every share
-    DIRECTORY/steps/damaged-N   a step that could not be read; the one before it was used
+    DIRECTORY/steps/1200/       Orbax's: the State in true shapes, the place in the data of every share, checksums
+    DIRECTORY/steps/damaged-N   a step whose content is damaged; the one before it was used
+    DIRECTORY/steps-before/     what was saved before a run was told to begin at step 1 again
 
 Steps are written while training goes on, and have their names only when they are whole.
 """
@@ -12,19 +13,26 @@ from __future__ import annotations
 import base64
 import json
 import logging
-from contextlib import suppress
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from internvl_jax import distributed
+from internvl_jax import distributed, files
+from internvl_jax.training.damage import DATA, STATE, find_damage
 from internvl_jax.training.state import Place, State
 
 logger = logging.getLogger(__name__)
 
-RUN, STEPS = "run.json", "steps"
+RUN, STEPS, MODEL = "run.json", "steps", "model"
+ASIDE = "damaged-"
 
 
 class RunError(ValueError):
@@ -34,13 +42,20 @@ class RunError(ValueError):
 class Steps:
     """The saved steps of a run. A context manager: leaving it waits for what is still being written."""
 
-    def __init__(self, directory: str | Path, place: Place, *, keep: int = 3):
+    def __init__(self, directory: str | Path, place: Place, *, keep: int = 3, from_scratch: bool = False):
+        """from_scratch: what was saved before is moved aside, and nothing is restored."""
         self.directory = Path(directory).resolve() / STEPS
         self._place = place
         self._keep = keep
         with distributed.first_alone() as first:
             if first:
+                if from_scratch and self.directory.is_dir() and any(self.directory.iterdir()):
+                    aside = _unused(self.directory.with_name(f"{STEPS}-before"))
+                    self.directory.rename(aside)
+                    logger.warning("training begins at step 1; what was saved before is in %s", aside)
                 self.directory.mkdir(parents=True, exist_ok=True)
+                for path in self.directory.glob("*orbax-checkpoint-tmp*"):  # Orbax removes it
+                    logger.warning("removing %s, which an interrupted process left", path)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -64,12 +79,11 @@ class Steps:
         shares = dict(json.loads(message) for message in told)  # processes of one share are at one place
         places = [shares[number] for number in sorted(shares)]
         true = self._place.resized(state, self._place.unpad, storage=True)
+        data = {"processes": places, "crc32": _crc32(places), "checksums": self._place.checksums(true)}
         try:
             self._manager.save(
                 step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(true), data=ocp.args.JsonSave({"processes": places})
-                ),
+                args=ocp.args.Composite(**{STATE: ocp.args.StandardSave(true), DATA: ocp.args.JsonSave(data)}),
             )
             if wait:
                 self._manager.wait_until_finished()
@@ -81,47 +95,104 @@ class Steps:
             self._manager.wait_until_finished()  # the one before may still be on its way
         good = [name for path in self.directory.iterdir() if (name := path.name).isdigit() and int(name) != step]
         last = f"step {max(map(int, good))} is the last good one" if good else "there is no earlier step"
-        return f"step {step} could not be written to {self.directory} ({error}); {last}: make room and start again"
+        full = re.search(r"No space left|[Qq]uota|File too large", str(error))
+        return (
+            f"step {step} could not be written to {self.directory} ({error}); {last}: "
+            f"{'make room' if full else 'mend that'} and start again"
+        )
 
     def restore(self, like: State) -> tuple[State, Any] | None:
-        """The last step that can be read, as a State laid out like `like`, and this process's place in the data.
+        """The last step that is whole, as a State laid out like `like`, and this process's place in the data.
 
-        A step that cannot be read is set aside with a warning, and the one before it is tried. None where none is left.
+        A step whose content is damaged is passed over, and set aside once an earlier one is restored. None where the
+        run has no steps.
+
+        Raises:
+            RunError: a step could not be read although its content is not known to be damaged, or no step is whole.
+                All steps are left as they were.
         """
         abstract = self._place.abstract(like)
-        while (step := self._manager.latest_step()) is not None:
-            error: Exception | None = None
-            found: Any = None
-            try:
-                found = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-                )
-            except Exception as caught:  # whatever Orbax and TensorStore raise for files that are short or missing
-                error = caught
-            problems = [text.decode() for text in distributed.exchange(str(error or "").encode()) if text]
-            if error is None and not problems:
-                return self._continued(step, found)
-            self._set_aside(step, problems[0])
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            found = self._read(step, abstract)
+            if isinstance(found, str):
+                damaged[step] = found
+                continue
+            restored = self._continued(step, found)
+            self._set_aside(damaged)
+            return restored
+        with distributed.all_or_none():
+            self._check_never_saved(damaged)
         return None
 
+    def _read(self, step: int, abstract: State) -> Any:
+        """A step as Orbax restores it, in true shapes; or what is damaged, as text. Raises RunError otherwise."""
+        error: Exception | None = None
+        found: Any = None
+        try:
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract), DATA: ocp.args.JsonRestore()}),
+            )
+        except Exception as caught:  # Orbax and TensorStore raise anything, for any reason
+            error = caught
+        answers = distributed.exchange(json.dumps([_describe(error), _is_external(error)]).encode() if error else b"")
+        problems = [json.loads(answer) for answer in answers if answer]
+        if not problems:
+            return _altered(found, self._place) or found
+        text = next((text for text, external in problems if external), problems[0][0])
+        damage = None
+        if not any(external for _, external in problems):
+            with distributed.first_alone() as first:
+                verdict: list[Any] = self._examined(step) if first else []
+            damage, unread = json.loads(distributed.from_first(json.dumps(verdict).encode()))
+            text = unread or text
+        if damage is None:
+            raise RunError(
+                f"step {step} in {self.directory} could not be restored ({text}); its content is not known to be "
+                "damaged, so every step is left as it was. Mend the cause and start again, or begin at step 1 with "
+                "--from-scratch"
+            )
+        return damage
+
+    def _examined(self, step: int) -> list[str | None]:
+        """What is damaged, if anything, and what came in the way of finding out."""
+        try:
+            return [find_damage(self.directory / str(step)), None]
+        except Exception as error:
+            return [None, _describe(error)]
+
+    def _check_never_saved(self, damaged: dict[int, str]) -> None:
+        """Raise RunError where the run has saved steps, of which none is whole."""
+        for name in sorted(path.name for path in self.directory.iterdir()):
+            if name.isdigit() or name.startswith(ASIDE):
+                damaged = damaged or {int(re.sub(r"\D.*", "", name.removeprefix(ASIDE)) or -1): "set aside before"}
+        if damaged:
+            said = "; ".join(f"step {step}: {text}" for step, text in sorted(damaged.items(), reverse=True))
+            raise RunError(
+                f"no saved step in {self.directory} is whole ({said}); they are left as they were. "
+                "--from-scratch begins at step 1"
+            )
+
     def _continued(self, step: int, found: Any) -> tuple[State, Any]:
-        places = found["data"]["processes"]
+        places = found[DATA]["processes"]
         if len(places) != self._place.shares:
             raise RunError(
                 f"{self.directory / str(step)} was written by {len(places)} processes, now there are "
                 f"{self._place.shares}: each has its own place in the data, so start as many as before"
             )
-        state = self._place.resized(found["state"], self._place.pad, storage=False)
+        state = self._place.resized(found[STATE], self._place.pad, storage=False)
         return state, _decode(places[self._place.share])
 
-    def _set_aside(self, step: int, problem: str) -> None:
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        if not damaged:
+            return
         self._manager.close()
         with distributed.first_alone() as first:
-            if first:
-                aside = self.directory / f"damaged-{step}"
+            for step, problem in damaged.items() if first else ():
+                aside = _unused(self.directory / f"{ASIDE}{step}")
                 (self.directory / str(step)).rename(aside)
-                shown = problem.splitlines()[0][:300]
-                logger.warning("step %s cannot be read (%s); moved to %s", step, shown, aside)
+                logger.warning("step %s is damaged (%s); moved to %s", step, problem, aside)
         self._manager = self._open()
 
     def __enter__(self) -> Steps:
@@ -142,11 +213,11 @@ def is_there(directory: str | Path, settings: dict[str, Any]) -> bool:
     Raises RunError that lists the settings that differ, and for a directory that holds something else.
     """
     path = Path(directory) / RUN
-    if not path.exists():
+    if not os.path.lexists(path):
         if path.parent.exists() and (not path.parent.is_dir() or any(path.parent.iterdir())):
             raise RunError(f"{directory} is not empty and holds no {RUN}: choose another directory for the run")
         return False
-    before, settings = (_flat(json.loads(text)) for text in (path.read_text(encoding="utf-8"), json.dumps(settings)))
+    before, settings = _flat(files.read_json(path)), _flat(json.loads(json.dumps(settings)))
     different = [name for name in sorted(before | settings) if before.get(name) != settings.get(name)]
     if different:
         raise RunError(
@@ -165,7 +236,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def claim(directory: str | Path, settings: dict[str, Any]) -> bool:
+def begin(directory: str | Path, settings: dict[str, Any]) -> bool:
     """Make a run's directory, or see that it is this run's. Returns whether it was there already.
 
     Raises RunError as `is_there` does.
@@ -176,10 +247,71 @@ def claim(directory: str | Path, settings: dict[str, Any]) -> bool:
     with distributed.first_alone() as first:
         if first and not there:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            files.write_text(path, json.dumps(settings, indent=2) + "\n")
     return there
+
+
+_held: set[Path] = set()
+
+
+@contextmanager
+def claimed(directory: str | Path) -> Iterator[None]:
+    """Hold a run's directory, for one run alone: process 0 does so for all of its processes.
+
+    Within another claim of the same directory it does nothing. What a killed process left there is removed.
+
+    Raises:
+        OutputInUseError: another run holds it; the message says which process. DistributedError on other processes.
+    """
+    directory = Path(directory).expanduser().resolve()
+    if directory in _held:
+        yield
+        return
+    with ExitStack() as stack:
+        with distributed.all_or_none():
+            if distributed.is_first():
+                stack.enter_context(files.claim(directory))
+                for name in (RUN, MODEL):
+                    files.remove_leftovers(directory / name)
+        _held.add(directory)
+        stack.callback(_held.remove, directory)
+        yield
+
+
+def _describe(error: Exception) -> str:
+    """The first line of an error that says something; TensorStore's stands behind Orbax's own."""
+    while type(error) is Exception and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    text = re.split(r" ?\[(?:source|tensorstore_spec)", str(error))[0].strip().partition("\n")[0][:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_external(error: Exception | None) -> bool:
+    """Whether an error has a cause outside of the files, so that looking at them would say nothing."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError)
+    return isinstance(error, (MemoryError, ImportError))
+
+
+def _altered(found: Any, place: Place) -> str | None:
+    """What differs from what was saved, by its checksums; steps of before there were any have none."""
+    data = found[DATA]
+    if data.get("crc32", _crc32(data["processes"])) != _crc32(data["processes"]):
+        return f"{DATA}: another checksum than when it was saved"
+    before = data.get("checksums")
+    now = {} if before is None else place.checksums(found[STATE])
+    different = [name for name in now if now[name] != before.get(name, now[name])]
+    return f"{', '.join(different[:3])}: other checksums than when they were saved" if different else None
+
+
+def _crc32(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with a number behind it where there is something already."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return next(one for one in chain([path], numbered) if not os.path.lexists(one))
 
 
 def _encode(data: Any) -> dict[str, Any]:

@@ -5,6 +5,8 @@ On a mesh some shapes are padded (sharding.pad_params); what is saved never is, 
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from internvl_jax import checkpoint, lora, sharding
+from internvl_jax import checkpoint, distributed, files, lora, sharding
 from internvl_jax.config import ChatConfig
 from internvl_jax.loading import abstract_for_running
 from internvl_jax.models.layers import Array, Params
@@ -111,6 +113,16 @@ class Place:
         placed = _over_params(partial(self.specs, storage=storage), state.optimizer, lambda _: whole)
         return State(whole, self.specs(state.trained, storage=storage), placed, whole)
 
+    def checksums(self, true: State) -> dict[str, int]:
+        """A number for every array of a state in true shapes, by its name: other bits give another. Any mesh gives the
+        same ones, and so does every process."""
+        whole = None if self.mesh is None else NamedSharding(self.mesh, P())
+        sums = jax.device_get(jax.jit(_checksums, out_shardings=whole)(true))
+        return {
+            jax.tree_util.keystr(keys, simple=True, separator="/"): int(value)
+            for keys, value in jax.tree_util.tree_leaves_with_path(sums)
+        }
+
     def abstract(self, state: State) -> State:
         """Shapes, dtypes and shardings of a state in true shapes, for reading one."""
         true = jax.eval_shape(
@@ -133,6 +145,26 @@ def _over_params(function: Callable[[Any], Any], tree: Any, others: Callable[[An
         tree,
         is_leaf=lambda node: isinstance(node, dict),
     )
+
+
+def _checksums(tree: Any) -> Any:
+    return jax.tree.map(_checksum, tree)
+
+
+def _checksum(leaf: Array) -> Array:
+    """The sum of a hash of every element's bits and index, exact in any order of summation. [] uint32."""
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+    index = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    return jnp.sum(_mixed(bits ^ _mixed(index)), dtype=jnp.uint32)
+
+
+def _mixed(x: Array) -> Array:
+    """MurmurHash3's finalizer."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def read_params(
@@ -216,11 +248,32 @@ def write_model(directory: str | Path, base: str | Path, trained: Params, place:
     directory, base = Path(directory), Path(base)
     true = place.true_params(trained)
     adapters = true.pop(ADAPTERS, None)
-    if adapters is not None and not true:
+    if not true and adapters is not None:
         lora.save(directory, adapters, recipe.lora)
         return
     resized = place.config.image_size != ChatConfig.from_file(base).image_size
-    files = resizing.resized_files(base, place.config) if resized else None
-    checkpoint.write_changed(directory, base, true, reshaped=[resizing.POSITIONS] if resized else (), files=files)
-    if adapters is not None:
-        lora.save(directory / ADAPTERS, adapters, recipe.lora)
+    texts = resizing.resized_files(base, place.config) if resized else None
+
+    def write(to: Path) -> None:
+        checkpoint.write_changed(to, base, true, reshaped=[resizing.POSITIONS] if resized else (), files=texts)
+
+    if adapters is None:
+        write(directory)
+        return
+    number = distributed.from_first(str(os.getpid()).encode()).decode()
+    within = files.temporary_path(directory, number)  # a model without its adapters must never stand at `directory`
+    try:
+        with distributed.first_alone() as first:
+            if first and os.path.lexists(directory):
+                raise checkpoint.CheckpointError(f"{directory} exists already: remove it, or write somewhere else")
+            if first:
+                shutil.rmtree(within, ignore_errors=True)
+                within.mkdir(parents=True)
+        write(within / directory.name)
+        lora.save(within / directory.name / ADAPTERS, adapters, recipe.lora)
+        with distributed.first_alone() as first:
+            if first:
+                (within / directory.name).rename(directory)
+    finally:
+        if distributed.is_first():
+            shutil.rmtree(within, ignore_errors=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from internvl_jax import arguments
 from internvl_jax.progress import counting, err
+
+logger = logging.getLogger(__name__)
 
 RECIPES = "stage1, stage2, full, lora, lora-both, llava-pretrain or llava-finetune"  # recipes.RECIPES needs jax
 EXAMPLES = """\
@@ -36,18 +39,10 @@ def add_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("recipe", metavar="RECIPE", help=RECIPES)
-    train.add_argument(
-        "--data", type=arguments.path, required=True, metavar="META", help="a meta JSON, JSONL, or LLaVA's JSON"
-    )
-    train.add_argument(
-        "--output", type=arguments.path, required=True, metavar="DIR", help="the run's directory: new, or its own"
-    )
-    train.add_argument(
-        "--checkpoint", type=arguments.path, metavar="DIR", help="a converted model to begin with (nano)"
-    )
-    train.add_argument(
-        "--base", type=arguments.path, metavar="DIR", help="where relative paths in META start (its directory)"
-    )
+    train.add_argument("--data", type=Path, required=True, metavar="META", help="a meta JSON, JSONL, or LLaVA's JSON")
+    train.add_argument("--output", type=Path, required=True, metavar="DIR", help="the run's directory: new, or its own")
+    train.add_argument("--checkpoint", type=Path, metavar="DIR", help="a converted model to begin with (nano)")
+    train.add_argument("--base", type=Path, metavar="DIR", help="where relative paths in META start (its directory)")
     _add_recipe(train.add_argument_group("the recipe's numbers (its own)"))
     _add_machine(train.add_argument_group("the machine"))
     _add_run(train.add_argument_group("the run"))
@@ -99,13 +94,14 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--save-every", type=int, default=500, metavar="N", help="steps (500)")
     group.add_argument("--keep", type=int, default=3, metavar="N", help="saved steps (3)")
     group.add_argument("--log-every", type=int, default=10, metavar="N", help="steps between printed lines (10)")
-    group.add_argument(
-        "--eval-data", type=arguments.path, metavar="META", help="held-out data: loss, accuracy, a few answers"
-    )
+    group.add_argument("--eval-data", type=Path, metavar="META", help="held-out data: loss, accuracy, a few answers")
     group.add_argument("--eval-every", type=int, default=500, metavar="N", help="steps, and at the end (500)")
     group.add_argument("--eval-batches", type=int, default=16, metavar="N", help="batches of it, at most (16)")
     group.add_argument("--answers", type=int, default=3, metavar="N", help="answers to print (3)")
     group.add_argument("--data-errors", choices=["skip", "fatal"], default="skip", help="conversations that are wrong")
+    group.add_argument(
+        "--from-scratch", action="store_true", help="begin at step 1 although OUTPUT has saved steps, which are kept"
+    )
     group.add_argument("--tensorboard", action="store_true", help="write OUTPUT/tensorboard")
     group.add_argument(
         "--profile", action="store_true", help="write a trace of a few steps to OUTPUT/profile, for xprof"
@@ -136,14 +132,14 @@ def _train(args: argparse.Namespace, join: Callable[[argparse.Namespace], None])
         raise ImportError("training reads its data with grain: pip install 'internvl-jax[train]'")
 
     from internvl_jax import distributed
-    from internvl_jax.training import reporting, run
+    from internvl_jax.training import reporting, run, saving
 
     if args.tensorboard:
         reporting.require_board()
     join(args)
     names = (
         "data output checkpoint base steps length images accumulate image_size mesh vision dtype param_dtype remat "
-        "seed workers save_every keep eval_data eval_every eval_batches answers profile"
+        "seed workers save_every keep eval_data eval_every eval_batches answers profile from_scratch"
     ).split()
     values: dict[str, Any] = {name: getattr(args, name) for name in names}
     options = run.Options(
@@ -155,17 +151,19 @@ def _train(args: argparse.Namespace, join: Callable[[argparse.Namespace], None])
         augmentation=None if args.augmentation == "none" else args.augmentation,
     )
     skipped = reporting.Skipped()
-    with counting() as progress:
-        made = run.prepare(options, report=skipped, progress=progress if err.is_terminal else None)
-    if distributed.is_first():
-        for line in run.summary(made):
-            err.print(line)
-    board = args.output / run.TENSORBOARD if args.tensorboard else None
-    outcome = None
-    if not made.done:
-        with reporting.reporting(made.settings.steps, args.log_every, board) as reporter:
-            outcome = run.start(made, log=reporter.log, tell=reporter.answer, progress=reporter.progress)
-    if distributed.is_first():
-        for line in (*skipped.lines(), *run.result(made, outcome)):
-            err.print(line)
+    with saving.claimed(args.output):
+        with counting() as progress:
+            made = run.prepare(options, report=skipped, progress=progress if err.is_terminal else None)
+        with run.log_file(made):
+            if distributed.is_first():
+                for line in run.summary(made):
+                    logger.info("%s", line)
+            board = args.output / run.TENSORBOARD if args.tensorboard else None
+            outcome = None
+            if not made.done:
+                with reporting.reporting(made.settings.steps, args.log_every, board) as reporter:
+                    outcome = run.start(made, log=reporter.log, tell=reporter.answer, progress=reporter.progress)
+            if distributed.is_first():
+                for line in (*skipped.lines(), *run.result(made, outcome)):
+                    logger.info("%s", line)
     return 0 if outcome is None or outcome.finished else 1

@@ -25,13 +25,13 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from internvl_jax import distributed, lora, sharding
+from internvl_jax import distributed, files, lora, sharding
 from internvl_jax.config import ChatConfig
 from internvl_jax.models.layers import BATCH, Params, Remat
 from internvl_jax.training import objective, optimizer
 from internvl_jax.training.batch import Batch, pad_rows
 from internvl_jax.training.recipes import Recipe
-from internvl_jax.training.saving import RunError, Steps, claim
+from internvl_jax.training.saving import RunError, Steps, begin, claimed
 from internvl_jax.training.state import ADAPTERS, Place, State, abstract_state, init_state
 
 # What the backward pass keeps of a layer: its input (and makes the rest again), also products with weights, everything.
@@ -245,6 +245,7 @@ def train(
     evaluate: Evaluate | None = None,
     ideal_seconds: Callable[[Batch], float] | None = None,
     profile: Path | None = None,
+    from_scratch: bool = False,
     loss: Loss = objective.loss,
 ) -> Outcome:
     """Train for settings.steps, going on from the last step in `directory` if there is one; save as it goes.
@@ -256,37 +257,40 @@ def train(
         last; what it returns goes into metrics.jsonl beside the step, and to `log`.
     ideal_seconds: how long a step of a (stacked) batch takes at the chips' full speed; given, metrics have MFU.
     profile: a directory for a trace of a few steps (PROFILED), which xprof shows. loss: as make_step takes it.
+    from_scratch: begin at step 1 although there are saved steps, which are moved aside.
     SIGTERM or Ctrl-C end the step, save and return; a second Ctrl-C interrupts at once.
-    Raises RunError where the directory is another run's or cannot be written, TrainingError where a loss is no number.
+    Raises RunError where the directory is another run's, cannot be written, or has steps of which none can be restored;
+    OutputInUseError where another process trains there; TrainingError where a loss is no number.
     """
     directory = Path(directory)
     adamw = optimizer.make_optimizer(recipe.optimizer, settings.steps, config)
-    claim(directory, facts(recipe, settings, identity))
-    step_function = make_step(config, recipe, settings, adamw, image_token_id, place, loss=loss)
-    state, frozen = init_state(params, recipe, adamw, place, settings.seed)
-    del params
-    with Steps(directory, place, keep=settings.keep) as steps, stopping() as asked:
-        restored = steps.restore(state)
-        if restored is not None:
-            state, position = restored
-            batches.set_state(position)
-        run = _Run(
-            directory,
-            settings,
-            recipe,
-            step_function,
-            frozen,
-            batches,
-            place,
-            steps,
-            log=log,
-            evaluate=evaluate,
-            ideal_seconds=ideal_seconds,
-            profile=profile,
-        )
-        with jax.set_mesh(place.mesh) if place.mesh is not None else nullcontext():
-            state, finished = run.loop(state, asked)
-        return Outcome(state, frozen, int(jax.device_get(state.step)), finished)
+    with claimed(directory):
+        begin(directory, facts(recipe, settings, identity))
+        step_function = make_step(config, recipe, settings, adamw, image_token_id, place, loss=loss)
+        state, frozen = init_state(params, recipe, adamw, place, settings.seed)
+        del params
+        with Steps(directory, place, keep=settings.keep, from_scratch=from_scratch) as steps, stopping() as asked:
+            restored = steps.restore(state)
+            if restored is not None:
+                state, position = restored
+                batches.set_state(position)
+            run = _Run(
+                directory,
+                settings,
+                recipe,
+                step_function,
+                frozen,
+                batches,
+                place,
+                steps,
+                log=log,
+                evaluate=evaluate,
+                ideal_seconds=ideal_seconds,
+                profile=profile,
+            )
+            with jax.set_mesh(place.mesh) if place.mesh is not None else nullcontext():
+                state, finished = run.loop(state, asked)
+            return Outcome(state, frozen, int(jax.device_get(state.step)), finished)
 
 
 class _Run:
@@ -393,8 +397,7 @@ class _Run:
     def write(self, entry: dict[str, Any], told: bool) -> None:
         if not distributed.is_first():
             return
-        with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        files.append_text(self.directory / "metrics.jsonl", json.dumps(entry) + "\n", sync=False)
         if self.log is not None and told:
             self.log(entry)
 
@@ -414,13 +417,17 @@ class _Run:
         """Keep the batch that broke the run; the message that says so."""
         path = self.directory / f"bad_batch_step_{number + 1}_process_{jax.process_index()}.npz"
         names = ("input_ids", "labels", "segment_ids", "positions", "pixel_values")
-        np.savez(path, **{name: getattr(batch, name) for name in names})
+        kept = f"Its batch is in {path}"
+        try:
+            np.savez(path, **{name: getattr(batch, name) for name in names})
+        except OSError as error:  # a full disk must not hide what happened
+            kept = f"Its batch could not be written to {path} ({error})"
         latest = self.steps.latest()
+        saved = f"The last saved step is {latest}" if latest is not None else "No step was saved"
         return (
-            f"step {number + 1}: the loss is {values['loss']}, the gradient's norm {values['grad_norm']}. Its batch is "
-            f"in {path}. " + (f"The last saved step is {latest}" if latest is not None else "No step was saved")
-            + "; a lower learning rate, or float32, may help"
-        )  # fmt: skip
+            f"step {number + 1}: the loss is {values['loss']}, the gradient's norm {values['grad_norm']}. {kept}. "
+            f"{saved}; a lower learning rate, or float32, may help"
+        )
 
 
 def _parts(batch: Batch) -> list[Batch]:
