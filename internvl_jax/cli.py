@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from internvl_jax import logs
+from internvl_jax import arguments, entry, files
 from internvl_jax.config import PRESETS
 from internvl_jax.evaluation import cli as evaluation_cli
 from internvl_jax.processing.images import load_image, read_once
-from internvl_jax.progress import counting, err, progress_bar, status
+from internvl_jax.progress import counting, err, print_json, progress_bar, status
 from internvl_jax.training import adapters_cli, train_cli
 from internvl_jax.training import cli as training_cli
 
-# Settings of sampling.GenerationConfig that `chat` passes on; an option that is not given is None, its default.
-GENERATION = (
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "repetition_penalty",
-    "num_beams",
-    "seed",
-    "stop",
-)
-
-LESS_MEMORY = "try --dtype bfloat16, --quantize int8, more devices (--mesh), a shorter --max-new-tokens or fewer beams"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 
 INTERACTIVE_HELP = """\
   /image FILE   show the model a picture (several: repeat it, then ask)
@@ -44,43 +30,16 @@ INTERACTIVE_HELP = """\
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 a failed check, 2 an error that the user can mend."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.run is None:
-        parser.print_help()
-        return 0
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no Chinese shows "?" instead of a traceback
-            stream.reconfigure(errors="replace")
-    with logs.to_terminal():
-        try:
-            code = args.run(args)
-            sys.stdout.flush()
-            return code
-        except KeyboardInterrupt:
-            err.print("interrupted")
-            return 130
-        except BrokenPipeError:
-            # The reader has left. Python would complain once more when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def command() -> int:
+        parser = _parser()
+        args = parser.parse_args(argv)
+        if args.run is None:
+            parser.print_help()
             return 0
-        except ModuleNotFoundError as error:
-            extra = "; pip install 'internvl-jax[convert]'" if error.name in ("torch", "safetensors") else ""
-            return _fail(f"this command needs a package that is not installed: {error.name}{extra}")
-        except (ValueError, OSError, ImportError) as error:
-            # The project's own errors are ValueErrors that say what to do; a traceback would bury them.
-            return _fail(str(error) or type(error).__name__)
-        except (RuntimeError, MemoryError) as error:
-            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            first = str(error).partition("\n")[0] or "out of memory"
-            return _fail(f"the device has too little memory ({first}); {LESS_MEMORY}")
+        return args.run(args)
 
-
-def _fail(message: str) -> int:
-    err.print("error:", style="bold red", end=" ")
-    err.print(message)
-    return 2
+    return entry.run(command)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,10 +63,14 @@ def _parser() -> argparse.ArgumentParser:
         "  internvl-jax chat --checkpoint ./InternVL-Chat-V1-1-jax",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    chat.add_argument("prompt", nargs="?", metavar="PROMPT", help="the question; '-' reads it from standard input")
-    chat.add_argument("--checkpoint", type=Path, metavar="DIR", help="a converted directory, or a published one as is")
-    _add_adapters(chat)
-    chat.add_argument("--image", type=Path, action="append", default=[], metavar="F", help="a picture; repeatable")
+    chat.add_argument("prompt", nargs="*", metavar="PROMPT", help="the question; '-' reads it from standard input")
+    chat.add_argument(
+        "--checkpoint", type=arguments.path, metavar="DIR", help="a converted directory, or a published one as is"
+    )
+    arguments.add_adapters(chat)
+    chat.add_argument(
+        "--image", type=arguments.path, action="append", default=[], metavar="F", help="a picture; repeatable"
+    )
     chat.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="to compute in; default: bfloat16 on TPU/GPU, float32 on CPU"
     )
@@ -116,19 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SPEC",
         help="spread the model over several devices, for example tensor=8 or data=2,tensor=4 (default: one device)",
     )
-    _add_quantize(chat)
-    chat.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (1024, if the context has room)")
-    chat.add_argument("--temperature", type=float, metavar="X", help="0 (default) always takes the likeliest token")
-    chat.add_argument("--top-p", type=float, metavar="X", help="sample from this much of the probability (1: all)")
-    chat.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (0: all)")
-    chat.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 discourages repeats (1: off)")
-    chat.add_argument("--num-beams", type=int, metavar="N", help="beam search with N beams (1: none)")
-    chat.add_argument("--seed", type=int, metavar="N", help="makes samples repeatable (0)")
-    chat.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
-    chat.add_argument("--system", metavar="TEXT", help="a system message, in front of the conversation")
-    chat.add_argument("--ignore-exif", action="store_true", help="do not turn pictures upright (EXIF orientation)")
+    arguments.add_weights(chat)
+    arguments.add_generation(chat)
     chat.add_argument("--json", action="store_true", help="print one JSON object: answer, tokens, finish_reason, ...")
-    _add_processes(chat)
+    arguments.add_processes(chat)
     chat.set_defaults(run=_chat)
 
     convert = commands.add_parser(
@@ -139,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
         "InternVL-Chat-V1-1 or V1-0, LLaVA-1.5 (its own layout or transformers'), InternViT, Llama. Needs the extra "
         "'convert'.",
     )
-    convert.add_argument("src", type=Path, metavar="SRC", help="the published directory")
-    convert.add_argument("dst", type=Path, metavar="DST", help="the directory to write; must not exist")
+    convert.add_argument("src", type=arguments.path, metavar="SRC", help="the published directory")
+    convert.add_argument("dst", type=arguments.path, metavar="DST", help="the directory to write; must not exist")
     convert.add_argument(
         "--quantize", choices=["int8", "int4"], help="write weights of 8 bits, or 4 in the LLM's layers"
     )
@@ -156,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Reads SRC, a directory that 'convert' or training wrote, and writes DST with the published key "
         "names, bit for bit. Needs the extra 'convert'.",
     )
-    export.add_argument("src", type=Path, metavar="SRC", help="the converted directory")
-    export.add_argument("dst", type=Path, metavar="DST", help="the directory to write; must not exist")
+    export.add_argument("src", type=arguments.path, metavar="SRC", help="the converted directory")
+    export.add_argument("dst", type=arguments.path, metavar="DST", help="the directory to write; must not exist")
     export.add_argument("--safetensors", action="store_true", help="write model-*.safetensors, not pytorch_model-*.bin")
     export.set_defaults(run=_export)
 
@@ -167,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Reads DIR, a directory that 'convert' or training wrote, and checks every file's size and "
         "checksum, and that every number is finite. Loading checks the same of what it reads.",
     )
-    verify.add_argument("directory", type=Path, metavar="DIR", help="the converted directory")
+    verify.add_argument("directory", type=arguments.path, metavar="DIR", help="the converted directory")
     verify.set_defaults(run=_verify)
 
     parity = commands.add_parser(
@@ -177,9 +131,13 @@ def _parser() -> argparse.ArgumentParser:
         "from disk, and prints how far each stage differs. Exit code 0: all within tolerance. Needs the extra "
         "'convert'.",
     )
-    parity.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a published or a converted directory")
-    parity.add_argument("--reference", type=Path, metavar="DIR", help="the published directory to compare with")
-    parity.add_argument("--image", type=Path, metavar="F", help="a picture (default: a drawn test picture)")
+    parity.add_argument(
+        "checkpoint", type=arguments.path, metavar="CHECKPOINT", help="a published or a converted directory"
+    )
+    parity.add_argument(
+        "--reference", type=arguments.path, metavar="DIR", help="the published directory to compare with"
+    )
+    parity.add_argument("--image", type=arguments.path, metavar="F", help="a picture (default: a drawn test picture)")
     parity.add_argument("--prompt", metavar="P", help="a question (default: a description is asked for)")
     _add_vision_tower(parity)
     parity.add_argument("--json", action="store_true", help="print one JSON object")
@@ -206,15 +164,21 @@ def _parser() -> argparse.ArgumentParser:
         "--preset", default="internvl_chat_v1_1", metavar="M", help=f"{', '.join(PRESETS)}; or a directory's"
     )
     report.add_argument("--mesh", metavar="SPEC", help="like data=2,tensor=4 (the largest tensor axis, rest on data)")
-    report.add_argument("--batch", type=int, metavar="N", help="rows, each with one image (1; --plan: what fits)")
-    report.add_argument("--length", type=int, default=2048, metavar="T", help="tokens of prompt and answer (2048)")
-    report.add_argument("--prompt", type=int, metavar="T", help="tokens of the prompt that prefill reads (length)")
+    report.add_argument(
+        "--batch", type=arguments.count, metavar="N", help="rows, each with one image (1; --plan: what fits)"
+    )
+    report.add_argument(
+        "--length", type=arguments.count, default=2048, metavar="T", help="tokens of prompt and answer (2048)"
+    )
+    report.add_argument(
+        "--prompt", type=arguments.count, metavar="T", help="tokens of the prompt that prefill reads (length)"
+    )
     report.add_argument("--vision", metavar="MODE", help="spread the tower by 'tensor' or 'data' (the mesh decides)")
     report.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="default: bfloat16")
-    _add_quantize(report)
+    arguments.add_weights(report)
     training = report.add_argument_group("--program train", "a step of the trainer, moments in float32")
     training.add_argument("--recipe", metavar="R", help="as for train (stage2); --table: R,R,...")
-    training.add_argument("--images", type=int, metavar="N", help="pictures in a row (1)")
+    training.add_argument("--images", type=arguments.natural, metavar="N", help="pictures in a row (1)")
     training.add_argument("--remat", metavar="POLICY", help="full, dots or none (full)")
     training.add_argument("--param-dtype", choices=["float32", "bfloat16"], help="of what is trained (float32)")
     report.add_argument("--plan", action="store_true", help="choose mesh and batch; of training, remat and dtype")
@@ -228,15 +192,15 @@ def _parser() -> argparse.ArgumentParser:
         description='Reads lines {"question": "...", "images": ["a.jpg"], "id": 7} (images and id may be left out) and '
         "appends a line with the answer for each, in the same order. Exit code 1: some questions got an error.",
     )
-    batch.add_argument("questions", type=Path, metavar="QUESTIONS", help="a JSONL file")
+    batch.add_argument("questions", type=arguments.path, metavar="QUESTIONS", help="a JSONL file")
     batch.add_argument(
-        "--out", type=Path, required=True, metavar="F", help="the JSONL file of answers, made or resumed"
+        "--out", type=arguments.path, required=True, metavar="F", help="the JSONL file of answers, made or resumed"
     )
     batch.add_argument(
-        "--images", type=Path, metavar="DIR", help="where relative paths of images start (QUESTIONS' own)"
+        "--images", type=arguments.path, metavar="DIR", help="where relative paths of images start (QUESTIONS' own)"
     )
-    batch.add_argument("--checkpoint", type=Path, metavar="DIR", help="as for chat; default: nano")
-    _add_adapters(batch)
+    batch.add_argument("--checkpoint", type=arguments.path, metavar="DIR", help="as for chat; default: nano")
+    arguments.add_adapters(batch)
     batch.add_argument(
         "--mesh", metavar="SPEC", help="as for chat; several processes share the work if one's devices can hold it"
     )
@@ -245,8 +209,8 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (1024, if the context has room)")
     batch.add_argument("--temperature", type=float, metavar="X", help="0 (default) always takes the likeliest token")
     batch.add_argument("--seed", type=int, metavar="N", help="makes samples repeatable (0)")
-    _add_quantize(batch)
-    _add_processes(batch)
+    arguments.add_weights(batch)
+    arguments.add_processes(batch)
     batch.set_defaults(run=_batch)
 
     bench = commands.add_parser(
@@ -256,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         "fraction of the roofline.",
     )
     model = bench.add_mutually_exclusive_group()
-    model.add_argument("--checkpoint", type=Path, metavar="DIR", help="as for chat")
+    model.add_argument("--checkpoint", type=arguments.path, metavar="DIR", help="as for chat")
     model.add_argument(
         "--preset",
         default="nano",
@@ -266,55 +230,34 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--mesh", metavar="SPEC", help="as for chat")
     bench.add_argument("--dtype", choices=["float32", "bfloat16"], help="as for chat")
     bench.add_argument(
-        "--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="images and rows at once (1 8)"
+        "--batch", type=arguments.count, nargs="+", default=[1, 8], metavar="N", help="images and rows at once (1 8)"
     )
-    bench.add_argument("--prompt-tokens", type=int, metavar="T", help="of each prompt (512, if the context has room)")
-    bench.add_argument("--profile", type=Path, metavar="DIR", help="write a trace of each program there, for xprof")
+    bench.add_argument(
+        "--prompt-tokens", type=arguments.count, metavar="T", help="of each prompt (512, if the context has room)"
+    )
+    bench.add_argument(
+        "--profile", type=arguments.path, metavar="DIR", help="write a trace of each program there, for xprof"
+    )
     bench.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_quantize(bench)
-    _add_processes(bench)
+    arguments.add_weights(bench)
+    arguments.add_processes(bench)
     bench.set_defaults(run=_bench)
 
-    train_cli.add_parser(commands, _add_processes, _join)
+    train_cli.add_parser(commands, arguments.add_processes, _join)
     adapters_cli.add_parser(commands)
     training_cli.add_parser(commands)
-    evaluation_cli.add_parser(commands, _add_weights_and_processes, _join)
+    evaluation_cli.add_parser(commands, arguments.add_weights_and_processes, _join)
     return parser
-
-
-def _add_quantize(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quantize", choices=["int8", "int4"], help="weights of 8 bits, or 4 in the LLM's layers")
-    parser.add_argument("--cache-dtype", choices=["int8"], help="keys and values of what was read in 8 bits")
 
 
 def _add_vision_tower(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vision-tower",
-        type=Path,
+        type=arguments.path,
         metavar="DIR",
         help="of LLaVA-1.5 and InternVL-Chat-V1-0: the tower's directory (default: in the checkpoint's, or beside it, "
         "under the name that config.json has for it)",
     )
-
-
-def _add_adapters(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapters", type=Path, metavar="DIR", help="low-rank adapters that training wrote")
-
-
-def _add_processes(parser: argparse.ArgumentParser) -> None:
-    """On a pod the same command starts on every host. Cloud TPU, GKE and Slurm say who is who; elsewhere the user."""
-    group = parser.add_argument_group("several processes (Cloud TPU, GKE and Slurm are detected)")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
-    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
-    group.add_argument(
-        "--wait", type=float, default=300, metavar="S", help="seconds until missing ones are named (300)"
-    )
-
-
-def _add_weights_and_processes(parser: argparse.ArgumentParser) -> None:
-    _add_quantize(parser)
-    _add_processes(parser)
 
 
 def _join(args: argparse.Namespace) -> None:
@@ -327,21 +270,17 @@ def _join(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    if args.prompt is None and args.json:
+    prompt = _prompt(args.prompt)
+    if prompt is None and args.json:
         raise ValueError("--json prints one answer: give it a PROMPT")
-    prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
-    if prompt is not None and not prompt.strip():
-        raise ValueError("the prompt is empty: ask a question, or leave PROMPT out to start a session")
     images = [read_once(path) for path in args.image]
     for image in images:  # before the model is read for them
         load_image(image, honour_exif=False)
 
     from internvl_jax.distributed import several
     from internvl_jax.loading import load
-    from internvl_jax.sampling import GenerationConfig
 
-    generation = {name: value for name in GENERATION if (value := getattr(args, name)) is not None}
-    GenerationConfig(**generation)
+    generation = arguments.generation(args)
     _join(args)
     if prompt is None and several():
         raise ValueError("a session takes one process: give a PROMPT, which all of them then read")
@@ -362,12 +301,42 @@ def _chat(args: argparse.Namespace) -> int:
     if args.json:
         with status("answering"):
             reply = chat.chat(prompt, images=images, **options)
-        print(json.dumps(reply.to_dict(), ensure_ascii=False))
+        print_json(reply.to_dict())
         return 0
     reply = _answer(chat, prompt, images, [], options)
     if reply.finish_reason == "length":
         err.print(f"(cut off after {len(reply.tokens)} tokens: --max-new-tokens allows more)", style="dim")
     return 0
+
+
+def _prompt(words: list[str]) -> str | None:
+    """The question, None for a session. What is given beside it, or is an image's name, was meant for an option."""
+    if not words:
+        return None
+    images = [word for word in words if _names_an_image(word)]
+    if images:
+        raise ValueError(
+            f"{images[0]} is an image, not a question: write --image before each image "
+            f"({' '.join(f'--image {name}' for name in images[:3])})"
+        )
+    if len(words) > 1:
+        raise ValueError(f"one PROMPT is asked, not {len(words)} ({', '.join(map(repr, words[:5]))}): put it in quotes")
+    prompt = _stdin(sys.stdin.read).strip() if words[0] == "-" else words[0]
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: ask a question, or leave PROMPT out to start a session")
+    return prompt
+
+
+def _names_an_image(word: str) -> bool:
+    if len(word.split()) == 1 and Path(word).suffix.lower() in IMAGE_SUFFIXES:
+        return True
+    try:
+        if not files.resolve(word).is_file():
+            return False
+        load_image(word, honour_exif=False)
+        return True
+    except (ValueError, OSError):
+        return False
 
 
 def _answer(
@@ -389,7 +358,7 @@ def _answer(
 
 
 def _session(chat: Any, images: list[Path | bytes], options: dict[str, Any]) -> int:
-    """Ask, answer, ask again, until end of input."""
+    """Ask, answer, ask again, until end of input. Exit code 1: a script's input brought errors and no answer."""
     try:
         import readline  # noqa: F401  (line editing for input(); absent on some systems)
     except ImportError:
@@ -397,11 +366,18 @@ def _session(chat: Any, images: list[Path | bytes], options: dict[str, Any]) -> 
     if sys.stdin.isatty():
         err.print(f"{chat.name}: type a question. /image FILE shows a picture, /help tells more.")
     history: list[tuple[str, str]] = []
+    answered = failed = 0
+
+    def left() -> int:
+        return 1 if failed and not answered and not sys.stdin.isatty() else 0
+
     while True:
         try:
             line = _ask(f"[{len(images)} image(s)] > " if images else "> ").strip()
         except EOFError:
-            return 0
+            return left()
+        except entry.Terminated:
+            raise
         except KeyboardInterrupt:
             err.print("\n(Ctrl-D or /quit leaves)")
             continue
@@ -410,7 +386,7 @@ def _session(chat: Any, images: list[Path | bytes], options: dict[str, Any]) -> 
         command, _, argument = line.partition(" ")
         try:
             if command in ("/quit", "/exit"):
-                return 0
+                return left()
             elif command == "/help":
                 err.print(INTERACTIVE_HELP)
             elif command == "/clear":
@@ -425,11 +401,15 @@ def _session(chat: Any, images: list[Path | bytes], options: dict[str, Any]) -> 
                 err.print(f"{command} is no command here; there are:\n{INTERACTIVE_HELP}")
             else:
                 history = _answer(chat, line, images, history, options).history
+                answered += 1
+        except entry.Terminated:
+            raise
         except KeyboardInterrupt:
             print(flush=True)
             err.print("(stopped; this answer is not remembered)")
         except ValueError as error:
-            _fail(str(error))
+            failed += 1
+            entry.fail(str(error))
 
 
 def _picture(argument: str) -> Path | bytes:
@@ -444,7 +424,7 @@ def _picture(argument: str) -> Path | bytes:
 
 def _ask(prompt: str) -> str:
     if not sys.stdin.isatty():
-        line = sys.stdin.readline()
+        line = _stdin(sys.stdin.readline)
         if not line:
             raise EOFError
         return line
@@ -454,6 +434,13 @@ def _ask(prompt: str) -> str:
     sys.stderr.write(prompt)
     sys.stderr.flush()
     return input()
+
+
+def _stdin(read: Callable[[], str]) -> str:
+    try:
+        return read()
+    except OSError as error:  # closed by the shell, `<&-`
+        raise ValueError(f"standard input cannot be read ({error.strerror}): give the question as PROMPT") from None
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -503,7 +490,7 @@ def _parity(args: argparse.Namespace) -> int:
             progress=progress,
         )
     if args.json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False))
+        print_json(report.to_dict())
     else:
         report.print(Console(highlight=False))
     return 0 if report.passed else 1
@@ -530,11 +517,18 @@ def _compile_report(args: argparse.Namespace) -> int:
             print(line, flush=True)
     elif args.plan:
         made = plan.plan(asked, say=err.print)
-        print(json.dumps(made.to_dict()) if args.json else "\n".join(plan.lines(made)))
+        _show(made, args.json, plan.lines)
     else:
         report = compile_report.report(compile_report.make_workload(**asked, mesh=args.mesh), args.program)
-        print(json.dumps(report.to_dict()) if args.json else "\n".join(compile_report.lines(report)))
+        _show(report, args.json, compile_report.lines)
     return 0
+
+
+def _show(report: Any, as_json: bool, lines: Callable[[Any], list[str]]) -> None:
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print("\n".join(lines(report)))
 
 
 def _train_report(args: argparse.Namespace) -> int:
@@ -560,7 +554,7 @@ def _train_report(args: argparse.Namespace) -> int:
     if done is None:
         print("nothing fits: take a larger slice, shorter rows or adapters (--recipe lora)")
         return 0
-    print(json.dumps(done.to_dict()) if args.json else "\n".join(train_report.lines(done)))
+    _show(done, args.json, train_report.lines)
     return 0
 
 
@@ -611,7 +605,7 @@ def _bench(args: argparse.Namespace) -> int:
             profile=args.profile,
             progress=progress,
         )
-    print(json.dumps(result.to_dict()) if args.json else "\n".join(bench.lines(result)))
+    _show(result, args.json, bench.lines)
     return 0
 
 

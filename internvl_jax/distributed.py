@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -188,7 +190,15 @@ def start(
         cluster_detection_method="deactivate",  # nothing that we did not detect
         initialization_timeout=max(30, int(deadline - time.monotonic())),
     )
+    _take_back(signal.SIGTERM)  # jax's preemption service has put a handler of its own there
     return cluster
+
+
+def _take_back(number: int) -> None:
+    """Put Python's handler of a signal, the command line's or training's, in the place of one that C++ put there."""
+    handler = signal.getsignal(number)
+    if threading.current_thread() is threading.main_thread() and callable(handler):
+        signal.signal(number, handler)
 
 
 def roll_call(cluster: Cluster, wait_seconds: float) -> None:
@@ -344,7 +354,7 @@ def all_or_none() -> Iterator[None]:
     except Exception as caught:
         error = caught
     if several():
-        problems = exchange(str(error or "").encode() or (b"error" if error else b""))
+        problems = exchange(str(error or "").encode(errors="backslashreplace") or (b"error" if error else b""))
         failed = [f"process {number}: {text.decode()}" for number, text in enumerate(problems) if text]
         if error is None and failed:
             raise DistributedError("stopped here because of an error elsewhere: " + "; ".join(failed[:3]))

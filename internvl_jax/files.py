@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -12,6 +13,7 @@ import shlex
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -135,6 +137,34 @@ def append_text(path: str | Path, text: str, *, sync: bool = True) -> None:
             os.close(file)
     except OSError as error:
         raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def cache_directory(name: str) -> Path | None:
+    """$XDG_CACHE_HOME/internvl_jax/NAME (or in ~/.cache), made; None where it cannot be written, after a warning."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "internvl_jax" / name
+    try:
+        path = resolve(path)
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:  # a full disk still makes empty files
+            file.write(bytes(4096))
+    except (OSError, ValueError) as error:
+        warn_of_cache(path, error)
+        return None
+    return path
+
+
+def warn_of_cache(path: Path, error: Exception) -> None:
+    """Say once that the cache cannot be used, whichever of its directories is found so first."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    _warn_once(
+        f"the cache {path.parent} cannot be used ({reason}): compiled programs and indexes of annotations are made anew "
+        "by every process; set XDG_CACHE_HOME to a directory that can be written"
+    )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 @contextmanager

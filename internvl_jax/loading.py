@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from internvl_jax import checkpoint, lora, sharding
+from internvl_jax import checkpoint, files, lora, sharding
 from internvl_jax.chat import Chat
 from internvl_jax.config import ChatConfig, ConfigError, read_json
 from internvl_jax.models import chat_model
@@ -213,9 +212,12 @@ def enable_compilation_cache() -> None:
 
     jax's own settings go first: JAX_COMPILATION_CACHE_DIR chooses another place, JAX_ENABLE_COMPILATION_CACHE=0 none.
     """
-    if jax.config.values["jax_compilation_cache_dir"] is not None:
+    values = jax.config.values
+    if values["jax_compilation_cache_dir"] is not None or not values["jax_enable_compilation_cache"]:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(home / "internvl_jax" / "xla"))
+    directory = files.cache_directory("xla")
+    if directory is None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
     # By default only programs that took over a second to compile are kept; nano's all take less.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

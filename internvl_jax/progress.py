@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 
 # Messages are printed as they are: no markup, no emoji codes, no line breaks inside a path.
 err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print one line of JSON on stdout: readable, or escaped where stdout's encoding does not hold it."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text)
 
 
 @contextmanager

@@ -138,21 +138,24 @@ def make_mesh(
         sizes = {axis: len(devices) // others if size == -1 else size for axis, size in sizes.items()}
     needed = math.prod(sizes.values())
     if not 1 <= needed <= len(devices):
-        named = ",".join(f"{axis}={size}" for axis, size in sizes.items())
         tensors = legal_tensor_sizes(config, len(devices)) if config else _divisors(len(devices))
         raise MeshError(
-            f"the mesh {named} needs {needed or 'more'} devices, there are {len(devices)}: data * fsdp * tensor must "
-            f"be at most {len(devices)}; legal tensor sizes are {_listed(tensors)}"
+            f"the mesh {_named(sizes)} needs {needed or 'more'} devices, there are {len(devices)}: data * fsdp * "
+            f"tensor must be at most {len(devices)}; legal tensor sizes are {_listed(tensors)}"
         )
+    if config is not None:
+        _check_sizes(config, sizes)
     types = (AxisType.Auto,) * len(AXES)
     try:
-        mesh = jax.make_mesh(tuple(sizes.values()), AXES, types, devices=devices[:needed])
+        return jax.make_mesh(tuple(sizes.values()), AXES, types, devices=devices[:needed])
     except NotImplementedError:  # an axis that is no product of the torus's own: jax splits these on v5e alone
         split = create_device_mesh(tuple(sizes.values()), devices[:needed], allow_split_physical_axes=True)
-        mesh = Mesh(split, AXES, axis_types=types)
-    if config is not None:
-        validate_mesh(config, mesh)
-    return mesh
+        return Mesh(split, AXES, axis_types=types)
+    except AssertionError:  # of a TPU slice jax takes what forms a block
+        raise MeshError(
+            f"the mesh {_named(sizes)} takes {needed} of the slice's {len(devices)} devices, and the first {needed} "
+            f"form no block: use all {len(devices)}, or fewer that do (the powers of 2)"
+        ) from None
 
 
 def validate_mesh(config: ChatConfig, mesh: Mesh, batch: int | None = None) -> None:
@@ -162,20 +165,29 @@ def validate_mesh(config: ChatConfig, mesh: Mesh, batch: int | None = None) -> N
     """
     if tuple(mesh.axis_names) != AXES:
         raise MeshError(f"the mesh has the axes {tuple(mesh.axis_names)}, not {AXES}: make it with make_mesh")
-    data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
-    for axis, size, sizes in (("tensor", tensor, _tensor_sizes(config)), ("fsdp", fsdp, _fsdp_sizes(config))):
-        wrong = [f"{what} ({number})" for what, number in sizes.items() if number % size]
-        if wrong:
-            legal = [n for n in _divisors(math.gcd(*sizes.values())) if n <= mesh.size]
-            raise MeshError(
-                f"{axis}={size} does not divide {', '.join(wrong)}; legal sizes of {axis} on {mesh.size} devices are "
-                f"{_listed(legal)}; other devices can go to the other axes"
-            )
+    _check_sizes(config, mesh.shape)
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
     if batch is not None and batch % (data * fsdp):
         raise MeshError(
             f"a batch of {batch} rows does not divide over data={data} x fsdp={fsdp}: use a multiple of {data * fsdp} "
             f"rows, or data * fsdp one of {_listed(_divisors(batch))}"
         )
+
+
+def _check_sizes(config: ChatConfig, mesh: Mapping[str, int]) -> None:
+    devices = math.prod(mesh.values())
+    for axis, sizes in (("tensor", _tensor_sizes(config)), ("fsdp", _fsdp_sizes(config))):
+        wrong = [f"{what} ({number})" for what, number in sizes.items() if number % mesh[axis]]
+        if wrong:
+            legal = [n for n in _divisors(math.gcd(*sizes.values())) if n <= devices]
+            raise MeshError(
+                f"{axis}={mesh[axis]} does not divide {', '.join(wrong)}; legal sizes of {axis} on {devices} devices "
+                f"are {_listed(legal)}; other devices can go to the other axes"
+            )
+
+
+def _named(sizes: Mapping[str, int]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
 def row_owners(mesh: Mesh) -> tuple[tuple[int, ...], dict[int, int]]:

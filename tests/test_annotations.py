@@ -1,10 +1,15 @@
 """Meta files and annotations: every form that is documented, and what is wrong with others."""
 
+import errno
 import json
+import os
 import pickle
+import tempfile
+from pathlib import Path
 
 import pytest
 
+from internvl_jax import files
 from internvl_jax.training import annotations
 from internvl_jax.training.annotations import Corpus, DataError, Entries, read_meta
 
@@ -50,6 +55,10 @@ def test_llava_json(tmp_path, indent):
     assert [json.loads(entries[i]) for i in range(len(entries))] == values
     assert entries.place(1) == f"{path}:{10 if indent else 1} (entry 2)"
     assert read_meta(path)[0].annotation == path  # taken as the only data set
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark
+    marked = Entries(path)
+    assert [json.loads(marked[i]) for i in range(len(marked))] == values
+    assert read_meta(path)[0].annotation == path
     path.write_text(json.dumps(values)[:-5])
     with pytest.raises(DataError, match="cut off"):
         Entries(path)
@@ -69,6 +78,63 @@ def test_an_index_is_made_once_for_a_file_and_again_when_it_changes(tmp_path, mo
     write_lines(path, 4)
     assert len(Entries(path)) == 4
     assert made == [path, path]
+
+
+def test_byte_order_marks(tmp_path):
+    lines = write_lines(tmp_path / "a.jsonl", 2)
+    lines.write_bytes(b"\xef\xbb\xbf" + lines.read_bytes() + b"\n\xef\xbb\xbf" + b'{"id": "joined"}')  # as `cat` joins
+    meta = write_meta(tmp_path, a={"root": "", "annotation": "a.jsonl"})
+    meta.write_bytes(b"\xef\xbb\xbf" + meta.read_bytes())
+    assert ids(Corpus(read_meta(meta))) == ["a0", "a1", "joined"]
+    for path in (lines, tmp_path / "a.json", meta):
+        path.write_text("[{}]", encoding="utf-16")
+        with pytest.raises(DataError, match=rf"{path.name} is UTF-16 text: save it as UTF-8"):
+            Corpus(read_meta(path))
+
+
+@pytest.mark.parametrize("home", ["missing", "file", "read-only", "full", "full later"])
+def test_a_cache_that_cannot_be_used(tmp_path, monkeypatch, logged, home):
+    files._warn_once.cache_clear()
+    if home == "missing":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", no_home)
+        monkeypatch.setattr(Path, "expanduser", no_home)
+    elif home == "file":
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    elif home == "read-only":
+        monkeypatch.setattr(Path, "mkdir", failing(errno.EROFS))
+    elif home == "full":
+        monkeypatch.setattr(tempfile, "TemporaryFile", failing(errno.ENOSPC))
+    else:
+        monkeypatch.setattr(Path, "replace", failing(errno.ENOSPC))
+    entries = Entries(write_lines(tmp_path / "a.jsonl", 3))
+    assert [json.loads(entries[i])["id"] for i in range(3)] == ["a0", "a1", "a2"]
+    assert entries.place(2) == f"{tmp_path}/a.jsonl:3"
+    again = pickle.loads(pickle.dumps(entries))
+    assert again[1] == entries[1]
+    assert len(Entries(write_lines(tmp_path / "b.jsonl", 2))) == 2
+    assert len(logged) == 1
+    assert "indexes of annotations are made anew by every process; set XDG_CACHE_HOME to a directory" in logged[0]
+
+
+def no_home(*_):
+    raise RuntimeError("Could not determine home directory.")
+
+
+def failing(code):
+    def fail(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def test_a_torn_index_is_made_again(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", 3)
+    index = Entries(path)._index
+    index.write_bytes(index.read_bytes()[:-1])
+    assert len(Entries(path)) == 3
+    assert index.stat().st_size == 3 * annotations.ROW
 
 
 def test_meta(tmp_path):
@@ -118,7 +184,18 @@ def test_everything_wrong_with_a_meta_file_is_listed(tmp_path):
         assert message in line
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "not JSON"), ("3", "must hold"), ("{}", "must hold")])
+def test_a_data_set_that_is_there_twice(tmp_path):
+    write_lines(tmp_path / "a.jsonl", 1)
+    source = '{"root": "", "annotation": "a.jsonl", "root": ""}'
+    (tmp_path / "meta.json").write_text(f'{{"a": {source}, "b": {{"annotation": "a.jsonl"}}, "a": {{}}}}')
+    with pytest.raises(DataError, match=r"root: is there 2 times\n  a: is there 2 times\n  a: \"annotation\" must be"):
+        read_meta(tmp_path / "meta.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "not JSON"), ("3", "must hold"), ("{}", "must hold"), ('{"a":' * 10**5, "not JSON")],
+)
 def test_no_meta_file(tmp_path, text, message):
     (tmp_path / "meta.json").write_text(text)
     with pytest.raises(DataError, match=message):

@@ -1,5 +1,6 @@
 """The command line: what it prints where, exit codes, sessions, interrupts. Mostly in this process, some in others."""
 
+import argparse
 import io
 import json
 import logging
@@ -10,6 +11,7 @@ import select
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -19,7 +21,7 @@ from golden import DATA, bundle
 from PIL import Image
 
 import internvl_jax
-from internvl_jax import cli
+from internvl_jax import arguments, cli, loading
 
 BUNDLE, LLAVA = DATA / "internvl_chat_v1_1", DATA / "llava_1_5"
 CHECKPOINT = BUNDLE / "checkpoint"
@@ -114,6 +116,22 @@ def test_help_of_every_command(command, capsys):
     assert [action.dest for action in parser._actions if not action.help] == []
 
 
+def options(parser):
+    """Every option and argument of a parser and of its commands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for one in action.choices.values():
+                yield from options(one)
+        else:
+            yield action
+
+
+def test_every_path_is_resolved_where_it_enters():
+    actions = list(options(cli._parser()))
+    assert not [action.dest for action in actions if action.type is Path]
+    assert len([action for action in actions if action.type is arguments.path]) > 40
+
+
 def test_help_needs_no_jax():
     """--help answers at once: the slow imports come later."""
     code = (
@@ -130,6 +148,16 @@ def test_help_needs_no_jax():
         (("chat", "--colour", "red"), "unrecognized arguments: --colour"),
         (("chat", "--max-new-tokens", "many", "Hi"), "--max-new-tokens: invalid int value: 'many'"),
         (("chat", "--dtype", "float16", "Hi"), "--dtype: invalid choice: 'float16'"),
+        (("chat", "--wait", "-1", "Hi"), "--wait: must be a number of seconds from 0 on, not -1"),
+        (("chat", "--wait", "nan", "Hi"), "--wait: must be a number of seconds from 0 on, not nan"),
+        (("chat", "--process-id", "-1", "Hi"), "--process-id: must be at least 0"),
+        (("chat", "--num-processes", "0", "Hi"), "--num-processes: must be at least 1"),
+        (("bench", "--batch", "0"), "--batch: must be at least 1 and below 2**31, not 0"),
+        (("compile-report", "--batch", "two"), "--batch: 'two' is not a whole number"),
+        (("data", "check", "meta.json", "--limit", "0"), "--limit: must be at least 1"),
+        (("chat", "--image", "https://example.com/a.png", "Hi"), "is a URL; nothing is fetched here"),
+        (("convert", "gs://bucket/model", "here"), "is a URL; nothing is fetched here"),
+        (("chat", "--checkpoint", "~nobody-has-this-name/x", "Hi"), "is not a path"),
         (("convert", "somewhere"), "the following arguments are required: DST"),
     ],
     ids=str,
@@ -200,6 +228,21 @@ def test_json_is_what_is_printed(golden):
     assert (reply["answer"], reply["tokens"]) == (TEXT["response"], TEXT["generated_ids"])
 
 
+def test_json_on_a_terminal_that_knows_no_chinese(golden, monkeypatch):
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", plain)
+    question = "请详细描述这张图片。"
+    assert golden("--json", question)[0] == 0
+    plain.flush()
+    assert json.loads(plain.buffer.getvalue())["history"][0][0] == question
+
+
+def test_settings_without_effect_are_named(golden):
+    _, _, err = golden("--top-p", 0.5, "--seed", 3, TEXT["question"])
+    assert "--top-p, --seed: without effect, because nothing is sampled at temperature 0" in err
+    assert golden("--top-p", 0.5, "--seed", 3, "--temperature", 1, TEXT["question"])[2].count("without effect") == 0
+
+
 def test_settings_arrive(golden):
     search = FACTS["beam_search"][0]
     assert golden("--num-beams", 5, "--image", PICTURE, QUESTION)[:2] == (0, search["response"] + "\n")
@@ -228,6 +271,38 @@ def test_the_model_is_loaded_as_asked(golden):
 def test_a_picture_of_one_pixel(golden, tmp_path):
     Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
     code, out, _ = golden("--image", tmp_path / "dot.png", QUESTION)
+    assert code == 0
+    assert out.strip()
+
+
+def test_an_image_through_a_pipe(golden, tmp_path):
+    """It can be read once only."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for content, expected in (
+        ((BUNDLE / FACTS["images"]["rgb"]["file"]).read_bytes(), (0, SEEN["response"] + "\n")),
+        (b"", (2, "")),
+    ):
+        writer = threading.Thread(target=pipe.write_bytes, args=(content,))
+        writer.start()
+        code, out, err = golden("--image", pipe, QUESTION)
+        writer.join()
+        assert (code, out) == expected
+    assert "is empty" in err
+
+
+@pytest.mark.parametrize("name", ["..", "sp ace", "uni中", "new\nline", "~", "x" * 250, "link", "slash/"])
+def test_names_of_checkpoints_and_images(run, tmp_path, monkeypatch, name):
+    """Every kind of name, relative ones too, reaches the parameters and the image."""
+    real = tmp_path / "home" / (name.rstrip("/") if name not in ("..", "~", "link") else "model")
+    shutil.copytree(loading.NANO, real)
+    shutil.copy(PICTURE, real / "im age.png")
+    (tmp_path / "link").symlink_to(real)
+    (real / "inner").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(real / "inner")
+    where = {"..": "..", "~": "~/model", "link": "../../../link/../model"}.get(name, f"../../{name}")
+    code, out, _ = run("chat", "--checkpoint", where, "--image", f"{where}/im age.png", "--max-new-tokens", 1, "Hi")
     assert code == 0
     assert out.strip()
 
@@ -262,6 +337,20 @@ def test_errors_say_what_to_do(run, tmp_path, monkeypatch):
         ((*GOLDEN, "--image", truncated, "Hi"), f"{truncated} is damaged or truncated"),
         ((*GOLDEN, "--image", text, "Hi"), f"{text} is not a picture in a format that can be read"),
         ((*GOLDEN, "--image", tmp_path, "Hi"), "is a directory, not a picture"),
+        ((*GOLDEN, "--image", PICTURE, PICTURE), f"{PICTURE} is an image, not a question: write --image before each"),
+        ((*GOLDEN, "--image", PICTURE, "none.png"), "none.png is an image, not a question"),
+        ((*GOLDEN, "--image", PICTURE, PICTURE, "Hi"), f"{PICTURE} is an image, not a question"),
+        ((*GOLDEN, "What", "is", "this?"), "one PROMPT is asked, not 3 ('What', 'is', 'this?'): put it in quotes"),
+        ((*GOLDEN, "--num-beams", 0, "Hi"), "num_beams must be at least 1"),
+        ((*GOLDEN, "--top-k", -1, "Hi"), "top_k must be at least 0"),
+        ((*GOLDEN, "--top-p", 0, "Hi"), "top_p must lie in (0, 1]"),
+        ((*GOLDEN, "--temperature", "nan", "Hi"), "temperature must be a number, not nan"),
+        ((*GOLDEN, "--max-new-tokens", 0, "Hi"), "max_new_tokens must be at least 1"),
+        ((*GOLDEN, "--repetition-penalty", 0, "Hi"), "repetition_penalty must be above 0"),
+        ((*GOLDEN, "--seed", -1, "Hi"), "seed must be at least 0"),
+        ((*GOLDEN, "--seed", 2**32, "Hi"), "seed must be at least 0 and below 2**31"),
+        ((*GOLDEN, "--stop", "", "Hi"), "stop must be strings that are not empty"),
+        ((*GOLDEN, "bytes\udcff"), "the text holds bytes that are no UTF-8"),
         ((*GOLDEN, "--temperature", "-1", "Hi"), "temperature must be 0 (greedy) or more, not -1.0"),
         ((*GOLDEN, "--num-beams", 2, "--temperature", 1, "Hi"), "beam search does not sample"),
         ((*GOLDEN, "--mesh", "tensor:4", "Hi"), 'write for example "data=2,tensor=8"'),
@@ -358,6 +447,12 @@ def test_a_session(golden, chat):
     first = golden("--json", "--image", PICTURE, turns[0])[1]
     second = chat.chat(turns[1], PICTURE, json.loads(first)["history"], max_new_tokens=32)
     assert answers.startswith("\n".join((json.loads(first)["answer"], second.text)))
+
+
+def test_a_script_that_got_no_answer_fails(golden):
+    assert golden(stdin="<image> what?\n/image nowhere.png\n")[:2] == (1, "")
+    assert golden(stdin="bytes \udcff\n/quit\n")[:2] == (1, "")
+    assert golden(stdin="\n/help\n")[0] == 0
 
 
 def test_a_session_with_beams_and_pictures_from_the_start(golden):

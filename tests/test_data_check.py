@@ -86,6 +86,32 @@ def test_warnings(tmp_path, capsys):
     assert "1 of 7 conversations are cut" in out.out
 
 
+def test_a_data_set_of_which_nothing_is_left(tmp_path, capsys):
+    sets = {**write_data(tmp_path, 20, every_other_image=False), **write_data(tmp_path, 1, "b", repeat_time=0.1)}
+    (tmp_path / "meta.json").write_text(json.dumps(sets))
+    code, out = run(capsys, tmp_path / "meta.json", "--checkpoint", CHECKPOINT)
+    assert code == 2
+    assert "b: repeat_time 0.1 leaves none of 1 samples" in out.err
+
+
+def test_a_data_set_of_which_nothing_can_be_used(tmp_path, capsys):
+    write_data(tmp_path, 3)
+    (tmp_path / "none.jsonl").write_text("{}\n" * 3)
+    sets = {"none": {"root": "", "annotation": "none.jsonl", "length": 0}}
+    (tmp_path / "meta.json").write_text(json.dumps(sets))
+    code, out = run(capsys, tmp_path / "meta.json", "--checkpoint", CHECKPOINT)
+    assert code == 1
+    assert "3 of 3 cannot be used" in out.out
+    assert 'says "length" 0, the annotation has 3 entries' in out.out
+    code, out = run(capsys, tmp_path / "meta.json", "--checkpoint", CHECKPOINT, "--json")
+    report = json.loads(out.out)
+    assert (code, report["filled"], report["batches_per_epoch"], report["sources"][0]["usable"]) == (1, 0, 0, 0)
+    for empty, message in (("", "has no entries"), ("\n\n", "has no entries")):
+        (tmp_path / "none.jsonl").write_text(empty)
+        code, out = run(capsys, tmp_path / "meta.json", "--checkpoint", CHECKPOINT)
+        assert (code, message in out.err) == (2, True)
+
+
 def test_llava_json_with_the_model_that_ships(tmp_path, capsys):
     turns = [{"from": "human", "value": "Look.\n<image>"}, {"from": "gpt", "value": "A square."}]
     (tmp_path / "llava.json").write_text(json.dumps([{"id": "1", "image": "x.png", "conversations": turns}]))

@@ -49,6 +49,13 @@ def test_soft_accuracy_official():
         assert round(statistics.fmean(scores[name]), 2) == value, name
 
 
+def test_edges_of_vqa():
+    """Of more than 32 full stops the others stay; answers that differ in a tab are not the same for all ten."""
+    assert vqa.normalize_m4c("b." * 40) == "b" * 32 + "b." * 8
+    assert vqa.soft_accuracy_official("Red Car", ["red\tcar"] * 5 + ["red car"] * 5) == 1.0
+    assert vqa.soft_accuracy_official("Red Car", ["red car"] * 10) == 0.0
+
+
 def test_ten_people_are_needed():
     with pytest.raises(ValueError, match="9 answers by people"):
         vqa.soft_accuracy_m4c("a", ["a"] * 9)
@@ -71,6 +78,15 @@ def test_relaxed_match():
         scores.append(documents.relaxed_match(item["prediction"], accepted))
         assert scores[-1] == expected["reference"], item
     assert statistics.fmean(scores) == close(cases("relaxed_accuracy")["expected"]["overall_reference"])
+
+
+def test_edges_of_relaxed_match():
+    """5% is within the tolerance, of the model's answer; what is beyond is not."""
+    assert documents.relaxed_match("20", ["21"])
+    assert documents.relaxed_match("100", ["95"])
+    assert not documents.relaxed_match("20", ["21.01"])
+    assert not documents.relaxed_match("100", ["94.99"])
+    assert not documents.relaxed_match("95", ["100"])  # 5 of 95
 
 
 def test_exact_match():
@@ -236,6 +252,15 @@ def test_mmmu():
         ]
         assert (len(part), round(statistics.fmean(part), 3)) == (value["num"], value["acc"]), name
     assert len(mmmu.SUBJECTS) == 30
+
+
+def test_edges_of_mmmu():
+    """Of several cues in the last line the one nearest to its end counts; "=" is a cue there only."""
+    for answer in ("the answer is 3 + 4 = 7", "so the result is 7", "3 + 4 = 8, therefore 7", "x = 3\nthus it is 7"):
+        assert mmmu.open_match(answer, ["7"]), answer
+        assert not mmmu.open_match(answer, ["3"]), answer
+    assert mmmu.open_match("it equals\nx = 3", ["3"])
+    assert mmmu._candidates("y is 2\nso x is 3 = z") == [2.0, " z", "z ", 2.0]
 
 
 def test_mmvet_summary():

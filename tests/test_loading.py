@@ -12,7 +12,7 @@ from golden import DATA, assert_close, bundle
 from PIL import Image
 
 import internvl_jax
-from internvl_jax import loading
+from internvl_jax import files, loading
 from internvl_jax.chat import Chat
 from internvl_jax.config import ConfigError
 
@@ -179,3 +179,28 @@ def test_bare_language_model_that_chats(chat):
     assert blind.chat(prompt["question"], max_new_tokens=32).text == prompt["response"]
     with pytest.raises(ValueError, match="is a language model without a vision tower: ask without images"):
         blind.chat("What?", picture("rgb"))
+
+
+def test_the_compilation_cache_where_it_can_be_written_and_where_not(tmp_path, monkeypatch, logged):
+    before = jax.config.values["jax_compilation_cache_dir"]
+    seconds = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    files._warn_once.cache_clear()
+    (tmp_path / "file").touch()
+    try:
+        for home, expected in (
+            (tmp_path / "file", None),
+            (tmp_path / "file", None),
+            (tmp_path / "cache", tmp_path / "cache/internvl_jax/xla"),
+            (tmp_path / "other", tmp_path / "cache/internvl_jax/xla"),  # what is set stays
+        ):
+            if expected is None:
+                jax.config.update("jax_compilation_cache_dir", None)
+            monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+            loading.enable_compilation_cache()
+            found = jax.config.values["jax_compilation_cache_dir"]
+            assert found == (None if expected is None else str(expected))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+    assert len(logged) == 1
+    assert f"the cache {tmp_path}/file/internvl_jax cannot be used (Not a directory): compiled programs" in logged[0]

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from internvl_jax import flops, generate, sharding
 from internvl_jax.config import PRESETS, ChatConfig
+from internvl_jax.files import resolve
 from internvl_jax.loading import abstract_for_running
 from internvl_jax.models.layers import Params, fit_spec
 from internvl_jax.quantize import quantize_params
@@ -254,8 +254,9 @@ def config_of(preset: str) -> ChatConfig:
     """A preset's configuration, or that of a directory."""
     if preset in PRESETS:
         return PRESETS[preset]()
-    if Path(preset).exists():
-        return ChatConfig.from_file(preset)
+    directory = resolve(preset)
+    if directory.exists():
+        return ChatConfig.from_file(directory)
     raise ValueError(f"preset {preset!r} is neither one of {', '.join(PRESETS)} nor a directory with a config.json")
 
 

@@ -21,7 +21,8 @@ ROUNDS = 2  # batches whose pictures are made ready beside the one that is asked
 class Ahead:
     """Answers as its Chat does, with the pictures of `work` made ready in the order in which they will be asked for.
 
-    A picture that cannot be read raises where it is asked for, as from Chat.
+    An image that could not be made ready is tried again, without the others, where it is asked for: there it raises as
+    from Chat.
     """
 
     def __init__(self, chat: Chat, work: batch.Work, size: int):
@@ -50,9 +51,15 @@ class Ahead:
         for path in dict.fromkeys((*wanted, *coming)):
             if path not in self._ready:
                 self._ready[path] = self._pool.submit(self._load, path)
-        pictures = {path: self._ready[path].result() for path in wanted}
+        pictures = {path: self._image(path) for path in wanted}
         self._ready = {path: self._ready[path] for path in coming}
         return self._chat.batch_chat(questions, [[pictures[path] for path in row] for row in images], **options)
+
+    def _image(self, path: Path) -> Image.Image:
+        try:
+            return self._ready[path].result()
+        except (ValueError, OSError, MemoryError):  # several at once may have been too much for the memory
+            return self._load(path)
 
     def _load(self, path: Path) -> Image.Image:
         image = load_image(path, honour_exif=False)

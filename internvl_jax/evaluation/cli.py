@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internvl_jax import files
+from internvl_jax import arguments, files
 from internvl_jax.evaluation.benchmarks import BEAMS, BENCHMARKS
 from internvl_jax.evaluation.items import Codebase, EvaluationError, Folder, Item, json_object
 from internvl_jax.evaluation.predictions import read_predictions
 from internvl_jax.evaluation.scoring import Score
 from internvl_jax.evaluation.submissions import import_openpyxl, write_apart
-from internvl_jax.progress import counting, err, progress_bar
+from internvl_jax.progress import counting, err, print_json, progress_bar
 
 if TYPE_CHECKING:
     from internvl_jax.evaluation.plan import Plan
@@ -44,7 +42,7 @@ def add_parser(
     table = parts.add_parser(
         "table", help="the results table: published figures beside those of runs", description="Prints Markdown."
     )
-    table.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="directories of finished runs")
+    table.add_argument("runs", type=arguments.path, nargs="*", metavar="RUN", help="directories of finished runs")
     table.set_defaults(run=_table)
     _add_judge(parts)
     for name, benchmark in BENCHMARKS.items():
@@ -60,9 +58,9 @@ def add_parser(
 
 
 def _add_run_options(one: argparse.ArgumentParser) -> None:
-    one.add_argument("--data", type=Path, required=True, metavar="DIR", help=DATA_HELP)
-    one.add_argument("--checkpoint", type=Path, metavar="DIR", help="as for chat; default: nano")
-    one.add_argument("--out", type=Path, metavar="DIR", help="the run's directory (runs/BENCHMARK-MODEL)")
+    one.add_argument("--data", type=arguments.path, required=True, metavar="DIR", help=DATA_HELP)
+    one.add_argument("--checkpoint", type=arguments.path, metavar="DIR", help="as for chat; default: nano")
+    one.add_argument("--out", type=arguments.path, metavar="DIR", help="the run's directory (runs/BENCHMARK-MODEL)")
     one.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     one.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
     one.add_argument("--batch", type=int, default=8, metavar="N", help="questions at once, per model (8)")
@@ -97,14 +95,14 @@ def _add_submit(parts: argparse._SubParsersAction) -> None:
         "server or a judge scores: the same files that a run writes.",
     )
     _add_answers(submit, [name for name, benchmark in BENCHMARKS.items() if benchmark.submit is not None])
-    submit.add_argument("--out", type=Path, metavar="DIR", help="where to write (runs/BENCHMARK-submission)")
+    submit.add_argument("--out", type=arguments.path, metavar="DIR", help="where to write (runs/BENCHMARK-submission)")
     submit.set_defaults(run=_submit)
 
 
 def _add_answers(parser: argparse.ArgumentParser, names: list[str]) -> None:
     parser.add_argument("benchmark", choices=names, metavar="BENCHMARK", help=", ".join(names))
-    parser.add_argument("--predictions", type=Path, required=True, metavar="FILE", help="JSONL or JSON")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help=DATA_HELP)
+    parser.add_argument("--predictions", type=arguments.path, required=True, metavar="FILE", help="JSONL or JSON")
+    parser.add_argument("--data", type=arguments.path, required=True, metavar="DIR", help=DATA_HELP)
     parser.add_argument(
         "--codebase",
         choices=["internvl", "llava"],
@@ -120,10 +118,14 @@ def _add_judge(parts: argparse._SubParsersAction) -> None:
         description="Grades the answers of a finished run of mm-vet with MM-Vet's own few-shot prompt and puts the "
         "score into its report. The published figures were graded by gpt-4-0613: the report says whether yours was.",
     )
-    judge.add_argument("directory", type=Path, metavar="RUN", help="the run's directory")
-    judge.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder with mm-vet.json")
+    judge.add_argument("directory", type=arguments.path, metavar="RUN", help="the run's directory")
+    judge.add_argument("--data", type=arguments.path, required=True, metavar="DIR", help="the folder with mm-vet.json")
     judge.add_argument(
-        "--prompt", type=Path, required=True, metavar="FILE", help="mm-vet_evaluator.py, which comes with MM-Vet"
+        "--prompt",
+        type=arguments.path,
+        required=True,
+        metavar="FILE",
+        help="mm-vet_evaluator.py, which comes with MM-Vet",
     )
     judge.add_argument("--url", required=True, metavar="URL", help="of the server, up to /v1")
     judge.add_argument("--model", required=True, metavar="NAME", help="the judge")
@@ -151,7 +153,7 @@ def _run(args: argparse.Namespace, name: str, join: Callable[[argparse.Namespace
     codebase: Codebase = "llava" if config.template == "vicuna_v1" else "internvl"
     model = "nano" if args.checkpoint is None else directory.resolve().name
     join(args)
-    out = args.out or Path("runs") / f"{name}-{model}"
+    out = args.out or files.resolve(f"runs/{name}-{model}")
     first = distributed.is_first()
     with ExitStack() as held:
         with distributed.all_or_none():
@@ -215,7 +217,7 @@ def _score(args: argparse.Namespace) -> int:
         score = benchmark.score(items, answers, args.codebase)
     if args.json:
         values = {"benchmark": args.benchmark, "title": benchmark.title, "questions": len(items), **vars(score)}
-        print(json.dumps(values, ensure_ascii=False))
+        print_json(values)
     else:
         print("\n".join(lines(benchmark.title, len(items), score)))
     return 0
@@ -236,7 +238,7 @@ def _submit(args: argparse.Namespace) -> int:
     if benchmark.needs_xlsx:
         import_openpyxl()
     items, answers = _answers(args)
-    folder, out = Folder(args.data, benchmark.folder), args.out or Path("runs") / f"{args.benchmark}-submission"
+    folder, out = Folder(args.data, benchmark.folder), args.out or files.resolve(f"runs/{args.benchmark}-submission")
     for path in write_apart(benchmark.submit, items, answers, args.codebase, folder, out):
         print(path)
     return 0

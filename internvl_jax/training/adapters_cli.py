@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from internvl_jax import files
+from internvl_jax import arguments
 from internvl_jax.progress import counting, err
 
 
@@ -24,10 +24,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         ("from-peft", _from_peft, "read adapters that peft wrote", "what peft or LLaVA wrote, or to-peft", CONVERT),
     ):
         one = parts.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.{extra}")
-        one.add_argument("src", type=files.resolve, metavar="SRC", help=source)
-        one.add_argument("dst", type=files.resolve, metavar="DST", help="the directory to write; must not exist")
+        one.add_argument("src", type=arguments.path, metavar="SRC", help=source)
+        one.add_argument("dst", type=arguments.path, metavar="DST", help="the directory to write; must not exist")
         one.add_argument(
-            "--checkpoint", type=files.resolve, metavar="DIR", help="the converted model that they are for (nano)"
+            "--checkpoint", type=arguments.path, metavar="DIR", help="the converted model that they are for (nano)"
         )
         one.set_defaults(run=run)
 

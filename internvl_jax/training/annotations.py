@@ -3,29 +3,38 @@
 The meta file is InternVL's: {name: {"root": images' directory, "annotation": file, "repeat_time": 1, "data_augment":
 false, "length": samples}}. Annotations are JSONL, a conversation a line, or LLaVA's, one JSON list of them. Where the
 entries of a file begin and end is found once, kept in the user's cache directory and memory-mapped, so that neither
-memory nor start-up time grows with the data, however many processes read it.
+memory nor start-up time grows with the data, however many processes read it. Where that directory cannot be written,
+memory holds it.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import mmap
 import os
 import re
-import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
 
+from internvl_jax import files
+
 Progress = Callable[[int, int, str], None]
 
 CHUNK = 1 << 24  # bytes of a file that are looked at in one piece
 JSON_PARTS = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]\n]', re.DOTALL)
+ROW = 3 * np.dtype(np.int64).itemsize  # bytes of an index
 KEYS = {"root", "annotation", "repeat_time", "data_augment", "length", "max_dynamic_patch"}
+
+
+_in_memory: dict[str, np.ndarray] = {}  # indexes without a file
 
 
 class DataError(ValueError):
@@ -44,8 +53,11 @@ class Source:
     length: int | None = None  # samples, as the meta file says
 
     def samples(self, entries: int) -> int:
-        """How many samples an epoch has of a file with that many entries."""
-        return round(entries * self.repeat_time)
+        """How many samples an epoch has of a file with that many entries. Raises DataError where it has none."""
+        count = round(entries * self.repeat_time)
+        if not count:
+            raise DataError(f"{self.name}: repeat_time {self.repeat_time} leaves none of {entries} samples")
+        return count
 
 
 def read_meta(path: Path, base: Path | None = None) -> list[Source]:
@@ -59,13 +71,16 @@ def read_meta(path: Path, base: Path | None = None) -> list[Source]:
         raise DataError(f"{path} does not exist")
     if path.suffix == ".jsonl" or (path.suffix == ".json" and _first_byte(path) == b"["):
         return [Source(path.stem, base, path)]
+    problems: list[str] = []
+    sources: list[Source] = []
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        meta = json.loads(files.read_text(path), object_pairs_hook=partial(_once, problems))
+    except files.TextError as error:
+        raise DataError(str(error)) from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error})") from None
     if not isinstance(meta, dict) or not meta:
         raise DataError(f'{path} must hold a JSON object, {{name: {{"root": ..., "annotation": ...}}}}')
-    sources, problems = [], []
     for name, values in meta.items():
         try:
             sources.append(_source(name, values, base))
@@ -76,9 +91,20 @@ def read_meta(path: Path, base: Path | None = None) -> list[Source]:
     return sources
 
 
+def _once(problems: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs. Of two with one name, JSON's readers drop the first without a word."""
+    counts = Counter(name for name, _ in pairs)
+    problems += [f"{name}: is there {count} times" for name, count in counts.items() if count > 1]
+    return dict(pairs)
+
+
 def _first_byte(path: Path) -> bytes:
+    """The first byte that is neither blank nor of a byte order mark. Raises DataError for UTF-16."""
     with open(path, "rb") as file:
-        return file.read(64).lstrip()[:1]
+        start = file.read(64)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path} is UTF-16 text: save it as UTF-8")
+    return start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
 
 
 def _source(name: str, values: Any, base: Path) -> Source:
@@ -91,14 +117,13 @@ def _source(name: str, values: Any, base: Path) -> Source:
         raise ValueError('"annotation" must be a file and "root" a directory')
     if "://" in annotation or "://" in root:
         raise ValueError("URLs are not read: copy the files here, or mount the bucket")
-    repeat, augment, length = (
-        values.get(k, d) for k, d in (("repeat_time", 1), ("data_augment", False), ("length", 0))
-    )
+    repeat, augment = values.get("repeat_time", 1), values.get("data_augment", False)
+    length = values.get("length")
     if isinstance(repeat, bool) or not isinstance(repeat, (int, float)) or not 0 < repeat < 1e6:
         raise ValueError(f'"repeat_time" must be a number above 0, not {repeat!r}')
     if not isinstance(augment, bool):
         raise ValueError(f'"data_augment" must be true or false, not {augment!r}')
-    if isinstance(length, bool) or not isinstance(length, int):
+    if isinstance(length, bool) or not (length is None or isinstance(length, int)):
         raise ValueError(f'"length" must be a number of samples, not {length!r}')
     if values.get("max_dynamic_patch", 1) != 1:
         raise ValueError('"max_dynamic_patch" asks for tiles, which this model has not: leave it out')
@@ -107,7 +132,7 @@ def _source(name: str, values: Any, base: Path) -> Source:
         raise ValueError(f"the annotation {path} does not exist")
     if path.suffix not in (".jsonl", ".json"):
         raise ValueError(f"the annotation {path} is neither .jsonl nor .json")
-    return Source(name, base / root, path, repeat, augment, length or None)
+    return Source(name, base / root, path, repeat, augment, length)
 
 
 class Entries:
@@ -118,7 +143,7 @@ class Entries:
 
     def __init__(self, path: Path, progress: Progress | None = None):
         self.path = path
-        self._index = _indexed(path, progress)
+        self._index = _index(path, progress)
         self._open()
         if not len(self):
             raise DataError(f"{path} has no entries")
@@ -136,8 +161,7 @@ class Entries:
         return place if self.path.suffix != ".json" else f"{place} (entry {number + 1})"
 
     def _open(self) -> None:
-        size = self._index.stat().st_size
-        self._spans = np.memmap(self._index, np.int64, "r").reshape(-1, 3) if size else np.empty((0, 3), np.int64)
+        self._spans = _map(self._index) if isinstance(self._index, Path) else self._index
         self._file = open(self.path, "rb")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,26 +172,47 @@ class Entries:
         self._open()
 
 
-def _indexed(path: Path, progress: Progress | None) -> Path:
-    """The index of a file: rows of (first byte, last byte + 1, line) int64. Made once for a path, size and time."""
+def _index(path: Path, progress: Progress | None) -> Path | np.ndarray:
+    """The index of a file: rows of (first byte, last byte + 1, line) int64. Made once for a path, size and time.
+
+    A file in the cache, or an array where the cache cannot be used.
+    """
     about = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:32]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    index = home / "internvl_jax" / "annotations" / f"{key}.i64"
-    if not index.exists():
-        index.parent.mkdir(parents=True, exist_ok=True)
-        temporary = index.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
-        spans = _json_spans if path.suffix == ".json" else _line_spans
+    if key in _in_memory:
+        return _in_memory[key]
+    directory = files.cache_directory("annotations")
+    if directory is not None:
+        index = directory / f"{key}.i64"
         try:
-            with open(temporary, "wb") as file:
-                for rows, done in spans(path):
-                    file.write(np.ascontiguousarray(rows, np.int64).tobytes())
-                    if progress is not None:
-                        progress(done, about.st_size, f"indexing {path.name}")
-            temporary.replace(index)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return index
+            if index.exists() and _map(index) is not None:
+                return index
+            with files.replacing(index) as temporary, open(temporary, "wb") as file:
+                for rows in _rows(path, progress):
+                    file.write(rows.tobytes())
+            return index
+        except OSError as error:  # it became full, or the file is somebody else's
+            files.warn_of_cache(directory, error)
+    found = list(_rows(path, progress))
+    _in_memory[key] = np.concatenate(found) if found else np.empty((0, 3), np.int64)
+    return _in_memory[key]
+
+
+def _map(index: Path) -> np.ndarray | None:
+    """The rows of an index, from its file; None where it has no whole number of them."""
+    size = index.stat().st_size
+    if size % ROW:
+        return None
+    return np.memmap(index, np.int64, "r").reshape(-1, 3) if size else np.empty((0, 3), np.int64)
+
+
+def _rows(path: Path, progress: Progress | None) -> Iterator[np.ndarray]:
+    size = path.stat().st_size
+    first = _first_byte(path)
+    for rows, done in _json_spans(path, first) if path.suffix == ".json" else _line_spans(path):
+        yield np.ascontiguousarray(rows, np.int64)
+        if progress is not None:
+            progress(done, size, f"indexing {path.name}")
 
 
 def _line_spans(path: Path) -> Iterator[tuple[np.ndarray, int]]:
@@ -188,10 +233,10 @@ def _line_spans(path: Path) -> Iterator[tuple[np.ndarray, int]]:
             yield np.asarray([[start, offset, line]]), offset
 
 
-def _json_spans(path: Path) -> Iterator[tuple[np.ndarray, int]]:
+def _json_spans(path: Path, first: bytes) -> Iterator[tuple[np.ndarray, int]]:
     """The objects of a list, in pieces of some thousands, and the bytes done. Only strings and brackets are looked at:
     what is wrong within an object is found when it is read."""
-    if _first_byte(path) != b"[":
+    if first != b"[":
         raise DataError(f"{path} must hold a JSON list of conversations; one a line belongs into a .jsonl")
     rows: list[tuple[int, int, int]] = []
     depth, line, start, start_line = 0, 1, 0, 1
@@ -233,11 +278,6 @@ class Corpus:
         self.sources = tuple(sources)
         self.entries = tuple(Entries(source.annotation, progress) for source in sources)
         counts = [source.samples(len(entries)) for source, entries in zip(sources, self.entries)]
-        for source, entries, count in zip(sources, self.entries, counts):
-            if not count:
-                raise DataError(
-                    f"{source.name}: repeat_time {source.repeat_time} leaves none of {len(entries)} samples"
-                )
         self._ends = np.cumsum(counts)
 
     def __len__(self) -> int:

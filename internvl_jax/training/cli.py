@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 from rich.console import Console
 
-from internvl_jax.progress import counting
+from internvl_jax import arguments
+from internvl_jax.progress import counting, print_json
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -27,17 +26,27 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "sets, every entry that cannot be used, and a few samples with what is learned between ⟦ and ⟧. Exit code 0: "
         "all can be used. Needs the extra 'train'.",
     )
-    check.add_argument("meta", type=Path, metavar="META", help="a meta JSON, a JSONL of conversations, or LLaVA's JSON")
-    check.add_argument("--checkpoint", type=Path, metavar="DIR", help="the model to be trained (nano)")
-    check.add_argument("--base", type=Path, metavar="DIR", help="where relative paths start (META's directory)")
-    check.add_argument("--length", type=int, nargs="+", metavar="T", help="tokens of a row (2048, or the context)")
-    check.add_argument("--rows", type=int, default=8, metavar="B", help="of a batch (8)")
-    check.add_argument("--images", type=int, metavar="M", help="image slots of a batch (4 a row)")
+    check.add_argument(
+        "meta", type=arguments.path, metavar="META", help="a meta JSON, a JSONL of conversations, or LLaVA's JSON"
+    )
+    check.add_argument("--checkpoint", type=arguments.path, metavar="DIR", help="the model to be trained (nano)")
+    check.add_argument(
+        "--base", type=arguments.path, metavar="DIR", help="where relative paths start (META's directory)"
+    )
+    check.add_argument(
+        "--length", type=arguments.count, nargs="+", metavar="T", help="tokens of a row (2048, or the context)"
+    )
+    check.add_argument("--rows", type=arguments.count, default=8, metavar="B", help="of a batch (8)")
+    check.add_argument("--images", type=arguments.natural, metavar="M", help="image slots of a batch (4 a row)")
     check.add_argument("--no-packing", action="store_true", help="one sample a row; several lengths are buckets")
     check.add_argument("--images-first", action="store_true", help="move <image> to the front, as LLaVA does")
-    check.add_argument("--limit", type=int, metavar="N", help="look at N entries of each data set, drawn at random")
+    check.add_argument(
+        "--limit", type=arguments.count, metavar="N", help="look at N entries of each data set, drawn at random"
+    )
     check.add_argument("--no-pictures", action="store_true", help="do not open the pictures")
-    check.add_argument("--show", type=int, default=3, metavar="N", help="samples of each data set to print (3)")
+    check.add_argument(
+        "--show", type=arguments.natural, default=3, metavar="N", help="samples of each data set to print (3)"
+    )
     check.add_argument("--json", action="store_true", help="print one JSON object")
     check.set_defaults(run=_check)
 
@@ -64,7 +73,7 @@ def _check(args: argparse.Namespace) -> int:
             with_pixels=not args.no_pictures,
         )
     if args.json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False))
+        print_json(report.to_dict())
     else:
         data_check.show(report, tokenizer, Console(highlight=False, markup=False, emoji=False, soft_wrap=True))
     return 1 if report.problems else 0

@@ -6,9 +6,9 @@ import argparse
 import importlib.util
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from internvl_jax import arguments
 from internvl_jax.progress import counting, err
 
 logger = logging.getLogger(__name__)
@@ -39,10 +39,18 @@ def add_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("recipe", metavar="RECIPE", help=RECIPES)
-    train.add_argument("--data", type=Path, required=True, metavar="META", help="a meta JSON, JSONL, or LLaVA's JSON")
-    train.add_argument("--output", type=Path, required=True, metavar="DIR", help="the run's directory: new, or its own")
-    train.add_argument("--checkpoint", type=Path, metavar="DIR", help="a converted model to begin with (nano)")
-    train.add_argument("--base", type=Path, metavar="DIR", help="where relative paths in META start (its directory)")
+    train.add_argument(
+        "--data", type=arguments.path, required=True, metavar="META", help="a meta JSON, JSONL, or LLaVA's JSON"
+    )
+    train.add_argument(
+        "--output", type=arguments.path, required=True, metavar="DIR", help="the run's directory: new, or its own"
+    )
+    train.add_argument(
+        "--checkpoint", type=arguments.path, metavar="DIR", help="a converted model to begin with (nano)"
+    )
+    train.add_argument(
+        "--base", type=arguments.path, metavar="DIR", help="where relative paths in META start (its directory)"
+    )
     _add_recipe(train.add_argument_group("the recipe's numbers (its own)"))
     _add_machine(train.add_argument_group("the machine"))
     _add_run(train.add_argument_group("the run"))
@@ -94,7 +102,9 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--save-every", type=int, default=500, metavar="N", help="steps (500)")
     group.add_argument("--keep", type=int, default=3, metavar="N", help="saved steps (3)")
     group.add_argument("--log-every", type=int, default=10, metavar="N", help="steps between printed lines (10)")
-    group.add_argument("--eval-data", type=Path, metavar="META", help="held-out data: loss, accuracy, a few answers")
+    group.add_argument(
+        "--eval-data", type=arguments.path, metavar="META", help="held-out data: loss, accuracy, a few answers"
+    )
     group.add_argument("--eval-every", type=int, default=500, metavar="N", help="steps, and at the end (500)")
     group.add_argument("--eval-batches", type=int, default=16, metavar="N", help="batches of it, at most (16)")
     group.add_argument("--answers", type=int, default=3, metavar="N", help="answers to print (3)")
