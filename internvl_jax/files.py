@@ -157,8 +157,8 @@ def warn_of_cache(path: Path, error: Exception) -> None:
     """Say once that the cache cannot be used, whichever of its directories is found so first."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     _warn_once(
-        f"the cache {path.parent} cannot be used ({reason}): compiled programs and indexes of annotations are made anew "
-        "by every process; set XDG_CACHE_HOME to a directory that can be written"
+        f"the cache {path.parent} cannot be used ({reason}): compiled programs and indexes of annotations are made "
+        "anew by every process; set XDG_CACHE_HOME to a directory that can be written"
     )
 
 

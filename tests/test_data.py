@@ -169,6 +169,16 @@ def test_crops_follow_the_seed(tmp_path, model):
     assert all(np.abs(a - b).max() > 0.1 for a, b in zip(one[seen], two[seen]))
 
 
+def test_keys_that_nothing_reads_are_told_of(tmp_path, model, logged):
+    sets = write_data(tmp_path, 6, every_other_image=False)
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(json.loads(line) | {"img": "x.png"}) + "\n" for line in lines))
+    (tmp_path / "meta.json").write_text(json.dumps(sets))
+    loader = open_data(tmp_path / "meta.json", *model, PACKED, shuffle=False, epochs=2)
+    assert len(list(loader)) > 1
+    assert logged == [f'{tmp_path}/a.jsonl:1: the key "img" is not read: images are read from "image" or "images"']
+
+
 def test_a_position_in_other_data_is_refused(meta, model):
     state = iter(open_data(meta, *model, PACKED)).get_state()
     for options in ({"seed": 1}, {"process": (0, 2)}, {"shuffle": False}):

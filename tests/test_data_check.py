@@ -7,6 +7,7 @@ from golden import DATA
 from test_data import damage, write_data
 
 from internvl_jax.cli import main
+from internvl_jax.training.annotations import DataError
 from internvl_jax.training.data_check import check, render
 from internvl_jax.training.packing import Layout
 
@@ -112,6 +113,20 @@ def test_a_data_set_of_which_nothing_can_be_used(tmp_path, capsys):
         assert (code, message in out.err) == (2, True)
 
 
+def test_keys_that_nothing_reads_are_named_once_each(meta, capsys):
+    lines = [json.loads(line) for line in (meta.parent / "a.jsonl").read_text().splitlines()]
+    for line in lines[2:5]:
+        line["img"] = line.pop("image", "x.png")
+    (meta.parent / "a.jsonl").write_text("".join(json.dumps(line | {"images": []}) + "\n" for line in lines))
+    code, out = run(capsys, meta, "--checkpoint", CHECKPOINT, "--length", 160, "--json")
+    report = json.loads(out.out)
+    assert (code, report["sources"][1]["warnings"]) == (0, [])
+    first = f"{meta.parent}/a.jsonl:3"
+    assert report["sources"][0]["warnings"] == [
+        f'the key "img" is not read: images are read from "image" or "images" (3 entries, first {first})'
+    ]
+
+
 def test_llava_json_with_the_model_that_ships(tmp_path, capsys):
     turns = [{"from": "human", "value": "Look.\n<image>"}, {"from": "gpt", "value": "A square."}]
     (tmp_path / "llava.json").write_text(json.dumps([{"id": "1", "image": "x.png", "conversations": turns}]))
@@ -142,8 +157,6 @@ def test_supervised_tokens_are_green_and_others_dim(meta):
         (["meta.json", "--length", "100000"], "longer than the model's context"),
         (["meta.json", "--length", "96", "48"], "must ascend"),
         (["meta.json", "--length", "48", "96"], "packed rows have one length"),
-        (["meta.json", "--limit", "0"], "limit 0"),
-        (["meta.json", "--rows", "0"], "needs rows"),
     ],
 )
 def test_errors(meta, capsys, monkeypatch, argv, message):
@@ -151,3 +164,14 @@ def test_errors(meta, capsys, monkeypatch, argv, message):
     code, out = run(capsys, *argv)
     assert code == 2
     assert message in out.err
+
+
+def test_nothing_to_check(meta, capsys):
+    for option in ("--limit", "--rows"):
+        with pytest.raises(SystemExit, match="2"):
+            run(capsys, meta, option, 0)
+        assert f"argument {option}: must be at least 1" in capsys.readouterr().err
+    with pytest.raises(DataError, match="limit 0"):
+        check(meta, CHECKPOINT, LAYOUT, limit=0)
+    with pytest.raises(DataError, match="needs rows"):
+        Layout(0, (160,), 4)

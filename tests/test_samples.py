@@ -79,6 +79,9 @@ def test_counting_needs_no_pictures():
         (b"{", "annotation", "not JSON"),
         (b"\xff\xfe", "annotation", "not JSON"),
         (b"[1]", "annotation", "not a JSON object, but list"),
+        (b'{"a":' * 10**5, "annotation", "not JSON"),
+        (entry("a", "b", image="rgb.png", images="gray.png"), "annotation", 'both "image" and "images"'),
+        (entry("a", "b", images=[{"path": "rgb.png"}]), "annotation", '"images" must be a path or a list'),
         (entry("a", "b", image=3), "annotation", "a path or a list"),
         (entry("a", "b", image=[""]), "annotation", "a path or a list"),
         (entry("a", "b", video="a.mp4"), "annotation", "a video"),
@@ -105,6 +108,55 @@ def test_problems(maker, tmp_path, bad, kind, message):
     assert (problem.kind, problem.place) == (kind, "a.jsonl:7")
 
     assert re.search(message, problem.message)
+
+
+@pytest.mark.parametrize("image", ["", None, [], "absent"])
+@pytest.mark.parametrize("key", ["image", "images", "video"])
+def test_no_image_is_text_only(maker, key, image):
+    sample = maker(record(entry("Say hello.", "Hello.", **({} if image == "absent" else {key: image}))), rng())
+    assert isinstance(sample, Sample)
+    assert sample.pixel_values.shape == (0, 3, 112, 112)
+    assert sample.unread == ()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"image": "rgb.png"},
+        {"images": "rgb.png"},
+        {"image": ["rgb.png"]},
+        {"images": ["rgb.png"]},
+        {"image": "", "images": ["rgb.png"]},
+        {"image": "rgb.png", "images": "rgb.png"},
+    ],
+)
+def test_both_names_of_images_are_read(maker, keys):
+    sample = maker(record(entry("What colour is this?", "Red.", **keys)), rng())
+    assert np.array_equal(sample.pixel_values[0], ARRAYS["images/rgb/eval"])
+    assert sample.unread == ()
+
+
+def test_keys_that_nothing_reads(maker, logged):
+    published = {"id": 1, "width": 3, "height": 4, "data_source": "x", "model": "", "system": "", "weight": None}
+    assert maker(record(entry("Q?", "A.", **published)), rng()).unread == ()
+    ask = entry("What colour is this?", "Red.", img="rgb.png", system="Be brief.")
+    ask["conversations"][1]["loss"] = False
+    sample = maker(record(ask), rng())
+    assert sample.unread == ("img", "system", "conversations: loss")
+    bad = maker(record(entry("<image>?", "b", image_path="rgb.png")), rng())
+    assert (bad.kind, bad.unread) == ("placeholders", ("image_path",))
+    problems = Problems()
+    for made in (sample, sample, bad, bad):
+        problems.look(made)
+    assert logged == [
+        'a.jsonl:7: the key "img" is not read: images are read from "image" or "images"',
+        'a.jsonl:7: the key "system" is not read',
+        'a.jsonl:7: the key "conversations: loss" is not read',
+        'a.jsonl:7: the key "image_path" is not read: images are read from "image" or "images"',
+    ]
+    for number in range(100):
+        problems.look(sample._replace(unread=(f"key{number}",)))
+    assert len(logged) == 20
 
 
 def test_problems_are_reported_once_and_counted_always():

@@ -173,6 +173,7 @@ class BatchIterator(grain.DatasetIterator[Batch]):
         return True
 
     def _keep(self, number: int, made: Sample | Problem) -> None:
+        self._dataset.problems.look(made)
         if isinstance(made, Sample):
             self._waiting.append((number, made))
             self._bad_in_a_row = 0

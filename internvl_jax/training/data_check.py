@@ -23,10 +23,19 @@ from internvl_jax.training.annotations import Corpus, DataError, Progress, Sourc
 from internvl_jax.training.batch import IGNORED
 from internvl_jax.training.data import THREADS
 from internvl_jax.training.packing import Layout
-from internvl_jax.training.samples import Problem, Sample, SampleMaker
+from internvl_jax.training.samples import UNREAD, Problem, Sample, SampleMaker, unread_message
 
 LISTED = 20  # problems of a data set that are printed; all are counted
+COUNTED = 1000  # keys that nothing reads
 SIMULATED = 20_000  # samples that are packed to see how full rows become
+
+
+@dataclass
+class Seen:
+    """Something that entries have."""
+
+    count: int  # entries
+    place: str  # of the first
 
 
 @dataclass
@@ -42,6 +51,7 @@ class SourceStats:
     cut: int = 0  # samples longer than a row
     problems: Counter[str] = field(default_factory=Counter)
     listed: list[Problem] = field(default_factory=list)
+    unread: dict[str, Seen] = field(default_factory=dict)  # keys of entries that nothing reads
 
     @property
     def checked(self) -> int:
@@ -58,6 +68,10 @@ class SourceStats:
             found.append(
                 f"{self.cut} of {len(self.tokens)} conversations are cut: longer rows would keep their answers"
             )
+        for key, seen in list(self.unread.items())[:UNREAD]:
+            found.append(f"{unread_message(key)} ({seen.count} entries, first {seen.place})")
+        if len(self.unread) > UNREAD:
+            found.append(f"{len(self.unread) - UNREAD} other keys are not read, or more")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,6 +168,9 @@ def check(
             done += 1
             if progress is not None:
                 progress(done, total, "checking")
+            for key in made.unread:
+                if key in stats.unread or len(stats.unread) < COUNTED:
+                    stats.unread.setdefault(key, Seen(0, made.place)).count += 1
             if isinstance(made, Problem):
                 stats.problems[made.kind] += 1
                 if len(stats.listed) < LISTED:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,18 @@ from internvl_jax.training.annotations import DataError, Record, Source
 from internvl_jax.training.augment import AUGMENTATIONS, augment
 from internvl_jax.training.labels import SampleError
 
+logger = logging.getLogger(__name__)
+
+UNREAD = 20  # keys that are named
+
+# What is read, and what published data sets of these formats have beside it and mean nothing else by.
+ENTRY_KEYS = frozenset(
+    "conversations image images image_labels video id "
+    "width height width_list height_list image_size image_id question_id length token_count "
+    "source data_source dataset dataset_name type task task_type category model metadata meta".split()
+)
+TURN_KEYS = frozenset("from value id markdown text".split())
+
 
 class Sample(NamedTuple):
     """A conversation, ready to be put into a row."""
@@ -29,6 +43,7 @@ class Sample(NamedTuple):
     place: str  # FILE:LINE
     cut: bool  # the conversation was longer
     image_labels: np.ndarray | None = None  # [M,K] int32, where SampleMaker.image_labels asks for them
+    unread: tuple[str, ...] = ()  # keys of the entry, see unread_keys
 
 
 class Problem(NamedTuple):
@@ -37,15 +52,24 @@ class Problem(NamedTuple):
     kind: str  # a short name, to count by
     message: str
     place: str  # FILE:LINE
+    unread: tuple[str, ...] = ()  # keys of the entry, see unread_keys
 
 
 class Problems:
-    """Counts entries that are no samples, and reports each once: epochs meet them again."""
+    """Counts entries that are no samples, and reports each once, as epochs meet them again; names unread keys once."""
 
     def __init__(self, report: Callable[[Problem], None] | None = None, *, fatal: bool = False):
         self.counts: Counter[str] = Counter()
         self._report, self._fatal = report, fatal
         self._seen: set[str] = set()
+        self._unread: set[str] = set()
+
+    def look(self, made: Sample | Problem) -> None:
+        """Warn of the keys that were not read, of each once, and of the first few in all."""
+        for key in made.unread:
+            if key not in self._unread and len(self._unread) < UNREAD:
+                self._unread.add(key)
+                logger.warning("%s: %s", made.place, unread_message(key))
 
     def add(self, problem: Problem) -> None:
         """Raises DataError where problems are fatal."""
@@ -124,23 +148,26 @@ class SampleMaker:
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Sample | Problem:
         """The sample of an entry. What is wrong with the entry or its files becomes a Problem."""
+        unread: tuple[str, ...] = ()
         try:
-            return self._make(record, rng)
+            entry = read_entry(record.text)
+            unread = unread_keys(entry)
+            return self._make(entry, record, rng)._replace(unread=unread)
         except SampleError as error:
-            return Problem(error.kind, str(error), record.place)
+            kind, message = error.kind, str(error)
         except ImageError as error:
-            return Problem("image", str(error), record.place)
+            kind, message = "image", str(error)
         except TokenizerError as error:
-            return Problem("conversation", str(error), record.place)
+            kind, message = "conversation", str(error)
         except MemoryError:
-            return Problem("memory", "it takes more memory than there is", record.place)
+            kind, message = "memory", "it takes more memory than there is"
+        return Problem(kind, message, record.place, unread)
 
     def images_of(self, sample: Sample) -> int:
         """How many images a sample has, by its tokens."""
         return int(np.sum(sample.input_ids == self.image_token_id)) // self.tokens_per_image
 
-    def _make(self, record: Record, rng: np.random.Generator) -> Sample:
-        entry = read_entry(record.text)
+    def _make(self, entry: dict[str, Any], record: Record, rng: np.random.Generator) -> Sample:
         names = image_names(entry)
         if len(names) > self.image_slots:
             raise SampleError("too many images", f"{len(names)} images, a batch has {self.image_slots} slots for them")
@@ -174,7 +201,7 @@ def read_entry(text: bytes) -> dict[str, Any]:
     """An entry as a JSON object. Raises SampleError where it is none."""
     try:
         entry = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SampleError("annotation", f"not JSON ({error})") from None
     if not isinstance(entry, dict):
         raise SampleError("annotation", f"not a JSON object, but {type(entry).__name__}")
@@ -182,14 +209,45 @@ def read_entry(text: bytes) -> dict[str, Any]:
 
 
 def image_names(entry: dict[str, Any]) -> list[str]:
-    """The paths under "image": one, several, or none. Raises SampleError for anything else."""
-    if "video" in entry:
+    """The paths under "image" or "images": one, several, or none ("", null and [] too, as in the reference).
+
+    Raises SampleError for anything else.
+    """
+    if not _empty(entry.get("video")):
         raise SampleError("annotation", "a video: write its frames as images")
-    names = entry.get("image", [])
-    names = [names] if isinstance(names, str) else [] if names is None else names
+    keys = [key for key in ("image", "images") if not _empty(entry.get(key))]
+    if not keys:
+        return []
+    if len(keys) == 2 and entry["image"] != entry["images"]:
+        raise SampleError("annotation", 'the entry has both "image" and "images": leave one out')
+    names = entry[keys[0]]
+    names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise SampleError("annotation", '"image" must be a path or a list of paths')
+        raise SampleError("annotation", f'"{keys[0]}" must be a path or a list of paths')
     return names
+
+
+def _empty(value: Any) -> bool:
+    return value is None or value in ("", [], {})
+
+
+def unread_keys(entry: dict[str, Any]) -> tuple[str, ...]:
+    """The keys of an entry, and of its turns as "conversations: KEY", that say something and that nothing reads.
+
+    Not those which published data sets have beside what is read (sizes, sources, names).
+    """
+    keys = [key for key, value in entry.items() if key not in ENTRY_KEYS and not _empty(value)]
+    turns = entry.get("conversations")
+    for turn in turns if isinstance(turns, list) else ():
+        pairs = turn.items() if isinstance(turn, dict) else ()
+        keys += [f"conversations: {key}" for key, value in pairs if key not in TURN_KEYS and not _empty(value)]
+    return tuple(dict.fromkeys(keys))
+
+
+def unread_message(key: str) -> str:
+    """What to say of a key that nothing reads."""
+    images = bool(re.search("image|img|picture|photo", key, re.IGNORECASE))
+    return f'the key "{key[:100]}" is not read' + (': images are read from "image" or "images"' if images else "")
 
 
 def image_labels(entry: dict[str, Any], images: int, count: int) -> np.ndarray:
