@@ -231,6 +231,8 @@ def claim(output: str | Path) -> Iterator[None]:
     output = resolve(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     path = output.with_name(f".{_short(output.name)}.lock")
+    if output.is_dir() and not os.access(output.parent, os.W_OK):  # a mounted disk, for example
+        path = output / ".lock"
     holder = path.with_name(path.name + ".holder")  # apart: opening a lock's own file empties it
     lock = filelock.FileLock(path, timeout=0)
     try:

@@ -43,8 +43,11 @@ def test_a_run_belongs_to_one_process(run, tmp_path, held, capsys):
     assert code == 2
     assert f"{out} is being written by process {held.pid}" in capsys.readouterr().err
     assert not out.exists()
+    (tmp_path / "link").symlink_to("run")
+    assert run("pope", out="link")[0] == 2
+    assert f"{out} is being written by process {held.pid}" in capsys.readouterr().err
     arguments = ["--data", str(tmp_path), "--prompt", "p", "--url", "http://127.0.0.1:1", "--model", "m"]
-    assert main(["eval", "judge", str(out), *arguments]) == 2
+    assert main(["eval", "judge", str(tmp_path / "link"), *arguments]) == 2
     assert f"{out} is being written by process {held.pid}" in capsys.readouterr().err
 
 

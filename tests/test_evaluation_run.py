@@ -89,6 +89,20 @@ def test_whatever_is_wrong_with_a_data_file_is_told(tmp_path):
     assert [message for message in refused if str(tmp_path) not in message] == []
 
 
+def test_byte_order_marks_change_nothing(data, tmp_path):
+    """In every text file of every benchmark, as Windows' editors put them there."""
+    for path in data.rglob("*"):
+        if path.suffix in (".json", ".jsonl", ".tsv", ".txt"):
+            copy = tmp_path / path.relative_to(data)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    for name, benchmark in BENCHMARKS.items():
+        if not name.startswith("mmmu"):  # parquet
+            for codebase in ("internvl", "llava"):
+                items = [benchmark.read(Folder(root, benchmark.folder), codebase) for root in (data, tmp_path)]
+                assert items[0] == items[1], name
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_from_file_to_report(run, data, name, capsys):
     if name in EXTRA:

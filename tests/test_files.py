@@ -116,6 +116,19 @@ def test_an_output_belongs_to_one_process(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_directory_in_one_that_cannot_be_written(tmp_path, monkeypatch):
+    output = tmp_path / "disk"
+    output.mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    with files.claim(output):
+        assert os.listdir(tmp_path) == ["disk"]
+        assert ".lock" in os.listdir(output)
+        with pytest.raises(files.OutputInUseError, match=f"by process {os.getpid()}"), files.claim(output):
+            pass
+    assert os.listdir(output) == []
+
+
 def test_leftovers_are_named_and_removed(tmp_path, logged):
     output = tmp_path / "model"
     other = files.temporary_path(tmp_path / "model2", 5)

@@ -153,7 +153,7 @@ def _run(args: argparse.Namespace, name: str, join: Callable[[argparse.Namespace
     codebase: Codebase = "llava" if config.template == "vicuna_v1" else "internvl"
     model = "nano" if args.checkpoint is None else directory.resolve().name
     join(args)
-    out = args.out or files.resolve(f"runs/{name}-{model}")
+    out = (args.out or files.resolve(f"runs/{name}-{model}")).resolve()  # two names of one directory have one claim
     first = distributed.is_first()
     with ExitStack() as held:
         with distributed.all_or_none():

@@ -78,7 +78,7 @@ def judge_run(
     an interrupted grading goes on where it was. Those of another model are refused. The run's directory belongs to this
     process meanwhile.
     """
-    with files.claim(directory):
+    with files.claim(directory.resolve()):  # two names of one directory have one claim
         return _judge_run(directory, data, prompt, judge, runs, progress)
 
 

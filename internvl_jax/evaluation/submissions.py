@@ -31,6 +31,7 @@ def write_apart(
 
     Raises EvaluationError where one of them is there already with other content: nothing is replaced.
     """
+    out = files.resolve(out).resolve()  # two names of one directory have one claim
     with files.claim(out):
         files.remove_leftovers(out)
         made = files.temporary_path(out)
@@ -39,7 +40,7 @@ def write_apart(
         try:
             written = submit(items, answers, codebase, folder, made)
             for path in written:
-                if (out / path.name).exists() and (out / path.name).read_bytes() != path.read_bytes():
+                if _content(out / path.name) not in (None, path.read_bytes()):
                     raise EvaluationError(
                         f"{out / path.name} is there already, with other answers: --out DIR names another directory"
                     )
@@ -47,6 +48,13 @@ def write_apart(
             return [path.replace(out / path.name) for path in written]
         finally:
             shutil.rmtree(made, ignore_errors=True)
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def _json(path: Path, value: Any) -> Path:

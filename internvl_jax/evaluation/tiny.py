@@ -42,7 +42,7 @@ def write(root: Path, count: int = COUNT) -> None:
     Nothing that is there is replaced but what an earlier call wrote, and nobody has changed since: real data has the
     same names. Raises ValueError naming the file, or the directory, and then nothing is written.
     """
-    root = files.resolve(root)
+    root = files.resolve(root).resolve()  # two names of one directory have one claim
     with files.claim(root):
         files.remove_leftovers(root)
         before = _written(root)
@@ -52,7 +52,7 @@ def write(root: Path, count: int = COUNT) -> None:
             _write(made, count)
             digests = {path.relative_to(made).as_posix(): _digest(path) for path in made.rglob("*") if path.is_file()}
             for name, digest in digests.items():
-                if os.path.lexists(root / name) and _digest(root / name) not in (digest, before.get(name)):
+                if _digest(root / name) not in (None, digest, before.get(name)):
                     raise ValueError(f"{root / name} has been changed since it was written: name another directory")
             files.write_text(_make(root / MARKER), json.dumps(before | digests, indent=0))
             for name in digests:
@@ -80,8 +80,14 @@ def _written(root: Path) -> dict[str, str]:
     return marker
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+def _digest(path: Path) -> str | None:
+    """Of a file's content; None where there is none, "" where something else is."""
+    try:
+        return "" if path.is_symlink() else hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return None
+    except (IsADirectoryError, NotADirectoryError):
+        return ""
 
 
 def _make(path: Path) -> Path:
