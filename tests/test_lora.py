@@ -98,6 +98,87 @@ def test_dropout_is_the_adapters_alone_and_right_on_average():
     assert len(losses) == 2
 
 
+@pytest.mark.parametrize(("eqn", "inputs"), [("BTD,DF->BTF", (96,)), ("BTNH,NHD->BTD", (4, 24))])
+def test_dropout_drops_its_share_and_scales_the_rest(eqn, inputs):
+    """With identities for matrices and no kernel, the adapter's output is its input after dropout."""
+    width, drop = 96, 0.1
+    x = 1 + jax.random.uniform(jax.random.key(0), (8, 50, *inputs))  # nowhere zero
+    identity = np.eye(width, dtype=np.float32)
+    params = {
+        "kernel": np.zeros((*inputs, width), np.float32),
+        "lora_a": identity.reshape(*inputs, width),
+        "lora_b": identity,
+        "lora_key": jax.random.key(5),
+        "lora_dropout": np.float32(drop),
+    }
+    layer = Linear(eqn, (*inputs, width), jnp.float32)
+    out = np.asarray(jax.jit(lambda params, x: layer.apply({"params": params}, x))(params, x)).reshape(8, 50, width)
+    x = np.asarray(x).reshape(out.shape)
+    dropped = out == 0
+    assert dropped.mean() == pytest.approx(drop, abs=0.01)
+    assert np.ptp(dropped.mean((0, 1))) < 0.15  # 400 draws for each number of the width
+    assert np.ptp(dropped.mean((1, 2))) < 0.05
+    assert_close(out[~dropped], x[~dropped] / (1 - drop), 1e-5, "what is kept")
+    assert np.sum(out * x) / np.sum(x * x) == pytest.approx(1, abs=0.02)
+
+
+def test_layers_targets_and_towers_drop_apart():
+    params = random_params(tiny())
+    settings = {"language_model": Lora(2, dropout=0.25), "vision_model": Lora(2, dropout=0.5)}
+    attached = lora.attach(params, adapters_of(params, settings), settings, jax.random.key(3))
+    keys = []
+    for tower, one in settings.items():
+        for target in lora.TARGETS[tower]:
+            layer = lora.leaf_at(attached[tower]["layers"], target)
+            assert set(np.asarray(layer["lora_dropout"])) == {np.float32(one.dropout)}
+            keys += [tuple(key) for key in np.asarray(jax.random.key_data(layer["lora_key"]))]
+    assert len(set(keys)) == len(keys)
+    without = lora.attach(params, adapters_of(params, settings), settings)
+    assert "lora_key" not in without["language_model"]["layers"]["mlp"]["up_proj"]
+
+
+def test_fresh_adapters_are_drawn_within_pefts_bounds():
+    """Uniform within 1 / sqrt(inputs), where o_proj and attn/proj sum over heads and their width."""
+    config = tiny()
+    params = random_params(config)
+    settings = {"language_model": Lora(8), "vision_model": Lora(8)}
+    fresh = lora.init_adapters(jax.random.key(0), params, settings)
+    text, vision = config.text, config.vision
+    inputs = {
+        "self_attn/o_proj": text.num_attention_heads * text.head_dim,
+        "mlp/down_proj": text.intermediate_size,
+        "attn/proj": vision.hidden_size,
+        "mlp/fc2": vision.intermediate_size,
+    }
+    drawn = []
+    for tower, width in (("language_model", text.hidden_size), ("vision_model", vision.hidden_size)):
+        for target in lora.TARGETS[tower]:
+            values = np.asarray(lora.leaf_at(fresh[tower]["layers"], target)["lora_a"])
+            bound = 1 / np.sqrt(inputs.get(target, width))
+            assert bound * 0.98 < np.abs(values).max() <= bound, target
+            assert abs(values.mean()) < 0.1 * bound, target
+            drawn.append(values[0].ravel()[:20] / bound)
+            if len(values) > 1:  # layers are drawn apart, and so are targets
+                assert np.abs(values[0] - values[1]).max() > bound, target
+    assert len(np.unique(np.round(drawn, 4), axis=0)) == len(drawn)
+
+
+def test_the_first_layers_alone():
+    """Adapters of fewer layers than there are, as of a tower up to select_layer."""
+    config = tiny()
+    params = random_params(config)
+    settings = {"language_model": Lora(2, alpha=3, targets=("self_attn/o_proj",))}
+    pair = adapters_of(params, settings)["language_model"]["layers"]["self_attn"]["o_proj"]
+    first = {"language_model": {"layers": {"self_attn": {"o_proj": jax.tree.map(lambda leaf: leaf[:1], pair)}}}}
+    merged = lora.merge(params, first, settings)["language_model"]["layers"]["self_attn"]["o_proj"]["kernel"]
+    kernel = params["language_model"]["layers"]["self_attn"]["o_proj"]["kernel"]
+    added = 1.5 * np.einsum("NHR,RD->NHD", pair["lora_a"][0], pair["lora_b"][0])
+    assert_close(merged[0], kernel[0] + added, 1e-5, "merged")
+    np.testing.assert_array_equal(merged[1:], kernel[1:])
+    with pytest.raises(LoraError, match=r"o_proj/lora_a is for 9 layers, the model has"):
+        lora.check(params, jax.tree.map(lambda leaf: np.repeat(leaf, 9, 0), first))
+
+
 def test_adapters_on_quantized_weights():
     """They train and serve beside int8 kernels; they cannot be merged into them."""
     config = tiny()
@@ -123,6 +204,9 @@ def test_saved_alone_and_checked(tmp_path):
         lora.load(tmp_path / "adapter", wider)
     with pytest.raises(LoraError, match="holds no adapter"):
         lora.load(tmp_path)
+    some = {"language_model": Lora(4, alpha=1, targets=("self_attn/v_proj", "mlp/up_proj"))}
+    lora.save(tmp_path / "some", adapters_of(params, some), some)
+    assert lora.load(tmp_path / "some", params)[1] == some
     with pytest.raises(LoraError, match="adapters of vision_model go to attn/qkv"):
         Lora(4, targets=("q_proj",)).targets_of("vision_model")
     with pytest.raises(LoraError, match="a rank is positive"):
@@ -176,7 +260,7 @@ def test_one_process_writes_an_adapter_and_nothing_is_left(tmp_path, monkeypatch
     with pytest.raises(checkpoint.CheckpointError, match="dangling exists already"):
         lora.save(tmp_path / "dangling", adapters, {"language_model": Lora(2)})
     monkeypatch.setattr(checkpoint, "save", fails_as_full)
-    with pytest.raises(checkpoint.CheckpointError, match="the disk of .* is full, nothing was kept"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"the disk of .* is full, nothing was kept"):
         lora.save(target.with_name("other"), adapters, {"language_model": Lora(2)})
     assert [path.name for path in target.parent.iterdir()] == ["my adapter"]
 

@@ -4,6 +4,7 @@ import glob
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import tomllib
@@ -18,7 +19,7 @@ from rich.console import Console
 
 import internvl_jax
 from internvl_jax.config import PRESETS, ChatConfig
-from internvl_jax.nano import build_tokenizer, dataset, evaluate, render, train
+from internvl_jax.nano import build_tokenizer, dataset, evaluate, lesson, render, train
 from internvl_jax.processing.images import load_processor
 from internvl_jax.processing.tokenizer import load_tokenizer
 from internvl_jax.training import trainer
@@ -135,6 +136,108 @@ def test_data_set_is_in_the_documented_format(tmp_path):
         if drawn.image is not None:
             assert tuple(sample.image_labels[0]) == drawn.contents
             assert np.array_equal(sample.pixel_values[0], maker.processor(Image.fromarray(drawn.image)))
+
+
+def snapshot(directory):
+    """Every file below a directory, with its bytes and its time."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+FOREIGN = {
+    "images/train/000000.png": b"a photo of somebody",
+    "train.jsonl": b'{"id": 1}\n',
+    "heldout.jsonl": b"",
+    "meta.json": b'{"nano": {"length": 20, "root": "/data"}}',
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_lesson_changes_nothing_that_is_not_its_own(tmp_path, name, capsys):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith(".png"):
+        first = next(n for n in range(9) if render.make_sample("train", n).image is not None)
+        path = path.with_name(f"{first:06}.png")
+        Image.new("RGB", (7, 5)).save(path)
+    else:
+        path.write_bytes(FOREIGN[name])
+    before = snapshot(tmp_path)
+    message = f"{path} is not what would be written there: name another directory"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        lesson.write(tmp_path, 6, 4)
+    if name == "meta.json":
+        with pytest.raises(SystemExit) as stopped:
+            lesson.main([str(tmp_path), "--samples", "6"])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+    assert snapshot(tmp_path) == before
+
+
+def test_lesson_goes_on_where_it_was_stopped(tmp_path, monkeypatch, logged):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lesson.write(tmp_path / "whole", 6, 4)
+    (tmp_path / "mine.txt").write_text("stays")
+    lesson.write("~/a b/../whole", 6, 4)  # changes nothing
+    expected = {name: data for name, (data, _) in snapshot(tmp_path / "whole").items()}
+    assert len(expected) == 13
+    for name in ("meta.json", "train.jsonl", sorted(expected)[-1], "images/train/000001.png"):
+        (tmp_path / "whole" / name).unlink(missing_ok=True)
+    lesson.write(tmp_path / "whole", 6, 4)
+    assert {name: data for name, (data, _) in snapshot(tmp_path / "whole").items()} == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "whole"]
+    assert not logged
+
+
+@pytest.mark.parametrize("name", ["images/000/000000.png", "train.jsonl", "meta.json"])
+def test_data_set_changes_nothing_that_is_not_its_own(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(FOREIGN.get(name, b"a photo of somebody"))
+    first = render.make_sample("train", 0).image
+    before = snapshot(tmp_path)
+    if name.endswith(".png") and first is None:
+        pytest.skip("the first sample has no image")
+    with pytest.raises(ValueError, match=f"{path.name} is not what would be written there: name another directory"):
+        dataset.write(tmp_path, 20)
+    assert {key: value for key, value in snapshot(tmp_path).items() if key in before} == before
+
+
+def test_data_set_removes_what_killed_runs_left(tmp_path, logged):
+    part = tmp_path / "images" / "000"
+    part.mkdir(parents=True)
+    (part / ".000003.png.tmp-4194305").write_bytes(b"half")
+    (tmp_path / ".train.jsonl.tmp-4194305").write_bytes(b"half")
+    dataset.write(tmp_path, 5)
+    assert len(logged) == 2
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_pictures_tokenizer_and_model_of_others_stay(tmp_path):
+    (tmp_path / "shapes.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"shapes\.png is not what would be written there"):
+        evaluate.write_pictures(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes.png"]
+    (tmp_path / "added_tokens.json").write_text("{}")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"added_tokens\.json is another tokenizer's: name another directory"):
+        build_tokenizer.build(tmp_path, pieces=400, samples=40)
+    assert {name: values for name, values in snapshot(tmp_path).items() if name in before} == before
+    assert not (tmp_path / "tokenizer.model").exists()
+    build_tokenizer.build(tmp_path / "own", pieces=400, samples=40)
+    whole = {name: data for name, (data, _) in snapshot(tmp_path / "own").items()}
+    (tmp_path / "own" / "tokenizer.model").unlink()  # of a run that was stopped
+    build_tokenizer.build(tmp_path / "own", pieces=400, samples=40)
+    assert {name: data for name, (data, _) in snapshot(tmp_path / "own").items()} == whole
+    config = ChatConfig.from_file(NANO)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="model is not a model that this wrote"):
+        train.write_model(tmp_path / "model", NANO, {}, config)
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+    train.check_model(NANO, config)
+    with pytest.raises(ValueError, match="is not a model that this wrote"):
+        train.check_model(NANO, replace(config, image_size=56))
 
 
 def test_tokenizer_is_the_shipped_one(tmp_path):

@@ -5,11 +5,13 @@ python -m internvl_jax.nano.build_tokenizer DIRECTORY
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
-import sys
+import os
 from pathlib import Path
 
+from internvl_jax import files
 from internvl_jax.nano.render import texts
 
 PIECES = 640
@@ -18,7 +20,10 @@ SAMPLES = 4000  # of the training split, whose questions and answers are the tex
 
 
 def build(directory: Path, pieces: int = PIECES, samples: int = SAMPLES) -> int:
-    """Write tokenizer.model and the JSON files beside it; returns the vocabulary's size, added tokens included."""
+    """Write tokenizer.model and the JSON files beside it; returns the vocabulary's size, added tokens included.
+
+    Raises ValueError, before anything is written, where the directory holds other files of these names.
+    """
     import sentencepiece
 
     model = io.BytesIO()
@@ -40,8 +45,6 @@ def build(directory: Path, pieces: int = PIECES, samples: int = SAMPLES) -> int:
         num_threads=1,  # more would make the result depend on the machine
         minloglevel=2,
     )
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "tokenizer.model").write_bytes(model.getvalue())
     ids = {token: pieces + number for number, token in enumerate(ADDED)}
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
@@ -58,15 +61,32 @@ def build(directory: Path, pieces: int = PIECES, samples: int = SAMPLES) -> int:
         "clean_up_tokenization_spaces": False,
         **named,
     }
-    _write(directory / "tokenizer_config.json", config)
-    _write(directory / "special_tokens_map.json", {"additional_special_tokens": list(ADDED), **named})
-    _write(directory / "added_tokens.json", ids)
+    written = {
+        "tokenizer_config.json": _json(config),
+        "special_tokens_map.json": _json({"additional_special_tokens": list(ADDED), **named}),
+        "added_tokens.json": _json(ids),
+        "tokenizer.model": model.getvalue(),  # last: who finds it finds the others
+    }
+    directory = files.resolve(directory)
+    with files.claim(directory):
+        for name, data in written.items():
+            path = directory / name
+            if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
+                raise ValueError(f"{path} is another tokenizer's: name another directory")
+        directory.mkdir(exist_ok=True)
+        for name, data in written.items():
+            files.write_bytes(directory / name, data)
     return pieces + len(ADDED)
 
 
-def _write(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 if __name__ == "__main__":
-    print(build(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("directory", type=Path, metavar="DIRECTORY")
+    try:
+        print(build(parser.parse_args().directory))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")

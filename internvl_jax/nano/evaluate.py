@@ -25,6 +25,7 @@ from rich.table import Table
 
 import internvl_jax
 from internvl_jax.chat import Chat
+from internvl_jax.nano.dataset import save_picture
 from internvl_jax.nano.render import KINDS, heldout_questions, make_sample
 
 BATCH = 50
@@ -73,10 +74,11 @@ def evaluate(chat: Chat, count: int, progress: Callable[[Any], Any] = iter) -> l
 
 
 def write_pictures(directory: Path) -> None:
-    """Write the held-out pictures that ship with the package."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, index in PICTURES.items():
-        Image.fromarray(make_sample("heldout", index).image).save(directory / name)
+    """Write the held-out pictures that ship with the package. Raises ValueError where another file is there."""
+    images = {name: Image.fromarray(make_sample("heldout", index).image) for name, index in PICTURES.items()}
+    for write in (False, True):
+        for name, image in images.items():
+            save_picture(image, directory / name, write=write)
 
 
 def print_table(scores: list[Score], console: Console) -> None:
@@ -103,7 +105,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.count < 1:
         parser.error("--count must be at least 1")
     if args.pictures:
-        write_pictures(args.pictures)
+        try:
+            write_pictures(args.pictures)
+        except (ValueError, OSError) as error:
+            parser.exit(2, f"error: {error}\n")
         return
     chat = internvl_jax.load(args.checkpoint)
     quiet = Console(stderr=True)

@@ -4,7 +4,8 @@
 
     DIR/meta.json  DIR/train.jsonl  DIR/heldout.jsonl  DIR/images/
 
-The same bytes on every machine. Held-out pictures come from the stream that training never uses (render.py).
+The same bytes on every machine, and nothing else that is in the directory is changed.
+Held-out pictures come from the stream that training never uses (render.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from internvl_jax.nano.dataset import save_picture
+from internvl_jax import files
+from internvl_jax.nano.dataset import check_text, put_text, save_picture
 from internvl_jax.nano.render import Sample, make_sample
 from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER
 
@@ -34,7 +36,13 @@ def answer(sample: Sample, language: int) -> str:
 
 
 def write(directory: Path, samples: int = SAMPLES, heldout: int = HELDOUT) -> None:
-    """Write conversations of one turn, half of them in Chinese."""
+    """Write conversations of one turn, half of them in Chinese.
+
+    Raises ValueError, before anything is written, where the directory holds other files of the same names.
+    """
+    directory = files.resolve(directory)
+    images: dict[str, Image.Image] = {}
+    texts: dict[str, str] = {}
     for split, count in (("train", samples), ("heldout", heldout)):
         lines: list[str] = []
         number = 0
@@ -42,7 +50,7 @@ def write(directory: Path, samples: int = SAMPLES, heldout: int = HELDOUT) -> No
             sample = make_sample(split, number)
             if sample.image is not None:
                 image = f"images/{split}/{number:06}.png"
-                save_picture(Image.fromarray(sample.image), directory / image)
+                images[image] = Image.fromarray(sample.image)
                 language = int(np.random.default_rng((2, number)).integers(2))
                 turns = [
                     {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{QUESTIONS[language]}"},
@@ -51,9 +59,17 @@ def write(directory: Path, samples: int = SAMPLES, heldout: int = HELDOUT) -> No
                 entry = {"id": number, "image": image, "conversations": turns}
                 lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
             number += 1
-        (directory / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        texts[f"{split}.jsonl"] = "".join(lines)
     value = {"kinds": {"root": "", "annotation": "train.jsonl", "repeat_time": 1, "length": samples}}
-    (directory / "meta.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    texts["meta.json"] = json.dumps(value, indent=2) + "\n"
+    with files.claim(directory):
+        for name, text in texts.items():
+            check_text(directory / name, text)
+        for write in (False, True):
+            for name, picture in images.items():
+                save_picture(picture, directory / name, write=write)
+        for name, text in texts.items():
+            put_text(directory / name, text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,7 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help=f"for training ({SAMPLES:,})")
     args = parser.parse_args(argv)
-    write(args.directory, args.samples)
+    try:
+        write(args.directory, args.samples)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
     print(args.directory / "meta.json")
 
 

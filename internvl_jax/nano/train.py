@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +32,8 @@ import numpy as np
 import optax
 
 from internvl_jax import checkpoint, logs
-from internvl_jax.config import PRESETS, ChatConfig
-from internvl_jax.files import new_directory
+from internvl_jax.config import PRESETS, ChatConfig, read_json
+from internvl_jax.files import new_directory, resolve
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import Array, Params
 from internvl_jax.nano import build_tokenizer, dataset
@@ -203,7 +204,11 @@ def run(out: Path, config: ChatConfig, stages: Sequence[Stage], *, samples: int,
 
 
 def write_model(directory: Path, tokenizer: Path, params: Params, config: ChatConfig) -> None:
-    """Write the model that ships: bfloat16 weights, config.json, preprocessor_config.json and the tokenizer's files."""
+    """Write the model that ships: bfloat16 weights, config.json, preprocessor_config.json and the tokenizer's files.
+
+    One that was written before is replaced. Raises ValueError where something else is there.
+    """
+    check_model(directory, config)
     preprocessor = {
         "crop_size": config.image_size, "do_center_crop": True, "do_normalize": True, "do_resize": True,
         "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": list(MEAN), "image_std": list(STD),
@@ -218,20 +223,37 @@ def write_model(directory: Path, tokenizer: Path, params: Params, config: ChatCo
         checkpoint.save(temporary, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
 
 
+def check_model(directory: Path, config: ChatConfig) -> None:
+    """Raise ValueError where there is something at `directory` that `write_model` did not write."""
+    if not os.path.lexists(directory):
+        return
+    names = {"config.json", "preprocessor_config.json", checkpoint.PARAMS}
+    ours = checkpoint.is_converted(directory) and all(
+        path.name in names or "token" in path.name for path in directory.iterdir()
+    )
+    if not ours or read_json(directory / "config.json") != json.loads(json.dumps(config.to_hf())):
+        raise ValueError(f"{directory} is not a model that this wrote: name another directory")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse arguments and train. Returns 1 where it was asked to stop."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the directory of data, runs and model")
     args = parser.parse_args(argv)
-    if not (args.out / "tokenizer.model").exists():
-        build_tokenizer.build(args.out)
-    config = nano_config(args.out)
+    try:
+        out = resolve(args.out)
+        if not (out / "tokenizer.model").exists():
+            build_tokenizer.build(out)
+        config = nano_config(out)
+        check_model(out / "model", config)  # before hours of training
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
     with logs.to_terminal():
-        params = run(args.out, config, make_stages(), samples=dataset.SAMPLES)
+        params = run(out, config, make_stages(), samples=dataset.SAMPLES)
     if params is None:
         return 1
-    write_model(args.out / "model", args.out, params, config)
-    err.print(f"wrote {args.out / 'model'}: {chat_model.count_params(params):,} parameters")
+    write_model(out / "model", out, params, config)
+    err.print(f"wrote {out / 'model'}: {chat_model.count_params(params):,} parameters")
     return 0
 
 
