@@ -1,6 +1,7 @@
 """Adapters: what they add, merged and unmerged, on disk, and in peft's layout and back against peft itself."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -217,8 +218,10 @@ def test_adapters_that_are_damaged_or_unreadable_say_which(tmp_path, monkeypatch
     adapters = adapters_of(random_params(tiny()))
     lora.leaf_at(adapters["vision_model"]["layers"], "mlp/fc1")["lora_b"] *= np.nan
     lora.save(tmp_path / "adapter", adapters, BOTH)
-    with pytest.raises(LoraError, match="NaN or infinite values in vision_model/layers/mlp/fc1/lora_b: the training"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"vision_model/layers/mlp/fc1/lora_b holds .* not finite"):
         lora.load(tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "adapter")
+    lora.save(tmp_path / "adapter", adapters_of(random_params(tiny())), BOTH)
     written = tmp_path / "adapter" / lora.FILE
     text = written.read_text()
     for damaged, message in (
