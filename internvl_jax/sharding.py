@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -439,11 +438,21 @@ def place_params(params: Any, config: ChatConfig, mesh: Mesh, *, vision: str = "
     padded = jax.eval_shape(lambda tree: pad_params(tree, config, mesh, vision=vision), params)
     shardings = param_shardings(padded, mesh, vision=vision)
     params = jax.device_put(params, storage_shardings(params, mesh, vision=vision))
-    pad = jax.jit(lambda tree: pad_params(tree, config, mesh, vision=vision), out_shardings=shardings, donate_argnums=0)
-    with warnings.catch_warnings():
-        # Those that grow cannot be used again; the others are.
-        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
-        return pad(params)
+    leaves, structure = jax.tree.flatten(params)
+    # Arrays that grow cannot be donated; jax would warn of them, and warnings are muted for all threads or for none.
+    stays = [
+        leaf.shape == made.shape and leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+        for leaf, made, sharding in zip(leaves, jax.tree.leaves(padded), jax.tree.leaves(shardings))
+    ]
+
+    def pad(kept: list[Any], growing: list[Any]) -> Any:
+        either = iter(kept), iter(growing)
+        tree = jax.tree.unflatten(structure, [next(either[0] if same else either[1]) for same in stays])
+        return pad_params(tree, config, mesh, vision=vision)
+
+    kept = [leaf for leaf, same in zip(leaves, stays) if same]
+    growing = [leaf for leaf, same in zip(leaves, stays) if not same]
+    return jax.jit(pad, out_shardings=shardings, donate_argnums=0)(kept, growing)
 
 
 def _resize_heads(params: Any, heads: int) -> Any:

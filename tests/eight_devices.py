@@ -104,6 +104,18 @@ def batch_of(config: ChatConfig, rows: int):
     return ids, rng.randn(rows, 3, config.image_size, config.image_size).astype(np.float32), valid
 
 
+def test_placing_warns_of_nothing(recwarn):
+    """jax warns of arrays that are donated and cannot be reused."""
+    config = config_of(25, 8)  # on tensor=8 heads and vocabulary grow
+    given = jax.tree.map(jnp.copy, params_of(config))
+    placed = sharding.place_params(given, config, make_mesh("tensor=8", config=config))
+    assert not list(recwarn)
+    assert 0 < sum(leaf.is_deleted() for leaf in jax.tree.leaves(given)) < len(jax.tree.leaves(given))  # donated
+    back = sharding.unpad_params(jax.tree.map(np.asarray, placed), config)
+    for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(params_of(config))):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def loss_of(params, ids, pixels, valid, *, config):
     """Mean cross-entropy of the next tokens, and the logits."""
     logits, _ = chat_model.forward(params, config, ids, pixels, valid, image_token_id=IMAGE)

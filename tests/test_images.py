@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+import checkpoints_convert
+import internvl_jax
+import tpu_scripts
 from internvl_jax import logs
 from internvl_jax.config import ConfigError
 from internvl_jax.processing import images
@@ -407,6 +410,14 @@ def test_reading_images_in_threads_leaves_the_warnings_of_others_alone():
         assert warnings.filters == before
     assert said > 3
     assert [str(item.message) for item in arrived] == ["the main thread has something to say"] * said
+
+
+def test_no_module_mutes_warnings_for_a_while():
+    """warnings.catch_warnings() is for the whole process, and some thread is always reading images."""
+    packages = [Path(package.__file__).parent for package in (internvl_jax, checkpoints_convert, tpu_scripts)]
+    sources = [path for package in packages for path in package.rglob("*.py")]
+    assert len(sources) > 80
+    assert [path for path in sources if "catch_warnings" in path.read_text(encoding="utf-8")] == []
 
 
 def test_nothing_is_warned_of():
