@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import pathlib
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -28,6 +30,9 @@ def server():
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.asked.append((self.path, self.headers.get("Authorization"), body))
             status, content = server.replies.pop(0)
+            if status is None:  # the connection breaks before the reply
+                self.close_connection = True
+                return
             text = json.dumps({"model": "gpt-4-0613", "choices": [{"message": {"content": content}}]}).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(text)))
@@ -105,6 +110,57 @@ def test_grades(graded, server, capsys):
         "messages": [{"role": "user", "content": f"{PROMPT}\nWhat is x? | 1 <AND> 2 | x is 1 | "}],
     }
     assert server.asked[3][2]["messages"][0]["content"].endswith("left | " + mmvet.RETRY)
+
+
+def test_a_busy_server_is_asked_again(graded, server, capsys):
+    """Too many requests, and connections that break; another refusal is final."""
+    server.replies = [(429, ""), (None, ""), (503, ""), (200, "0.5"), (None, ""), (200, "1.0")]
+    assert graded() == 0
+    assert len(server.asked) == 6
+    assert json.loads((graded.run / "report.json").read_text())["score"]["value"] == 75
+    (graded.run / "grades.jsonl").unlink()
+    capsys.readouterr()
+    server.replies = [(401, "")]
+    assert graded() == 2
+    assert "refuses: 401" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"id": "v1_0", "run": 0}\n', r"grades\.jsonl:1 has no 'asked'"),
+        ("not JSON\n", r"grades\.jsonl:1: not JSON"),
+        ("notes", r"grades\.jsonl: its last line is not a grade"),
+    ],
+)
+def test_files_that_are_no_grades(graded, server, capsys, text, message):
+    (graded.run / "grades.jsonl").write_text(text)
+    assert graded() == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert (graded.run / "grades.jsonl").read_text() == text
+    assert server.asked == []
+
+
+def test_a_storage_error_is_not_a_missing_file(graded, server, capsys, monkeypatch):
+    """Grades, report and answers that cannot be read end the command; grading does not begin anew."""
+    server.replies = [(200, "1"), (200, "1")]
+    assert graded() == 0
+    before = {path.name: path.read_bytes() for path in graded.run.iterdir()}
+    read = pathlib.Path.read_bytes
+    for name in ("grades.jsonl", "report.json", "submission.json"):
+
+        def failing(path, name=name):
+            if path.name == name:
+                raise OSError(5, "Input/output error", str(path))
+            return read(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pathlib.Path, "read_bytes", failing)
+            assert graded() == 2
+        told = capsys.readouterr().err
+        assert "Input/output error" in told
+        assert name in told
+    assert {path.name: path.read_bytes() for path in graded.run.iterdir()} == before
 
 
 def test_grading_goes_on(graded, server, capsys):
