@@ -6,6 +6,8 @@ import json
 
 from PIL import Image
 
+from internvl_jax.evaluation.yes_no import COGNITION, PERCEPTION
+
 
 def png(size=(30, 20), colour=(200, 30, 30)):
     file = io.BytesIO()
@@ -36,6 +38,14 @@ def table(path, rows, columns=None):
 
 def picture64():
     return base64.b64encode(png()).decode()
+
+
+def mme_files(root, records, others=("x.png", "Is it?", "Yes")):
+    (root / "mme").mkdir(parents=True)
+    for task in PERCEPTION + COGNITION:
+        own = ["\t".join((r["image"], r["question"], r["gt"])) for r in records if r["task"] == task]
+        filler = ["\t".join(others), "\t".join((others[0], "Is it not?", "No"))]
+        (root / "mme" / f"{task}.txt").write_text("\n".join(own or filler) + "\n")
 
 
 FAST = ("--max-new-tokens", "6", "--num-beams", "1", "--batch", "4")  # options of a run
