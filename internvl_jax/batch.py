@@ -1,7 +1,11 @@
 """Questions from a JSONL file, answers into another: resumable, and shared out among the processes of a pod.
 
-A question is a line {"question": "...", "images": ["a.jpg"], "id": 7}; images and id may be left out (the id is then
-the line's number), other fields are ignored. An answer is a line with the same id, in the order of the questions.
+A question is a line {"question": "...", "images": ["a.jpg"], "id": 7}; images (or "image") and id may be left out (the
+id is then the line's number). It may bring a "history" of [question, answer] pairs, a "system" message, and settings of
+GenerationConfig ("max_new_tokens", "temperature", ...) of its own; fields that are not read are named. An answer is a
+line with the same id. A question that could not be answered gets a line with "error" in place of "answer", and the next
+run asks it again. When a run ends, the lines are in the order of the questions; a file that a stopped run left has the
+answers to questions that were asked again at its end.
 
 The mesh decides how processes share the work. One that a process's own devices can hold is made on every process: each
 has a whole model and answers its own share of every round. A larger one spans all processes, which then compute every
@@ -10,39 +14,45 @@ answer together. Either way process 0 writes the one file of answers, round by r
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from internvl_jax import distributed, sharding
-from internvl_jax.chat import Chat
-from internvl_jax.processing.conversation import expand_images, place_images
+from internvl_jax import distributed, files, sharding
+from internvl_jax.arguments import SAMPLING
+from internvl_jax.batch_files import (
+    GENERATION,
+    BatchError,
+    Question,
+    file_state,
+    in_order,
+    read_answers,
+    read_questions,
+)
+from internvl_jax.chat import Chat, Reply
+from internvl_jax.sampling import GenerationConfig
+
+__all__ = ["BatchError", "Question", "Summary", "Work", "opened", "prepare", "read_questions", "run"]
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 
 SIZE = 8  # questions per batch
-
-
-class BatchError(ValueError):
-    """Files of questions or answers that cannot be used; the message names the file and the line."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One line of the questions."""
-
-    id: str | int
-    question: str
-    images: tuple[Path, ...]
+_TOLD = 20  # errors that are told one by one; all of them are in the file of answers
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,10 @@ class Work:
     mesh: Mesh | None
     replicas: int  # models: one per process, or one over all
     models: frozenset[str]  # that gave the answers found
+    content: bytes | None = None  # of `out`, before answers are appended; None: what is there (process 0 only)
+    state: tuple[int, int] | None = None  # of `out` when it was read (process 0 only)
+    claimed: bool = False  # whether the caller holds the claim of `out`
+    ordered: bool = True  # whether the answers are to be put in the order of the questions at the end
 
 
 @dataclass(frozen=True)
@@ -68,87 +82,176 @@ class Summary:
     seconds: float
 
 
+@contextmanager
+def opened(questions: Path, out: Path, mesh: str | None = None, *, images: Path | None = None) -> Iterator[Work]:
+    """As `prepare`, and `out` belongs to this run until the block ends.
+
+    Raises files.OutputInUseError where another run writes it, naming that run.
+    """
+    rows, devices, replicas = _asked(questions, mesh, images)
+    out = _target(out)
+    with _claimed(out):
+        yield replace(_work(rows, questions, out, mesh, devices, replicas), claimed=True)
+
+
 def prepare(questions: Path, out: Path, mesh: str | None = None, *, images: Path | None = None) -> Work:
-    """Read the questions and the answers that there are. Nothing is loaded or written, but for an unfinished last line
-    of `out`, which is removed.
+    """Read the questions and the answers that there are. Nothing is loaded or written.
 
     mesh: as sharding.make_mesh reads it, "tensor=4"; None: one device per process.
     images: where relative image paths start; None: at the questions' own directory.
-    Raises BatchError for malformed lines, all listed, and for answers to other questions; MeshError for a mesh that
-    neither one process nor all of them together can hold. All processes must call it.
+    Raises BatchError for malformed lines, all listed, and for a file `out` that holds anything but answers to these
+    questions; MeshError for a mesh that neither one process nor all of them together can hold. All processes must call
+    it.
     """
-    with distributed.all_or_none():
-        devices, replicas = _devices(mesh)
-        rows = read_questions(questions, images or questions.parent)
-    with distributed.all_or_none():
-        digests = distributed.exchange(hashlib.sha256(repr([(row.id, row.question) for row in rows]).encode()).digest())
-        if len(set(digests)) > 1:
-            raise BatchError(f"{questions} differs between the processes: copy the same file to every host")
-    found: dict[str, Any] = {}
-    with distributed.all_or_none():
-        if distributed.is_first():
-            found = _found(out, rows)
-    found = json.loads(distributed.from_first(json.dumps(found).encode()))
-    made = None if mesh is None else sharding.make_mesh(mesh, devices)
-    return Work(rows, found["pending"], out, made, replicas, frozenset(found["models"]))
+    rows, devices, replicas = _asked(questions, mesh, images)
+    return _work(rows, questions, _target(out), mesh, devices, replicas)
 
 
 def run(chat: Chat, work: Work, *, size: int = SIZE, progress: Progress | None = None, **generation: Any) -> Summary:
     """Answer what is pending, `size` questions at once on every model, and append the answers to `work.out`.
 
     A question that cannot be answered (an image that does not decode, a prompt beyond the context) gets a line with
-    "error" in place of "answer". generation: settings of GenerationConfig, as for Chat.chat.
+    "error" in place of "answer". An error of the machine (a full disk, a device without memory) ends the run.
+    generation: settings of GenerationConfig, as for Chat.chat; a question's own come first. Sampled, the question on
+    line n gets the answer that it gets alone with seed + n - 1, in whatever batch it is.
     progress: called as progress(done, total, "answering") with numbers of questions.
-    Raises BatchError where `work.out` has answers of another model. All processes must call it.
+    Raises BatchError where `work.out` has answers of another model or has changed since `prepare`, and
+    files.OutputInUseError where another run writes it. All processes must call it.
     """
     others = work.models - {chat.name}
     if others:
         raise BatchError(f"{work.out} has answers of {', '.join(sorted(others))}, not {chat.name}: use another file")
     if size < 1:
         raise BatchError(f"a batch has at least one question, not {size}")
+    _check_generation(work, generation)
     start = time.perf_counter()
     place = jax.process_index() if work.replicas > 1 else 0
     done, failed, tokens = len(work.questions) - len(work.pending), 0, 0
-    for first in range(0, len(work.pending), size * work.replicas):
-        mine = work.pending[first + place * size : first + (place + 1) * size]
-        with distributed.all_or_none():
-            answers = _answer(chat, [work.questions[number] for number in mine], size, generation)
-        if work.replicas > 1:
-            parts = distributed.exchange(json.dumps(answers).encode())
-            answers = [answer for part in parts for answer in json.loads(part)]
+    # Where one model spans the processes, what fails on one of them alone cannot be a question's error.
+    mine_alone = work.replicas > 1 or not distributed.several()
+    with ExitStack() as held:
+        if not work.claimed:
+            held.enter_context(_claimed(work.out))
         with distributed.all_or_none():
             if distributed.is_first():
-                _append(work.out, answers)
-        done += len(answers)
-        failed += sum("error" in answer for answer in answers)
-        tokens += sum(answer.get("new_tokens", 0) for answer in answers)
-        if progress is not None:
-            progress(done, len(work.questions), "answering")
+                _begin(work)
+        for first in range(0, len(work.pending), size * work.replicas):
+            mine = work.pending[first + place * size : first + (place + 1) * size]
+            with distributed.all_or_none():
+                answers = _answer(chat, [work.questions[number] for number in mine], size, generation, mine_alone)
+            if work.replicas > 1:
+                parts = distributed.exchange(json.dumps(answers).encode())
+                answers = [answer for part in parts for answer in json.loads(part)]
+            with distributed.all_or_none():
+                if distributed.is_first():
+                    _append(work.out, answers)
+            done += len(answers)
+            for answer in answers:
+                failed += "error" in answer
+                if "error" in answer and failed <= _TOLD and distributed.is_first():
+                    logger.warning("%s", answer["error"])
+            tokens += sum(answer.get("new_tokens", 0) for answer in answers)
+            if progress is not None:
+                progress(done, len(work.questions), "answering")
+        with distributed.all_or_none():
+            if distributed.is_first() and work.ordered and (content := in_order(work.out, work.questions)) is not None:
+                files.write_bytes(work.out, content)
+    if failed > _TOLD and distributed.is_first():
+        logger.warning("%d more errors are in %s", failed - _TOLD, work.out)
     found = len(work.questions) - len(work.pending)
     return Summary(len(work.pending), found, failed, tokens, time.perf_counter() - start)
 
 
-def read_questions(path: Path, images: Path) -> list[Question]:
-    """The lines of a questions file. Raises BatchError with every line that is wrong, as FILE:LINE."""
-    rows: list[Question] = []
-    problems: list[str] = []
-    lines: dict[str | int, int] = {}
-    for number, line in _lines(path):
-        try:
-            row = _question(line, number, images)
-            if row.id in lines:
-                raise ValueError(f"the id {row.id!r} is that of line {lines[row.id]} too")
-        except ValueError as error:
-            problems.append(f"{path}:{number}: {error}")
+def _asked(questions: Path, mesh: str | None, images: Path | None) -> tuple[list[Question], list[jax.Device], int]:
+    questions = files.resolve(questions)
+    with distributed.all_or_none():
+        devices, replicas = _devices(mesh)
+        rows = read_questions(questions, questions.parent if images is None else files.resolve(images))
+    with distributed.all_or_none():
+        asked = repr([(row.id, row.question, row.history, row.system, dict(row.generation)) for row in rows])
+        if len(set(distributed.exchange(hashlib.sha256(asked.encode()).digest()))) > 1:
+            raise BatchError(f"{questions} differs between the processes: copy the same file to every host")
+    return rows, devices, replicas
+
+
+def _work(
+    rows: Sequence[Question],
+    questions: Path,
+    out: Path,
+    mesh: str | None,
+    devices: Sequence[jax.Device],
+    replicas: int,
+) -> Work:
+    known: dict[str, Any] = {}
+    content = state = None
+    with distributed.all_or_none():
+        if distributed.is_first():
+            if out.exists() and questions.exists() and out.samefile(questions):
+                raise BatchError(f"{out} is the file of questions: name another one for the answers")
+            found = read_answers(out, rows)
+            known = {"pending": found.pending, "models": found.models}
+            content, state = found.content, found.state
+    known = json.loads(distributed.from_first(json.dumps(known).encode()))
+    made = None if mesh is None else sharding.make_mesh(mesh, devices)
+    return Work(rows, known["pending"], out, made, replicas, frozenset(known["models"]), content, state)
+
+
+def _target(out: Path) -> Path:
+    """The file itself, where a symbolic link is named: it is replaced, the link is not."""
+    return Path(os.path.realpath(files.resolve(out)))
+
+
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    with ExitStack() as held:
+        with distributed.all_or_none():
+            if distributed.is_first():
+                held.enter_context(files.claim(out))
+                files.remove_leftovers(out)
+        yield
+
+
+def _begin(work: Work) -> None:
+    """Make the file of answers, or take from it what is not an answer."""
+    if file_state(work.out) != work.state:
+        raise BatchError(f"{work.out} has changed since it was read: another run has written it; start again")
+    if work.content is not None:
+        files.write_bytes(work.out, work.content)
+    else:
+        files.append_text(work.out, "")
+
+
+def _append(out: Path, answers: Sequence[Mapping[str, Any]]) -> None:
+    files.append_text(out, "".join(files.to_json(answer) + "\n" for answer in answers))
+
+
+def _check_generation(work: Work, generation: Mapping[str, Any]) -> None:
+    """Refuse settings of the run that do not go with those of a question, before any is asked."""
+    common = {name: value for name, value in generation.items() if name in GENERATION and value is not None}
+    GenerationConfig(**common)
+    problems, idle = [], []
+    for number in work.pending:
+        row = work.questions[number]
+        if not row.generation:
             continue
-        lines[row.id] = number
-        rows.append(row)
+        try:
+            made = GenerationConfig(**{**common, **row.generation})
+        except ValueError as error:
+            problems.append(f"{row.where}: {error}")
+            continue
+        if made.temperature == 0 and row.generation.keys() & set(SAMPLING):
+            idle.append(row)
+    if idle and distributed.is_first():
+        more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
+        logger.warning(
+            "%s%s: %s are without effect, because nothing is sampled at temperature 0",
+            idle[0].where,
+            more,
+            ", ".join(SAMPLING),
+        )
     if problems:
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise BatchError("nothing was started:\n  " + "\n  ".join(problems[:20]) + more)
-    if not rows:
-        raise BatchError(f"{path} has no questions")
-    return rows
+        more = f"\n  and {len(problems) - _TOLD} more" if len(problems) > _TOLD else ""
+        raise BatchError("nothing was started:\n  " + "\n  ".join(problems[:_TOLD]) + more)
 
 
 def _devices(mesh: str | None) -> tuple[list[jax.Device], int]:
@@ -165,110 +268,80 @@ def _devices(mesh: str | None) -> tuple[list[jax.Device], int]:
     return everywhere, 1
 
 
-def _lines(path: Path) -> Iterable[tuple[int, str]]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    except UnicodeDecodeError as error:
-        raise BatchError(f"{path} is not a text file in UTF-8 ({error})") from None
+def _answer(
+    chat: Chat, rows: Sequence[Question], size: int, generation: Mapping[str, Any], alone: bool
+) -> list[dict[str, Any]]:
+    """Answers to at most `size` questions, those with the same settings at once."""
+    together: dict[str, list[int]] = {}
+    answers: dict[int, dict[str, Any]] = {}
+    for number, row in enumerate(rows):
+        if row.error is not None:
+            answers[number] = _failed(row, row.error, chat.name)
+            continue
+        own = {name: value for name, value in row.generation.items() if name != "seed"}
+        together.setdefault(json.dumps([row.system, own], sort_keys=True), []).append(number)
+    for numbers in together.values():
+        answers.update(zip(numbers, _ask(chat, [rows[n] for n in numbers], size, generation, alone)))
+    return [answers[number] for number in range(len(rows))]
 
 
-def _question(line: str, number: int, images: Path) -> Question:
-    fields = _object(line)
-    text = fields.get("question")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError('"question" must be a text that is not empty')
-    if "image" in fields:
-        raise ValueError('"image" is not read: write "images": ["..."]')
-    names = fields.get("images", [])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError('"images" must be a list of paths')
-    paths = tuple(images / name for name in names)
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise ValueError(f"no such image: {', '.join(missing)}")
-    row_id = fields.get("id", number)
-    if not isinstance(row_id, (str, int)) or isinstance(row_id, bool):
-        raise ValueError('"id" must be a text or a whole number')
-    expand_images(place_images(text, len(paths), False), 1, len(paths))  # refuses what does not agree
-    return Question(row_id, text, paths)
-
-
-def _object(line: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"not a JSON object, but {type(fields).__name__}")
-    return fields
-
-
-def _found(out: Path, rows: Sequence[Question]) -> dict[str, Any]:
-    """Questions without an answer in `out`, and the models that gave the answers."""
-    if out.is_dir():
-        raise BatchError(f"{out} is a directory: name a file for the answers")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _drop_unfinished(out)
-    questions = {row.id: row.question for row in rows}
-    answered, models = set(), set()
-    for number, line in _lines(out):
-        try:
-            fields = _object(line)
-            if questions.get(fields.get("id")) != fields.get("question"):
-                raise ValueError(f"answers no question of this file (id {fields.get('id')!r}): use another file")
-        except (ValueError, TypeError) as error:
-            raise BatchError(f"{out}:{number}: {error}") from None
-        answered.add(fields["id"])
-        models.add(fields.get("model", ""))
-    return {"pending": [i for i, row in enumerate(rows) if row.id not in answered], "models": sorted(models)}
-
-
-def _drop_unfinished(out: Path) -> None:
-    """Cut a last line that a killed run left half-written. Makes the file where there is none."""
-    with open(out, "ab+") as file:
-        end = file.seek(0, os.SEEK_END)
-        size = end
-        while size > 0:
-            step = min(size, 1 << 16)
-            file.seek(size - step)
-            position = file.read(step).rfind(b"\n")
-            if position >= 0:
-                size += position + 1 - step
-                break
-            size -= step
-        if size < end:
-            file.truncate(size)
-
-
-def _append(out: Path, answers: Sequence[Mapping[str, Any]]) -> None:
-    text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-    with open(out, "a", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # an answer that is reported is on disk
-
-
-def _answer(chat: Chat, rows: Sequence[Question], size: int, generation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Answers to at most `size` questions. A shorter batch is filled up, so that it does not compile again."""
-    if not rows:
-        return []
+def _ask(
+    chat: Chat, rows: Sequence[Question], size: int, generation: Mapping[str, Any], alone: bool
+) -> list[dict[str, Any]]:
+    """Answers to questions of the same settings. A shorter batch is filled up, so that it does not compile again."""
     filled = [*rows, *[rows[-1]] * (size - len(rows))]
+    options = {**generation, **rows[0].generation}
+    if rows[0].system is not None:
+        options["system"] = rows[0].system
+    seed = generation.get("seed", 0)
+    options.pop("seed", None)
+    if options.get("temperature") and not isinstance(seed, (tuple, list)):
+        options["seed"] = tuple(row.generation.get("seed", (seed or 0) + row.line - 1) % 2**31 for row in filled)
+    elif "seed" in generation:
+        options["seed"] = seed
+    if any(row.history for row in rows):
+        options["histories"] = [row.history for row in filled]
     try:
-        replies = chat.batch_chat([row.question for row in filled], [list(row.images) for row in filled], **generation)
-    except ValueError as error:
+        replies = chat.batch_chat([row.question for row in filled], [list(row.images) for row in filled], **options)
+    except Exception as error:
+        if _of_the_machine(error) or not (alone or isinstance(error, ValueError)):
+            raise
         if len(rows) > 1:
-            return [answer for row in rows for answer in _answer(chat, [row], size, generation)]
-        return [{"id": rows[0].id, "question": rows[0].question, "error": str(error), "model": chat.name}]
-    return [
-        {
-            "id": row.id,
-            "question": row.question,
-            "answer": reply.text,
-            "finish_reason": reply.finish_reason,
-            "prompt_tokens": reply.prompt_tokens,
-            "new_tokens": len(reply.tokens),
-            "model": chat.name,
-        }
-        for row, reply in zip(rows, replies)
-    ]
+            return [answer for row in rows for answer in _ask(chat, [row], size, generation, alone)]
+        return [_failed(rows[0], _reason(error), chat.name)]
+    return [_answered(row, reply, chat.name) for row, reply in zip(rows, replies)]
+
+
+def _answered(row: Question, reply: Reply, model: str) -> dict[str, Any]:
+    error = getattr(reply, "error", None)
+    if error is not None:
+        return _failed(row, error, model)
+    return {
+        "id": row.id,
+        "question": row.question,
+        "answer": reply.text,
+        "finish_reason": reply.finish_reason,
+        "prompt_tokens": reply.prompt_tokens,
+        "new_tokens": len(reply.tokens),
+        "model": model,
+    }
+
+
+def _failed(row: Question, reason: str, model: str) -> dict[str, Any]:
+    return {"id": row.id, "question": row.question, "error": f"{row.where}: {reason}", "model": model}
+
+
+def _reason(error: Exception) -> str:
+    """What a question's line says about an error of its own."""
+    if isinstance(error, MemoryError):
+        return "takes more memory than there is"
+    if isinstance(error, ValueError):
+        return re.sub(r"^(question 1|row 0): ", "", str(error))  # of a batch filled up with this one
+    return f"{type(error).__name__}: {error}"
+
+
+def _of_the_machine(error: Exception) -> bool:
+    """Whether the next question would meet this error too: no memory on the device, a full disk, a missing package."""
+    if isinstance(error, OSError):
+        return files.is_full(error) or error.errno in (errno.EROFS, errno.EMFILE, errno.ENFILE)
+    return isinstance(error, (jax.errors.JaxRuntimeError, ImportError)) or "RESOURCE_EXHAUSTED" in str(error)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from internvl_jax import arguments, entry, files
+from internvl_jax import arguments, batch_cli, entry, files
 from internvl_jax.config import PRESETS
 from internvl_jax.evaluation import cli as evaluation_cli
 from internvl_jax.processing.images import load_image, read_once
@@ -186,33 +186,6 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--json", action="store_true", help="print one JSON object")
     report.set_defaults(run=_compile_report)
 
-    batch = commands.add_parser(
-        "batch",
-        help="answer a JSONL file of questions; a run that was stopped goes on where it was",
-        description='Reads lines {"question": "...", "images": ["a.jpg"], "id": 7} (images and id may be left out) and '
-        "appends a line with the answer for each, in the same order. Exit code 1: some questions got an error.",
-    )
-    batch.add_argument("questions", type=arguments.path, metavar="QUESTIONS", help="a JSONL file")
-    batch.add_argument(
-        "--out", type=arguments.path, required=True, metavar="F", help="the JSONL file of answers, made or resumed"
-    )
-    batch.add_argument(
-        "--images", type=arguments.path, metavar="DIR", help="where relative paths of images start (QUESTIONS' own)"
-    )
-    batch.add_argument("--checkpoint", type=arguments.path, metavar="DIR", help="as for chat; default: nano")
-    arguments.add_adapters(batch)
-    batch.add_argument(
-        "--mesh", metavar="SPEC", help="as for chat; several processes share the work if one's devices can hold it"
-    )
-    batch.add_argument("--batch", type=int, default=8, metavar="N", help="questions at once, per model (8)")
-    batch.add_argument("--dtype", choices=["float32", "bfloat16"], help="as for chat")
-    batch.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (1024, if the context has room)")
-    batch.add_argument("--temperature", type=float, metavar="X", help="0 (default) always takes the likeliest token")
-    batch.add_argument("--seed", type=int, metavar="N", help="makes samples repeatable (0)")
-    arguments.add_weights(batch)
-    arguments.add_processes(batch)
-    batch.set_defaults(run=_batch)
-
     bench = commands.add_parser(
         "bench",
         help="measure speed and memory on the devices that are here",
@@ -243,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     arguments.add_processes(bench)
     bench.set_defaults(run=_bench)
 
+    batch_cli.add_parser(commands, _join)
     train_cli.add_parser(commands, arguments.add_processes, _join)
     adapters_cli.add_parser(commands)
     training_cli.add_parser(commands)
@@ -556,36 +530,6 @@ def _train_report(args: argparse.Namespace) -> int:
         return 0
     _show(done, args.json, train_report.lines)
     return 0
-
-
-def _batch(args: argparse.Namespace) -> int:
-    from internvl_jax import batch
-    from internvl_jax.loading import load
-    from internvl_jax.sampling import GenerationConfig
-
-    names = ("max_new_tokens", "temperature", "seed")
-    generation = {name: value for name in names if (value := getattr(args, name)) is not None}
-    GenerationConfig(**generation)
-    _join(args)
-    work = batch.prepare(args.questions, args.out, args.mesh, images=args.images)
-    with progress_bar() as progress:
-        chat = load(
-            args.checkpoint,
-            mesh=work.mesh,
-            dtype=args.dtype,
-            quantize=args.quantize,
-            cache_dtype=args.cache_dtype,
-            adapters=args.adapters,
-            progress=progress,
-        )
-    chat.check_ready()
-    with counting() as progress:
-        done = batch.run(chat, work, size=args.batch, progress=progress, **generation)
-    err.print(
-        f"{args.out}: {done.answered} answered in {done.seconds:.0f} s ({done.new_tokens} tokens), {done.failed} "
-        f"with an error; {done.found} were there already"
-    )
-    return 1 if done.failed else 0
 
 
 def _bench(args: argparse.Namespace) -> int:

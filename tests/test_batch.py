@@ -1,6 +1,7 @@
 """Batch inference over a JSONL file: what is refused, what is resumed, how several processes share."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -9,9 +10,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
-from internvl_jax import batch, distributed
+from internvl_jax import batch, batch_files, cli, distributed, files
 from internvl_jax.batch import BatchError
 from internvl_jax.sharding import MeshError
 
@@ -23,6 +25,9 @@ class Parrot:
 
     def __init__(self, name="parrot", broken="", pause=0.0):
         self.name, self.broken, self.pause, self.batches = name, broken, pause, []
+
+    def check_ready(self):
+        pass
 
     def batch_chat(self, questions, images, **generation):
         if self.broken and self.broken in questions:
@@ -36,6 +41,7 @@ class Parrot:
 
 
 def write(path, rows):
+    path.parent.mkdir(exist_ok=True)
     path.write_text(
         "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
     )
@@ -120,11 +126,11 @@ def test_a_question_that_fails_spoils_no_other(questions, tmp_path):
     summary = batch.run(Parrot(broken="q4"), batch.prepare(questions, out), size=3)
     answers = read(out)
     assert summary.failed == 1
-    assert answers[4] == {"id": "id4", "question": "q4", "error": "question 1: unreadable", "model": "parrot"}
+    assert answers[4] == {"id": "id4", "question": "q4", "error": f"{questions}:5: unreadable", "model": "parrot"}
     assert [a["answer"] for a in answers if "answer" in a] == [f"q{n}! ü" for n in (0, 1, 2, 3, 5, 6)]
 
 
-def test_malformed_lines_are_listed_before_work(tmp_path):
+def test_malformed_lines_are_listed_before_work(tmp_path, monkeypatch):
     rows = [
         {"question": "fine"},
         "{",
@@ -133,10 +139,26 @@ def test_malformed_lines_are_listed_before_work(tmp_path):
         {"questions": "x"},
         {"question": "x", "images": "a.png"},
         {"question": "x", "images": ["none.png"]},
-        {"question": "x", "image": "a.png"},
+        {"question": "x", "image": 3},
         {"question": "x", "id": 1.5},
         {"question": "x", "id": 1},
         {"question": "<image> and <image>", "images": [str(IMAGES / "rgb.png")]},
+        {"question": "x", "image": "a.png", "images": ["a.png"]},
+        '{"question": "x", "deep": ' + "[" * 100_000,
+        '{"question": "a", "question": "b"}',
+        '{"question": "x", "id": NaN}',
+        {"question": "x", "id": True},
+        '{"question": "x", "id": 1e400}',
+        {"question": "x", "images": ["a\0b"]},
+        {"question": "x", "images": ["n" * 5000]},
+        {"question": "x", "images": ["."]},
+        {"question": "x", "history": ["a", "b"]},
+        {"question": "x", "system": 1},
+        '{"question": "x", "temperature": NaN}',
+        '{"question": "x", "max_new_tokens": 1' + "0" * 400 + "}",
+        {"question": "x", "stop": 5},
+        {"question": "x", "seed": [1]},
+        '{"question": "x", "id": 1' + "0" * 5000 + "}",
     ]
     path, out = write(tmp_path / "questions.jsonl", rows), tmp_path / "answers.jsonl"
     with pytest.raises(BatchError) as raised:
@@ -149,11 +171,33 @@ def test_malformed_lines_are_listed_before_work(tmp_path):
         '5: "question" must be a text',
         '6: "images" must be a list',
         f"7: no such image: {tmp_path / 'none.png'}",
-        '8: "image" is not read: write "images"',
+        '8: "image" must be a path or a list',
         '9: "id" must be',
         "10: the id 1 is that of line 1 too",
         "11: ",
+        '12: "image" and "images" are both there',
+        "13: not JSON that can be read (nested too deeply)",
+        "14: the field 'question' is there twice",
+        '15: "id" must be',
+        '16: "id" must be',
+        '17: "id" must be',
+        "18: no such image: ",
+        "19: no such image: ",
+        f"20: no such image: {tmp_path}",
+        '21: "history" must be a list of pairs',
+        '22: "system" must be a text',
+        "23: temperature must be a number, not nan",
+        "24: max_new_tokens must be",
+        "25: the settings of the answer are not understood",
+        "26: seed must be a whole number",
+        "27: Exceeds the limit",
     ]
+    assert listed.pop() == f"  and {len(words) - 20} more"
+    monkeypatch.setattr(batch_files, "_SHOWN", 100)
+    with pytest.raises(BatchError) as raised:
+        batch.prepare(path, out)
+    assert str(raised.value).splitlines()[1:21] == listed
+    listed = str(raised.value).splitlines()[1:]
     assert len(listed) == len(words)
     for line, word in zip(listed, words):
         assert line.startswith(f"  {path}:{word}")
@@ -162,9 +206,12 @@ def test_malformed_lines_are_listed_before_work(tmp_path):
         batch.prepare(write(path, []), out)
     with pytest.raises(FileNotFoundError):
         batch.prepare(tmp_path / "absent.jsonl", out)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(BatchError, match="not a text file in UTF-8"):
-        batch.prepare(path, out)
+    for content in (b"\xff\xfe", b'{"question": "x"}\n{"question": "\xff"}'):
+        path.write_bytes(content)
+        with pytest.raises(BatchError, match="not a text file in UTF-8"):
+            batch.prepare(path, out)
+    with pytest.raises(BatchError, match="is a directory"):
+        batch.prepare(tmp_path, out)
 
 
 def test_answers_of_something_else_are_refused(questions, tmp_path):
@@ -181,6 +228,227 @@ def test_answers_of_something_else_are_refused(questions, tmp_path):
         batch.prepare(questions, tmp_path)
     with pytest.raises(BatchError, match="at least one question, not 0"):
         batch.run(Parrot(), batch.prepare(questions, tmp_path / "new.jsonl"), size=0)
+
+
+ERRORS = [{"question": f"q{n}"} for n in range(6)]
+
+
+def test_errors_are_asked_again(tmp_path, logged):
+    """Their lines go, the order of the questions stays, and the exit code tells the truth."""
+    questions, out = write(tmp_path / "questions.jsonl", ERRORS), tmp_path / "answers.jsonl"
+    for again in range(2):
+        assert batch.run(Parrot(broken="q1"), batch.prepare(questions, out), size=4).failed == 1
+        assert [answer["id"] for answer in read(out)] == [1, 2, 3, 4, 5, 6]
+        assert logged == [f"{questions}:2: unreadable"] * (again + 1)
+    work = batch.prepare(questions, out)
+    assert work.pending == [1]
+    assert "error" in read(out)[1]  # nothing is lost before something new is there
+    summary = batch.run(Parrot(), work, size=4)
+    assert (summary.answered, summary.found, summary.failed) == (1, 5, 0)
+    assert [answer["answer"] for answer in read(out)] == [f"q{n}! ü" for n in range(6)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["hello", "{", '{"id": 1, "text": "mine"}', '{"id": 1, "question": "q0"}', '{"question": "q0"}', "[1]", '{"id": 9'],
+)
+def test_files_of_users_are_not_touched(tmp_path, content):
+    questions, out = write(tmp_path / "questions.jsonl", ERRORS), tmp_path / "answers.jsonl"
+    out.write_text(content)
+    with pytest.raises(BatchError, match=r"answers\.jsonl:1: .*nothing was changed there; use another file"):
+        batch.prepare(questions, out)
+    assert out.read_text() == content
+    with pytest.raises(BatchError, match="is the file of questions"):
+        batch.prepare(questions, questions)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_an_answer_whose_line_has_no_end_is_kept(tmp_path, mark):
+    questions, out = write(tmp_path / "questions.jsonl", ERRORS[:2]), tmp_path / "answers.jsonl"
+    batch.run(Parrot(), batch.prepare(questions, out), size=1)
+    whole = out.read_text(encoding="utf-8")
+    out.write_text(mark + whole.splitlines()[0], encoding="utf-8")
+    assert batch.run(Parrot(), batch.prepare(questions, out), size=1).found == 1
+    assert out.read_text(encoding="utf-8") == whole
+
+
+def test_a_line_that_was_not_finished_is_named(tmp_path, logged):
+    questions, out = write(tmp_path / "questions.jsonl", ERRORS[:2]), tmp_path / "answers.jsonl"
+    out.write_text('{"id": 1, "question": "q0", "answ')
+    assert batch.prepare(questions, out).pending == [0, 1]
+    assert logged == [f"{out}:1: the last line was not finished: its question is asked again"]
+
+
+def test_answers_belong_to_one_run(tmp_path):
+    questions, out = write(tmp_path / "questions.jsonl", ERRORS), tmp_path / "answers.jsonl"
+    work = batch.prepare(questions, out)
+    with batch.opened(questions, out) as held:
+        for start in (lambda: batch.opened(questions, out).__enter__(), lambda: batch.run(Parrot(), work)):
+            with pytest.raises(files.OutputInUseError, match=rf"being written by process {os.getpid()}"):
+                start()
+        batch.run(Parrot(), held)
+    with pytest.raises(BatchError, match="has changed since it was read"):
+        batch.run(Parrot(), work)
+    assert len(read(out)) == 6
+    assert {path.name for path in tmp_path.iterdir()} == {"questions.jsonl", "answers.jsonl"}
+
+
+def test_a_link_stays_a_link(tmp_path):
+    questions, out = write(tmp_path / "questions.jsonl", ERRORS), tmp_path / "there/answers.jsonl"
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    for broken in ("q0", ""):
+        batch.run(Parrot(broken=broken), batch.prepare(questions, link))
+    assert link.is_symlink()
+    assert len(read(out)) == 6
+
+
+def test_half_characters_are_their_own_questions_error(tmp_path):
+    rows = [{"question": "a"}, {"question": "\ud800"}, {"question": "b", "id": "\udfff"}, {"question": "c\0"}]
+    rows += [{"question": "d", "history": [["\ud800", ""]]}, {"question": "e", "system": "\ud800"}]
+    questions, out = write(tmp_path / "questions.jsonl", rows), tmp_path / "answers.jsonl"
+    for found in (0, 2):
+        summary = batch.run(Parrot(name="par\udcffrot"), batch.prepare(questions, out))
+        assert (summary.found, summary.failed) == (found, 4)
+    answers = read(out)
+    assert [answer["question"] for answer in answers] == [row["question"] for row in rows]
+    assert [answer.get("answer") for answer in answers] == ["a! ü", None, None, "c\0! ü", None, None]
+    assert answers[1]["error"].startswith(f"{questions}:2: the text has a lone surrogate")
+    assert answers[2]["error"].startswith(f"{questions}:3: the id has a lone surrogate")
+
+
+def test_answers_with_half_characters_are_written(tmp_path):
+    class Broken(Parrot):
+        def batch_chat(self, questions, images, **generation):
+            return [SimpleNamespace(text="\ud800", finish_reason="stop", prompt_tokens=1, tokens=[1])]
+
+    questions, out = write(tmp_path / "questions.jsonl", ERRORS[:1]), tmp_path / "answers.jsonl"
+    batch.run(Broken(), batch.prepare(questions, out), size=1)
+    assert read(out)[0]["answer"] == "\ud800"
+
+
+def test_questions_bring_their_own_settings(tmp_path, logged):
+    shutil.copy(IMAGES / "rgb.png", tmp_path / "a.png")
+    rows = [
+        {"question": "q0", "max_new_tokens": 3, "image": "a.png", "images": None},
+        {"question": "q1", "history": [["q", "a"]], "image": ""},
+        {"question": "q2", "max_new_tokens": 3, "image": ["a.png"], "note": 1, "answer": "x"},
+        {"question": "q3", "system": "Be brief.", "temperature": None},
+        {"question": "q4", "temperature": 1, "seed": 7, "note": 2},
+        {"question": "q5", "temperature": 1},
+    ]
+    questions, out, parrot = write(tmp_path / "questions.jsonl", rows), tmp_path / "answers.jsonl", Parrot()
+    batch.run(parrot, batch.prepare(questions, out), size=6, max_new_tokens=9, seed=100)
+    assert [answer["id"] for answer in read(out)] == [1, 2, 3, 4, 5, 6]
+    asked = [(list(dict.fromkeys(texts)), images[0], options) for texts, images, options in parrot.batches]
+    image, seeds = [tmp_path / "a.png"], (7, 105, 105, 105, 105, 105)
+    assert asked == [
+        (["q0", "q2"], image, {"max_new_tokens": 3, "seed": 100}),
+        (["q1"], [], {"max_new_tokens": 9, "seed": 100, "histories": [(("q", "a"),)] * 6}),
+        (["q3"], [], {"max_new_tokens": 9, "seed": 100, "system": "Be brief."}),
+        (["q4", "q5"], [], {"max_new_tokens": 9, "temperature": 1, "seed": seeds}),
+    ]
+    assert logged == [f"{questions}: fields that are not read: 'answer' (line 3), 'note' (line 3 and 1 more)"]
+
+
+def test_settings_that_do_not_go_together(tmp_path, logged):
+    questions = write(tmp_path / "questions.jsonl", [{"question": "a"}, {"question": "b", "temperature": 1}])
+    with pytest.raises(BatchError, match=r"questions\.jsonl:2: beam search does not sample"):
+        batch.run(Parrot(), batch.prepare(questions, tmp_path / "a.jsonl"), num_beams=2)
+    questions = write(tmp_path / "questions.jsonl", [{"question": "a", "top_p": 0.5}])
+    batch.run(Parrot(), batch.prepare(questions, tmp_path / "a.jsonl"))
+    assert logged == [
+        f"{questions}:1: top_p, top_k, seed are without effect, because nothing is sampled at temperature 0"
+    ]
+
+
+def test_samples_do_not_depend_on_the_batch(tmp_path):
+    """A run that went on gives the answers that it would have given in one go."""
+    questions = write(tmp_path / "questions.jsonl", ERRORS)
+    seeds = []
+    for broken, size in (("", 4), ("q1", 2)):
+        parrot, out = Parrot(broken=broken), tmp_path / f"{size}.jsonl"
+        batch.run(parrot, batch.prepare(questions, out), size=size, temperature=1.0, seed=3)
+        parrot.broken = ""
+        batch.run(parrot, batch.prepare(questions, out), size=size, temperature=1.0, seed=3)
+        seeds.append({q: seed for texts, _, options in parrot.batches for q, seed in zip(texts, options["seed"])})
+    assert seeds[0] == seeds[1] == {f"q{n}": 3 + n for n in range(6)}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "takes more memory than there is"),
+        (TypeError("odd"), "TypeError: odd"),
+        (ValueError("row 0: 9 prompt tokens exceed"), "9 prompt tokens exceed"),
+        (PermissionError(13, "Permission denied", "a.png"), "PermissionError: [Errno 13] Permission denied: 'a.png'"),
+    ],
+)
+def test_any_error_of_one_question_is_its_own(tmp_path, error, reason):
+    class Fails(Parrot):
+        def batch_chat(self, questions, images, **generation):
+            if "q1" in questions:
+                raise error
+            return super().batch_chat(questions, images, **generation)
+
+    questions, out = write(tmp_path / "questions.jsonl", ERRORS), tmp_path / "answers.jsonl"
+    assert batch.run(Fails(), batch.prepare(questions, out), size=4).failed == 1
+    assert read(out)[1]["error"] == f"{questions}:2: {reason}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"),
+        jax.errors.JaxRuntimeError("INTERNAL: a core was lost"),
+        ModuleNotFoundError("No module named 'torch'", name="torch"),
+    ],
+    ids=str,
+)
+def test_errors_of_the_machine_end_the_run(tmp_path, error):
+    class Fails(Parrot):
+        def batch_chat(self, questions, images, **generation):
+            if "q4" in questions:
+                raise error
+            return super().batch_chat(questions, images, **generation)
+
+    questions, out = write(tmp_path / "questions.jsonl", ERRORS), tmp_path / "answers.jsonl"
+    with pytest.raises(type(error)):
+        batch.run(Fails(), batch.prepare(questions, out), size=2)
+    assert [answer["id"] for answer in read(out)] == [1, 2, 3, 4]
+
+
+def test_byte_order_marks(tmp_path):
+    questions, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    questions.write_bytes(b"\xef\xbb\xbf" + b'{"question": "a"}\r\n\xef\xbb\xbf{"question": "b"}\r\n')
+    batch.run(Parrot(), batch.prepare(questions, out))
+    assert [answer["answer"] for answer in read(out)] == ["a! ü", "b! ü"]
+    out.write_bytes(b"\xef\xbb\xbf" + out.read_bytes())
+    assert batch.prepare(questions, out).pending == []
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """Every setting that chat has; exit code 1 while a question has an error."""
+    parrot = Parrot(broken="q1")
+    monkeypatch.setattr("internvl_jax.loading.load", lambda *_, **__: parrot)
+    monkeypatch.chdir(write(tmp_path / "in/questions.jsonl", ERRORS).parent)
+    argv = ["batch", "../in/questions.jsonl", "--output", "../new/../answers.jsonl", "--max-new-tokens", "5"]
+    argv += ["--top-k", "2", "--num-beams", "1", "--system", "Be brief.", "--ignore-exif", "--stop", "."]
+    for broken, code in (("q1", 1), ("q1", 1), ("", 0), ("", 0)):
+        parrot.broken = broken
+        assert cli.main(argv) == code
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert ("/in/questions.jsonl:2: unreadable" in err) == bool(broken)
+        assert "--top-k: without effect" in err
+    assert len(read(tmp_path / "answers.jsonl")) == 6
+    settings = {"max_new_tokens": 5, "top_k": 2, "num_beams": 1, "stop": ["."]}
+    assert parrot.batches[0][2] == {**settings, "system": "Be brief.", "honour_exif": False}
+    with pytest.raises(SystemExit):
+        cli.main([*argv, "--batch", "0"])
+    assert cli.main(["batch", "questions.jsonl", "--out", "/dev/null"]) == 2
+    assert "/dev/null is not a file" in capsys.readouterr().err
 
 
 def test_meshes(questions, tmp_path, monkeypatch):

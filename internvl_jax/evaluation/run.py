@@ -25,7 +25,7 @@ def prepare(made: Plan, mesh: str | None = None) -> batch.Work:
     does not fit shows at once. Arguments and errors as batch.prepare."""
     work = batch.prepare(made.out / "questions.jsonl", made.out / "predictions.jsonl", mesh)
     lengths = [len(question.question) for question in work.questions]
-    return replace(work, pending=sorted(work.pending, key=lambda number: -lengths[number]))
+    return replace(work, pending=sorted(work.pending, key=lambda number: -lengths[number]), ordered=False)
 
 
 def answer(chat: Chat, made: Plan, work: batch.Work, *, size: int, progress: Progress | None = None) -> batch.Summary:
