@@ -6,11 +6,12 @@ import re
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from evaluation_files import FAST, rows, whole
 
-from internvl_jax import files
+from internvl_jax import chat, files
 from internvl_jax.cli import main
 from internvl_jax.evaluation import run as runs
 from internvl_jax.evaluation.items import is_file
@@ -21,7 +22,7 @@ pytest_plugins = ["evaluation_runs"]
 
 HOLD = """
 import sys
-from internvl_jax import files
+from internvl_jax import chat, files
 with files.claim(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
@@ -144,23 +145,18 @@ def test_other_data_is_no_resume(run, data, tmp_path, capsys):
     assert "(benchmark: gqa then, pope now; " in capsys.readouterr().err
 
 
-def failing(monkeypatch, error, wrong):
-    """Chat.batch_chat fails as `error` says on the questions of which `wrong` is true."""
-    from internvl_jax import chat
-
-    answer = chat.Chat.batch_chat
-
-    def batch_chat(self, questions, images, **options):
-        if any(map(wrong, questions)):
-            raise error
-        return answer(self, questions, images, **options)
-
-    monkeypatch.setattr(chat.Chat, "batch_chat", batch_chat)
+def raises(self, questions, images, **options):
+    raise ValueError("its logits are not finite")
 
 
-def test_rows_with_an_error_leave_no_score(run, monkeypatch, capsys, data):
+def replies(self, questions, images, **options):
+    return [SimpleNamespace(error="its logits are not finite")] * len(questions)
+
+
+@pytest.mark.parametrize("batch_chat", [raises, replies])
+def test_rows_with_an_error_leave_no_score(run, monkeypatch, capsys, data, batch_chat):
     """Whatever is wrong with a row, answers that are not finite for example: no score, here or from its predictions."""
-    failing(monkeypatch, ValueError("its logits are not finite"), lambda question: True)
+    monkeypatch.setattr(chat.Chat, "batch_chat", batch_chat)
     code, out = run("pope")
     assert code == 1
     report = json.loads((out / "report.json").read_text())
@@ -173,6 +169,27 @@ def test_rows_with_an_error_leave_no_score(run, monkeypatch, capsys, data):
     told = capsys.readouterr()
     assert told.out == ""
     assert re.search("has an error in place of an answer: .*its logits are not finite", told.err)
+
+
+def test_a_lone_surrogate_is_one_rows_matter(run, data, tmp_path, capsys):
+    """In questions, ids and data: files are written, the other rows are answered."""
+    folder = tmp_path / "data/gqa"
+    (folder / "images").mkdir(parents=True)
+    for path in (data / "gqa/images").iterdir():
+        (folder / "images" / path.name).write_bytes(path.read_bytes())
+    questions = json.loads((data / "gqa/testdev_balanced_questions.json").read_text())
+    first, second = list(questions)[:2]
+    questions[first]["question"] = "What \ud800 is it?"
+    questions = {f"{key}\udfff" if key == second else key: value for key, value in questions.items()}
+    (folder / "testdev_balanced_questions.json").write_text(json.dumps(questions))
+    code, out = run("gqa", "--data", str(folder))
+    told = rows(out / "predictions.jsonl")
+    report = json.loads((out / "report.json").read_text())
+    assert len(told) == report["questions"]
+    assert {row["id"] for row in told if "error" in row} == set(report["failed"])
+    assert set(report["failed"]) <= {first, f"{second}\udfff"}
+    assert code == bool(report["failed"])
+    assert (out / "report.md").read_text(encoding="utf-8")
 
 
 def test_whether_a_file_is_there(tmp_path):
