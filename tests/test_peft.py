@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from checkpoints_convert import peft_config  # noqa: E402
 from checkpoints_convert.mapping import ConversionError  # noqa: E402
 from checkpoints_convert.peft_adapters import BESIDE, CONFIG, PICKLE, WEIGHTS, export_peft, import_peft  # noqa: E402
-from internvl_jax import checkpoint, files, lora  # noqa: E402
+from internvl_jax import checkpoint, cli, files, lora  # noqa: E402
 from internvl_jax.config import ChatConfig  # noqa: E402
+from internvl_jax.loading import NANO  # noqa: E402
 from internvl_jax.lora import REPLACED, Lora, LoraError  # noqa: E402
 from internvl_jax.quantize import is_quantized, quantize_params  # noqa: E402
 
@@ -307,6 +308,49 @@ def test_writing_for_peft_is_one_process_alone(tmp_path, logged):
         export_peft(tmp_path / "other", adapters, {}, config)
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
     assert import_peft(f"{tmp_path}/x/../theirs/", config)[1]["language_model"].rank == 2
+
+
+def test_commands_on_paths_as_people_write_them(tmp_path, monkeypatch, capsys):
+    text = ChatConfig.from_file(NANO).text
+    tensors = {}
+    for layer in range(text.num_hidden_layers):
+        key = f"base_model.model.model.layers.{layer}.mlp.up_proj"
+        tensors[f"{key}.lora_A.weight"] = torch.full((2, text.hidden_size), 0.1)
+        tensors[f"{key}.lora_B.weight"] = torch.full((text.intermediate_size, 2), 0.1)
+    peft_directory = tmp_path / "their adapter" / "language_model"
+    peft_directory.mkdir(parents=True)
+    save_file(tensors, peft_directory / WEIGHTS)
+    (peft_directory / CONFIG).write_text(json.dumps({**PLAIN, "r": 2, "target_modules": ["up_proj"]}))
+    (tmp_path / "link").symlink_to(tmp_path / "their adapter")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert cli.main(["adapters", "from-peft", "../link/", "~/made/öurs"]) == 0
+    assert f"{tmp_path}/made/öurs: adapters of language_model; " in capsys.readouterr().err.replace("\n", "")
+    assert cli.main(["adapters", "to-peft", "../made/./öurs/", "../back"]) == 0
+    back = load_file(tmp_path / "back" / "language_model" / WEIGHTS)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[key], tensors[key]) for key in tensors)
+    assert cli.main(["adapters", "merge", "../made/öurs", "../here/../merged"]) == 0
+    merged, base = (checkpoint.Reader(path) for path in (tmp_path / "merged", NANO))
+    name = "language_model/layers/mlp/up_proj/kernel"
+    change = np.asarray(merged.read(name), np.float32) - np.asarray(base.read(name), np.float32)
+    assert_close(change, np.full_like(change, 4 * 2 * 0.1 * 0.1), 0.01, "8 / 2 times the product, in bfloat16")
+    capsys.readouterr()
+    with files.claim(tmp_path / "other"):
+        assert cli.main(["adapters", "merge", "../made/öurs", "../other"]) == 2
+    assert "other is being written by process" in capsys.readouterr().err.replace("\n", " ")
+    assert cli.main(["adapters", "merge", "../made", "../other"]) == 2
+    assert "made holds no adapter" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "back",
+        "here",
+        "link",
+        "made",
+        "merged",
+        "their adapter",
+    ]
 
 
 def test_adapters_of_a_whole_reference_model(tmp_path):
