@@ -110,6 +110,7 @@ ACCEPTED = {
         "alpha_pattern": {r".*\.1\..*v_proj": 3, "model.layers.0.mlp.down_proj": 1.5},
         "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"],
     },
+    "alternatives": {"rank_pattern": {"down_proj|q_proj": 3}, "alpha_pattern": {"model.layers.0.*|q_proj": 9}},
     "rslora_and_patterns": {"use_rslora": True, "rank_pattern": {"^model.layers.1.self_attn.q_proj": 7}},
     "regex": {"target_modules": r".*\.1\.(self_attn|mlp)\.(o_proj|up_proj)"},
     "all_linear": {"target_modules": "all-linear"},
