@@ -34,7 +34,7 @@ from internvl_jax.config import ChatConfig
 from internvl_jax.models import llama
 from internvl_jax.models.layers import Array, Params
 from internvl_jax.models.llama import KVCache
-from internvl_jax.sampling import Settings, end_tokens, penalize
+from internvl_jax.sampling import Settings, all_finite, end_tokens, penalize
 
 EARLY_STOPPING = {False: 0, True: 1, "never": 2}
 
@@ -55,6 +55,7 @@ class BeamState(flax.struct.PyTreeNode):
     best_length: Array  # [B] int32, how many they are
     best_stopped: Array  # [B] bool, whether it ended with an end token
     done: Array  # [B] bool, rows that are over
+    failed: Array  # [B] bool, rows whose logits were not finite; they have no answer
 
 
 def beam_search(
@@ -70,13 +71,14 @@ def beam_search(
     num_beams: int,
     max_tokens: int,
     dtype: Any,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array]:
     """The best answer of each row, from where `generate.read_prompt` ends.
 
     logits [B,V] float32 and cache [B rows, T slots] of the prompts; prompt_length [B] int32; length_penalty [] float32;
     early_stopping [] int32, a value of EARLY_STOPPING. max_tokens is what the buffers hold, at least every row's
     max_new_tokens.
-    Returns tokens [B,max_tokens] int32, their number [B] int32, and whether the last is an end token [B] bool.
+    Returns tokens [B,max_tokens] int32, their number [B] int32, whether the last is an end token [B] bool, and whether
+    logits of the row were not finite [B] bool: it then has no tokens.
     """
     language = params["language_model"]
     batch, vocabulary = logits.shape
@@ -106,10 +108,11 @@ def beam_search(
         best_length=jnp.zeros(batch, jnp.int32),
         best_stopped=jnp.zeros(batch, bool),
         done=jnp.zeros(batch, bool),
+        failed=jnp.zeros(batch, bool),
     )
     state = add(state, jnp.broadcast_to(logits[:, None], (batch, num_beams, vocabulary)))
     state = jax.lax.while_loop(lambda state: ~jnp.all(state.done), step, state)
-    return state.best, state.best_length, state.best_stopped
+    return state.best, jnp.where(state.failed, 0, state.best_length), state.best_stopped, state.failed
 
 
 def add_tokens(
@@ -124,6 +127,8 @@ def add_tokens(
     batch, beams, vocabulary = logits.shape
     rows = jnp.arange(batch)[:, None]
     count = jnp.broadcast_to(state.count, batch)
+    # A beam without a continuation is scored -inf: what it would read next is nobody's.
+    failed = ~state.done & jnp.any(~all_finite(logits) & (state.scores > -jnp.inf), axis=1)
     scores = jax.nn.log_softmax(logits, axis=-1)
     scores = jax.vmap(penalize, in_axes=(1, 1, None, None), out_axes=1)(scores, state.seen, count, settings)
     scores = scores + state.scores[:, :, None]
@@ -173,7 +178,8 @@ def add_tokens(
         best=best,
         best_length=jnp.where(better | cut, length, state.best_length),
         best_stopped=(state.best_stopped | better) & ~cut,
-        done=state.done | over | limit,
+        done=state.done | over | limit | failed,
+        failed=state.failed | failed,
     )
 
 

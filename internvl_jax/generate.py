@@ -31,7 +31,7 @@ from internvl_jax.config import ChatConfig
 from internvl_jax.models import chat_model, intern_vit, llama
 from internvl_jax.models.layers import BATCH, TENSOR, Array, Params, constrain, positions_from_valid
 from internvl_jax.models.llama import KVCache
-from internvl_jax.sampling import GenerationConfig, Settings, make_settings, select_tokens
+from internvl_jax.sampling import GenerationConfig, Settings, all_finite, make_settings, select_tokens
 
 SMALLEST_BUCKET = 64  # tokens; shorter prompts cost about the same
 
@@ -48,6 +48,7 @@ class DecodeState(flax.struct.PyTreeNode):
     seen: Array  # [B,V] bool, tokens that the row has generated
     done: Array  # [B] bool, rows that ended: by an end token, by their limit or by the caller
     stopped: Array  # [B] bool, rows that ended by an end token
+    failed: Array  # [B] bool, rows that ended because their logits were not finite
 
 
 # On the device.
@@ -65,8 +66,9 @@ def place(state: DecodeState) -> DecodeState:
 
 
 def add_token(state: DecodeState, logits: Array) -> DecodeState:
-    """Select a token from logits [B,V] and append it to every row that still runs."""
-    running = ~state.done
+    """Select a token from logits [B,V] and append it to every row that still runs; logits not finite end theirs."""
+    failed = ~state.done & ~all_finite(logits)
+    running = ~state.done & ~failed
     token = jnp.where(running, select_tokens(logits, state.seen, state.count, state.settings), state.last)
     rows = jnp.arange(token.shape[0])
     column = jnp.where(running, state.count, state.tokens.shape[1])  # beyond the buffer: dropped
@@ -77,8 +79,9 @@ def add_token(state: DecodeState, logits: Array) -> DecodeState:
         count=count,
         last=token,
         seen=state.seen | (jnp.arange(state.seen.shape[1]) == token[:, None]),
-        done=state.done | ended | (count >= state.settings.max_new_tokens),
+        done=state.done | ended | failed | (count >= state.settings.max_new_tokens),
         stopped=state.stopped | ended,
+        failed=state.failed | failed,
     )
 
 
@@ -145,6 +148,7 @@ def prefill_step(
         seen=jnp.zeros((batch, vocabulary), bool),
         done=jnp.zeros(batch, bool),
         stopped=jnp.zeros(batch, bool),
+        failed=jnp.zeros(batch, bool),
     )
     return place(add_token(state, logits))
 
@@ -245,6 +249,7 @@ class Generator:
     mesh: the devices over which params lie (sharding.place_params); None: one device. Batches of any size are accepted:
         they are padded to what divides the mesh.
     image_axes: mesh axes along which images lie in the vision tower (sharding.IMAGE_AXES).
+    known: [vocab_size] bool, tokens that may be generated; None: all. End tokens always may.
     """
 
     def __init__(
@@ -257,6 +262,7 @@ class Generator:
         cache_dtype: Any = None,
         mesh: jax.sharding.Mesh | None = None,
         image_axes: tuple[str, ...] = BATCH,
+        known: np.ndarray | None = None,
     ):
         self.config = config
         self.params = params
@@ -265,6 +271,7 @@ class Generator:
         self.image_token_id = image_token_id
         self.mesh = mesh
         self._image_axes = image_axes
+        self._known = None if known is None or known.all() else known
         self._row_multiple = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
         self._image_multiple = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in image_axes)
         self._static: dict[str, Any] = {"config": config, "dtype": self.dtype}
@@ -311,13 +318,15 @@ class Generator:
     def read(self, state: DecodeState) -> tuple[list[list[int]], list[str], np.ndarray]:
         """Copy to the host: each row's tokens so far, its finish reason, and which rows still run [B] bool.
 
-        The reason is "stop" after an end token, otherwise "length" (meaningless while the row runs).
+        The reason is "stop" after an end token, "error" where logits were not finite, otherwise "length" (meaningless
+        while the row runs).
         """
-        fields = (state.prompt_length, state.tokens, state.count, state.done, state.stopped)
+        fields = (state.prompt_length, state.tokens, state.count, state.done, state.stopped, state.failed)
         lengths, *fields = jax.device_get(fields)
-        tokens, count, done, stopped = (field[lengths > 0] for field in fields)  # rows without a prompt are padding
+        # Rows without a prompt are padding.
+        tokens, count, done, stopped, failed = (field[lengths > 0] for field in fields)
         rows = [row[:length].tolist() for row, length in zip(tokens, count)]
-        return rows, ["stop" if s else "length" for s in stopped], ~done
+        return rows, _reasons(stopped, failed), ~done
 
     def end_rows(self, state: DecodeState, ended: np.ndarray) -> DecodeState:
         """Make rows end here, where `ended` [B] bool says so (a stop string, a reader who left)."""
@@ -332,11 +341,12 @@ class Generator:
         features: Array | None = None,
         gen: GenerationConfig | None = None,
     ) -> tuple[np.ndarray, list[str]]:
-        """New tokens [B, <=max_new_tokens] int32, and why each row ended: "stop" (end token) or "length".
+        """New tokens [B, <=max_new_tokens] int32, and why each row ended: "stop" (end token), "length" or "error".
 
         input_ids [B,T] integers; attention_mask [B,T], 0 on padding, which may stand anywhere; features [M,P,D] of
         `encode`, images in prompt order over the batch. The end token is kept; rows that end early are filled up with
-        the pad id, and the result is as wide as its longest row. Stop strings are not looked for.
+        the pad id, and the result is as wide as its longest row. Stop strings are not looked for. A row whose logits
+        were not finite ends with "error": it has the tokens before, in beam search none.
         Raises ValueError for prompts without tokens, tokens outside the vocabulary, image tokens and images that do
         not agree, and prompts that leave no room for max_new_tokens.
         """
@@ -400,9 +410,9 @@ class Generator:
                 max_tokens=bucket(width + gen.max_new_tokens) - width,
                 **self._static,
             )
-        tokens, lengths, stopped = (field[: prompt.rows] for field in jax.device_get(result))
+        tokens, lengths, stopped, failed = (field[: prompt.rows] for field in jax.device_get(result))
         rows = [row[:length].tolist() for row, length in zip(tokens, lengths)]
-        return self._pad(rows), ["stop" if s else "length" for s in stopped]
+        return self._pad(rows), _reasons(stopped, failed)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -419,7 +429,7 @@ class Generator:
         extra = -batch % self._row_multiple
         settings = jax.tree.map(lambda row: np.pad(row, [(0, extra)] + [(0, 0)] * (row.ndim - 1), "edge"), settings)
         settings.max_new_tokens[batch:] = 1  # rows of padding end at once
-        return settings
+        return settings.replace(known=self._known)
 
     def _pad(self, rows: list[list[int]]) -> np.ndarray:
         tokens = np.full((len(rows), max(map(len, rows))), self.pad_token_id, np.int32)
@@ -511,6 +521,10 @@ class Generator:
                 f"row {row}: {lengths[row]} prompt tokens + {max_new_tokens} new ones exceed the context of {context} "
                 "tokens; shorten the prompt or lower max_new_tokens"
             )
+
+
+def _reasons(stopped: np.ndarray, failed: np.ndarray) -> list[str]:
+    return ["error" if bad else "stop" if stop else "length" for stop, bad in zip(stopped, failed)]
 
 
 def _names(numbers: np.ndarray) -> str:

@@ -93,6 +93,7 @@ class Settings(flax.struct.PyTreeNode):
     repetition_penalty: Array  # [B] float32, 1 is off
     seed: Array  # [B] uint32
     eos_ids: Array  # [B,E] int32, filled up with NO_TOKEN
+    known: Array | None = None  # [V] bool, of all rows: tokens that may be generated; None: all
 
 
 def make_settings(gen: GenerationConfig, batch: int, eos_token_ids: Sequence[int]) -> Settings:
@@ -129,17 +130,27 @@ def end_tokens(settings: Settings, vocabulary: int) -> Array:
 
 
 def penalize(scores: Array, seen: Array, count: Array, settings: Settings) -> Array:
-    """Repetition penalty, then no end token before min_new_tokens. scores [B,V] float32, seen [B,V], count [B].
+    """Repetition penalty, then no end token before min_new_tokens, and no unknown one. scores [B,V], count [B].
 
-    Scores are logits, or log-probabilities in beam search, as in transformers. Only generated tokens count as seen:
-    the reference generates from embeddings, so its list of earlier tokens does not hold the prompt. (Its version
-    4.37 starts that list with one bos token, which it therefore penalises from the first step; later ones, and this
-    code, start with nothing.)
+    scores are float32: logits, or log-probabilities in beam search, as in transformers. seen [B,V] bool. Only
+    generated tokens count as seen: the reference generates from embeddings, so its list of earlier tokens does not hold
+    the prompt. (Its version 4.37 starts that list with one bos token, which it therefore penalises from the first step;
+    later ones, and this code, start with nothing.)
     """
     penalty = settings.repetition_penalty[:, None]
     scores = jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
     too_early = (count < settings.min_new_tokens)[:, None]
-    return jnp.where(end_tokens(settings, scores.shape[-1]) & too_early, -jnp.inf, scores)
+    ends = end_tokens(settings, scores.shape[-1])
+    forbidden = ends & too_early
+    if settings.known is not None:  # an end token is never decoded, so that the tokenizer need not know it
+        known = jnp.pad(settings.known, (0, scores.shape[-1] - settings.known.shape[0]))  # rows added for a mesh
+        forbidden |= ~known & ~ends
+    return jnp.where(forbidden, -jnp.inf, scores)
+
+
+def all_finite(logits: Array) -> Array:
+    """Whether every logit of a row is a number, [...,V] -> [...] bool: one NaN or Inf, and no token means anything."""
+    return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 def keep_likely(logits: Array, top_k: Array, top_p: Array) -> Array:

@@ -15,7 +15,7 @@ from internvl_jax.config import ChatConfig
 from internvl_jax.generate import GenerationConfig, Generator, bucket
 from internvl_jax.models import chat_model, llama
 from internvl_jax.models.layers import positions_from_valid
-from internvl_jax.sampling import EOS_SLOTS
+from internvl_jax.sampling import EOS_SLOTS, all_finite
 
 CONFIG = ChatConfig.from_hf(LLAMA)
 VOCABULARY, CONTEXT, PAD = LLAMA["vocab_size"], LLAMA["max_position_embeddings"], LLAMA["pad_token_id"]
@@ -529,3 +529,103 @@ def test_settings_that_do_not_fit_the_model(model):
         model.generate(np.array([[3]]), gen=GenerationConfig(4, eos_token_ids=(2, 31, 90)))
     with pytest.raises(ValueError, match="2 seeds for 1 rows"):
         model.generate(np.array([[3]]), gen=GenerationConfig(4, temperature=1.0, seed=(1, 2)))
+
+
+# Logits that are not finite, and tokens that nobody knows.
+
+
+def spoiled(weights, token, value=np.nan, known=None):
+    """A model with one embedding that is not finite: reading that token makes the row's logits NaN."""
+    embedding = weights["embed_tokens"]["embedding"].at[token].set(value)
+    weights = {**weights, "embed_tokens": {"embedding": embedding}}
+    return Generator(CONFIG, {"language_model": weights}, dtype=jnp.float32, image_token_id=None, known=known)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 5}, {"num_beams": 3}], ids=str)
+def test_a_row_that_is_not_finite_is_an_error_of_that_row(weights, options, value):
+    ids, mask = tokens_of(7, 9, 4, 6)
+    ids[ids == 30], ids[1, 2] = 29, 30  # in the second row only
+    known = np.arange(VOCABULARY) != 30  # nor may it be generated
+    gen = GenerationConfig(12, **options, **NO_END)
+    expected, _ = spoiled(weights, 30, 1.0, known).generate(ids, mask, None, gen)
+    tokens, reasons = spoiled(weights, 30, value, known).generate(ids, mask, None, gen)
+    assert reasons == ["length", "error", "length"]
+    np.testing.assert_array_equal(tokens[[0, 2]], expected[[0, 2]])
+    assert (tokens[1] == PAD).all()
+
+
+def test_a_row_that_becomes_infinite_later_keeps_what_it_had(model, weights):
+    ids, mask = tokens_of(7, 9, 4, 6)
+    gen = GenerationConfig(24, **NO_END)
+    free, _ = model.generate(ids, mask, None, gen)
+    token = next(int(token) for token in free[0, 2:] if token not in ids)
+    first = [int((row == token).argmax()) + 1 if token in row else 24 for row in free]
+    assert 2 < first[0] < 24
+    bad = spoiled(weights, token)
+    tokens, reasons = bad.generate(ids, mask, None, gen)
+    assert reasons == ["error" if count < 24 else "length" for count in first]
+    for row, expected, count in zip(tokens, free, first):
+        np.testing.assert_array_equal(row[:count], expected[:count])
+    state = bad.prefill(ids[:1], mask[:1], None, gen)
+    for _ in range(12):  # in chunks, as a stream reads them
+        state = bad.decode(state, 2)
+    rows, reasons, running = bad.read(state)
+    assert (rows, reasons, running.tolist()) == ([free[0, : first[0]].tolist()], ["error"], [False])
+
+
+def test_one_infinite_logit_is_enough(weights):
+    """The largest logit may be finite where another is -Inf: nothing is left to be rather sure of."""
+    kernel = weights["lm_head"]["kernel"].at[:, 9].set(jnp.inf)
+    bad = Generator(
+        CONFIG, {"language_model": {**weights, "lm_head": {"kernel": kernel}}}, dtype=jnp.float32, image_token_id=None
+    )
+    ids, mask = tokens_of(7, 9, 4, 6)
+    for beams in (1, 2):
+        assert bad.generate(ids, mask, None, GenerationConfig(4, num_beams=beams))[1] == ["error"] * 3
+    logits = np.zeros((3, VOCABULARY), np.float32)
+    logits[0, 3], logits[1, 4] = -np.inf, np.nan
+    assert all_finite(jnp.asarray(logits)).tolist() == [False, False, True]
+
+
+UNKNOWN = (6, 13, 29, 30)  # holes and the end of the vocabulary
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.5},
+        {"temperature": 1.0},
+        {"temperature": 5.0, "top_k": 2},
+        {"temperature": 5.0, "top_p": 0.5},
+        {"num_beams": 3},
+        {"num_beams": 5, "length_penalty": -1.0, "min_new_tokens": 3},
+    ],
+    ids=str,
+)
+def test_unknown_tokens_are_never_generated(weights, options):
+    """Even where they are by far the likeliest; scores are what they were."""
+    kernel = weights["lm_head"]["kernel"]
+    columns = np.array(UNKNOWN)
+    likely = kernel.at[:, columns].set(8 * kernel[:, columns])
+    params = {"language_model": {**weights, "lm_head": {"kernel": likely}}}
+    known = ~np.isin(np.arange(VOCABULARY), UNKNOWN)
+    free = Generator(CONFIG, params, dtype=jnp.float32, image_token_id=None)
+    bound = Generator(CONFIG, params, dtype=jnp.float32, image_token_id=None, known=known)
+    ids, mask = tokens_of(7, 9, 4, 6)
+    gen = GenerationConfig(24, **options, **NO_END)
+    assert np.isin(free.generate(ids, mask, None, gen)[0], UNKNOWN).any()
+    tokens, reasons = bound.generate(ids, mask, None, gen)
+    assert not np.isin(tokens, UNKNOWN).any()
+    assert reasons == ["length"] * 3
+    np.testing.assert_array_equal(bound.logits(ids, mask), free.logits(ids, mask))
+    if not options:  # the likeliest of the others
+        whole = np.concatenate([ids[:1, :9], tokens[:1]], axis=1)
+        best = np.where(known, bound.logits(whole)[0], -np.inf).argmax(axis=-1)
+        assert best[8:-1].tolist() == tokens[0].tolist()
+    # An end token is no text: it ends the answer, known or not.
+    _, reasons = bound.generate(ids, mask, None, GenerationConfig(24, **options, eos_token_ids=UNKNOWN))
+    assert "stop" in reasons
+    everything = Generator(CONFIG, params, dtype=jnp.float32, image_token_id=None, known=np.ones(VOCABULARY, bool))
+    np.testing.assert_array_equal(everything.generate(ids, mask, None, gen)[0], free.generate(ids, mask, None, gen)[0])
