@@ -8,7 +8,10 @@ run on the `tokenizers` library.
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +36,9 @@ DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # Ll
 CLEAN_UPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
+Span = tuple[int, int]  # of characters: the first, and one past the last
+
+
 class TokenizerError(ValueError):
     """Tokenizer files that are missing, damaged or contradictory; the message says which."""
 
@@ -45,9 +51,13 @@ class Tokenizer(Protocol):
     pad_id: int | None
     unk_id: int | None
     vocab_size: int  # added tokens included
+    special_tokens: frozenset[str]  # what encode cuts out of a text as a token that means something to the model
 
-    def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
-        """Token ids of a text; the bos token in front as the checkpoint says, or as add_bos says."""
+    def encode(self, text: str, add_bos: bool | None = None, literal: Sequence[Span] = ()) -> list[int]:
+        """Token ids of a text; the bos token in front as the checkpoint says, or as add_bos says.
+
+        literal: parts of the text, in order, in which special tokens are ordinary text.
+        """
         ...
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -56,6 +66,10 @@ class Tokenizer(Protocol):
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token by its exact content, None where there is none."""
+        ...
+
+    def known(self, size: int) -> np.ndarray:
+        """Which of the ids below `size` have a token, [size] bool: a model may have rows for more."""
         ...
 
     def settled(self, ids: Sequence[int]) -> str:
@@ -69,6 +83,7 @@ class _AddedToken:
     lstrip: bool = False
     rstrip: bool = False
     single_word: bool = False
+    special: bool = True  # False: ordinary text that is one token
 
 
 class SentencePieceTokenizer:
@@ -101,8 +116,12 @@ class SentencePieceTokenizer:
         # In decoding, added tokens stand apart from the text around them, the named ones do not.
         self._apart = (set(self._ids) - self._special) | {t for t in additional if self._ids[t] >= self._pieces}
         self.vocab_size = max(self._pieces, *(index + 1 for index in self._added))
-        longest_first = sorted(self._ids, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self.special_tokens = frozenset(
+            token.content
+            for token in self._added.values()
+            if token.content and (token.special or token.content in self._special)
+        )
+        self._split = _any_of(self._ids)
         self._unk_length = len(self._sp.encode(self._unk, out_type=str))
 
     def _add_special(self, token: _AddedToken, path: Path) -> None:
@@ -125,30 +144,31 @@ class SentencePieceTokenizer:
         index = self._sp.piece_to_id(token)
         return index if self._sp.id_to_piece(index) == token else None
 
-    def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
-        """Token ids of a text, as the reference's `tokenizer(text).input_ids`."""
+    def encode(self, text: str, add_bos: bool | None = None, literal: Sequence[Span] = ()) -> list[int]:
+        """Token ids of a text, as the reference's `tokenizer(text).input_ids`, but for what is `literal`."""
         _check_text(text)
         bos = [self.bos_id] if (self._add_bos if add_bos is None else add_bos) and self.bos_id is not None else []
         eos = [self.eos_id] if self._add_eos and self.eos_id is not None else []
-        return bos + [self._id(piece) for piece in self._tokenize(text)] + eos
+        return bos + [self._id(piece) for piece in self._tokenize(text, literal)] + eos
 
     def _id(self, piece: str) -> int:
         return self._ids[piece] if piece in self._ids else self._sp.piece_to_id(piece)
 
-    def _tokenize(self, text: str) -> list[str]:
+    def _tokenize(self, text: str, literal: Sequence[Span]) -> list[str]:
         if self.legacy or not text:
-            return self._tokenize_parts(text)
+            return self._tokenize_parts(text, literal)
         # The word-start mark of the first word is written by hand; in front of a special token it is taken back.
-        pieces = self._tokenize_parts(SPACE_MARK + text.replace(SPACE_MARK, " "))
+        shifted = [(start + 1, end + 1) for start, end in literal]
+        pieces = self._tokenize_parts(SPACE_MARK + text.replace(SPACE_MARK, " "), shifted)
         if len(pieces) > 1 and pieces[0] == SPACE_MARK and pieces[1] in self._special:
             return pieces[1:]
         return pieces
 
-    def _tokenize_parts(self, text: str) -> list[str]:
+    def _tokenize_parts(self, text: str, literal: Sequence[Span]) -> list[str]:
         """Added tokens are cut out whole; what lies between goes to sentencepiece part by part."""
-        parts = [part for part in self._split.split(text) if part]
+        parts, plain = self._cut(text, literal)
         for at, part in enumerate(parts):
-            if part not in self._ids:
+            if plain[at] or part not in self._ids:
                 continue
             token = self._added[self._ids[part]]
             left = parts[at - 1] if at else ""
@@ -165,12 +185,49 @@ class SentencePieceTokenizer:
                 parts[at + 1] = part + parts[at + 1]
                 parts[at] = ""
         pieces: list[str] = []
-        for part in parts:
-            if part in self._ids:
+        for at, part in enumerate(parts):
+            if part in self._ids and not plain[at]:
                 pieces.append(part)
             elif part:
-                pieces += self._tokenize_text(part)
+                found = self._tokenize_text(part)
+                # sentencepiece may have pieces of its own that are written as special tokens are.
+                spelled = [self._spell(p) if p in self.special_tokens else [p] for p in found] if plain[at] else [found]
+                pieces += itertools.chain.from_iterable(spelled)
         return pieces
+
+    def _cut(self, text: str, literal: Sequence[Span]) -> tuple[list[str], list[bool]]:
+        """Added tokens and what lies between, no part empty; and which parts spell special tokens in literal text."""
+        parts: list[str] = []
+        plain: list[bool] = []
+        start = position = 0
+        spells = False
+
+        def add(part: str, spells: bool) -> None:
+            if part:
+                parts.append(part)
+                plain.append(spells)
+
+        while (found := self._split.search(text, position)) is not None:
+            if found[0] in self.special_tokens and _overlaps(found.span(), literal):
+                position, spells = found.start() + 1, True
+                continue
+            add(text[start : found.start()], spells)
+            add(found[0], False)
+            start, position, spells = found.end(), found.end(), False
+        add(text[start:], spells)
+        return parts, plain
+
+    def _spell(self, piece: str) -> list[str]:
+        """A piece as its characters, those that are no pieces as bytes, where there are pieces for bytes."""
+        spelled: list[str] = []
+        for character in piece:
+            if self._sp.piece_to_id(character) == self._sp.unk_id():
+                as_bytes = [f"<0x{byte:02X}>" for byte in character.encode()]
+                if all(self._sp.piece_to_id(byte) != self._sp.unk_id() for byte in as_bytes):
+                    spelled += as_bytes
+                    continue
+            spelled.append(character)
+        return spelled
 
     def _tokenize_text(self, text: str) -> list[str]:
         if self.legacy or not text.startswith((SPACE_MARK, " ")):
@@ -197,6 +254,10 @@ class SentencePieceTokenizer:
         # The reference joins by blanks whatever the files' spaces_between_special_tokens says.
         text = " ".join(texts)
         return _clean_up(text) if self._clean_up else text
+
+    def known(self, size: int) -> np.ndarray:
+        """As Tokenizer.known."""
+        return _known((*range(self._pieces), *self._added), size)
 
     def settled(self, ids: Sequence[int]) -> str:
         """As Tokenizer.settled: without a character whose bytes are not all there, and blanks at the end."""
@@ -251,29 +312,58 @@ class FastTokenizer:
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         )
         self._add_bos, self._add_eos, self._clean_up = files.add_bos, files.add_eos, files.clean_up
+        self._plain: tuple[Any, dict[str, str]] | None = None
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = frozenset(token.content for token in added.values() if token.special and token.content)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self._skipped = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._skipped = {i for i, token in added.items() if token.special}
         self._bytes = {index for piece, index in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", piece)}
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token by its exact content, None where there is none."""
         return self._tokenizer.token_to_id(token)
 
-    def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
+    def encode(self, text: str, add_bos: bool | None = None, literal: Sequence[Span] = ()) -> list[int]:
         """Token ids of a text. By default tokenizer.json's own post-processor decides on the bos token."""
         _check_text(text)
+        tokenizer = self._tokenizer
+        if any(_overlaps(found.span(), literal) for found in _any_of(self.special_tokens).finditer(text)):
+            tokenizer, text = self._renamed(text, literal)
         if add_bos is None and self._add_bos is None:
-            return self._tokenizer.encode(text).ids
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+            return tokenizer.encode(text).ids
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
         bos = [self.bos_id] if (self._add_bos if add_bos is None else add_bos) and self.bos_id is not None else []
         eos = [self.eos_id] if self._add_eos and self.eos_id is not None else []
         return bos + ids + eos
+
+    def _renamed(self, text: str, literal: Sequence[Span]) -> tuple[Any, str]:
+        """The same tokenizer with other names for its special tokens, and the text with them where it is not literal.
+
+        So that one pass over the whole text decides, as always; the names are drawn so that no text can hold them.
+        """
+        if self._plain is None:
+            names = {token: f"<{secrets.token_hex(16)}>" for token in self.special_tokens}
+            self._plain = _rename(self._tokenizer, names), names
+        tokenizer, names = self._plain
+        parts, start, position = [], 0, 0
+        pattern = _any_of(self.special_tokens)
+        while (found := pattern.search(text, position)) is not None:
+            if _overlaps(found.span(), literal):
+                position = found.start() + 1
+                continue
+            parts += [text[start : found.start()], names[found[0]]]
+            start = position = found.end()
+        return tokenizer, "".join(parts) + text[start:]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
         text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
         return _clean_up(text) if self._clean_up else text
+
+    def known(self, size: int) -> np.ndarray:
+        """As Tokenizer.known."""
+        return _known(self._tokenizer.get_vocab(with_added_tokens=True).values(), size)
 
     def settled(self, ids: Sequence[int]) -> str:
         """As Tokenizer.settled: without the byte tokens at the end.
@@ -403,7 +493,7 @@ def _token(value: Any) -> _AddedToken:
     if not isinstance(value["content"], str):
         raise TypeError(f"{value['content']!r} is not a text")
     flags = {name: bool(value.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
-    return _AddedToken(value["content"], **flags)
+    return _AddedToken(value["content"], **flags, special=value.get("special") is not False)
 
 
 def _check_agreement(directory: Path, added: dict[int, _AddedToken], older: dict[str, Any]) -> None:
@@ -429,6 +519,50 @@ def _check_text(text: str) -> None:
         raise TokenizerError(f"the text is no Unicode: half of a surrogate pair at character {error.start}") from None
 
 
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Finds the leftmost token, of those that begin there the longest."""
+    longest_first = sorted((token for token in tokens if token), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _overlaps(span: Span, others: Sequence[Span]) -> bool:
+    return any(start < span[1] and span[0] < end for start, end in others)
+
+
+def _rename(tokenizer: Any, names: dict[str, str]) -> Any:
+    """A copy of a tokenizer of the `tokenizers` library in which tokens are written otherwise; ids are the same."""
+    import tokenizers
+
+    values = json.loads(tokenizer.to_str())
+    for token in values["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = values["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): index for piece, index in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    copy = tokenizers.Tokenizer.from_str(json.dumps(values))
+    for token, name in names.items():
+        if copy.token_to_id(name) != tokenizer.token_to_id(token):
+            raise TokenizerError(
+                f"the text spells the special token {token}, which this tokenizer cannot avoid to read"
+            )
+    return copy
+
+
+def special_tokens_in(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The special tokens that a text spells out, in order. Read as such, they end turns or stand for images."""
+    return _any_of(tokenizer.special_tokens).findall(text)
+
+
+def _known(ids: Iterable[int], size: int) -> np.ndarray:
+    known = np.zeros(size, bool)
+    known[[index for index in ids if index < size]] = True
+    return known
+
+
 def _clean_up(text: str) -> str:
     for pattern in CLEAN_UPS:
         text = text.replace(pattern, pattern.strip())
@@ -436,20 +570,32 @@ def _clean_up(text: str) -> str:
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, prompt: str, image_token: str, image_token_id: int | None, add_bos: bool | None = None
+    tokenizer: Tokenizer,
+    prompt: str,
+    image_token: str,
+    image_token_id: int | None,
+    add_bos: bool | None = None,
+    literal: str | None = None,
 ) -> list[int]:
     """Token ids of a prompt with image tokens in it; each `image_token` becomes `image_token_id`.
 
     Where that is no token of the vocabulary, the text between images is tokenized piece by piece, as LLaVA's
     tokenizer_image_token does: each piece as if a text began with it, without its bos token.
     add_bos: of the whole prompt, as `Tokenizer.encode` takes it.
+    literal: the mark that conversation.literally put around what was typed: special tokens there are ordinary text.
     """
+
+    def encode(text: str, add_bos: bool | None = None) -> list[int]:
+        parts = text.split(literal) if literal else [text]
+        ends = list(itertools.accumulate(map(len, parts)))
+        return tokenizer.encode("".join(parts), add_bos, list(zip(ends[::2], ends[1::2])))
+
     if tokenizer.token_to_id(image_token) == image_token_id:
-        return tokenizer.encode(prompt, add_bos)
+        return encode(prompt, add_bos)
     first, *others = prompt.split(image_token)
-    ids = tokenizer.encode(first, add_bos)
+    ids = encode(first, add_bos)
     for piece in others:
-        rest = tokenizer.encode(piece)
+        rest = encode(piece)
         ids += [image_token_id, *(rest[1:] if rest[:1] == [tokenizer.bos_id] else rest)]
     return ids
 
