@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_jax import files
+from internvl_jax.processing.chat_template import template_of
 
 
 class ConfigError(ValueError):
@@ -272,7 +273,10 @@ class ChatConfig:
         path = _config_path(path)
         config = read_json(path)
         tower = tower_directory(path.parent, config, vision_tower)
-        return cls.from_hf(config, None if tower is None else read_json(tower / "config.json"))
+        made = cls.from_hf(config, None if tower is None else read_json(tower / "config.json"))
+        if made.layout in ("internvl", "llava", "llava_hf") and config.get("template") is None:
+            made = dataclasses.replace(made, template=template_of(path.parent, made.layout) or made.template)
+        return made
 
     def to_hf(self, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The config.json dictionary of this configuration in its layout; `base` gives the fields that we skip."""

@@ -24,8 +24,11 @@ from internvl_jax.config import (
     require,
     unshuffle_of,
 )
+from internvl_jax.processing.conversation import TEMPLATES
 
 logger = logging.getLogger(__name__)
+
+_OWN_TEMPLATE = {"llava": "vicuna_v1", "llava_hf": "vicuna_v1"}
 
 # What PretrainedConfig writes into every section and what describes training, generation defaults or kernels only.
 _BOILERPLATE = frozenset(
@@ -88,6 +91,10 @@ def write(config: ChatConfig, base: Mapping[str, Any] | None = None) -> dict[str
         values = _vision_to_internvit(config.vision)
     else:
         values = _text_to_hf(config.text)
+    # The others' layouts have no place for a template; one that is not their own is told as internvl_chat's is.
+    if config.layout in ("internvl", "llava", "llava_hf") and config.template in TEMPLATES:
+        if config.template != _OWN_TEMPLATE.get(config.layout):
+            values["template"] = config.template
     for key, value in values.items():
         nested = isinstance(value, dict) and isinstance(merged.get(key), Mapping)
         merged[key] = {**merged[key], **value} if nested else value
@@ -292,6 +299,7 @@ def _chat_from_hf_internvl(config: Mapping[str, Any]) -> ChatConfig:
         select_layer=select,
         downsample_ratio=ratio,
         ps_version="v2",
+        template=section.get("template"),
         image_token_id=section.need("image_token_id"),
     )
     stated = section.get("image_seq_length", chat.tokens_per_image)
@@ -341,7 +349,8 @@ _LLAVA_IGNORED = """freeze_mm_mlp_adapter freeze_mm_vision_resampler image_crop_
     image_split_resolution mm_projector_lr mm_use_im_patch_token mm_vision_tower_lr tokenizer_model_max_length
     tokenizer_padding_side tune_mm_mlp_adapter tune_mm_vision_resampler unfreeze_mm_vision_tower use_mm_proj""".split()
 _LLAVA_FIELDS = """force_image_size image_aspect_ratio mm_hidden_size mm_patch_merge_type mm_projector_type
-    mm_resampler_type mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer mm_vision_tower""".split()
+    mm_resampler_type mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer mm_vision_tower
+    template""".split()
 
 
 def _chat_from_llava(config: Mapping[str, Any], tower: Mapping[str, Any] | None) -> ChatConfig:
@@ -381,7 +390,7 @@ def _chat_from_llava(config: Mapping[str, Any], tower: Mapping[str, Any] | None)
         downsample_ratio=1.0,
         ps_version="v2",
         image_size=section.get("force_image_size") or image_size,
-        template="vicuna_v1",
+        template=section.get("template") or "vicuna_v1",
         pad_to_square=section.get("image_aspect_ratio") == "pad",
         centre_crop=True,
         image_token_id=IMAGE_TOKEN_INDEX,
@@ -415,7 +424,7 @@ def _chat_from_hf_llava(config: Mapping[str, Any]) -> ChatConfig:
         select_layer=select,
         downsample_ratio=1.0,
         ps_version="v2",
-        template="vicuna_v1",
+        template=section.get("template") or "vicuna_v1",
         centre_crop=True,
         image_token_id=section.get("image_token_id") or section.need("image_token_index"),
     )

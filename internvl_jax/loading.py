@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from internvl_jax.chat import Chat
 from internvl_jax.config import ChatConfig, ConfigError, read_json
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import BATCH, Params
+from internvl_jax.processing.conversation import TEMPLATES
 from internvl_jax.processing.images import load_processor
 from internvl_jax.processing.tokenizer import load_tokenizer
 from internvl_jax.quantize import QuantizeError, Scheme, quantize_params, scheme_of
@@ -36,6 +38,7 @@ def load(
     quantize: Scheme | str | None = None,
     cache_dtype: Any = None,
     adapters: str | Path | None = None,
+    template: str | None = None,
     progress: Progress | None = None,
 ) -> Chat:
     """Load a checkpoint and return the Chat that runs it.
@@ -52,6 +55,8 @@ def load(
         holds more than one layer as it was. None: as they are stored, which may be quantized already.
     cache_dtype: of keys and values of what was read, "int8" for half the memory of bfloat16. None: dtype.
     adapters: a directory of low-rank adapters that training wrote; they stay beside the weights, quantized ones too.
+    template: the conversation template to ask in, a name of processing.conversation.TEMPLATES. None: what the
+        checkpoint says; one whose own is not among them loads, but answers arrays only.
     progress: called as progress(done_bytes, total_bytes, what) while reading.
     Raises ConfigError, CheckpointError, TokenizerError, ImageError, MeshError, QuantizeError or LoraError (ValueErrors
     all) naming the file or the setting and what to do; everything but a damaged parameter is refused before parameters
@@ -65,6 +70,12 @@ def load(
     dtype = _dtype(dtype)
     cache_dtype = dtype if cache_dtype is None else _dtype(cache_dtype, "cache_dtype", ("int8", *DTYPES))
     config = ChatConfig.from_file(directory)
+    if template is not None:
+        if template not in TEMPLATES:
+            raise ValueError(
+                f"there is no conversation template {template!r}; there are {', '.join(sorted(TEMPLATES))}"
+            )
+        config = replace(config, template=template)
     if mesh is None:
         if vision is not None:
             raise ValueError(f"vision={vision!r} says how the tower lies on a mesh: pass a mesh too")
