@@ -104,6 +104,13 @@ def generation(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
+def add_template(parser: argparse.ArgumentParser) -> None:
+    """In which template questions are asked, where the checkpoint does not say it rightly."""
+    parser.add_argument(
+        "--template", metavar="NAME", help="conversation template, internvl_zh or vicuna_v1 (default: the checkpoint's)"
+    )
+
+
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """In which precision weights and cache are held."""
     parser.add_argument("--quantize", choices=["int8", "int4"], help="weights of 8 bits, or 4 in the LLM's layers")

@@ -40,6 +40,7 @@ def add_parser(commands: argparse._SubParsersAction, join: Callable[[argparse.Na
     batch.add_argument("--dtype", choices=["float32", "bfloat16"], help="as for chat")
     arguments.add_weights(batch)
     arguments.add_generation(batch)
+    arguments.add_template(batch)
     arguments.add_processes(batch)
     batch.set_defaults(run=lambda args: _batch(args, join))
 
@@ -63,6 +64,7 @@ def _batch(args: argparse.Namespace, join: Callable[[argparse.Namespace], None])
                 quantize=args.quantize,
                 cache_dtype=args.cache_dtype,
                 adapters=args.adapters,
+                template=args.template,
                 progress=progress,
             )
         chat.check_ready()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,22 @@ from PIL import Image
 from internvl_jax.config import ChatConfig
 from internvl_jax.generate import DecodeState, GenerationConfig, Generator
 from internvl_jax.models.layers import BATCH, Params
-from internvl_jax.processing.conversation import IMG_CONTEXT, TEMPLATES, place_images, prepare_prompt
+from internvl_jax.processing.conversation import (
+    IMAGE_PLACEHOLDER,
+    IMG_CONTEXT,
+    TEMPLATES,
+    Turn,
+    ambiguous,
+    as_turn,
+    combine_images,
+    count_placeholders,
+    images_of,
+    place_images,
+    prepare_prompt,
+    unused_character,
+)
 from internvl_jax.processing.images import ImageProcessor, load_image
-from internvl_jax.processing.tokenizer import StreamDecoder, Tokenizer, encode_prompt, pad_left
+from internvl_jax.processing.tokenizer import StreamDecoder, Tokenizer, encode_prompt, pad_left, special_tokens_in
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 History = Sequence[tuple[str, str]]
@@ -30,21 +45,44 @@ STREAM_CHUNK = 4  # tokens between looks at a streamed answer: small enough to f
 STOP_CHUNK = 16  # tokens between looks for a stop string
 
 
+logger = logging.getLogger(__name__)
+
+NOT_FINITE = (
+    "the model's logits are not finite (NaN or Inf): its weights are damaged or diverged, or overflow in this dtype"
+)
+
+
+class AnswerError(ValueError):
+    """A question that was asked and got no answer: the model's numbers are not finite, or its tokens are no text."""
+
+
 @dataclass(frozen=True)
 class Reply:
-    """An answer and what it took."""
+    """An answer and what it took. With `error` there is no answer: text is empty."""
 
     text: str
     tokens: list[int]  # new token ids, with the end token, or what completes the stop string, where there was one
-    finish_reason: str  # "stop" (end token or stop string) or "length"
+    finish_reason: str  # "stop" (end token or stop string), "length" or "error"
     history: list[tuple[str, str]]  # for the next call's `history`
     prompt_tokens: int
     timings: dict[str, float]  # seconds: encode, prefill, decode, total (of the whole batch)
+    error: str | None = None  # why there is no answer; history then lacks this turn
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the fields, with `text` under the name `answer`."""
-        values = asdict(self)
+        """For JSON: the fields, with `text` under the name `answer`; `error` where there is one."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["history"] = [list(turn) for turn in self.history]
+        if self.error is None:
+            del values["error"]
         return {"answer": values.pop("text"), **values}
+
+
+def answered(replies: Sequence[Reply]) -> Sequence[Reply]:
+    """The replies as they are. Raises AnswerError at the first that is none."""
+    for reply in replies:
+        if reply.error is not None:
+            raise AnswerError(reply.error)
+    return replies
 
 
 class Stream:
@@ -100,6 +138,10 @@ class Chat:
         self.image_token_id = config.image_token_id
         if self.image_token_id is None and tokenizer is not None:
             self.image_token_id = tokenizer.token_to_id(IMG_CONTEXT)
+        # A model may have rows for more tokens than its tokenizer has: those are never generated.
+        self._known = None
+        if tokenizer is not None and config.text is not None:
+            self._known = tokenizer.known(config.text.vocab_size)
         self.generator = Generator(
             config,
             params,
@@ -108,6 +150,7 @@ class Chat:
             image_token_id=self.image_token_id,
             mesh=mesh,
             image_axes=image_axes,
+            known=self._known,
         )
 
     # Questions and pictures.
@@ -121,29 +164,32 @@ class Chat:
         system: str | None = None,
         honour_exif: bool = True,
         image_path: str = "eval",
+        parse_special: bool = False,
+        combine: bool = False,
         **generation: Any,
     ) -> Reply:
         """Answer one question.
 
-        question: may place each picture with "<image>"; otherwise they stand in front of the first question.
-        images: all pictures of the conversation, those of its history included: paths, bytes, PIL images or arrays.
-        history: (question, answer) pairs, as the previous reply's `history` gives them.
-        honour_exif: turn pictures as their EXIF orientation says. The reference does not; evaluation passes False.
+        question: may place each of its images with "<image>"; otherwise they stand in front of it.
+        images: all images of the conversation, those of its history first: paths, bytes, PIL images or arrays. Those
+            beyond the history's are the question's.
+        history: (question, answer) pairs, as the previous reply's `history` gives them, which also knows how many
+            images each has. Of pairs from elsewhere (JSON) it is one per placeholder, unless a third element says it;
+            where the only placeholder of such pairs may stand for several, the question has to place a later image.
+        honour_exif: turn images as their EXIF orientation says. The reference does not; evaluation passes False.
         image_path: "eval" (convert to RGB, then resize) or "native" (the quick-start page's resize in the file's mode).
+        parse_special: read special tokens that the texts spell ("</s>", "<img>") as such, as the reference's tokenizer
+            does. By default they are ordinary text, so that nobody can end a turn or forge an image by typing.
+        combine: put all images where the history's one placeholder is, later ones too: the reference's combined form,
+            which shows an image before the answer that was given without it.
         generation: fields of GenerationConfig (max_new_tokens, temperature, num_beams, stop, ...); without
             max_new_tokens an answer may take 1024 tokens or what the context has room for.
         Raises ValueError for what cannot be answered: unreadable images, placeholders and images that do not agree, an
-        empty question, prompt and answer beyond the context.
+        empty question, prompt and answer beyond the context; AnswerError (one, too) where the logits are not finite.
         """
-        return self.batch_chat(
-            [question],
-            [images],
-            [history],
-            system=system,
-            honour_exif=honour_exif,
-            image_path=image_path,
-            **generation,
-        )[0]
+        asking = _Asking(system, honour_exif, image_path, parse_special, combine)
+        (reply,) = answered(self._replies([question], [images], [history], asking, generation))
+        return reply
 
     def batch_chat(
         self,
@@ -154,19 +200,41 @@ class Chat:
         system: str | None = None,
         honour_exif: bool = True,
         image_path: str = "eval",
+        parse_special: bool = False,
+        combine: bool = False,
         **generation: Any,
     ) -> list[Reply]:
         """Answer several questions at once; each gets the answer that it gets alone. Arguments as for `chat`.
 
         Sampled, row i gets the answer that it gets alone with seed + i; `seed` may also be a tuple, one per row.
+        A row whose logits are not finite, or whose tokens are no text, gets a Reply with `error`; the others' answers
+        are not touched by it.
         """
-        batch, gen = self._prepare(questions, images, histories, system, honour_exif, image_path, generation)
+        asking = _Asking(system, honour_exif, image_path, parse_special, combine)
+        replies = self._replies(questions, images, histories, asking, generation)
+        failed = [number for number, reply in enumerate(replies, 1) if reply.error is not None]
+        if failed:
+            names = ", ".join(map(str, failed[:10])) + (", ..." if len(failed) > 10 else "")
+            logger.warning("question %s of %d: no answer (%s)", names, len(replies), replies[failed[0] - 1].error)
+        return replies
+
+    def _replies(
+        self,
+        questions: Sequence[str],
+        images: Sequence[Any] | None,
+        histories: Sequence[History] | None,
+        asking: _Asking,
+        generation: dict[str, Any],
+    ) -> list[Reply]:
+        batch, gen = self._prepare(questions, images, histories, asking, generation)
         timer = _Timer()
         features = self._encode_batch(batch, timer)
         if gen.num_beams > 1:
             tokens, reasons = self.generator.generate(batch.input_ids, batch.attention_mask, features, gen)
             timer.lap("decode")
-            rows = [_trim(row, reason, self._ends(gen)) for row, reason in zip(tokens, reasons)]
+            rows = [
+                [] if reason == "error" else _trim(row, reason, self._ends(gen)) for row, reason in zip(tokens, reasons)
+            ]
         else:
             state = self.generator.prefill(batch.input_ids, batch.attention_mask, features, gen)
             jax.block_until_ready(state.done)
@@ -189,13 +257,17 @@ class Chat:
         system: str | None = None,
         honour_exif: bool = True,
         image_path: str = "eval",
+        parse_special: bool = False,
+        combine: bool = False,
         **generation: Any,
     ) -> Stream:
         """Answer one question piece by piece; the pieces joined are the reply's text. Arguments as for `chat`.
 
-        Bad input raises here, before the first piece. Beam search decides at the end, so it cannot be streamed.
+        Bad input raises here, before the first piece; AnswerError comes while iterating. Beam search decides at the
+        end, so it cannot be streamed.
         """
-        batch, gen = self._prepare([question], [images], [history], system, honour_exif, image_path, generation)
+        asking = _Asking(system, honour_exif, image_path, parse_special, combine)
+        batch, gen = self._prepare([question], [images], [history], asking, generation)
         if gen.num_beams > 1:
             raise ValueError("beam search cannot be streamed: use chat(), or num_beams=1")
         return Stream(self._stream(batch, gen))
@@ -214,6 +286,7 @@ class Chat:
         input_ids [B,T] (or [T]) with image tokens in place; pixel_values [images,3,H,W] float, normalised, in prompt
         order over the batch; attention_mask [B,T], 0 on padding, on either side. The end token is kept, rows that end
         early are filled with the pad id. `generation`: fields of GenerationConfig, `stop` excepted.
+        Raises AnswerError, naming the rows, where logits are not finite.
         """
         self._check_generation(generation)
         input_ids, attention_mask = _rows(input_ids), _rows(attention_mask)
@@ -221,7 +294,11 @@ class Chat:
         if gen.stop:
             raise ValueError("stop strings need text: use chat(), or eos_token_ids here")
         features = self._features(input_ids, attention_mask, pixel_values, gen)
-        return self.generator.generate(input_ids, attention_mask, features, gen)[0]
+        tokens, reasons = self.generator.generate(input_ids, attention_mask, features, gen)
+        failed = [str(row) for row, reason in enumerate(reasons) if reason == "error"]
+        if failed:
+            raise AnswerError(f"row {', '.join(failed)}: {NOT_FINITE}")
+        return tokens
 
     def logits(
         self,
@@ -247,10 +324,10 @@ class Chat:
         if self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer files: put them beside its config.json, or use generate()")
         if self.config.template not in TEMPLATES:
-            hint = "set `template` in its config.json, or " if self.config.layout == "internvl_chat" else ""
             raise ValueError(
-                f"{self.name} was trained with the conversation template {self.config.template!r}, and the known ones "
-                f"are {', '.join(sorted(TEMPLATES))}: {hint}write the prompt yourself and use generate()"
+                f"{self.name} was trained with another conversation template ({self.config.template or 'not named'}) "
+                f"than the known ones, {', '.join(sorted(TEMPLATES))}: if it is one of them, name it (`template` in "
+                "config.json, load(template=...), --template); otherwise write the prompt yourself and use generate()"
             )
 
     def _check_generation(self, values: dict[str, Any]) -> None:
@@ -326,17 +403,14 @@ class Chat:
         questions: Sequence[str],
         images: Sequence[Any] | None,
         histories: Sequence[History] | None,
-        system: str | None,
-        honour_exif: bool,
-        image_path: str,
+        asking: _Asking,
         generation: dict[str, Any],
     ) -> tuple[_Batch, GenerationConfig]:
-        """Text and pictures to arrays; everything that can be refused is refused here."""
+        """Text and images to arrays; everything that can be refused is refused here."""
         self.check_ready()
         self._check_generation(generation)
         if isinstance(questions, str) or not len(questions):
             raise ValueError("batch_chat takes a list of at least one question; chat() takes a single one")
-        template, tokenizer = TEMPLATES[self.config.template], self.tokenizer
         image_rows = [_as_list(row) for row in images] if images is not None else [[] for _ in questions]
         turns = [_turns(history) for history in histories] if histories is not None else [[] for _ in questions]
         if not len(questions) == len(image_rows) == len(turns):
@@ -345,6 +419,7 @@ class Chat:
                 "one of each per row"
             )
         placed, rows, pixels = [], [], []
+        turns = [combine_images(row, len(own)) if asking.combine else row for row, own in zip(turns, image_rows)]
         for number, (question, row_images, history) in enumerate(zip(questions, image_rows, turns)):
             where = f"question {number + 1}: " if len(questions) > 1 else ""
             try:
@@ -354,20 +429,34 @@ class Chat:
                     raise ValueError("the question is empty")
                 if row_images:
                     self._check_sees()
-                question = place_images(question, len(row_images), bool(history))
-                tokens = self.config.tokens_per_image if row_images else 0
-                prompt = prepare_prompt(template, question, history, len(row_images), tokens, system=system)
-                rows.append(encode_prompt(tokenizer, _unicode(prompt), template.image[1], self.image_token_id))
+                earlier = images_of(history) + count_placeholders(asking.system or "")
+                if not ambiguous(history):
+                    question = place_images(question, len(row_images) - earlier, has_history=False)
+                rows.append(self._encode_text(question, history, len(row_images), asking))
                 for source in row_images:
-                    pixels.append(self.processor(load_image(source, honour_exif=honour_exif), path=image_path))
+                    image = load_image(source, honour_exif=asking.honour_exif)
+                    pixels.append(self.processor(image, path=asking.image_path))
             except ValueError as error:
                 raise type(error)(f"{where}{error}") from None
-            placed.append(question)
-        input_ids, mask = pad_left(rows, tokenizer.pad_id or 0)
+            placed.append((question, len(row_images) - earlier))
+        input_ids, mask = pad_left(rows, self.tokenizer.pad_id or 0)
         batch = _Batch(input_ids, mask, np.stack(pixels) if pixels else None, placed, turns)
         gen = self._generation_config(generation, mask)
         self.generator.check(input_ids, mask, None if not pixels else self._features_like(batch.pixel_values), gen)
         return batch, gen
+
+    def _encode_text(self, question: str, history: Sequence[Turn], num_images: int, asking: _Asking) -> list[int]:
+        """Token ids of a row's prompt. What people typed holds no special tokens, unless they ask for it."""
+        typed = (question, asking.system or "", *(text for turn in history for text in turn))
+        literal = None
+        if not asking.parse_special:
+            without = (_unicode(text).replace(IMAGE_PLACEHOLDER, " ") for text in typed)
+            if any(special_tokens_in(self.tokenizer, text) for text in without):
+                literal = unused_character(*typed)
+        template = TEMPLATES[self.config.template]
+        tokens = self.config.tokens_per_image if num_images else 0
+        prompt = prepare_prompt(template, question, history, num_images, tokens, asking.system, literal)
+        return encode_prompt(self.tokenizer, _unicode(prompt), template.image[1], self.image_token_id, literal=literal)
 
     def _check_sees(self) -> None:
         if self.config.vision is None:
@@ -391,9 +480,10 @@ class Chat:
         while True:
             rows, reasons, running = self.generator.read(state)
             if gen.stop:
-                for number, row in enumerate(rows):
-                    if self._cut_at_stop(self._text(row), gen.stop) is not None:
-                        reasons[number], running[number] = "stop", False
+                for number in np.flatnonzero(running):
+                    with contextlib.suppress(ValueError):  # a row without a text is `_reply`'s to report
+                        if self._cut_at_stop(self._text(rows[number]), gen.stop) is not None:
+                            reasons[number], running[number] = "stop", False
                 state = self.generator.end_rows(state, ~running)
             if not running.any():
                 return rows, reasons
@@ -408,7 +498,9 @@ class Chat:
         decoder, seen, given, text = StreamDecoder(self.tokenizer), 0, "", ""
         while True:
             (row,), (reason,), running = self.generator.read(state)
-            text += decoder.push(row[seen:])
+            if reason == "error":
+                raise AnswerError(NOT_FINITE)
+            text += decoder.push(self._decodable(row[seen:]))
             seen = len(row)
             finished = not running[0]
             if finished:
@@ -429,7 +521,11 @@ class Chat:
             state = self.generator.decode(state, STREAM_CHUNK)
 
     def _text(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return self.tokenizer.decode(self._decodable(tokens), skip_special_tokens=True)
+
+    def _decodable(self, tokens: Sequence[int]) -> list[int]:
+        """Without an end token that the tokenizer does not have: no other such token is ever generated."""
+        return [token for token in tokens if self._known[token]]
 
     @staticmethod
     def _cut_at_stop(text: str, stops: Sequence[str]) -> str | None:
@@ -445,8 +541,27 @@ class Chat:
         tokens: list[int],
         reason: str,
         gen: GenerationConfig,
-        question: str,
-        history: History,
+        question: tuple[str, int],
+        history: list[Turn],
+        prompt_tokens: int,
+        timer: _Timer,
+    ) -> Reply:
+        """The Reply of a row; one with `error` where the row has no answer."""
+        error = NOT_FINITE if reason == "error" else None
+        if error is None:
+            try:
+                return self._answer(tokens, reason, gen, question, history, prompt_tokens, timer)
+            except ValueError as problem:
+                error = f"the answer's tokens are no text ({problem})"
+        return Reply("", tokens, "error", list(history), int(prompt_tokens), timer.seconds(), error)
+
+    def _answer(
+        self,
+        tokens: list[int],
+        reason: str,
+        gen: GenerationConfig,
+        question: tuple[str, int],
+        history: list[Turn],
         prompt_tokens: int,
         timer: _Timer,
     ) -> Reply:
@@ -462,7 +577,11 @@ class Chat:
             )
             tokens = tokens[:complete]
         text = text.strip()
-        turns = [*history, (question, text)]
+        asked, images = question
+        turns: list[tuple[str, str]] = [
+            *(Turn(turn, turn.images) for turn in history),
+            Turn((asked, text), images + count_placeholders(text)),
+        ]
         return Reply(text, [int(t) for t in tokens], reason, turns, int(prompt_tokens), timer.seconds())
 
 
@@ -471,8 +590,19 @@ class _Batch:
     input_ids: np.ndarray  # [B,T] int32, left-padded
     attention_mask: np.ndarray  # [B,T] int32
     pixel_values: np.ndarray | None  # [M,3,H,W] float32
-    questions: list[str]  # with their image placeholders
-    histories: list[list[tuple[str, str]]]
+    questions: list[tuple[str, int]]  # with their image placeholders, and how many images they bring
+    histories: list[list[Turn]]
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """How questions are asked: `Chat.chat`'s arguments of these names."""
+
+    system: str | None = None
+    honour_exif: bool = True
+    image_path: str = "eval"
+    parse_special: bool = False
+    combine: bool = False
 
 
 class _Timer:
@@ -504,14 +634,13 @@ def _unicode(text: str) -> str:
     return text
 
 
-def _turns(history: Any) -> list[tuple[str, str]]:
-    turns = list(history or ())
-    if isinstance(history, str) or not all(
-        isinstance(turn, (tuple, list)) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
-        for turn in turns
-    ):
-        raise ValueError("a history is a list of (question, answer) texts, as a reply's `history`")
-    return [(question, answer) for question, answer in turns]
+def _turns(history: Any) -> list[Turn]:
+    try:
+        if isinstance(history, str):
+            raise ValueError
+        return [as_turn(turn) for turn in history or ()]
+    except ValueError:
+        raise ValueError("a history is a list of (question, answer) texts, as a reply's `history`") from None
 
 
 def _as_list(images: Any) -> list[Any]:

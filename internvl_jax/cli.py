@@ -22,8 +22,8 @@ from internvl_jax.training import cli as training_cli
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 
 INTERACTIVE_HELP = """\
-  /image FILE   show the model a picture (several: repeat it, then ask)
-  /clear        forget the pictures and the conversation
+  /image FILE   show the model an image with the next question (several: repeat it, then ask)
+  /clear        forget the images and the conversation
   /help         this text
   /quit         leave (Ctrl-D too); Ctrl-C stops an answer, not the program"""
 
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     arguments.add_weights(chat)
     arguments.add_generation(chat)
+    arguments.add_template(chat)
     chat.add_argument("--json", action="store_true", help="print one JSON object: answer, tokens, finish_reason, ...")
     arguments.add_processes(chat)
     chat.set_defaults(run=_chat)
@@ -251,6 +252,7 @@ def _chat(args: argparse.Namespace) -> int:
     for image in images:  # before the model is read for them
         load_image(image, honour_exif=False)
 
+    from internvl_jax.chat import AnswerError
     from internvl_jax.distributed import several
     from internvl_jax.loading import load
 
@@ -266,18 +268,23 @@ def _chat(args: argparse.Namespace) -> int:
             quantize=args.quantize,
             cache_dtype=args.cache_dtype,
             adapters=args.adapters,
+            template=args.template,
             progress=progress,
         )
     chat.check_ready()
     options = {"system": args.system, "honour_exif": not args.ignore_exif, **generation}
     if prompt is None:
         return _session(chat, images, options)
-    if args.json:
-        with status("answering"):
-            reply = chat.chat(prompt, images=images, **options)
-        print_json(reply.to_dict())
-        return 0
-    reply = _answer(chat, prompt, images, [], options)
+    try:
+        if args.json:
+            with status("answering"):
+                reply = chat.chat(prompt, images=images, **options)
+            print_json(reply.to_dict())
+            return 0
+        reply = _answer(chat, prompt, images, [], options)
+    except AnswerError as error:
+        entry.fail(str(error))
+        return 1
     if reply.finish_reason == "length":
         err.print(f"(cut off after {len(reply.tokens)} tokens: --max-new-tokens allows more)", style="dim")
     return 0
@@ -324,9 +331,16 @@ def _answer(
             print(reply.text, flush=True)
             return reply
         stream = chat.stream(question, images, history, **options)
-        for piece in stream:
-            waiting.stop()
-            print(piece, end="", flush=True)
+        shown = False
+        try:
+            for piece in stream:
+                waiting.stop()
+                shown = True
+                print(piece, end="", flush=True)
+        except ValueError:
+            if shown:
+                print(flush=True)
+            raise
     print(flush=True)
     return stream.reply
 
@@ -366,11 +380,7 @@ def _session(chat: Any, images: list[Path | bytes], options: dict[str, Any]) -> 
             elif command == "/clear":
                 images, history = [], []
             elif command == "/image":
-                image = _picture(argument)
-                if history:
-                    err.print("(a new picture starts a new conversation)")
-                    images, history = [], []
-                images = [*images, image]
+                images = [*images, _picture(argument)]  # it goes with the next question
             elif command.startswith("/"):
                 err.print(f"{command} is no command here; there are:\n{INTERACTIVE_HELP}")
             else:

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from internvl_jax.chat import Chat, Reply
+from internvl_jax.chat import Chat, Reply, _Asking, answered
 from internvl_jax.config import ChatConfig
 from internvl_jax.generate import read_prompt
 from internvl_jax.loading import load
@@ -114,11 +114,11 @@ class Questions:
 
     def ask(self, chat: Chat, new_tokens: int) -> list[Reply]:
         """The model's own greedy answers."""
-        return chat.batch_chat(self.texts, self.images, max_new_tokens=new_tokens)
+        return list(answered(chat.batch_chat(self.texts, self.images, max_new_tokens=new_tokens)))
 
     def logits(self, chat: Chat, answers: list[Reply]) -> np.ndarray:
         """The model's logits at each token of given answers, one after the other, [sum of their tokens, V]."""
-        batch, gen = chat._prepare(self.texts, self.images, None, None, True, "eval", {"max_new_tokens": 1})
+        batch, gen = chat._prepare(self.texts, self.images, None, _Asking(), {"max_new_tokens": 1})
         model = chat.generator
         prompt = model._prepare(batch.input_ids, batch.attention_mask, model.encode(batch.pixel_values), gen)
         width = max(len(reply.tokens) for reply in answers)

@@ -312,3 +312,28 @@ def test_decode_compiles_once():
         counts.append(generate._decode._cache_size())
     assert counts[1] - counts[0] <= 1  # none where another test had these shapes
     assert counts[2] == counts[1]
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_rows_that_fail_and_tokens_that_nobody_knows(num_beams):
+    """As on one device: a row that is not finite fails alone, and an unknown token is not generated anywhere."""
+    config = config_of(5, 2)
+    mesh = make_mesh("data=2,fsdp=2,tensor=2", config=config)
+    ids, pixels, _ = batch_of(config, 3)
+    token = config.text.vocab_size - 1
+    ids = np.where(ids == token, token - 1, ids)
+    ids[1, 0] = token
+    known = np.arange(config.text.vocab_size) % 3 != token % 3
+    params = jax.tree.map(jnp.copy, params_of(config))
+    embedding = params["language_model"]["embed_tokens"]["embedding"]
+    params["language_model"]["embed_tokens"] = {"embedding": embedding.at[token].set(jnp.nan)}
+    gen = GenerationConfig(max_new_tokens=6, num_beams=num_beams, eos_token_ids=())
+    results = []
+    placed = sharding.place_params(jax.tree.map(jnp.copy, params), config, mesh)
+    for given, where in ((params, None), (placed, mesh)):
+        generator = Generator(config, given, dtype=jnp.float32, image_token_id=IMAGE, mesh=where, known=known)
+        tokens, reasons = generator.generate(ids, None, generator.encode(pixels), gen)
+        assert reasons == ["length", "error", "length"]
+        assert known[tokens[[0, 2]]].all()
+        results.append(tokens)
+    np.testing.assert_array_equal(*results)

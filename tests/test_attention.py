@@ -142,6 +142,22 @@ def test_decode_kernel_equals_xla(kv_heads, groups, monkeypatch):
     assert np.isfinite(y).all()  # a row that may attend to nothing stays a number
 
 
+def test_decode_kernel_at_the_edges_of_its_blocks(monkeypatch):
+    """Spans that begin or end exactly at a block's edge, or one slot beside it: no slot is lost, least the newest."""
+    monkeypatch.setattr(kernels, "DECODE_BLOCK_BYTES", 0)
+    spans = [(0, 1), (0, 127), (0, 128), (0, 129), (5, 255), (127, 256), (128, 257), (129, 384), (256, 257), (383, 384)]
+    batch, slots = len(spans), 384
+    q, k, v = random((batch, 1, 2, HEAD_DIM), (batch, 2, slots, HEAD_DIM), (batch, 2, slots, HEAD_DIM))
+    assert kernels.decode_block(2, slots, HEAD_DIM, 4) == 128
+    place = np.tile(np.arange(slots), (batch, 1))
+    used = np.stack([(place[0] >= start) & (place[0] < end) for start, end in spans])
+    mask = cache_mask(jnp.full((batch, 1), slots), jnp.asarray(place), jnp.asarray(used))
+    assert mask.span.tolist() == [list(span) for span in spans]
+    with implementation("pallas"):
+        y = attention(q, k, v, mask)
+    assert_close(y, attention_xla(q, k, v, mask.allowed), 1e-5, "y")
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_decode_kernel_with_int8_keys(groups, monkeypatch):
     """Integers with a scale per token and head, against the same numbers in float32."""
@@ -271,6 +287,10 @@ def masks(length, slots):
     ("length", "slots", "mask", "program", "options"),
     [
         (1025, 1025, "none", "splash", {}),
+        (1024, 1024, "none", "splash", {}),
+        (1023, 1023, "none", "xla", {}),
+        (1, 256, "cache", "decode", {}),
+        (640, 640, "self", "splash", {}),
         (257, 257, "none", "xla", {}),
         (512, 512, "self", "splash", {}),
         (384, 384, "self", "xla", {}),
@@ -295,6 +315,22 @@ def test_rule(length, slots, mask, program, options, monkeypatch):
     assert seam.choose(q, k, mask, "tensor") == program
     with implementation("xla"):
         assert seam.choose(q, k, mask, "tensor") == "xla"
+
+
+@pytest.mark.parametrize(
+    ("length", "slots", "mask", "program"),
+    [(1025, 1025, "none", "splash"), (512, 512, "self", "splash"), (1, 2048, "cache", "decode")],
+)
+def test_kernels_want_whole_heads_on_every_device(length, slots, mask, program, monkeypatch):
+    """Two kv heads do not divide over four devices; over two they do, and so they do where heads are not split."""
+    monkeypatch.setattr(seam, "on_tpu", lambda: True)
+    q, k = shapes(length, slots, kv_heads=2)
+    mask = masks(length, slots)[mask]
+    for devices, split, expected in ((4, "tensor", "xla"), (2, "tensor", program), (4, None, program)):
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((devices,), ("tensor",))):
+            assert seam.choose(q, k, mask, split) == expected
+            with implementation("pallas"):
+                assert seam.choose(q, k, mask, split) == expected
 
 
 def test_implementation_is_checked_and_part_of_the_compiled_program():

@@ -130,6 +130,25 @@ def test_a_question_that_fails_spoils_no_other(questions, tmp_path):
     assert [a["answer"] for a in answers if "answer" in a] == [f"q{n}! ü" for n in (0, 1, 2, 3, 5, 6)]
 
 
+def test_a_reply_with_an_error_is_a_line_with_one(questions, tmp_path):
+    class Diverged(Parrot):
+        def batch_chat(self, questions, images, **generation):
+            replies = super().batch_chat(questions, images, **generation)
+            for question, reply in zip(questions, replies):
+                reply.error = "not finite" if question == "q4" else None
+            return replies
+
+    out = tmp_path / "answers.jsonl"
+    parrot = Diverged()
+    summary = batch.run(parrot, batch.prepare(questions, out), size=4)
+    answers = read(out)
+    assert (summary.answered, summary.failed, summary.new_tokens) == (7, 1, 12)
+    assert answers[4]["error"].endswith("not finite")
+    assert "answer" not in answers[4]
+    assert [a["answer"] for a in answers if "answer" in a] == [f"q{n}! ü" for n in (0, 1, 2, 3, 5, 6)]
+    assert len(parrot.batches) == 2  # nothing was asked again
+
+
 def test_malformed_lines_are_listed_before_work(tmp_path, monkeypatch):
     rows = [
         {"question": "fine"},

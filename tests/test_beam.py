@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from generation_cases import (
     LLAMA,
+    NO_END,
     RECORDED,
     answers,
     beam_cases,
@@ -19,8 +20,11 @@ from generation_cases import (
 )
 from golden import unstack
 
+from internvl_jax import beam
 from internvl_jax.config import ChatConfig
 from internvl_jax.generate import GenerationConfig, Generator
+from internvl_jax.models import llama
+from internvl_jax.sampling import make_settings
 
 CONFIG = ChatConfig.from_hf(LLAMA)
 CASES = beam_cases()
@@ -182,6 +186,43 @@ def test_settings_compile_nothing():
     ):
         model.generate(np.array([[5, 6, 7, 8, 9, 10]]), gen=GenerationConfig(num_beams=2, **options))
     assert before == (generate._beam_search._cache_size(), generate._read_prompt._cache_size())
+
+
+@pytest.mark.parametrize(
+    ("early_stopping", "length_penalty", "worst", "over"),
+    [
+        # The best continuation has log-probability -1 at length 2; at most 10 tokens.
+        (False, 1.0, -0.3, True),  # -1/2 is no better
+        (False, 1.0, -0.7, False),
+        ("never", 1.0, -0.3, False),  # -1/10 would be
+        ("never", 1.0, -0.05, True),
+        ("never", -1.0, -3.0, False),  # -1*2 is better, and longer is worse: -1*10
+        ("never", -1.0, -1.5, True),
+        ("never", 0.0, -0.5, True),
+        (True, 1.0, -5.0, True),
+    ],
+)
+def test_when_a_search_is_over(early_stopping, length_penalty, worst, over):
+    gen = GenerationConfig(10, num_beams=2, length_penalty=length_penalty, early_stopping=early_stopping, **NO_END)
+    cache = llama.init_cache(CONFIG.text, 2, 4, jnp.float32)
+    state = beam.BeamState(
+        cache=cache,
+        tokens=jnp.zeros((1, 2, 10), jnp.int32),
+        scores=jnp.asarray([[-1.0, -9.0]]),
+        seen=jnp.zeros((1, 2, 4), bool),
+        count=jnp.asarray(1),
+        finished=jnp.asarray([[worst, worst]], jnp.float32),
+        best=jnp.zeros((1, 10), jnp.int32),
+        best_length=jnp.ones(1, jnp.int32),
+        best_stopped=jnp.ones(1, bool),
+        done=jnp.zeros(1, bool),
+        failed=jnp.zeros(1, bool),
+    )
+    logits = jnp.asarray([[[0.0, -50.0, -50.0, -50.0]] * 2])  # the next token costs nothing
+    rule = jnp.asarray(beam.EARLY_STOPPING[early_stopping])
+    after = beam.add_tokens(state, logits, make_settings(gen, 1, ()), jnp.float32(length_penalty), rule, 2)
+    assert after.done.tolist() == [over]
+    assert int(after.count) == 2
 
 
 def test_beams_neither_sample_nor_stream():

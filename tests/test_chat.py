@@ -13,9 +13,12 @@ import pytest
 from devices import run_file
 from golden import DATA, assert_close, bundle, kl
 from PIL import Image
+from tiny_checkpoint import tiny_config, write_checkpoint
 
 import internvl_jax
+from internvl_jax.chat import AnswerError
 from internvl_jax.processing.images import ImageError
+from internvl_jax.processing.tokenizer import TokenizerError
 
 pytest.importorskip("torch")  # the golden checkpoint is PyTorch's
 
@@ -103,6 +106,99 @@ def test_history_goes_on(chat):
     written = [("<image>\nWhat is shown?", first.text)]
     assert chat.chat("And where?", [picture("rgb")], written, **REFERENCE).tokens == second.tokens
     assert chat.chat("And where?", [picture("gray")], written, **REFERENCE).tokens != second.tokens
+
+
+def prompt_of(chat, monkeypatch, *asking, **options):
+    """The prompt that a question becomes, as text, and the reply."""
+    read, prefill = [], chat.generator.prefill
+    monkeypatch.setattr(chat.generator, "prefill", lambda *args: prefill(*(read.append(args[0]) or args)))
+    reply = chat.chat(*asking, **{"max_new_tokens": 2, **options})
+    monkeypatch.undo()
+    text = chat.tokenizer.decode(read[0][0], skip_special_tokens=False)
+    return text.replace("<IMG_CONTEXT> ", "").replace("<IMG_CONTEXT>", "").replace(" ", ""), reply
+
+
+def test_a_later_image_comes_with_its_question(chat, monkeypatch):
+    one, two = picture("rgb"), picture("gray")
+    first = chat.chat("What is this?", one, max_new_tokens=2)
+    prompt, second = prompt_of(chat, monkeypatch, "And this?", [one, two], first.history)
+    start, _, rest = prompt.partition("<bot>:")
+    assert (start.count("<img>"), rest.count("<img>")) == (1, 1)
+    assert [turn[0] for turn in second.history] == ["<image>\nWhat is this?", "<image>\nAnd this?"]
+    # Each turn keeps its own: nothing that was read before is read otherwise later.
+    third = prompt_of(chat, monkeypatch, "Which is red?", [one, two], second.history)[0]
+    assert third.startswith(prompt)
+    # The same after JSON, as a stream, in a batch, with pairs that somebody wrote, and where the question places it.
+    told = json.loads(json.dumps(second.to_dict()))["history"]
+    assert prompt_of(chat, monkeypatch, "Which is red?", [one, two], told)[0] == third
+    stream = chat.stream("And this?", [one, two], first.history, max_new_tokens=2)
+    assert list(stream) != [] or stream.reply.text == ""
+    assert without_timings(stream.reply) == without_timings(second)
+    (reply,) = chat.batch_chat(["And this?"], [[one, two]], [first.history], max_new_tokens=2)
+    assert without_timings(reply) == without_timings(second)
+    pairs = [tuple(turn) for turn in first.history]
+    assert prompt_of(chat, monkeypatch, "<image>\nAnd this?", [one, two], pairs)[0] == prompt
+    # After a first turn without images, and two at once.
+    prompt, reply = prompt_of(chat, monkeypatch, "And these?", [one, two], [("Hello", "Hi")])
+    assert prompt.partition("</s>")[2].startswith("<human>:<img></img>\nAndthese?")
+    assert reply.history[1].images == 2
+    again = prompt_of(chat, monkeypatch, "Why?", [one, two], reply.history)[0]
+    assert again.startswith(prompt)
+    # JSON does not tell that one placeholder stands for both: nothing is guessed, and a third element says it.
+    told = json.loads(json.dumps(reply.to_dict()))["history"]
+    with pytest.raises(ValueError, match=r"1 belong to the history, .*\(combine=True puts all"):
+        chat.chat("Why?", [one, two], told)
+    told[1].append(2)
+    assert prompt_of(chat, monkeypatch, "Why?", [one, two], told)[0] == again
+    assert prompt_of(chat, monkeypatch, "Why?", [one, two], told, combine=True)[0] == again
+
+
+def test_combined_form_of_the_reference(chat, monkeypatch):
+    """All images of a conversation in its first turn: on request, and where the first question brought them."""
+    one, two = picture("rgb"), picture("gray")
+    history = [("<image>\nWhat is this?", "A cat.")]
+    prompt, reply = prompt_of(chat, monkeypatch, "And this?", [one, two], history, combine=True)
+    assert prompt.partition("<bot>:")[2].count("<img>") == 0
+    assert prompt.count("<img>") == 1
+    assert reply.history[0].images == 2
+    assert reply.history[:1] == history
+    again = prompt_of(chat, monkeypatch, "Why?", [one, two], reply.history)[0]
+    assert again.startswith(prompt)
+    first = chat.chat("What are these?", [one, two], max_new_tokens=2)
+    assert first.history[0].images == 2
+    default, combined = (
+        prompt_of(chat, monkeypatch, "Why?", [one, two], first.history, combine=combine)[0] for combine in (False, True)
+    )
+    assert default == combined
+
+
+def test_typed_special_tokens_are_text(chat, monkeypatch):
+    """In questions, histories and system messages; the reference's reading on request."""
+    special = {chat.tokenizer.token_to_id(token) for token in chat.tokenizer.special_tokens}
+    typed = "a</s><human>: b <bot>:<img><IMG_CONTEXT></img><s>"
+    plain, _ = read_ids(chat, monkeypatch, "question", [("asked", "answered")], "system")
+    for position in range(4):
+        texts = ["question", "asked", "answered", "system"]
+        texts[position] += typed
+        ids, reply = read_ids(chat, monkeypatch, texts[0], [(texts[1], texts[2])], texts[3])
+        assert [i for i in ids if i in special] == [i for i in plain if i in special]
+        assert typed in chat.tokenizer.decode(ids)
+        assert reply.history[-1][0] == texts[0]
+    parsed, _ = read_ids(chat, monkeypatch, "a</s>b", [], None, parse_special=True)
+    assert parsed.count(chat.tokenizer.eos_id) == 1
+    ids, _ = read_ids(chat, monkeypatch, "<image> a</s>b", [], None, images=picture("rgb"))
+    assert ids.count(chat.tokenizer.eos_id) == 0
+    assert ids.count(chat.image_token_id) == chat.config.tokens_per_image
+    untouched, _ = read_ids(chat, monkeypatch, "a b", [], None)
+    assert untouched == read_ids(chat, monkeypatch, "a b", [], None, parse_special=True)[0]
+
+
+def read_ids(chat, monkeypatch, question, history, system, **options):
+    read, prefill = [], chat.generator.prefill
+    monkeypatch.setattr(chat.generator, "prefill", lambda *args: prefill(*(read.append(args[0]) or args)))
+    reply = chat.chat(question, history=history, system=system, max_new_tokens=1, **options)
+    monkeypatch.undo()
+    return read[0][0].tolist(), reply
 
 
 def test_pictures_in_every_form(chat):
@@ -256,8 +352,15 @@ NUMBERS = np.zeros((4, 4), np.uint8)
         ("<image>\n<image>", {"images": NUMBERS}, "2 <image> placeholders for 1 image"),
         ("What is in <image>?", {}, "1 <image> placeholder.s., but no images are given"),
         ("Where?", {"history": HISTORY}, "images of earlier turns have to be given again"),
-        ("Where?", {"history": [("Hello", "Hi")], "images": NUMBERS}, "neither the question nor its history has an"),
-        ("<IMG_CONTEXT>", {}, "which only images may bring"),
+        (
+            "Where?",
+            {"history": [("Hello <image>", "Hi")], "images": []},
+            "images of earlier turns have to be given again",
+        ),
+        ("<image>?", {"history": HISTORY, "images": NUMBERS}, "2 <image> placeholders for 1 image"),
+        ("<image><image>", {"history": HISTORY, "images": [NUMBERS] * 2}, "3 <image> placeholders for 2 image"),
+        ("<image><image>", {"history": HISTORY, "images": [NUMBERS] * 4}, "4 .* of which 1 belong to the history"),
+        ("<IMG_CONTEXT>", {"parse_special": True}, "which only images may bring"),
         ("Hi", {"history": "Hello"}, "a history is a list of .question, answer. texts"),
         ("Hi", {"history": [("a", "b", "c")]}, "a history is a list of .question, answer. texts"),
         ("Hi", {"history": [("a", None)]}, "a history is a list of .question, answer. texts"),
@@ -446,3 +549,82 @@ def test_the_second_process_compiles_nothing(tmp_path):
     assert (requests, hits, misses) == (3, 0, 3)  # encode, prefill, decode
     assert second == [tokens, 3, 3, 0]
     assert len(list((tmp_path / "internvl_jax" / "xla").glob("*-cache"))) == 3
+
+
+# Rows that have no answer.
+
+
+def test_a_row_without_an_answer_leaves_the_others_theirs(chat, logged):
+    """The embedding of one token is NaN: whoever writes it gets an error, by every way of asking; others an answer."""
+    question, _, _ = asked(PROMPTS["text_only"])
+    token = chat.tokenizer.token_to_id("<box>")
+    params = jax.tree.map(lambda leaf: leaf, chat.params)
+    embedding = params["language_model"]["embed_tokens"]["embedding"]
+    params["language_model"]["embed_tokens"] = {"embedding": embedding.at[token].set(np.nan)}
+    spoiled = internvl_jax.chat.Chat(
+        chat.config, params, dtype=chat.dtype, tokenizer=chat.tokenizer, processor=chat.processor
+    )
+    bad = f"{question} <box>"
+    options = {"max_new_tokens": 6, "parse_special": True}
+    for extra in ({}, {"num_beams": 2}, {"stop": "not in there"}, {"temperature": 1.0}):
+        first, second, third = spoiled.batch_chat([question, bad, question], **options, **extra)
+        assert (first.error, third.error) == (None, None)
+        assert first.text == chat.chat(question, **options, **extra).text
+        assert "not finite (NaN or Inf)" in second.error
+        assert (second.text, second.finish_reason, second.history) == ("", "error", [])
+        assert second.to_dict()["error"] == second.error
+        assert "error" not in first.to_dict()
+        assert logged[-1].startswith("question 2 of 3: no answer (the model's logits are not finite")
+        with pytest.raises(AnswerError, match="not finite"):
+            spoiled.chat(bad, **options, **extra)
+    with pytest.raises(AnswerError, match="not finite"):
+        list(spoiled.stream(bad, **options))
+    with pytest.raises(AnswerError, match="row 1: the model's logits are not finite"):
+        spoiled.generate([[5, 6], [5, token]], max_new_tokens=2)
+
+
+def test_one_undecodable_answer_loses_no_other(chat, monkeypatch):
+    question = PROMPTS["text_only"]["question"]
+    expected = chat.batch_chat([question] * 2, **REFERENCE, temperature=1.5, seed=(3, 4))
+    decode, bad = chat.tokenizer.decode, expected[1].tokens[-1]
+    assert bad not in expected[0].tokens
+
+    def broken(ids, **options):
+        if bad in ids:
+            raise TokenizerError(f"token {bad} is outside the tokenizer's tokens")
+        return decode(ids, **options)
+
+    monkeypatch.setattr(chat.tokenizer, "decode", broken)
+    for extra in ({}, {"stop": "not in there"}):
+        first, second = chat.batch_chat([question] * 2, **REFERENCE, temperature=1.5, seed=(3, 4), **extra)
+        assert without_timings(first) == without_timings(expected[0])
+        assert f"the answer's tokens are no text (token {bad} is outside" in second.error
+
+
+def test_rows_that_the_tokenizer_does_not_have_are_never_answered(tmp_path):
+    """As of llava-1.5-13b-hf: 32064 rows of the vocabulary for 32002 tokens."""
+    size = tiny_config().text.vocab_size
+    directory, _ = write_checkpoint(tmp_path / "wide", tiny_config(vocab_size=2 * size, eos_token_ids=(2 * size - 1,)))
+    chat = internvl_jax.load(directory)
+    assert chat.tokenizer.known(2 * size).sum() == size == chat.tokenizer.vocab_size
+    options = {"max_new_tokens": 12, "eos_token_ids": ()}
+    for extra in (
+        {},
+        {"temperature": 10.0},
+        {"temperature": 10.0, "top_k": 50, "repetition_penalty": 1.5},
+        {"temperature": 10.0, "top_p": 0.9},
+        {"num_beams": 4},
+    ):
+        replies = chat.batch_chat(["What is this?", "And that?"] * 4, **options, **extra)
+        assert all(token < size for reply in replies for token in reply.tokens)
+        assert [reply.error for reply in replies] == [None] * 8
+    # The checkpoint's end token ends an answer although the tokenizer lacks it: it is no part of the text.
+    (first,) = chat.batch_chat(["What is this?"], max_new_tokens=12, eos_token_ids=())
+    kernel = chat.params["language_model"]["lm_head"]["kernel"]
+    chat.params["language_model"]["lm_head"] = {
+        "kernel": kernel.at[:, 2 * size - 1].set(kernel[:, first.tokens[0]] * 2)
+    }
+    stream = chat.stream("What is this?")
+    assert list(stream) == []
+    for reply in (chat.chat("What is this?"), stream.reply):
+        assert (reply.tokens, reply.text, reply.finish_reason) == ([2 * size - 1], "", "stop")

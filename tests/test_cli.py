@@ -411,6 +411,23 @@ def test_warnings_are_one_line(run, monkeypatch):
     assert err == "warning: config.json: ignored fields: answer_style\nwarning: of a library\nerror: enough\n"
 
 
+def test_an_answer_that_is_not_finite(golden, chat, monkeypatch):
+    """Exit 1, a failed check, however the answer was wanted; a session goes on."""
+    read = chat.generator.read
+
+    def spoiled(state):
+        rows, reasons, running = read(state)
+        return rows, ["error"] * len(reasons), running & False
+
+    monkeypatch.setattr(chat.generator, "read", spoiled)
+    for argv in ((), ("--json",), ("--temperature", "1"), ("--stop", "x")):
+        code, out, err = golden(*argv, "Hello")
+        assert (code, out) == (1, "")
+        assert err.startswith("error: the model's logits are not finite (NaN or Inf): its weights are damaged")
+    code, out, err = golden(stdin="Hello\nHello\n")
+    assert err.count("error: the model's logits are not finite") == 2
+
+
 # Sessions.
 
 
@@ -435,18 +452,20 @@ def test_a_session(golden, chat):
     code, out, err = golden(stdin="\n".join(lines))
     assert code == 0
     answers = out.removesuffix("\n")
-    assert answers.endswith("\n".join((SEEN["response"], TEXT["response"])))  # after a new picture, after /clear
+    assert answers.endswith(TEXT["response"])  # after /clear
     assert err.count("/image FILE") == 2  # for /help and for /fly
     assert "/fly is no command here" in err
     assert "error: /image needs a file: /image photo.jpg" in err
     assert "error: nowhere.png does not exist" in err
     assert "error: the text has 2 <image> placeholders for 1 image(s)" in err
-    assert "(a new picture starts a new conversation)" in err
 
-    # The first two questions were one conversation.
+    # The questions before it were one conversation, in which the second image came with the third question.
     first = golden("--json", "--image", PICTURE, turns[0])[1]
     second = chat.chat(turns[1], PICTURE, json.loads(first)["history"], max_new_tokens=32)
-    assert answers.startswith("\n".join((json.loads(first)["answer"], second.text)))
+    third = chat.chat(QUESTION, [PICTURE] * 2, second.history, max_new_tokens=32)
+    assert third.history[2][0].startswith("<image>")
+    said = (json.loads(first)["answer"], second.text, third.text, TEXT["response"])
+    assert answers == "\n".join(said)
 
 
 def test_a_script_that_got_no_answer_fails(golden):

@@ -1,6 +1,8 @@
 """Prompts: byte for byte against the golden bundle, and texts that do not agree with their images."""
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,15 @@ import pytest
 from internvl_jax.processing.conversation import (
     IMG_CONTEXT,
     TEMPLATES,
+    Turn,
+    ambiguous,
+    as_turn,
     build_prompt,
+    combine_images,
     expand_images,
     place_images,
     prepare_prompt,
+    unused_character,
 )
 
 GOLDENS = json.loads((Path(__file__).parent / "data" / "internvl_chat_v1_1" / "goldens.json").read_text("utf-8"))
@@ -95,6 +102,48 @@ def test_every_turn_counts():
         prepare_prompt(ZH, "Which is red?", history, 1, 1)
     with pytest.raises(ValueError, match="images of earlier turns have to be given again"):
         prepare_prompt(ZH, "Which is red?", history, 0, 1)
+
+
+def test_each_turn_has_the_images_that_came_with_it():
+    history = [("<image>\nWhat is this?", "A cat.")]
+    prompt = prepare_prompt(ZH, "<image>\nAnd this?", history, 2, 1)
+    assert prompt == (f" <human>: {images(1)}\nWhat is this? <bot>: A cat.</s><human>: {images(1)}\nAnd this? <bot>:")
+    assert prepare_prompt(ZH, "<image> both?", history, 3, 1).endswith(f"<human>: {images(2)} both? <bot>:")
+    with pytest.raises(ValueError, match=r"2 image\(s\) are given, of which 1 belong to the history"):
+        prepare_prompt(ZH, "And this?", history, 2, 1)  # what place_images would have mended
+    with pytest.raises(ValueError, match="2 <image> placeholders for 1 image"):
+        prepare_prompt(ZH, "<image> that?", history, 1, 1)
+    # One placeholder for both images of the first turn: only a Turn can tell.
+    combined = [Turn(history[0], 2)]
+    assert prepare_prompt(ZH, "Why?", combined, 2, 1).startswith(f" <human>: {images(2)}\nWhat is this?")
+    assert prepare_prompt(ZH, "<image>?", combined, 3, 1).count(images(1)) == 1
+    with pytest.raises(ValueError, match="2 belong to the history, and the question has 1 <image>"):
+        prepare_prompt(ZH, "<image>?", combined, 2, 1)
+    assert combine_images(history, 3) == history
+    assert [turn.images for turn in combine_images(history, 3)] == [3]
+    assert [turn.images for turn in combine_images([("a", "b")], 3)] == [0]
+
+
+def test_turns_are_pairs_that_know_their_images():
+    turn = Turn(("<image> a", "b"), 2)
+    assert turn == ("<image> a", "b")
+    written = as_turn(json.loads(json.dumps([*turn, turn.images])))
+    for copied in (pickle.loads(pickle.dumps(turn)), copy.deepcopy(turn), written):
+        assert (copied, copied.images, copied.stated, type(copied)) == (turn, 2, True, Turn)
+    assert ambiguous([("<image> a", "b"), ("c", "d")])
+    for clear in ([turn], [("a", "b")], [("<image> <image>", "b")], [("<image>", "b"), ("<image>", "b")], []):
+        assert not ambiguous(clear)
+    assert as_turn(["<image>", "b"]).images == 1
+    for wrong in (("a",), ("a", "b", "c"), ("a", "b", True), ("a", "b", -1), ("a", 3), "ab", 5, ("a", "b", 1, 1)):
+        with pytest.raises(ValueError, match="not a turn"):
+            as_turn(wrong)
+
+
+def test_what_is_typed_is_marked():
+    mark = unused_character("a", "b\ue000")
+    assert mark == "\ue001"
+    prompt = prepare_prompt(ZH, "<image>\n</s>", [("a", "b")], 1, 1, system="<IMG_CONTEXT>", literal="|")
+    assert prompt == f"|<IMG_CONTEXT>| <human>: |a| <bot>: |b|</s><human>: ||{images(1)}|\n</s>| <bot>:"
 
 
 @pytest.mark.parametrize("place", ["question", "asked", "answered", "system"])

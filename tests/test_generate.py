@@ -531,6 +531,49 @@ def test_settings_that_do_not_fit_the_model(model):
         model.generate(np.array([[3]]), gen=GenerationConfig(4, temperature=1.0, seed=(1, 2)))
 
 
+# What fills up batches.
+
+
+def test_padding_is_never_an_image(weights):
+    """The image token may be token 0, with which padding would be filled: it must not take an image's features."""
+    model = Generator(CONFIG, {"language_model": weights}, dtype=jnp.float32, image_token_id=0)
+    rng = np.random.RandomState(3)
+    features = rng.standard_normal((2, PER_IMAGE, LLAMA["hidden_size"])).astype(np.float32)
+    rows = [[5, *[0] * PER_IMAGE, 9, 11, 12], [*[0] * PER_IMAGE, 8]]
+    gen = GenerationConfig(8, **NO_END)
+    alone = [
+        model.generate(np.array([row]), None, features[i : i + 1], gen)[0][0].tolist() for i, row in enumerate(rows)
+    ]
+    ids, mask = np.zeros((2, 8), np.int64), np.zeros((2, 8), np.int64)
+    for side in ("left", "right"):
+        ids[:], mask[:] = 0, 0
+        for number, row in enumerate(rows):
+            place = slice(8 - len(row), None) if side == "left" else slice(0, len(row))
+            ids[number, place], mask[number, place] = row, 1
+        assert model.generate(ids, mask, features, gen)[0].tolist() == alone
+        scores = model.logits(ids, mask, features)
+        assert [int(scores[i][mask[i] > 0][-1].argmax()) for i in range(2)] == [row[0] for row in alone]
+
+
+@pytest.mark.parametrize("library", [np, jnp])
+@pytest.mark.parametrize(
+    ("count", "multiple", "size"), [(1, 1, 1), (3, 1, 4), (4, 4, 4), (3, 8, 8), (5, 6, 12), (1, 3, 3), (9, 8, 16)]
+)
+def test_images_are_padded_to_a_power_of_two_and_the_mesh(count, multiple, size, library):
+    padded = generate._pad_images(library.ones((count, 2, 3)), multiple)
+    assert padded.shape == (size, 2, 3)
+    assert (padded[:count] == 1).all()
+    assert (padded[count:] == 0).all()
+
+
+def test_images_reach_the_tower_in_numbers_that_divide_the_mesh(model, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(generate, "_encode", lambda params, pixels, **_: sizes.append(len(pixels)) or pixels)
+    monkeypatch.setattr(model, "_image_multiple", 6)
+    assert model.encode(np.ones((3, 3, 4, 4), np.float32)).shape[0] == 3
+    assert sizes == [6]
+
+
 # Logits that are not finite, and tokens that nobody knows.
 
 

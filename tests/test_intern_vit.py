@@ -143,6 +143,7 @@ FIRST = {"norm_type": "rms_norm", "use_qk_norm": True}
         FIRST,
         {"norm_type": "rms_norm", "use_qk_norm": False, "attention_bias": True, "layer_norm_eps": 1e-3},
         {"norm_type": "layer_norm", "use_qk_norm": True, "attention_bias": True},
+        {"norm_type": "rms_norm", "use_qk_norm": True, "layer_norm_eps": 0.3},  # which is not q_norm's and k_norm's
         {"norm_type": "layer_norm", "use_qk_norm": False, "layer_norm_eps": 1e-3, "num_attention_heads": 5},
         {"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": True, "num_channels": 1},
     ],

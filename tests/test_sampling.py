@@ -9,7 +9,7 @@ from generation_cases import IMAGE, LLAMA, NO_END, llama_weights, padded, rows_o
 from internvl_jax import generate
 from internvl_jax.config import ChatConfig
 from internvl_jax.generate import GenerationConfig, Generator, bucket
-from internvl_jax.sampling import keep_likely, make_settings, penalize, select_tokens
+from internvl_jax.sampling import keep_likely, make_settings, penalize, sample_tokens, select_tokens
 
 CONFIG = ChatConfig.from_hf(LLAMA)
 
@@ -175,6 +175,19 @@ def test_seeds(model):
     assert np.array_equal(first[1], sample(seed=6)[0])
     assert np.array_equal(*sample(seed=(8, 8)))
     assert len({tuple(sample(seed=seed)[0]) for seed in range(20)}) == 20
+
+
+def test_every_step_draws_anew():
+    """Of flat logits: at another count of tokens, or with another seed, the noise is another one."""
+    draws, vocabulary = 64, 32
+    logits = jnp.zeros((draws, vocabulary))
+    settings = make_settings(GenerationConfig(temperature=1.0), draws, ())  # seeds 0, 1, 2, ...
+    first, again, second = (np.asarray(sample_tokens(logits, jnp.full(draws, count), settings)) for count in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert (first == second).mean() < 0.2  # 1 in 32 by chance
+    assert len(set(first.tolist())) > 20
+    one = np.asarray(sample_tokens(logits, jnp.arange(draws), settings.replace(seed=np.zeros(draws, np.uint32))))
+    assert len(set(one.tolist())) > 20
 
 
 def test_greedy_ignores_the_filters(model):

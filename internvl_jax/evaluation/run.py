@@ -16,6 +16,8 @@ from internvl_jax.quantize import scheme_of
 
 Progress = Callable[..., None]
 
+# What the reference's scripts do where `Chat.chat` does otherwise by default.
+REFERENCE = {"honour_exif": False, "parse_special": True}
 RUNNING = 20.0  # seconds between looks at the score so far, at least
 SHARE = 0.02  # of the time, at most, that these looks take
 
@@ -42,7 +44,7 @@ def answer(chat: Chat, made: Plan, work: batch.Work, *, size: int, progress: Pro
             progress(done, total, what, running.note() if done < total else "")
 
     with Ahead(chat, work, size) as ahead:
-        done = batch.run(ahead, work, size=size, progress=report, honour_exif=False, **made.generation)  # type: ignore[arg-type]
+        done = batch.run(ahead, work, size=size, progress=report, **REFERENCE, **made.generation)  # type: ignore[arg-type]
     if distributed.is_first():
         timing = Timing(done.answered, done.seconds, done.new_tokens, size)
         write_report(made, chat.name, _numbers(chat), read_answers(made), timing)

@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 import internvl_jax
-from internvl_jax.chat import Chat
+from internvl_jax.chat import Chat, answered
 from internvl_jax.nano.dataset import save_picture
 from internvl_jax.nano.render import KINDS, heldout_questions, make_sample
 
@@ -61,7 +61,7 @@ def score(chat: Chat, kind: str, language: str, count: int) -> Score:
     for start in range(0, count, BATCH):
         part = asked[start : start + BATCH]
         questions, images = [question.text for _, question in part], [image for image, _ in part]
-        replies = chat.batch_chat(questions, images, max_new_tokens=16)
+        replies = answered(chat.batch_chat(questions, images, max_new_tokens=16))
         right += sum(reply.text == question.answer for reply, (_, question) in zip(replies, part))
     return Score(kind, language, count, right, float(np.mean([question.chance for _, question in asked])))
 

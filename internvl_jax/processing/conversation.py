@@ -1,9 +1,10 @@
-"""From questions, answers and pictures to the prompt text that a model was trained on, byte for byte."""
+"""From questions, answers and images to the prompt text that a model was trained on, byte for byte."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 IMAGE_PLACEHOLDER = "<image>"
@@ -64,11 +65,81 @@ def build_prompt(template: Template, history: Turns, question: str, system: str 
     return prompt + template.user + question + template.user_end + template.assistant
 
 
+class Turn(tuple[str, str]):
+    """A (question, answer) of a history, and how many images it has.
+
+    images: their number; None: as many as it has placeholders, which is a guess where one stands for several.
+    """
+
+    images: int
+    stated: bool
+
+    def __new__(cls, texts: Iterable[str], images: int | None = None) -> Turn:
+        turn: Turn = super().__new__(cls, texts)  # type: ignore[type-var]
+        turn.images = count_placeholders(*turn) if images is None else images
+        turn.stated = images is not None
+        return turn
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(self), self.images if self.stated else None
+
+
+def as_turn(turn: Any) -> Turn:
+    """A Turn of a pair of texts, or of texts and a number of images. Raises ValueError for anything else."""
+    if isinstance(turn, Turn):
+        return turn
+    parts = list(turn) if isinstance(turn, (tuple, list)) else []
+    images = parts.pop() if len(parts) == 3 else None
+    counted = images is None or (isinstance(images, int) and not isinstance(images, bool) and images >= 0)
+    if len(parts) != 2 or not counted or not all(isinstance(text, str) for text in parts):
+        raise ValueError(f"not a turn of a conversation, (question, answer): {turn!r}")
+    return Turn(parts, images)
+
+
+def count_placeholders(*texts: str) -> int:
+    """How many image placeholders the texts have."""
+    return sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+
+
+def images_of(history: Turns) -> int:
+    """How many images the turns of a history have: one per placeholder, where they do not know it themselves."""
+    return sum(turn.images if isinstance(turn, Turn) else count_placeholders(*turn) for turn in history)
+
+
+def ambiguous(history: Turns) -> bool:
+    """Whether images beyond the history's placeholders may be the history's: its only one may stand for several."""
+    turns = [as_turn(turn) for turn in history]
+    with_images = [turn for turn in turns if count_placeholders(*turn)]
+    return sum(count_placeholders(*turn) for turn in with_images) == 1 and not with_images[0].stated
+
+
 def place_images(question: str, num_images: int, has_history: bool) -> str:
-    """Put the image placeholder in front of a first question that has images and does not place them itself."""
-    if num_images and not has_history and IMAGE_PLACEHOLDER not in question:
+    """Put the image placeholder in front of a first question that has images and does not place them itself.
+
+    Of a later question: with num_images those that it brings, and has_history False.
+    """
+    if num_images > 0 and not has_history and IMAGE_PLACEHOLDER not in question:
         return f"{IMAGE_PLACEHOLDER}\n{question}"
     return question
+
+
+def combine_images(history: Turns, num_images: int) -> list[Turn]:
+    """The reference's combined form: where the history has one placeholder, it stands for all images."""
+    turns = [as_turn(turn) for turn in history]
+    if sum(count_placeholders(*turn) for turn in turns) == 1:
+        turns = [Turn(turn, num_images) if count_placeholders(*turn) else turn for turn in turns]
+    return turns
+
+
+def literally(text: str, mark: str) -> str:
+    """Put a mark around what was typed, but for image placeholders: `encode_prompt` reads no special tokens there."""
+    return mark + text.replace(IMAGE_PLACEHOLDER, mark + IMAGE_PLACEHOLDER + mark) + mark
+
+
+def unused_character(*texts: str) -> str:
+    """A character for private use that none of the texts has."""
+    used = set("".join(texts))
+    return next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in used)
 
 
 def expand_images(
@@ -82,28 +153,33 @@ def expand_images(
     One placeholder per image, or one for all of them together (the reference's combined form, all tokens in one pair
     of brackets). Raises ValueError when neither fits.
     """
-    placeholders = prompt.count(IMAGE_PLACEHOLDER)
-    if placeholders == num_images:
-        share = 1
-    elif placeholders == 1 and num_images > 1:
-        share = num_images
-    elif num_images == 0:
-        raise ValueError(
+    placeholders = count_placeholders(prompt)
+    if not _agree(placeholders, num_images):
+        raise ValueError(_disagreement(placeholders, num_images))
+    start, token, end = image
+    share = num_images // placeholders if placeholders else 0
+    return prompt.replace(IMAGE_PLACEHOLDER, start + token * (tokens_per_image * share) + end)
+
+
+def _agree(placeholders: int, num_images: int) -> bool:
+    return placeholders == num_images or (placeholders == 1 and num_images > 1)
+
+
+def _disagreement(placeholders: int, num_images: int) -> str:
+    if num_images == 0:
+        return (
             f"the text has {placeholders} {IMAGE_PLACEHOLDER} placeholder(s), but no images are given; images of "
             "earlier turns have to be given again"
         )
-    elif placeholders == 0:
-        raise ValueError(
+    if placeholders == 0:
+        return (
             f"{num_images} image(s) are given, but neither the question nor its history has an {IMAGE_PLACEHOLDER} "
             "placeholder: put it where the images belong, or start a new conversation"
         )
-    else:
-        raise ValueError(
-            f"the text has {placeholders} {IMAGE_PLACEHOLDER} placeholders for {num_images} image(s): write one for "
-            "each, or a single one for all"
-        )
-    start, token, end = image
-    return prompt.replace(IMAGE_PLACEHOLDER, start + token * (tokens_per_image * share) + end)
+    return (
+        f"the text has {placeholders} {IMAGE_PLACEHOLDER} placeholders for {num_images} image(s): write one for "
+        "each, or a single one for all"
+    )
 
 
 def prepare_prompt(
@@ -113,16 +189,41 @@ def prepare_prompt(
     num_images: int,
     tokens_per_image: int,
     system: str | None = None,
+    literal: str | None = None,
 ) -> str:
     """The whole way for one row: check the texts, build the prompt, expand its images.
 
-    question as `place_images` returns it; history is (question, answer) pairs, of which the first usually holds the
-    images. Raises ValueError for texts that hold image tokens, and for placeholders and images that do not agree.
+    question as `place_images` returns it; history is (question, answer) pairs, or Turns where one placeholder stands
+    for several images. Each turn has its own images: those of the history first, the others are the question's.
+    literal: a mark that none of the texts has, put around each of them; their special tokens are then ordinary text.
+    Raises ValueError for texts that hold image tokens, and for placeholders and images that do not agree.
     """
-    token = template.image[1]
+    start, token, end = template.image
     for text in (question, system or "", *(part for turn in history for part in turn)):
         # Typed out, it would be read as an image's place, and every later image would move by one.
-        if token != IMAGE_PLACEHOLDER and token in text:
+        if literal is None and token != IMAGE_PLACEHOLDER and token in text:
             raise ValueError(f"the text contains {token}, which only images may bring; write it differently")
-    prompt = build_prompt(template, history, question, system)
-    return expand_images(prompt, tokens_per_image, num_images, template.image)
+    turns = [as_turn(turn) for turn in history]
+    own, in_system = count_placeholders(question), count_placeholders(system or "")
+    earlier = in_system + images_of(turns)
+    if earlier > num_images or not _agree(own, num_images - earlier):
+        placeholders = in_system + own + sum(count_placeholders(*turn) for turn in turns)
+        if earlier and placeholders <= num_images:
+            raise ValueError(
+                f"{num_images} image(s) are given, of which {earlier} belong to the history, and the question has "
+                f"{own} {IMAGE_PLACEHOLDER} placeholders: write one for each new image, or a single one for all of "
+                "them (combine=True puts all images into the history's place)"
+            )
+        raise ValueError(_disagreement(placeholders, num_images))
+
+    def fill(text: str, placeholders: int, images: int) -> str:
+        share = images // placeholders if placeholders else 0
+        text = text if literal is None else literally(text, literal)
+        return text.replace(IMAGE_PLACEHOLDER, start + token * (tokens_per_image * share) + end)
+
+    filled = []
+    for turn in turns:
+        asked, answered = (fill(text, count_placeholders(*turn), turn.images) for text in turn)
+        filled.append((asked, answered))
+    question = fill(question, own, num_images - earlier)
+    return build_prompt(template, filled, question, None if system is None else fill(system, in_system, in_system))
