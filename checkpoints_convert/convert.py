@@ -7,8 +7,10 @@ files, so that the way back (export.py) is bit for bit; what a parameter tree ha
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +22,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from checkpoints_convert.files import ConversionReport, copy_all_side_files, make_report
-from checkpoints_convert.mapping import ConversionError, Tensor, canonical, plan
+from checkpoints_convert.files import ConversionReport, check_side_files, copy_all_side_files, make_report
+from checkpoints_convert.mapping import EMBEDDING, ConversionError, Tensor, canonical, plan, quantized_by
 from checkpoints_convert.readers import Weights, open_checkpoint, read_index
 from internvl_jax import checkpoint, distributed
 from internvl_jax.checkpoint import Progress
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import ChatConfig, read_json
 from internvl_jax.files import new_directory, resolve
 from internvl_jax.leaf_files import not_finite
 from internvl_jax.models import chat_model
@@ -33,8 +35,10 @@ from internvl_jax.quantize import Scheme, is_quantized, quantize_kernel, quantiz
 
 PUBLISHED = "published.json"  # which file held which tensor
 BUFFERS = "published_buffers.safetensors"  # tensors that are no parameters
-EMBEDDING = "language_model/embed_tokens/embedding"
 FLOATS = tuple(np.dtype(name) for name in ("float32", "float16", "bfloat16"))
+FLOAT64 = np.dtype("float64")  # read as float32, which is what jax computes in
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ def convert(
     if checkpoint.is_converted(source):
         raise ConversionError(f"{source} is converted already")
     config = ChatConfig.from_file(source, vision_tower)
+    check_side_files(source, vision_tower)
     with open_checkpoint(source, vision_tower) as weights:
         parts, dtypes = _match(config, weights)
         abstract = _with_dtypes(chat_model.abstract_params(config), dtypes)
@@ -116,7 +121,7 @@ def convert(
                 writer.commit()
             copy_all_side_files(source, directory, vision_tower)
             if quantize is None:
-                _keep_published(config, weights, directory)
+                _keep_published(config, weights, directory, parts, dtypes)
     return make_report(destination, len(weights.shapes), size, started)
 
 
@@ -179,22 +184,44 @@ def _place(host: np.ndarray, sharding: Any) -> jax.Array:
 
 
 def _match(config: ChatConfig, weights: Weights) -> tuple[list[_Part], dict[str, np.dtype]]:
-    """Parts of our tree in the order of the files, and the dtype of every leaf. Raises where something does not fit."""
+    """Parts of our tree in the order of the files, and the dtype of every leaf. Raises where something does not fit.
+
+    A stack whose layers have several dtypes gets the one that holds all their numbers exactly.
+    """
+    method = quantized_by(weights.shapes)
+    if method is not None:
+        raise ConversionError(
+            f"{weights.directory} is quantized by {method}, which is not read: take the checkpoint that it was made "
+            "from (--quantize int8 or int4 quantizes it here)"
+        )
     matched = plan(config, weights.shapes)
     grouped: dict[tuple[str, int | None], list[tuple[str, Tensor]]] = {}
     dtypes: dict[str, np.dtype] = {}
+    mixed: set[str] = set()
     problems = []
     for key, dtype in weights.dtypes.items():
-        if dtype not in FLOATS and canonical(config, key) is not None:
+        if dtype not in (*FLOATS, FLOAT64) and canonical(config, key) is not None:
             problems.append(f"{key} is {dtype}: only {', '.join(map(str, FLOATS))} can be read")
     for key, tensor in matched.items():
         grouped.setdefault((tensor.path, tensor.index[0] if tensor.index else None), []).append((key, tensor))
         dtype = weights.dtypes[key]
+        if dtype == FLOAT64:
+            dtype = np.dtype(np.float32)
+            mixed.add(tensor.path)
         if dtypes.setdefault(tensor.path, dtype) != dtype:
-            problems.append(f"{key} is {dtype}, the same tensor of an earlier layer {dtypes[tensor.path]}")
+            mixed.add(tensor.path)
+            if dtype in FLOATS and dtypes[tensor.path] in FLOATS:
+                dtypes[tensor.path] = jnp.promote_types(dtype, dtypes[tensor.path])
     problems += _untied(config, weights, matched)
     if problems:
         raise ConversionError(f"{weights.directory} cannot be read:\n  " + "\n  ".join(problems))
+    if mixed:
+        logger.info(
+            "%s: the layers of %s are stored in several dtypes, or in float64: read in the one that holds all, %s",
+            weights.directory,
+            ", ".join(sorted(mixed)[:3]) + (f" and {len(mixed) - 3} more" if len(mixed) > 3 else ""),
+            ", ".join(sorted({str(dtypes[path]) for path in mixed})),
+        )
     return [_Part(path, layer, tuple(tensors)) for (path, layer), tensors in grouped.items()], dtypes
 
 
@@ -204,10 +231,18 @@ def _untied(config: ChatConfig, weights: Weights, matched: dict[str, Tensor]) ->
     heads = [key for key in weights.shapes if key not in matched and canonical(config, key) is not None]
     for head in heads:  # the only tensors that `plan` leaves out beside buffers
         embedding = next(key for key, tensor in matched.items() if tensor.path == EMBEDDING)
-        same = weights.shapes[head] == weights.shapes[embedding] and weights.dtypes[head] == weights.dtypes[embedding]
-        if not same or weights.read(head).tobytes() != weights.read(embedding).tobytes():
+        same = weights.shapes[head] == weights.shapes[embedding]
+        if not same or not _equal(weights.read(head), weights.read(embedding)):
             problems.append(f"config.json has tie_word_embeddings, but {head} differs from {embedding}")
     return problems
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Of one dtype: bit for bit. Else: rounded to the narrower."""
+    if a.dtype != b.dtype:
+        narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+        a, b = a.astype(narrow), b.astype(narrow)
+    return a.tobytes() == b.tobytes()
 
 
 def _with_dtypes(abstract: Any, dtypes: dict[str, np.dtype]) -> Any:
@@ -215,9 +250,20 @@ def _with_dtypes(abstract: Any, dtypes: dict[str, np.dtype]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def _keep_published(config: ChatConfig, weights: Weights, directory: Path) -> None:
-    """Record what the parameter tree does not say: the file of each tensor, and buffers that are no parameters."""
-    (directory / PUBLISHED).write_text(json.dumps({"weight_map": weights.weight_map}, indent=1), encoding="utf-8")
+def _keep_published(
+    config: ChatConfig, weights: Weights, directory: Path, parts: Sequence[_Part], dtypes: Mapping[str, np.dtype]
+) -> None:
+    """Record what the tree does not say: each tensor's file, its dtype where it is not its stack's, and buffers."""
+    record: dict[str, Any] = {"weight_map": weights.weight_map}
+    other = {
+        key: str(weights.dtypes[key])
+        for part in parts
+        for key, _ in part.tensors
+        if weights.dtypes[key] not in (dtypes[part.path], FLOAT64)
+    }
+    if other:
+        record["dtypes"] = other
+    (directory / PUBLISHED).write_text(json.dumps(record, indent=1), encoding="utf-8")
     buffers = [key for key in weights.shapes if canonical(config, key) is None]
     if buffers:
         save_file({key: as_torch(weights.read(key)) for key in buffers}, directory / BUFFERS)
@@ -234,3 +280,13 @@ def published_map(directory: Path) -> dict[str, str] | None:
     """The weight_map that `convert` recorded: key -> file; None where the parameters never were published."""
     path = directory / PUBLISHED
     return read_index(path) if path.exists() else None
+
+
+def published_dtypes(directory: Path) -> dict[str, np.dtype]:
+    """The dtypes that `convert` recorded: of tensors that were widened because other layers of their stack were."""
+    path = directory / PUBLISHED
+    recorded = read_json(path).get("dtypes", {}) if path.exists() else {}
+    wrong = [name for name in recorded.values() if name not in map(str, FLOATS)]
+    if wrong:
+        raise ConversionError(f"{path} has the dtype {wrong[0]!r}: {', '.join(map(str, FLOATS))} are known")
+    return {key: np.dtype(name) for key, name in recorded.items()}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints_convert.convert import BUFFERS, EMBEDDING, PUBLISHED, published_map
+from checkpoints_convert.convert import BUFFERS, PUBLISHED, published_dtypes, published_map
 from checkpoints_convert.files import ConversionReport, copy_all_side_files, make_report
-from checkpoints_convert.mapping import TOWER, ConversionError, Tensor, canonical, tensors
+from checkpoints_convert.mapping import EMBEDDING, TOWER, ConversionError, Tensor, canonical, tensors
 from checkpoints_convert.readers import PICKLES, SAFETENSORS, Weights
 from checkpoints_convert.writers import Specs, assign_files, is_safe, lay_out, write_at, write_index
 from internvl_jax import checkpoint
@@ -87,6 +87,7 @@ def _published(source: Path, config: ChatConfig) -> tuple[Specs, Callable[[str],
     _check_complete(source, config, {name: shape for name, (shape, _) in stored.leaves.items()})
     table = {tensor.key: tensor for tensor in tensors(config)}
     buffers = Weights(source, [BUFFERS], None) if (source / BUFFERS).exists() else None
+    narrower = published_dtypes(source)
     chosen: dict[str, Tensor] = {}
     specs: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     for key in published_map(source) or table:
@@ -100,7 +101,7 @@ def _published(source: Path, config: ChatConfig) -> tuple[Specs, Callable[[str],
         if tensor is None:
             raise ConversionError(f"{source / PUBLISHED} names {key}, which {source} does not have: {_NOT_THE_SAME}")
         chosen[key] = tensor
-        specs[key] = tensor.shape, stored.leaves[tensor.path][1]
+        specs[key] = tensor.shape, narrower.get(key, stored.leaves[tensor.path][1])
     absent = sorted(table.keys() - {tensor.key for tensor in chosen.values()})
     if absent:
         raise ConversionError(f"{source / PUBLISHED} does not name {', '.join(absent)}: {_NOT_THE_SAME}")
@@ -109,7 +110,7 @@ def _published(source: Path, config: ChatConfig) -> tuple[Specs, Callable[[str],
         if key not in chosen:
             return buffers.read(key)
         tensor = chosen[key]
-        return tensor.to_theirs(stored.read(tensor.path, tensor.index))
+        return tensor.to_theirs(stored.read(tensor.path, tensor.index)).astype(specs[key][1], copy=False)
 
     return specs, read
 

@@ -9,10 +9,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoints_convert.mapping import ConversionError
 from internvl_jax.config import read_json, tower_directory, tower_name
+from internvl_jax.files import not_itself
 
 # Configuration, tokenizer, model card and the like; neither weights nor their index.
 _SIDE_FILES = (".json", ".jinja", ".md", ".model", ".py", ".txt")
+_WHOLE = (".json", ".model")  # of these, those that cannot be empty
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,32 @@ def copy_all_side_files(
         copy_side_files(tower, inside)
 
 
+def check_side_files(source: Path, vision_tower: str | Path | None = None) -> None:
+    """Raise ConversionError, all listed, where what would be copied is a git-lfs pointer, a web page or empty."""
+    tower = tower_directory(source, read_json(source / "config.json"), vision_tower)
+    problems = []
+    for path in [*_side_files(source), *(() if tower is None else _side_files(tower))]:
+        problem = not_itself(path)
+        if path.suffix in _WHOLE and path.stat().st_size == 0:
+            problem = f"{path} is empty: download it again"
+        if problem is not None and (path.suffix in _WHOLE or "git-lfs" in problem):
+            problems.append(problem)
+    if problems:
+        raise ConversionError("\n  ".join(problems))
+
+
 def copy_side_files(source: Path, destination: Path, *, skip: tuple[str, ...] = ()) -> None:
     """Copy config.json, tokenizer, preprocessor and other small files as they are, but no weights and no index."""
-    for path in sorted(source.iterdir()):
-        wanted = path.suffix in _SIDE_FILES or path.name.startswith(("LICENSE", "LICENCE"))
-        if wanted and path.is_file() and not path.name.endswith(".index.json") and path.name not in skip:
+    for path in _side_files(source):
+        if path.name not in skip:
             shutil.copyfile(path, destination / path.name)
+
+
+def _side_files(source: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if (path.suffix in _SIDE_FILES or path.name.startswith(("LICENSE", "LICENCE")))
+        and path.is_file()
+        and not path.name.endswith(".index.json")
+    ]

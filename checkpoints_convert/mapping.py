@@ -7,7 +7,7 @@ reshaped to our axes (heads apart, for example). Both steps only move numbers, s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,10 @@ class _Row:
     part: int | None = None  # of a fused kernel [D,3,N,H] or bias [3,N,H]: 0 q, 1 k, 2 v
 
 
+EMBEDDING = "language_model/embed_tokens/embedding"
+_HEAD = re.compile(r"(language_model\.)?lm_head\.weight")
+
+
 def tensors(config: ChatConfig) -> list[Tensor]:
     """Every tensor of a checkpoint with this configuration, in the layout's own order, layer after layer."""
     return [tensor for rows, layers in _tables(config) for tensor in _expand(rows, layers)]
@@ -90,15 +94,24 @@ def plan(config: ChatConfig, found: Mapping[str, tuple[int, ...]]) -> dict[str, 
         else:
             matched[name] = tensor
     tied = config.text is not None and config.text.tie_word_embeddings
-    if tied:  # some files hold the head although it is the embedding; it says nothing new
-        problems = [p for p in problems if not re.match(r"unexpected: (language_model\.)?lm_head\.weight ", p)]
+    if tied:  # some files hold the head although it is the embedding, or in its place
+        heads = [name for name, key in names.items() if key is not None and _HEAD.fullmatch(key)]
+        absent = next((key for key, tensor in expected.items() if tensor.path == EMBEDDING), None)
+        for head in heads[: absent is not None]:
+            if tuple(found[head]) == expected[absent].shape:
+                matched[head] = expected.pop(absent)
+        problems = [p for p in problems if not any(p.startswith(f"unexpected: {head} ") for head in heads)]
     problems += [f"missing: {tensor.key} {list(tensor.shape)}" for tensor in expected.values()]
     if problems:
         raise ConversionError(
             "the tensors do not fit config.json (is it the file of this checkpoint?):\n  "
-            + "\n  ".join(sorted(problems))
+            + "\n  ".join(_at_most(100, sorted(problems)))
         )
     return matched
+
+
+def _at_most(count: int, lines: list[str]) -> list[str]:
+    return lines[:count] + ([f"and {len(lines) - count} more"] if len(lines) > count else [])
 
 
 # Other names of the same tensors, by version of transformers, and buffers that are no parameters.
@@ -109,6 +122,7 @@ _RENAMED = {
         (r"^model\.language_model\.", "language_model.model."),
         (r"^lm_head\.", "language_model.lm_head."),
     ),
+    "llama": ((r"^(?=(embed_tokens|layers|norm)\.)", "model."),),  # of a LlamaModel alone
     "llava_hf": (
         (r"^(model\.)?vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
         (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
@@ -116,8 +130,38 @@ _RENAMED = {
         (r"^lm_head\.", "language_model.lm_head."),
     ),
 }
-# CLIP's post_layernorm is a parameter of models that read the pooled output; no chat model does.
-_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids|vision_tower.*\.post_layernorm\.(weight|bias))$")
+# What transformers computes anew: files and index may have them or not, in any version.
+_BUFFERS = re.compile(
+    r"(^|\.)(rotary_emb\.(original_)?inv_freq|(rotary_emb\.)?_?(cos|sin)_cached|embeddings\.position_ids|masked_bias"
+    r"|causal_mask|num_batches_tracked)$"
+    # CLIP's post_layernorm is a parameter of models that read the pooled output; no chat model does.
+    r"|vision_tower.*\.post_layernorm\.(weight|bias)$"
+)
+# Tensors that only quantized weights have, and whose they are.
+_QUANTIZED = (
+    (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ"),
+    (
+        re.compile(r"\.weight\.(absmax|quant_map|nested_absmax|quant_state\.\w+)$|\.(SCB|weight_format)$"),
+        "bitsandbytes",
+    ),
+    (re.compile(r"\.weight_(packed|shape|zero_point)$"), "compressed-tensors"),
+    (re.compile(r"\.(weight_scale(_inv)?|input_scale)$"), "fp8"),
+)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor called `name` is no parameter: nothing depends on whether it is there."""
+    return _BUFFERS.search(name) is not None
+
+
+def quantized_by(names: Iterable[str]) -> str | None:
+    """Which method of quantization wrote tensors of these names, and one of them; None where they are plain."""
+    for name in names:
+        for pattern, method in _QUANTIZED:
+            if pattern.search(name):
+                return f"{method} ({name})"
+    return None
+
 
 # LLaVA's prefix of its vision tower's own names, under which the tower is found or, published apart, read.
 TOWER = "model.vision_tower.vision_tower."
@@ -127,7 +171,7 @@ _CLIP_RENAMED = ((rf"^{re.escape(TOWER)}(vision_model\.)?", f"{TOWER}vision_mode
 
 def canonical(config: ChatConfig, name: str) -> str | None:
     """The name that the tables use for a tensor called `name` in a file; None for what is no parameter."""
-    if _BUFFERS.search(name):
+    if is_buffer(name):
         return None
     has_clip = config.layout == "llava" and config.vision.embedding_norm
     for pattern, replacement in _CLIP_RENAMED if has_clip else _RENAMED.get(config.layout, ()):

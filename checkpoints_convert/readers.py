@@ -1,12 +1,16 @@
 """Published weights on disk, read one tensor at a time: pytorch_model*.bin pickles and model*.safetensors, with index.
 
 Both forms are mapped into memory, so that a tensor costs only its own bytes. Mapped pages count as memory in use as
-long as the map stands, so one shard is mapped at a time, and mapped anew after every REMAP bytes.
+long as the map stands, so one shard is mapped at a time, and mapped anew after every REMAP bytes. Pickles of torch
+before 1.6 cannot be mapped: one shard at a time is in memory, whole.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import math
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -19,8 +23,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from checkpoints_convert.mapping import TOWER, ConversionError
+from checkpoints_convert.mapping import TOWER, ConversionError, is_buffer
 from internvl_jax.config import ConfigError, read_json, tower_directory, tower_name
+from internvl_jax.files import not_itself
+
+logger = logging.getLogger(__name__)
 
 REMAP = 256 * 2**20
 
@@ -106,7 +113,7 @@ class Weights:
         bits = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
         values = np.array(bits.numpy(), order="C").view(self.dtypes[key])
         self._read += values.nbytes
-        if self._read > REMAP:
+        if self._read > REMAP and not _is_legacy(file):
             self._open = None
         return values
 
@@ -145,13 +152,22 @@ def open_weights(directory: str | Path) -> Weights:
     directory = Path(directory)
     if not directory.is_dir():
         raise ConversionError(f"{directory} is not a directory: pass the one that holds config.json and the weights")
-    for index_name, single in (SAFETENSORS, PICKLES):
-        if (directory / index_name).is_file():
-            index = read_index(directory / index_name)
-            return Weights(directory, sorted(set(index.values())), index)
-        if (directory / single).is_file():
-            return Weights(directory, [single], None)
+    forms = [_form(directory, index_name, single) for index_name, single in (SAFETENSORS, PICKLES)]
+    for form, other in zip(forms, reversed(forms)):
+        if form is None:
+            continue
+        names, index = form
+        absent = [name for name in names if not (directory / name).exists()]
+        if absent and other is not None and all((directory / name).is_file() for name in other[0]):
+            stale = SAFETENSORS[0] if form is forms[0] else PICKLES[0]
+            raise ConversionError(
+                f"{directory}: missing: {_some(absent)} (named in {stale}); but what is there is complete: "
+                f"{_some(other[0])}. Remove {stale} to read that"
+            )
+        return Weights(directory, names, index)
     shards = sorted(path.name for path in directory.iterdir() if _SHARD.fullmatch(path.name))
+    if len(shards) == 1 and re.search("-0*1-of-0*1[.]", shards[0]):
+        return Weights(directory, shards, None)
     if shards:
         index_name = (SAFETENSORS if shards[0].endswith("safetensors") else PICKLES)[0]
         raise ConversionError(f"{directory} has {', '.join(shards)} but no {index_name}: download that file too")
@@ -161,6 +177,18 @@ def open_weights(directory: str | Path) -> Weights:
     )
 
 
+def _form(directory: Path, index_name: str, single: str) -> tuple[list[str], dict[str, str] | None] | None:
+    """The files of one form, and its index where it has one; None where the directory has nothing of it."""
+    if (directory / index_name).is_file():
+        index = read_index(directory / index_name)
+        return sorted(set(index.values())), index
+    return ([single], None) if (directory / single).exists() else None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def read_index(path: Path) -> dict[str, str]:
     """The weight_map of an index: key -> file. Raises ConversionError."""
     try:
@@ -168,7 +196,7 @@ def read_index(path: Path) -> dict[str, str]:
     except ConfigError as error:
         raise ConversionError(str(error)) from None
     if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
-        raise ConversionError(f'{path} has no "weight_map" of keys and file names; download it again')
+        raise ConversionError(f'{path} has no "weight_map" of keys and file names: download it again')
     outside = sorted({name for name in index.values() if Path(name).is_absolute() or ".." in Path(name).parts})
     if outside:
         raise ConversionError(f"{path} names files outside its directory: {', '.join(outside)}")
@@ -176,42 +204,84 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def _map(path: Path) -> dict[str, Any]:
-    """The tensors of one file, mapped and not read. Raises ConversionError naming the file."""
-    if not path.is_file():
+    """The tensors of one file, mapped and not read. Raises ConversionError naming the file, OSError as the system."""
+    if not path.exists():
         raise ConversionError(f"missing: {path.name} (named in the index)")
-    with path.open("rb") as file:
-        if file.read(8) == b"version ":
-            raise ConversionError(f"{path.name} is a git-lfs pointer, not the file itself: run 'git lfs pull'")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ConversionError(f"{path.name} is truncated or damaged ({error}); download it again") from None
+    if path.stat().st_size == 0:
+        raise _damaged(path, "it is empty")
+    if (problem := not_itself(path)) is not None:  # opened and read: what the system refuses is not taken for damage
+        raise ConversionError(problem.replace(str(path), path.name))
     try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked is None:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ConversionError(f"{path.name} has a path that is not UTF-8, which torch cannot open: rename it") from None
+    try:
+        tensors = _map_safetensors(path) if path.suffix == ".safetensors" else _map_pickle(path)
+    except (RuntimeError, SafetensorError) as error:  # torch and safetensors put the system's errors into their own
+        number = re.search(r"\((?:os error )?(\d+)\)$", _first_line(error))
+        if number is None or int(number[1]) not in errno.errorcode:
             raise ConversionError(
-                f"{path.name} is truncated or damaged (no pickle of tensors); download it again"
+                f"{path.name} is truncated or damaged ({_first_line(error)}); download it again"
             ) from None
-        raise ConversionError(
-            f"{path.name} holds more than tensors, it asks for {asked[1]}. Code in a pickle is never run: get the "
-            "safetensors form, or have its author save the state_dict alone"
-        ) from None
-    except Exception as error:  # a damaged zip or pickle can fail in any way
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "mmap can only be used" in why:  # what torch says of a file that is no zip
-            why = "it is not the zip that torch.save has written since version 1.6"
-        raise ConversionError(f"{path.name} is truncated or damaged ({why}); download it again") from None
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     if not isinstance(tensors, dict):
         raise ConversionError(f"{path.name} holds a {type(tensors).__name__}, not a dictionary of tensors")
     return tensors
 
 
+def _map_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        return load_file(path)
+    except ValueError as error:
+        raise _damaged(path, error) from None
+
+
+def _map_pickle(path: Path) -> Any:
+    if legacy := _is_legacy(path):
+        logger.info(
+            "%s was written by torch before 1.6 and cannot be mapped: it is read whole, %.2f GB of memory",
+            path.name, path.stat().st_size / 1e9,
+        )  # fmt: skip
+    try:
+        return torch.load(path, map_location="cpu", mmap=not legacy, weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked is None:
+            raise _damaged(path, "no pickle of tensors") from None
+        raise ConversionError(
+            f"{path.name} holds more than tensors, it asks for {asked[1]}. Code in a pickle is never run: get the "
+            "safetensors form, or have its author save the state_dict alone"
+        ) from None
+    except (OSError, MemoryError, RuntimeError):
+        raise
+    except Exception as error:  # a damaged zip or pickle can fail in any way
+        raise ConversionError(
+            f"{path.name} is truncated or damaged ({_first_line(error)}); download it again"
+        ) from None
+
+
+def _damaged(path: Path, error: Exception | str) -> ConversionError:
+    why = error if isinstance(error, str) else _first_line(error)
+    return ConversionError(f"{path.name} is truncated or damaged ({why}); download it again")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _is_legacy(path: Path) -> bool:
+    """Whether a file is no zip, but what torch.save wrote before version 1.6: a series of pickles, then the numbers."""
+    if path.suffix == ".safetensors":
+        return False
+    with path.open("rb") as file:
+        return file.read(2) == b"\x80\x02"
+
+
 def _compare(file: str, indexed: set[str], found: set[str]) -> list[str]:
-    return [f"{file} lacks {key}, which the index names" for key in sorted(indexed - found)] + [
-        f"{file} holds {key}, which the index does not name there" for key in sorted(found - indexed)
+    lacks = [key for key in sorted(indexed - found) if not is_buffer(key)]
+    holds = [key for key in sorted(found - indexed) if not is_buffer(key)]
+    return [f"{file} lacks {key}, which the index names" for key in lacks] + [
+        f"{file} holds {key}, which the index does not name there" for key in holds
     ]
 
 

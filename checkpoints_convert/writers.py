@@ -23,7 +23,8 @@ from checkpoints_convert.readers import PICKLES, SAFETENSORS
 
 Specs = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # key -> shape and dtype
 
-_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
+_SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}
+_SAFETENSORS_DTYPES |= {f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)} | {"uint8": "U8"}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ Values are read from the checkpoint's own file; nothing here assumes a published
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +67,8 @@ class VisionConfig:
 
     def __post_init__(self):
         require_kinds(self)
-        require_positive(
-            self,
-            "hidden_size num_hidden_layers num_attention_heads intermediate_size image_size patch_size num_channels "
-            "layer_norm_eps qk_norm_eps",
-        )
+        require_sizes(self)
+        require_positive(self, "layer_norm_eps qk_norm_eps")
         require(
             self.hidden_size % self.num_attention_heads == 0,
             f"vision hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
@@ -156,11 +152,8 @@ class TextConfig:
 
     def __post_init__(self):
         require_kinds(self)
-        require_positive(
-            self,
-            "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size num_key_value_heads "
-            "head_dim max_position_embeddings rms_norm_eps rope_theta",
-        )
+        require_sizes(self)
+        require_positive(self, "rms_norm_eps rope_theta")
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
@@ -209,6 +202,7 @@ class ChatConfig:
 
     def __post_init__(self):
         require_kinds(self)
+        require_sizes(self)
         require(self.layout in LAYOUTS, f"layout {self.layout!r} is not one of {sorted(LAYOUTS)}")
         require(self.ps_version in ("v1", "v2"), f"ps_version {self.ps_version!r} is not known (v1 and v2 are)")
         unshuffle_of(self.downsample_ratio)
@@ -298,7 +292,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; a checkpoint directory needs its {path.name}") from None
     except files.TextError as error:
-        raise ConfigError(f"{error}; download it again") from None
+        raise ConfigError(files.not_itself(path) or f"{error}; download it again") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
@@ -336,7 +330,12 @@ def tower_name(config: Mapping[str, Any]) -> str | None:
         repository: the last part of that.
     """
     name = config.get("mm_vision_tower")
-    return Path(name.rstrip("/")).name if isinstance(name, str) and "text_config" not in config else None
+    if not isinstance(name, str) or "text_config" in config:
+        return None
+    last = Path(name.rstrip("/")).name
+    if last in ("", "..") or "\0" in last:
+        raise ConfigError(f"config.json has mm_vision_tower = {name!r}, which names no directory")
+    return last
 
 
 def _config_path(path: str | Path) -> Path:
@@ -377,8 +376,40 @@ def _is_kind(value: Any, kind: str) -> bool:
         return isinstance(value, tuple) and all(_is_kind(item, "int") for item in value)
     if kind in ("bool", "str"):
         return isinstance(value, bool if kind == "bool" else str)
-    number = (int,) if kind == "int" else (int, float)
-    return isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int,) if kind == "int" else (int, float)):
+        return False
+    return abs(value) <= _LARGEST  # neither inf nor nan, nor a whole number that no float holds
+
+
+# The largest sizes that are read: several times those of any published model. A damaged or hostile config.json is
+# refused by name, before work in proportion to its numbers begins.
+LIMITS = {
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 14,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 27,
+    "image_size": 1 << 14,
+    "patch_size": 1 << 12,
+    "num_channels": 1 << 8,
+}
+_LARGEST = 1e300
+
+
+def require_size(name: str, value: Any, where: str) -> None:
+    """Raise ConfigError unless a size of LIMITS is a whole number from 1 to its limit."""
+    if not (_is_kind(value, "int") and 1 <= value <= LIMITS[name]):
+        shown = repr(value) if len(repr(value)) <= 40 else repr(value)[:40] + "..."
+        raise ConfigError(f"{where} {shown}: a whole number from 1 to {LIMITS[name]} is needed")
+
+
+def require_sizes(config: Any) -> None:
+    for name in LIMITS:
+        if getattr(config, name, None) is not None:
+            require_size(name, getattr(config, name), f"{type(config).__name__}.{name} is")
 
 
 def require_positive(config: Any, names: str) -> None:

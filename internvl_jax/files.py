@@ -100,6 +100,21 @@ def replace_surrogates(text: str) -> str:
     return _LONE_SURROGATE.sub("\ufffd", text)
 
 
+def not_itself(path: Path) -> str | None:
+    """What a file is in the place of what was to be downloaded, and what to do; None where nothing is wrong.
+
+    A git-lfs pointer, or a web page (as a server answers who may not download).
+    """
+    with path.open("rb") as file:
+        head = file.read(512)
+    if head.startswith(b"version https://git-lfs"):
+        return f"{path} is a git-lfs pointer, not the file itself: run 'git lfs pull' where it was cloned"
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:15].lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return f"{path} is a web page, not the file itself (perhaps one to log in with): download it again"
+    return None
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write a UTF-8 file under a temporary name, then rename it: the old content or the new, never a part."""
     return write_bytes(path, text.encode("utf-8"))

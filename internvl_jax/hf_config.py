@@ -14,6 +14,7 @@ from typing import Any
 from internvl_jax.config import (
     IMAGE_TOKEN_INDEX,
     LAYOUTS,
+    LIMITS,
     ChatConfig,
     ConfigError,
     ProjectorConfig,
@@ -22,6 +23,7 @@ from internvl_jax.config import (
     VisionConfig,
     clip_vision,
     require,
+    require_size,
     unshuffle_of,
 )
 from internvl_jax.processing.conversation import TEMPLATES
@@ -30,9 +32,19 @@ logger = logging.getLogger(__name__)
 
 _OWN_TEMPLATE = {"llava": "vicuna_v1", "llava_hf": "vicuna_v1"}
 
-# What PretrainedConfig writes into every section and what describes training, generation defaults or kernels only.
+# What PretrainedConfig writes into every section (older versions GenerationConfig's fields too), and what describes
+# training, generation defaults or kernels only.
 _BOILERPLATE = frozenset(
-    """_commit_hash _name_or_path _attn_implementation _attn_implementation_autoset add_cross_attention architectures
+    """_experts_implementation _from_model_config _model_name_or_path _output_attentions assistant_confidence_threshold
+    assistant_early_exit assistant_ensemble_weight assistant_lookbehind attn_implementation cache_config
+    cache_implementation cls_token_id compile_config compression_config constraints continuous_batching_config
+    disable_compile dola_layers encoder_repetition_penalty epsilon_cutoff eta_cutoff experts_implementation
+    force_words_ids gradient_checkpointing guidance_scale is_assistant is_composition keys_to_ignore_at_inference
+    low_memory mask_token_id max_cache_len max_matching_ngram_size max_new_tokens max_time min_new_tokens min_p
+    name_or_path num_assistant_tokens num_assistant_tokens_schedule output_logits penalty_alpha prefill_chunk_size
+    prompt_lookup_num_tokens quantization_config renormalize_logits sequence_bias speculation_type stop_strings
+    target_lookbehind token_healing top_h unk_token_id use_mtp use_return_dict watermarking_config
+    _commit_hash _name_or_path _attn_implementation _attn_implementation_autoset add_cross_attention architectures
     auto_map bad_words_ids begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
@@ -57,6 +69,8 @@ def read(config: Mapping[str, Any], tower: Mapping[str, Any] | None = None) -> C
         known = ", ".join(f"{name} ({what})" for name, what in LAYOUTS.items())
         raise ConfigError(f"config.json has model_type {model_type!r}; the layouts that can be read are: {known}")
     try:
+        _refuse_quantized(config, "config.json")
+        _refuse_quantized(tower or {}, "the vision tower's config.json")
         if model_type == "internvl_chat":
             return _chat_from_internvl_chat(config)
         if model_type == "internvl":
@@ -71,9 +85,30 @@ def read(config: Mapping[str, Any], tower: Mapping[str, Any] | None = None) -> C
         return ChatConfig(vision=None, projector=None, text=_text_from_hf(config, "config.json"), layout="llama")
     except ConfigError:
         raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A text where a number belongs, a list where a section belongs: the file is not what its model_type says.
         raise ConfigError(f"config.json of model_type {model_type!r} has a value of the wrong kind ({error})") from None
+
+
+def _refuse_quantized(values: Mapping[str, Any], where: str) -> None:
+    """Quantized tensors have other names and dtypes; lists of those would not say why."""
+    for name in ("quantization_config", "compression_config"):
+        settings = values.get(name)
+        if not settings:
+            continue
+        settings = settings if isinstance(settings, Mapping) else {}
+        loaded = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+        method = settings.get("quant_method") or ("bitsandbytes" if loaded else "a method that it does not name")
+        if str(method).startswith("bitsandbytes") and not loaded:
+            continue  # what training with both turned off leaves there
+        bits = settings.get("bits") or settings.get("w_bit") or (4 if settings.get("load_in_4bit") else None)
+        raise ConfigError(
+            f"{where} has a {name}: the checkpoint is quantized by {method}{f' ({bits} bits)' if bits else ''}, which "
+            "is not read: take the checkpoint that it was made from (convert --quantize int8 or int4 quantizes it here)"
+        )
+    for name in ("vision_config", "text_config", "llm_config"):
+        if isinstance(values.get(name), Mapping):
+            _refuse_quantized(values[name], f"{where}: {name}")
 
 
 def write(config: ChatConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -120,7 +155,12 @@ class _Section:
 
     def get(self, name: str, default: Any = None) -> Any:
         self.used.add(name)
-        return self.values.get(name, default)
+        value = self.values.get(name, default)
+        if name in LIMITS and value is not None:
+            sides = value if isinstance(value, (list, tuple)) and name in ("image_size", "patch_size") else ()
+            for size in sides or [value]:
+                require_size(name, size, f"{self.where} has {name} =")
+        return value
 
     def need(self, name: str) -> Any:
         value = self.get(name)
@@ -206,6 +246,8 @@ def _text_from_hf(values: Mapping[str, Any], where: str, tie_word_embeddings: bo
     section.only("hidden_act", "silu", why="LLaMA is implemented with SiLU only")
     section.only("attention_dropout", 0, why=_NO_DROPOUT)
     hidden, heads = section.need("hidden_size"), section.need("num_attention_heads")
+    if section.get("head_dim") is None and hidden % heads:
+        raise ConfigError(f"{where} has hidden_size {hidden}, which {heads} num_attention_heads do not divide")
     eos = section.get("eos_token_id", 2)
     theta, scaling = _rope(section)
     tied = section.get("tie_word_embeddings", False)

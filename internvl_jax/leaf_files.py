@@ -232,6 +232,8 @@ def stored_array(path: Path) -> tuple[tuple[int, ...], np.dtype, list[str]]:
     try:
         array = files.read_json(path / METADATA)
         shape, chunks, dtype = tuple(array["shape"]), array["chunks"], jnp.dtype(array["dtype"])
+        if min((*shape, *chunks), default=1) < 1:
+            raise ValueError(f"shape {shape}, chunks {chunks}")
         grid = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
         expected = math.prod(chunks) * dtype.itemsize
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(path)}

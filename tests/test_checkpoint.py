@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -165,6 +166,54 @@ def test_missing_and_misshapen_leaves(saved):
     assert "missing: mlp1/more [3]" in text
     assert f"misshapen: mlp1/norm/scale is {list(scale.shape)}, config.json asks for [7]" in text
     assert "misshapen: language_model/layers/input_layernorm/scale" in text
+
+
+@pytest.mark.parametrize("layers", [6, 4])
+def test_vision_layers_of_another_width_are_misshapen(saved, layers):
+    """Fewer layers may be wanted than are stored; narrower or wider ones may not."""
+    directory, tree = saved
+    for name, axis in (("ls1", 1), ("mlp/fc1/kernel", 1), ("mlp/fc1/kernel", 2), ("ls1", 0)):
+        leaf = tree["vision_model"]["layers"]
+        for part in name.split("/"):
+            leaf = leaf[part]
+        for more in (-1, 1):
+            shape = [layers, *leaf.shape[1:]]
+            shape[axis] += more
+            wanted: dict = {"vision_model": {"layers": {}}}
+            node = wanted["vision_model"]["layers"]
+            *parents, last = name.split("/")
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+            if axis == 0 and shape[0] <= leaf.shape[0]:
+                load(directory, wanted)
+                continue
+            with pytest.raises(CheckpointError, match=f"misshapen: vision_model/layers/{name} is "):
+                load(directory, wanted)
+
+
+def test_a_process_reads_what_its_devices_hold(tmp_path, monkeypatch):
+    """jax asks for the parts of this process's devices, and only their chunks are read from the disk, each once."""
+    monkeypatch.setattr(checkpoint, "chunk_shape", lambda name, shape, itemsize: (1, shape[1] // 4, shape[2]))
+    values = np.arange(3 * 16 * 32, dtype=np.float32).reshape(3, 16, 32)
+    save(tmp_path, {"vision_model": {"layers": {"kernel": values}}})
+    mine = [(slice(0, 3), slice(4, 8), slice(None)), (slice(0, 3), slice(8, 12), slice(None))]
+
+    class Sharding:
+        def addressable_devices_indices_map(self, shape):
+            return dict(enumerate([*mine, mine[0]]))  # two of three devices hold the same
+
+    def make(shape, sharding, callback):
+        return [callback(index) for index in sharding.addressable_devices_indices_map(shape).values()]
+
+    monkeypatch.setattr(jax, "make_array_from_callback", make)
+    leaf = types.SimpleNamespace(shape=values.shape, dtype=values.dtype, sharding=Sharding())
+    store = checkpoint._open_leaves(tmp_path, ["vision_model/layers/kernel"])["vision_model/layers/kernel"]
+    before = checkpoint.bytes_read()
+    parts = checkpoint._load_leaf(store, leaf)
+    assert checkpoint.bytes_read() - before == checkpoint._bytes_to_read(store, leaf) == values.nbytes // 2
+    for index, part in zip([*mine, mine[0]], parts):
+        np.testing.assert_array_equal(part, values[index])
 
 
 def chunk_of(directory, name):
@@ -402,6 +451,8 @@ for spec in ("tensor=4", "fsdp=4,tensor=2", "data=8"):
         for (name, a), (_, b), (_, c) in zip(*map(checkpoint.named_leaves, (tree, expected, wanted))):
             assert a.sharding == c.sharding, name
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
+        pieces = [np.asarray(values).size for _, values in checkpoint._own_pieces(name, a)]
+        assert sum(pieces) == a.size, name  # replicas do not all write
     split = [leaf for leaf in jax.tree.leaves(tree) if not leaf.is_fully_replicated]
     assert (len(split) > 10) == (spec != "data=8"), spec
 print("equal")

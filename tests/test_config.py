@@ -5,11 +5,12 @@ import dataclasses
 import json
 import re
 from collections.abc import Hashable
+from pathlib import Path
 
 import pytest
 from golden import DATA, bundle
 
-from internvl_jax.config import PRESETS, ChatConfig, ConfigError, ProjectorConfig, TextConfig
+from internvl_jax.config import LIMITS, PRESETS, ChatConfig, ConfigError, ProjectorConfig, TextConfig, tower_directory
 from internvl_jax.models.chat_model import abstract_params, count_params
 
 CHAT = DATA / "internvl_chat_v1_1" / "checkpoint" / "config.json"
@@ -340,6 +341,111 @@ def test_wrong_kinds_are_config_errors(wrong):
             except ConfigError:
                 continue
             pytest.fail(f"{config['model_type']}: {where} = {wrong!r} was read as {read}")
+
+
+SIZES = {
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "image_size", "patch_size", "num_channels",
+}  # fmt: skip
+ABSURD = [0, -1, True, False, 2.0, "12", 10**9 + 1, 10**12, 10**400, float("nan"), float("inf"), [], {}]
+
+
+@pytest.mark.parametrize("value", ABSURD, ids=lambda value: repr(value)[:12])
+def test_absurd_sizes_are_refused_by_name(value):
+    """At once: nothing is made in proportion to a number of a file."""
+    seen = set()
+    for config in (golden_json(), golden_json(VIT), INTERNVL, LLAMA):
+        for where in own_fields(config):
+            section, _, name = where.rpartition("/")
+            if name not in SIZES:
+                continue
+            seen.add(name)
+            with pytest.raises(ConfigError) as caught:
+                ChatConfig.from_hf(changed(config, where, value))
+            words = f"config.json{f': {section}' if section else ''} has {name} = "
+            assert str(caught.value).startswith(words), str(caught.value)
+    assert seen == SIZES
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_limits_are_beyond_published_models(name):
+    """Of LLaMA-3.1-405B, InternViT-6B and the largest vocabularies, with a factor of two to spare."""
+    largest = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128,
+               "num_key_value_heads": 128, "head_dim": 256, "vocab_size": 262144, "max_position_embeddings": 10**7,
+               "image_size": 1024, "patch_size": 32, "num_channels": 3}  # fmt: skip
+    assert LIMITS[name] >= 2 * largest[name]
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1e301, float("nan")])
+def test_numbers_that_are_no_sizes(value):
+    for where in ("rms_norm_eps", "rope_theta", "rope_scaling/factor"):
+        values = {**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+        with pytest.raises(ConfigError, match=where.split("/")[-1]):
+            ChatConfig.from_hf(changed(values, where, value))
+
+
+def test_heads_that_do_not_divide():
+    values = {name: value for name, value in LLAMA.items() if name != "head_dim"}
+    values |= {"num_attention_heads": 7, "num_key_value_heads": 7}
+    with pytest.raises(ConfigError, match=r"has hidden_size [0-9]+, which 7 num_attention_heads do not divide"):
+        ChatConfig.from_hf(values)
+    assert ChatConfig.from_hf({**values, "head_dim": 16}).text.head_dim == 16
+
+
+@pytest.mark.parametrize("name", ["..", "/", "a/..", "a\0b", ""])
+def test_towers_that_name_no_directory(name):
+    with pytest.raises(ConfigError, match="mm_vision_tower"):
+        tower_directory(Path("somewhere"), {"model_type": "llava_llama", "mm_vision_tower": name})
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, r"awq \(4 bits\)"),
+        ({"quant_method": "gptq", "bits": 8}, r"gptq \(8 bits\)"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"bitsandbytes \(4 bits\)"),
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "fp8"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+        ({"quant_method": "hqq"}, "hqq"),
+        ({"w_bit": 4}, r"a method that it does not name \(4 bits\)"),
+        ("int8", "a method that it does not name"),
+    ],
+)
+@pytest.mark.parametrize("section", ["", "llm_config", "vision_config"])
+def test_quantized_checkpoints_are_named(settings, method, section):
+    for name in ("quantization_config", "compression_config"):
+        where = f"config.json{section and f': {section}'} has a {name}"
+        with pytest.raises(ConfigError, match=f"^{where}: the checkpoint is quantized by {method}, which is not read"):
+            ChatConfig.from_hf(changed(golden_json(), f"{section}/{name}".strip("/"), settings))
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"quant_method": "bitsandbytes", "load_in_4bit": False}])
+def test_quantization_that_is_turned_off(settings):
+    assert ChatConfig.from_hf({**golden_json(), "quantization_config": settings}) == ChatConfig.from_hf(golden_json())
+
+
+def test_what_transformers_writes_is_known(logged):
+    """No field that transformers itself writes, of this release or an older one, is named as ignored."""
+    transformers = pytest.importorskip("transformers")
+    fields = {**transformers.PretrainedConfig().to_dict(), **transformers.GenerationConfig().to_dict()}
+    names = {"bos_token_id", "eos_token_id", "pad_token_id", "model_type"}  # read, or the section's own
+    fields = {name: value for name, value in fields.items() if name not in names}
+    assert len(fields) > 60
+    fields |= dict.fromkeys(("_model_name_or_path", "unk_token_id", "_name_or_path", "torch_dtype", "use_cache"))
+    for config in (golden_json(), INTERNVL, golden_json(VIT), LLAMA):
+        filled = {
+            name: {**fields, **value} if name.endswith("_config") and isinstance(value, dict) else value
+            for name, value in config.items()
+        }
+        assert ChatConfig.from_hf({**fields, **filled}) == ChatConfig.from_hf(config)
+    values = {"vision_config": {"image_size": 56, "patch_size": 14}, "text_config": {"model_type": "llama"}}
+    for made in (
+        transformers.LlamaConfig(), transformers.LlavaConfig(**values),
+        transformers.InternVLConfig(**values, image_seq_length=4),
+    ):  # fmt: skip
+        ChatConfig.from_hf(made.to_dict())
+    assert logged == []
 
 
 def test_files_that_are_no_configuration(tmp_path):

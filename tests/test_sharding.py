@@ -133,6 +133,21 @@ def test_every_parameter_has_a_place(config, vision):
     assert qkv == P(None, ("fsdp", "tensor") if vision == "tensor" else "fsdp", None, None, None)
 
 
+@pytest.mark.parametrize("config", [V1_1, NANO], ids=["v1_1", "nano"])
+def test_vision_mode_data_splits_tower_and_projector_by_no_tensor_axis(config):
+    """Both see whole images, of which every device has its own: only the language model is split."""
+    abstract = chat_model.abstract_params(config)
+    for vision in sharding.IMAGE_AXES:
+        specs = sharding.param_specs(abstract, vision=vision)
+        split = {
+            part: any(
+                "tensor" in str(spec) for spec in jax.tree.leaves(specs[part], is_leaf=lambda x: isinstance(x, P))
+            )
+            for part in specs
+        }
+        assert split == {"vision_model": vision == "tensor", "mlp1": vision == "tensor", "language_model": True}
+
+
 def test_rules_must_match_and_be_used():
     tree = chat_model.abstract_params(NANO)
     with pytest.raises(ValueError, match=r"mlp1/fc3 \[7\] must match one sharding rule, it matches 0"):

@@ -229,7 +229,26 @@ def test_json_files_that_cannot_be_used(tmp_path, name, content, complaint):
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", None])
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
+def test_git_lfs_pointers(tmp_path, name):
+    for file in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINT / file, tmp_path)
+    if name == "tokenizer.json":
+        (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 9\n")
+    with pytest.raises(TokenizerError, match=rf"{name} is a git-lfs pointer, .* run 'git lfs pull'"):
+        load_tokenizer(tmp_path)
+
+
+def test_byte_order_marks(tmp_path):
+    for path in CHECKPOINT.glob("*token*"):
+        mark = b"\xef\xbb\xbf" if path.suffix == ".json" else b""
+        (tmp_path / path.name).write_bytes(mark + path.read_bytes())
+    text = "<img> two words </img>"
+    assert load_tokenizer(tmp_path).encode(text) == load_tokenizer(CHECKPOINT).encode(text)
+
+
+@pytest.mark.parametrize("content", [b"", None])
 def test_a_model_that_cannot_be_used(tmp_path, content):
     whole = (CHECKPOINT / "tokenizer.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(whole[: len(whole) // 2] if content is None else content)

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from internvl_jax.config import ConfigError, read_json
+from internvl_jax.files import decode_text, not_itself
 
 SPACE_MARK = "▁"  # sentencepiece writes a blank as this character
 REPLACEMENT = "\ufffd"  # what bytes decode to that are no UTF-8 (yet)
@@ -92,11 +93,10 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path, files: _Files, *, legacy: bool):
         import sentencepiece
 
+        model = _read_itself(path)
         try:
-            if not (model := path.read_bytes()):
-                raise RuntimeError("it is empty")
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=model + (b"" if legacy else NO_DUMMY_PREFIX))
-        except (OSError, RuntimeError) as error:
+        except RuntimeError as error:
             raise TokenizerError(f"{path} is damaged ({error}); download it again") from None
         self.legacy, self._clean_up = legacy, files.clean_up
         self._add_bos, self._add_eos = files.add_bos is not False, files.add_eos
@@ -295,8 +295,9 @@ class FastTokenizer:
     def __init__(self, path: Path, files: _Files):
         import tokenizers
 
+        text = decode_text(_read_itself(path), path)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exceptions
             raise TokenizerError(f"{path} is damaged ({error}); download it again") from None
         self._tokenizer.no_truncation()  # the file may ask for either
@@ -503,6 +504,15 @@ def _check_agreement(directory: Path, added: dict[int, _AddedToken], older: dict
                 f"{directory}: token {index} is {added[index].content!r} in tokenizer_config.json and {content!r} in "
                 "added_tokens.json; keep the file that belongs to the weights"
             )
+
+
+def _read_itself(path: Path) -> bytes:
+    """The bytes of a file that is no git-lfs pointer or the like. An error of the system is raised as it is."""
+    if (problem := not_itself(path)) is not None:
+        raise TokenizerError(problem)
+    if not (data := path.read_bytes()):
+        raise TokenizerError(f"{path} is damaged (it is empty); download it again")
+    return data
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
