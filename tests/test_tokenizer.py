@@ -257,6 +257,25 @@ def test_a_model_that_cannot_be_used(tmp_path, content):
             load_tokenizer(tmp_path, legacy=legacy)
 
 
+def test_a_model_that_storage_does_not_give_is_not_damaged(tmp_path, monkeypatch):
+    """No advice to download again what may be as good as it was."""
+    read = Path.read_bytes
+
+    def fail(self):
+        if self.name.startswith("tokenizer."):
+            raise OSError(5, "Input/output error", str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (tmp_path / "tokenizer.model").unlink(missing_ok=True)
+        (tmp_path / name).touch()
+        with pytest.raises((TokenizerError, OSError), match="Input/output error") as caught:
+            load_tokenizer(tmp_path)
+        assert str(tmp_path / name) in str(caught.value)
+        assert "download" not in str(caught.value)
+
+
 def test_no_tokenizer_at_all(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(TokenizerError, match=r"has neither tokenizer\.model nor tokenizer\.json"):

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from golden import DATA
 
 from internvl_jax.cli import main
 from internvl_jax.config import PRESETS
@@ -141,6 +142,23 @@ def test_table(monkeypatch, capsys):
 def test_what_cannot_be_compiled_is_refused(small, asked, message):
     with pytest.raises((ValueError, MeshError), match=message):
         make_work(small, **{"topology": "v5e-4", "length": 512, **asked})
+
+
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+    "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+TOWER = json.loads((DATA / "intern_vit" / "checkpoint_bin" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("values", [LLAMA, TOWER], ids=["llama", "intern_vit"])
+def test_a_part_of_a_model_is_refused(tmp_path, capsys, values):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for more in ([], ["--plan"], ["--table"]):
+        asked = ["compile-report", "--program", "train", "--topology", "v5e-4", "--preset", str(tmp_path), *more]
+        assert main(asked) == 2
+        assert f"error: {tmp_path} is not a chat model: --program train needs a vision tower" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,10 @@ def make_work(
     Raises ValueErrors that list the legal choices, ImportError without libtpu.
     """
     where, config, chosen = parse_topology(topology), config_of(preset), recipe_of(recipe)
+    if config.text is None or config.vision is None or config.projector is None:
+        raise ValueError(
+            f"{preset} is not a chat model: --program train needs a vision tower, a projector and a language model"
+        )
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT)}")
     if length < 2 or length > config.text.max_position_embeddings:
