@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from test_objective import tiny
 from test_trainer import steps_of
-from training_cases import run
+from training_cases import RECIPES, run
 
-from internvl_jax.training import saving
+from internvl_jax import files
+from internvl_jax.config import ChatConfig
+from internvl_jax.loading import NANO
+from internvl_jax.training import saving, state
 from internvl_jax.training.saving import RunError
-from internvl_jax.training.state import Place
+from internvl_jax.training.state import ADAPTERS, Place
 
 # Of what could not be read, in threads that nobody waits for.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -238,3 +241,35 @@ def test_checksums_know_every_bit_and_place():
     for name, other in (("f", signs), ("f", leaves["f"][::-1]), ("b", leaves["b"].at[1].set(1.0078125)), ("i", 1)):
         changed = place.checksums({**leaves, name: jnp.asarray(other, leaves[name].dtype)})
         assert {key for key in sums if changed[key] != sums[key]} == {name}
+
+
+def test_one_process_claims_a_run_for_all_of_its(tmp_path, monkeypatch):
+    with files.claim(tmp_path / "run"):
+        with pytest.raises(files.OutputInUseError, match=r"is being written by process"):
+            with saving.claimed(tmp_path / "run"):
+                pass
+        monkeypatch.setattr(saving.distributed, "is_first", lambda: False)
+        with saving.claimed(tmp_path / "run"):
+            pass
+    monkeypatch.undo()
+    with saving.claimed(tmp_path / "run"), saving.claimed(tmp_path / "run" / ".." / "run"):  # its own, again
+        with pytest.raises(files.OutputInUseError), files.claim(tmp_path / "run"):
+            pass
+
+
+def test_a_model_never_stands_without_its_adapters(tmp_path, monkeypatch):
+    """Where writing them fails, there is no model either, and nothing is left."""
+    place = Place(ChatConfig.from_file(NANO))
+    monkeypatch.setattr(state.checkpoint, "write_changed", lambda to, *_, **__: to.mkdir())
+    trained = {"mlp1": {}, ADAPTERS: {}}
+
+    def fail(directory, *_):
+        raise OSError(28, "No space left on device", str(directory))
+
+    monkeypatch.setattr(state.lora, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        state.write_model(tmp_path / "model", NANO, trained, place, RECIPES["lora"])
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(state.lora, "save", lambda directory, *_: directory.mkdir())
+    state.write_model(tmp_path / "model", NANO, trained, place, RECIPES["lora"])
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/adapters"]

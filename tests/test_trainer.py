@@ -122,14 +122,14 @@ def test_every_step_drops_anew(dropping, name):
     batch = Batches(tiny(), rows=8).make(0)
     first, again, second, third = (dropping(name, number, [batch]) for number in (0, 0, 1, 2))
     assert first == again  # a resumed step drops what it dropped
-    assert min(abs(first - second), abs(first - third), abs(second - third)) > 1e-3 * first
+    assert len({first, second, third}) == 3  # the same program and inputs: only another mask makes a difference
 
 
 def test_every_part_of_a_step_drops_anew(dropping):
     """Two parts that are the same batch: with the same mask in both, the mean of the gradients would be the first's."""
     batch = Batches(tiny(), rows=8).make(0)
     one, two = dropping("stage1", 0, [batch]), dropping("stage1", 0, [batch, batch])
-    assert abs(one - two) > 1e-3 * one
+    assert abs(one - two) > 1e-4 * one  # 5e-4; a sum in another order is some 1e-7
 
 
 # Never losing a step.
@@ -223,12 +223,13 @@ def test_killed_at_a_random_moment(tmp_path):
     assert seen == expected
 
 
-def test_half_written_step_is_none(tmp_path):
-    """What a kill leaves of a step under way has another name, and is removed."""
+def test_half_written_step_is_none(logged, tmp_path):
+    """What a kill leaves of a step under way has another name, and is removed and named."""
     run(tmp_path / "run", 6)
     steps = tmp_path / "run" / "steps"
     (steps / "6").rename(steps / "6.orbax-checkpoint-tmp-7")
     run(tmp_path / "run", 6)
+    assert logged == [f"removing {steps}/6.orbax-checkpoint-tmp-7, which an interrupted process left"]
     assert sorted(path.name for path in steps.iterdir()) == ["2", "4", "6"]
     assert [entry["step"] for entry in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 5, 6]
 
