@@ -429,6 +429,9 @@ def test_nothing_is_warned_of():
         with pytest.raises(ImageError, match="damaged or truncated"):
             load(png_header(12_000, 8_000))  # more than PIL warns of, fewer than are refused
         large = Image.new("L", (12_000, 8_000), 7)
+        tiff = Image.new("1", large.size)
+        tiff.putpixel((11_999, 7_999), 1)
+        assert load(encoded(tiff, "TIFF")).getpixel((11_999, 7_999)) == 255
         ImageProcessor(28, MEAN, STD)(augment(to_rgb(load(large)), "crop", np.random.default_rng(0)))
 
 

@@ -162,6 +162,7 @@ def _open(file: IO[bytes]) -> ImageFile.ImageFile | None:
 def _decode(image: Image.Image, name: str, honour_exif: bool, max_pixels: int) -> Image.Image:
     _check_size(image, name, max_pixels)
     try:
+        _make_room(image)
         image.load()
     except MemoryError:
         raise
@@ -171,6 +172,13 @@ def _decode(image: Image.Image, name: str, honour_exif: bool, max_pixels: int) -
         raise ImageError(f"{name} is damaged or truncated ({error})") from None
     _check_size(image, name, max_pixels)
     return _upright(image) if honour_exif else image
+
+
+def _make_room(image: Image.Image) -> None:
+    """PIL warns of a large TIFF a second time where it makes room for the pixels, which is made here."""
+    size = getattr(image, "_tile_size", None)  # before it is turned
+    if size is not None and size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or MAX_PIXELS):
+        image.im = Image.new(image.mode, size).im
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
