@@ -137,6 +137,43 @@ def test_a_torn_index_is_made_again(tmp_path):
     assert index.stat().st_size == 3 * annotations.ROW
 
 
+def test_another_file_of_the_same_size_is_indexed_anew(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}\n{}  \n")
+    assert Entries(path)[0] == b"{}"
+    path.write_text("{}  \n{}\n")
+    os.utime(path, ns=(1, 1))
+    assert Entries(path)[0] == b"{}  "
+
+
+def test_a_long_json_list(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"id": number} for number in range(20_001)]))
+    entries = Entries(path)
+    assert len(entries) == 20_001
+    numbers = [0, 9_999, 10_000, 10_001, 20_000]
+    assert [json.loads(entries[number])["id"] for number in numbers] == numbers
+
+
+def test_fingerprints_follow_what_is_read_and_not_where(tmp_path):
+    write_lines(tmp_path / "a.jsonl", 4)
+    write_lines(tmp_path / "b.jsonl", 5)
+    base = {"root": "", "annotation": "a.jsonl"}
+
+    def fingerprint(name="a", **changes):
+        return Corpus(read_meta(write_meta(tmp_path, **{name: base | changes}))).fingerprint()
+
+    same = [fingerprint(), fingerprint(root="elsewhere"), fingerprint(length=9), fingerprint(repeat_time=1)]
+    assert len(set(same)) == 1
+    others = [
+        fingerprint(name="b"),
+        fingerprint(annotation="b.jsonl"),
+        fingerprint(repeat_time=2),
+        fingerprint(data_augment=True),
+    ]
+    assert len({*same, *others}) == 5
+
+
 def test_meta(tmp_path):
     (tmp_path / "sub").mkdir()
     write_lines(tmp_path / "sub" / "a.jsonl", 4)

@@ -8,7 +8,7 @@ from test_data import damage, write_data
 
 from internvl_jax.cli import main
 from internvl_jax.training.annotations import DataError
-from internvl_jax.training.data_check import check, render
+from internvl_jax.training.data_check import check, fill, render
 from internvl_jax.training.packing import Layout
 
 CHECKPOINT = DATA / "internvl_chat_v1_1" / "checkpoint"
@@ -121,10 +121,55 @@ def test_keys_that_nothing_reads_are_named_once_each(meta, capsys):
     code, out = run(capsys, meta, "--checkpoint", CHECKPOINT, "--length", 160, "--json")
     report = json.loads(out.out)
     assert (code, report["sources"][1]["warnings"]) == (0, [])
-    first = f"{meta.parent}/a.jsonl:3"
+    first = ", ".join(f"{meta.parent}/a.jsonl:{number}" for number in (3, 4, 5))
     assert report["sources"][0]["warnings"] == [
         f'the key "img" is not read: images are read from "image" or "images" (3 entries, first {first})'
     ]
+
+
+def test_special_tokens_that_are_written_in_texts_are_flagged(tmp_path, capsys):
+    texts = [
+        "a </s> b </s>",
+        "where is <img>?",
+        "<ref>it</ref><box>[[1, 2, 3, 4]]</box>",
+        "</s>",
+        "</s>",
+        "</s>",
+        "a < b",
+    ]
+    turns = ([{"from": "human", "value": text}, {"from": "gpt", "value": "Yes."}] for text in texts)
+    lines = "".join(json.dumps({"conversations": turn}) + "\n" for turn in turns)
+    (tmp_path / "a.jsonl").write_text(lines)
+    code, out = run(capsys, tmp_path / "a.jsonl", "--checkpoint", CHECKPOINT, "--json")
+    assert code == 0
+    name = tmp_path / "a.jsonl"
+    assert json.loads(out.out)["sources"][0]["warnings"] == [
+        "the text has </s>, which is learned as that token and not as text "
+        f"(4 entries, first {name}:1, {name}:4, {name}:5)",
+        f"the text has <img>, which is learned as that token and not as text (1 entries, first {name}:2)",
+    ]
+
+
+def test_batches_of_an_epoch_follow_repeat_time(tmp_path):
+    found = []
+    for repeat in (1, 10):
+        sets = write_data(tmp_path, 12, every_other_image=False, repeat_time=repeat)
+        (tmp_path / "meta.json").write_text(json.dumps(sets))
+        found.append(check(tmp_path / "meta.json", CHECKPOINT, LAYOUT, show=0)[0].batches)
+    assert found[1] == pytest.approx(10 * found[0])
+
+
+def test_rows_of_the_last_batch_do_not_count_as_full_or_empty():
+    layout = Layout(rows=1, lengths=(10,), image_slots=1)
+    assert fill([(10, 0), (10, 0), (3, 0)], layout) == (1.0, 3)
+    assert fill([(3, 0)], layout) == (pytest.approx(0.3), 1)
+
+
+def test_shown_samples_are_drawn_from_all(meta):
+    shown = [check(meta, CHECKPOINT, LAYOUT, show=2, seed=seed, with_pixels=False)[0].shown for seed in range(4)]
+    places = [sample.place for samples in shown for sample in samples if "a.jsonl" in sample.place]
+    assert len(set(places)) > 5
+    assert not all(any(sample.place.endswith("a.jsonl:40") for sample in samples) for samples in shown)
 
 
 def test_llava_json_with_the_model_that_ships(tmp_path, capsys):

@@ -147,3 +147,21 @@ def test_truncation(tokenizer):
     with pytest.raises(SampleError, match="image tokens") as caught:
         labels.truncate(ids, made, 12, image)
     assert caught.value.kind == "truncated image"
+
+
+def test_the_first_token_that_is_cut_may_be_an_images():
+    ids, made = np.asarray([5, 6, 7, 9]), np.asarray([IGNORED, 6, 7, IGNORED])
+    with pytest.raises(SampleError, match="4 tokens are cut to 3, and image tokens with them"):
+        labels.truncate(ids, made, 3, 9)
+    assert labels.truncate(ids, made, 3, 8)[2]
+
+
+def test_a_first_token_is_never_learned():
+    with pytest.raises(SampleError, match="there is no answer in it"):
+        labels.truncate(np.asarray([5, 6]), np.asarray([5, IGNORED]), 2, 9)
+
+
+def test_only_a_single_image_finds_its_own_place():
+    with pytest.raises(SampleError, match=r"0 <image> placeholder\(s\) for 2 image\(s\)"):
+        labels.place_training_images([("Q?", "A.")], 2)
+    assert labels.place_training_images([("Q?", "A.")], 1) == [("<image>\nQ?", "A.")]

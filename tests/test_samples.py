@@ -170,6 +170,29 @@ def test_problems_are_reported_once_and_counted_always():
         Problems(fatal=True).add(Problem("image", "it is so", "a:3"))
 
 
+def test_as_many_images_as_a_batch_has_slots(maker):
+    sample = maker(record(entry("<image>" * 4, "Four.", image=["gray.png"] * 4)), rng())
+    assert len(sample.pixel_values) == 4
+
+
+def test_training_does_not_turn_images_by_exif(maker):
+    sample = maker(record(entry("<image>?", "A bird.", image="exif_rot.jpg")), rng())
+    assert np.array_equal(sample.pixel_values[0], ARRAYS["images/exif_rot/eval"])
+
+
+def test_qualities_of_jpeg(monkeypatch):
+    used = set()
+    image = Image.new("RGB", (1, 1))
+    save = Image.Image.save
+    monkeypatch.setattr(
+        Image.Image, "save", lambda self, *args, quality: used.add(quality) or save(self, *args, quality=quality)
+    )
+    draw = rng()
+    for _ in range(300):
+        augment(image, "jpeg", draw)
+    assert (min(used), max(used)) == (75, 100)
+
+
 def test_a_long_answer_is_cut(maker):
     sample = maker(record(entry("Q?", "word " * 200)), rng())
     assert sample.cut

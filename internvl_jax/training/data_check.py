@@ -34,8 +34,16 @@ SIMULATED = 20_000  # samples that are packed to see how full rows become
 class Seen:
     """Something that entries have."""
 
-    count: int  # entries
-    place: str  # of the first
+    count: int = 0  # entries
+    places: list[str] = field(default_factory=list)  # of the first few
+
+    def add(self, place: str) -> None:
+        self.count += 1
+        if len(self.places) < 3:
+            self.places.append(place)
+
+    def __str__(self) -> str:
+        return f"{self.count} entries, first {', '.join(self.places)}"
 
 
 @dataclass
@@ -52,6 +60,7 @@ class SourceStats:
     problems: Counter[str] = field(default_factory=Counter)
     listed: list[Problem] = field(default_factory=list)
     unread: dict[str, Seen] = field(default_factory=dict)  # keys of entries that nothing reads
+    typed: dict[str, Seen] = field(default_factory=dict)  # special tokens in texts
 
     @property
     def checked(self) -> int:
@@ -69,9 +78,11 @@ class SourceStats:
                 f"{self.cut} of {len(self.tokens)} conversations are cut: longer rows would keep their answers"
             )
         for key, seen in list(self.unread.items())[:UNREAD]:
-            found.append(f"{unread_message(key)} ({seen.count} entries, first {seen.place})")
+            found.append(f"{unread_message(key)} ({seen})")
         if len(self.unread) > UNREAD:
             found.append(f"{len(self.unread) - UNREAD} other keys are not read, or more")
+        for token, seen in self.typed.items():
+            found.append(f"the text has {token}, which is learned as that token and not as text ({seen})")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,12 +181,14 @@ def check(
                 progress(done, total, "checking")
             for key in made.unread:
                 if key in stats.unread or len(stats.unread) < COUNTED:
-                    stats.unread.setdefault(key, Seen(0, made.place)).count += 1
+                    stats.unread.setdefault(key, Seen()).add(made.place)
             if isinstance(made, Problem):
                 stats.problems[made.kind] += 1
                 if len(stats.listed) < LISTED:
                     stats.listed.append(made)
                 continue
+            for token in made.typed:
+                stats.typed.setdefault(token, Seen()).add(made.place)
             images = maker.images_of(made)
             stats.tokens.append(len(made.input_ids))
             stats.supervised += int(np.sum(made.labels != IGNORED))

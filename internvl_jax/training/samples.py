@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from internvl_jax.config import ChatConfig
-from internvl_jax.processing.conversation import IMG_CONTEXT, TEMPLATES, Template
+from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER, IMG_CONTEXT, TEMPLATES, Template
 from internvl_jax.processing.images import ImageError, ImageProcessor, load_image, to_rgb
-from internvl_jax.processing.tokenizer import Tokenizer, TokenizerError
+from internvl_jax.processing.tokenizer import Tokenizer, TokenizerError, special_tokens_in
 from internvl_jax.training import labels
 from internvl_jax.training.annotations import DataError, Record, Source
 from internvl_jax.training.augment import AUGMENTATIONS, augment
@@ -31,6 +31,7 @@ ENTRY_KEYS = frozenset(
     "width height width_list height_list image_size image_id question_id length token_count "
     "source data_source dataset dataset_name type task task_type category model metadata meta".split()
 )
+WRITTEN_ON_PURPOSE = frozenset((IMAGE_PLACEHOLDER, "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"))
 TURN_KEYS = frozenset("from value id markdown text".split())
 
 
@@ -44,6 +45,7 @@ class Sample(NamedTuple):
     cut: bool  # the conversation was longer
     image_labels: np.ndarray | None = None  # [M,K] int32, where SampleMaker.image_labels asks for them
     unread: tuple[str, ...] = ()  # keys of the entry, see unread_keys
+    typed: tuple[str, ...] = ()  # special tokens in the entry's text, see typed_tokens
 
 
 class Problem(NamedTuple):
@@ -152,7 +154,8 @@ class SampleMaker:
         try:
             entry = read_entry(record.text)
             unread = unread_keys(entry)
-            return self._make(entry, record, rng)._replace(unread=unread)
+            typed = typed_tokens(self.tokenizer, entry)
+            return self._make(entry, record, rng)._replace(unread=unread, typed=typed)
         except SampleError as error:
             kind, message = error.kind, str(error)
         except ImageError as error:
@@ -242,6 +245,16 @@ def unread_keys(entry: dict[str, Any]) -> tuple[str, ...]:
         pairs = turn.items() if isinstance(turn, dict) else ()
         keys += [f"conversations: {key}" for key, value in pairs if key not in TURN_KEYS and not _empty(value)]
     return tuple(dict.fromkeys(keys))
+
+
+def typed_tokens(tokenizer: Tokenizer, entry: dict[str, Any]) -> tuple[str, ...]:
+    """The special tokens, like </s> and <img>, that are written in an entry's text: they are learned as tokens, as in the
+    reference. Not the placeholders of images, nor the marks of boxes, which data sets write on purpose.
+    """
+    turns = entry.get("conversations")
+    texts = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    found = (token for text in texts if isinstance(text, str) for token in special_tokens_in(tokenizer, text))
+    return tuple(dict.fromkeys(token for token in found if token not in WRITTEN_ON_PURPOSE))
 
 
 def unread_message(key: str) -> str:
