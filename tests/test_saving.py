@@ -1,9 +1,11 @@
 """Saved steps: what is taken for damage and what is not, and that nothing which was saved is lost."""
 
 import json
+import logging
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +18,11 @@ from training_cases import RECIPES, run
 from internvl_jax import files
 from internvl_jax.config import ChatConfig
 from internvl_jax.loading import NANO
+from internvl_jax.training import run as training_run
 from internvl_jax.training import saving, state
 from internvl_jax.training.saving import RunError
 from internvl_jax.training.state import ADAPTERS, Place
+from internvl_jax.training.trainer import Settings
 
 # Of what could not be read, in threads that nobody waits for.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -273,3 +277,31 @@ def test_a_model_never_stands_without_its_adapters(tmp_path, monkeypatch):
     monkeypatch.setattr(state.lora, "save", lambda directory, *_: directory.mkdir())
     state.write_model(tmp_path / "model", NANO, trained, place, RECIPES["lora"])
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/adapters"]
+
+
+def test_a_run_logs_what_is_said_and_what_ends_it(tmp_path):
+    made = SimpleNamespace(output=tmp_path / "run", recipe=RECIPES["lora"], settings=Settings(3), identity=None)
+
+    def fail():
+        with training_run.log_file(made):
+            logging.getLogger("internvl_jax.training.saving").warning("step %s moved", 6)
+            raise RunError("step 7: the loss is nan")
+
+    with pytest.raises(RunError, match="the loss"):
+        fail()
+    with training_run.log_file(made):  # appended to
+        logging.getLogger("internvl_jax").info("resumed")
+    warned, ended, resumed = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert warned.endswith(" WARNING internvl_jax.training.saving: step 6 moved")
+    assert ended.endswith(" ERROR internvl_jax.training.run: RunError: step 7: the loss is nan")
+    assert resumed.endswith(" INFO internvl_jax: resumed")
+    assert sorted(path.name for path in made.output.iterdir()) == ["log.txt", "run.json"]
+
+
+def test_a_lock_inside_is_nothing_that_a_directory_holds(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".lock.holder").touch()
+    assert not saving.is_there(tmp_path, {"steps": 3})
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(RunError, match=r"is not empty and holds no run\.json"):
+        saving.is_there(tmp_path, {"steps": 3})

@@ -12,8 +12,9 @@ import hashlib
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -240,10 +241,22 @@ def _prepared(options: Options, report: Callable[[Problem], None] | None, progre
 
 @contextmanager
 def log_file(made: Run) -> Iterator[None]:
-    """Make the run's directory; within, what is said goes to OUTPUT/log.txt too. On all processes; process 0 writes."""
+    """Make the run's directory; within, what is said goes to OUTPUT/log.txt too, as does the error that ends the block.
+
+    On all processes; process 0 writes.
+    """
     begin(made.output, facts(made.recipe, made.settings, made.identity))
-    with logs.to_file(made.output / LOG) if distributed.is_first() else nullcontext():
+    if not distributed.is_first():
         yield
+        return
+    with logs.to_file(made.output / LOG):
+        try:
+            yield
+        except BaseException as error:  # who prints it is not here; Ctrl-C is one too
+            ended = f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR {__name__}: {type(error).__name__}: {error}\n"
+            with suppress(OSError):
+                files.append_text(made.output / LOG, ended)
+            raise
 
 
 def start(

@@ -214,7 +214,10 @@ def is_there(directory: str | Path, settings: dict[str, Any]) -> bool:
     """
     path = Path(directory) / RUN
     if not os.path.lexists(path):
-        if path.parent.exists() and (not path.parent.is_dir() or any(path.parent.iterdir())):
+        # files.claim puts its lock inside where it cannot be beside: a mounted disk.
+        if path.parent.exists() and (
+            not path.parent.is_dir() or any(not one.name.startswith(".lock") for one in path.parent.iterdir())
+        ):
             raise RunError(f"{directory} is not empty and holds no {RUN}: choose another directory for the run")
         return False
     before, settings = _flat(files.read_json(path)), _flat(json.loads(json.dumps(settings)))
