@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from internvl_jax import sharding
+from internvl_jax import files, sharding
 from internvl_jax.config import PRESETS, ChatConfig
 from internvl_jax.generate import GenerationConfig, Generator, bucket
 from internvl_jax.loading import abstract_for_running, load, unstack_towers
@@ -120,7 +120,9 @@ def run(
         raise BenchError("random weights are measured as they are: quantize a checkpoint")
     if not batches or min(batches) < 1:
         raise BenchError(f"batches are positive numbers, not {list(batches)}")
+    profile = None if profile is None else files.resolve(profile)
     if preset is None:
+        checkpoint = files.resolve(checkpoint)
         config = ChatConfig.from_file(checkpoint)
     elif preset in PRESETS:
         config = PRESETS[preset]()

@@ -340,7 +340,10 @@ def tower_name(config: Mapping[str, Any]) -> str | None:
 
 def _config_path(path: str | Path) -> Path:
     path = Path(path)
-    return path if path.is_file() else path / "config.json"
+    if not path.is_file():
+        return path / "config.json"
+    require(path.suffix == ".json", f"{path} is a file: pass the directory that holds config.json")
+    return path
 
 
 def require(condition: bool, message: str) -> None:

@@ -59,6 +59,21 @@ def resolve(path: str | Path) -> Path:
         raise ValueError(f"{path} is not a path ({error})") from None
 
 
+def quoted(path: str | Path) -> str:
+    """`path` as a shell reads it, for commands that are suggested."""
+    return shlex.quote(str(path))
+
+
+def not_a_file(path: Path) -> str:
+    """Why `path` cannot be read as a file, to be put after its name."""
+    return "is a directory: name the file" if path.is_dir() else "does not exist"
+
+
+def not_a_directory(path: Path) -> str:
+    """Why `path` cannot be looked into as a directory, to be put after its name."""
+    return "is a file: name the directory" if path.exists() else "does not exist"
+
+
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, without the byte order mark that Windows tools put in front.
 
@@ -218,7 +233,7 @@ def _short(name: str) -> str:
 def remove_leftovers(path: Path) -> None:
     """Remove, and name in the log, what killed processes left of writing `path`. Only for the holder of its claim."""
     prefix = _temporary_prefix(path)
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         for found in sorted(path.parent.iterdir()):
             if found.name.startswith(prefix) and found != temporary_path(path):
                 _remove_leftover(found)

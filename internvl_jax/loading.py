@@ -62,7 +62,7 @@ def load(
     all) naming the file or the setting and what to do; everything but a damaged parameter is refused before parameters
     are read.
     """
-    directory = NANO if path is None else Path(path).expanduser()
+    directory = NANO if path is None else files.resolve(path)
     if not directory.is_dir():
         if directory.exists():
             raise ConfigError(f"{directory} is a file: pass the directory that holds config.json")

@@ -240,6 +240,11 @@ def test_no_meta_file(tmp_path, text, message):
     for name in ("other.json", "other.jsonl"):
         with pytest.raises(DataError, match="does not exist"):
             Corpus(read_meta(tmp_path / name))
+    with pytest.raises(DataError, match="is a directory: name the file"):
+        read_meta(tmp_path)
+    (tmp_path / "meta.json").write_text('{"a": {"root": ".", "annotation": "."}}')
+    with pytest.raises(DataError, match=r"the annotation .* is a directory: name the file"):
+        read_meta(tmp_path / "meta.json")
 
 
 def test_nothing_to_learn_from(tmp_path):

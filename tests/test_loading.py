@@ -14,7 +14,7 @@ from PIL import Image
 import internvl_jax
 from internvl_jax import files, loading
 from internvl_jax.chat import Chat
-from internvl_jax.config import ConfigError
+from internvl_jax.config import ChatConfig, ConfigError
 
 pytest.importorskip("torch")  # the golden checkpoint is PyTorch's
 
@@ -81,6 +81,17 @@ def stripped(tmp_path, *missing, source=CHECKPOINT, **changes):
     config = json.loads((source / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     return tmp_path
+
+
+def test_paths_are_resolved(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(CHECKPOINT.parent))
+    monkeypatch.chdir(CHECKPOINT / "..")
+    for path in ("~/checkpoint", "checkpoint/../checkpoint/", "./checkpoint"):
+        monkeypatch.setattr(loading, "_load_params", lambda directory, *_: directory)
+        assert internvl_jax.load(path).params == CHECKPOINT
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"weights\.bin is a file: pass the directory"):
+        ChatConfig.from_file(tmp_path / "weights.bin")
 
 
 def test_without_tokenizer_files_arrays_still_run(tmp_path):

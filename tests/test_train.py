@@ -11,6 +11,7 @@ import sys
 import time
 from collections import namedtuple
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -378,6 +379,17 @@ def test_refused(train, tmp_path, options, message):
     assert code == 2
     assert message in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_paths_are_resolved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training_run, "_prepared", lambda options, *_: options)
+    options = training_run.prepare(
+        training_run.Options(recipe_of("lora"), Path("a/../m.json"), Path("~/runs"), eval_data=Path("./e.json"))
+    )
+    assert (options.data, options.eval_data) == (tmp_path / "m.json", tmp_path / "e.json")
+    assert options.output == Path.home() / "runs"
+    assert (options.checkpoint, options.base) == (None, None)
 
 
 def test_other_directories_are_refused(train, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from internvl_jax import arguments
+from internvl_jax import arguments, files
 from internvl_jax.progress import counting, err
 
 
@@ -43,7 +43,7 @@ def _merge(args: argparse.Namespace) -> int:
         lora.merge_checkpoint(
             args.dst, args.checkpoint or NANO, args.src, progress=progress if err.is_terminal else None
         )
-    err.print(f"{args.dst}: a whole checkpoint; internvl-jax chat --checkpoint {args.dst}")
+    err.print(f"{args.dst}: a whole checkpoint; internvl-jax chat --checkpoint {files.quoted(args.dst)}")
     return 0
 
 
@@ -70,7 +70,9 @@ def _from_peft(args: argparse.Namespace) -> int:
     lora.check(params, adapters)
     lora.save(args.dst, adapters, settings)
     beside = f", and {', '.join(lora.replaced_names(adapters))}" if lora.REPLACED in adapters else ""
-    err.print(f"{args.dst}: adapters of {', '.join(settings)}{beside}; internvl-jax chat --adapters {args.dst}")
+    err.print(
+        f"{args.dst}: adapters of {', '.join(settings)}{beside}; internvl-jax chat --adapters {files.quoted(args.dst)}"
+    )
     return 0
 
 

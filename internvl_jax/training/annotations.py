@@ -68,7 +68,7 @@ def read_meta(path: Path, base: Path | None = None) -> list[Source]:
     """
     base = path.parent if base is None else base
     if not path.is_file():
-        raise DataError(f"{path} does not exist")
+        raise DataError(f"{path} {files.not_a_file(path)}")
     if path.suffix == ".jsonl" or (path.suffix == ".json" and _first_byte(path) == b"["):
         return [Source(path.stem, base, path)]
     problems: list[str] = []
@@ -129,7 +129,7 @@ def _source(name: str, values: Any, base: Path) -> Source:
         raise ValueError('"max_dynamic_patch" asks for tiles, which this model has not: leave it out')
     path = base / annotation
     if not path.is_file():
-        raise ValueError(f"the annotation {path} does not exist")
+        raise ValueError(f"the annotation {path} {files.not_a_file(path)}")
     if path.suffix not in (".jsonl", ".json"):
         raise ValueError(f"the annotation {path} is neither .jsonl nor .json")
     return Source(name, base / root, path, repeat, augment, length)

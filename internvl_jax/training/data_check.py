@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from internvl_jax import files
 from internvl_jax.config import ChatConfig
 from internvl_jax.processing.conversation import IMG_CONTEXT
 from internvl_jax.processing.images import load_processor
@@ -72,7 +73,7 @@ class SourceStats:
         if self.source.length is not None and self.source.length != self.entries:
             found.append(f'the meta file says "length" {self.source.length}, the annotation has {self.entries} entries')
         if self.images and not self.source.root.is_dir():
-            found.append(f"the images' directory {self.source.root} does not exist")
+            found.append(f"the images' directory {self.source.root} {files.not_a_directory(self.source.root)}")
         if self.cut:
             found.append(
                 f"{self.cut} of {len(self.tokens)} conversations are cut: longer rows would keep their answers"
@@ -156,6 +157,8 @@ def check(
     """
     if (limit is not None and limit < 1) or show < 0:
         raise DataError(f"nothing can be checked with limit {limit} and {show} samples shown")
+    meta, checkpoint = files.resolve(meta), files.resolve(checkpoint)
+    base = None if base is None else files.resolve(base)
     config = ChatConfig.from_file(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     processor = load_processor(checkpoint, config)

@@ -120,12 +120,16 @@ def prepare(
     Raises ValueErrors of the part that is wrong (ConfigError, CheckpointError, DataError, MeshError, LoraError,
     RunError), each saying what would be right.
     """
+    named = ("data", "output", "checkpoint", "base", "eval_data")
     with distributed.all_or_none():
-        return _prepared(options, report, progress)
+        paths: dict[str, Any] = {
+            name: files.resolve(path) for name in named if (path := getattr(options, name)) is not None
+        }
+        return _prepared(replace(options, **paths), report, progress)
 
 
 def _prepared(options: Options, report: Callable[[Problem], None] | None, progress: Progress | None) -> Run:
-    directory = NANO if options.checkpoint is None else options.checkpoint.expanduser()
+    directory = NANO if options.checkpoint is None else options.checkpoint
     base_config = _trainable(directory)
     config, recipe = base_config, options.recipe
     if options.image_size is not None:
@@ -355,7 +359,7 @@ def summary(made: Run) -> list[str]:
         bad = len(found.problems)
         lines.append(
             f"{bad} of {bad + len(found.sizes)} conversations looked at cannot be used and will be skipped "
-            f"(internvl-jax data check {options.data} lists them)"
+            f"(internvl-jax data check {files.quoted(options.data)} lists them)"
         )
     if made.going_on is not None:
         lines.append(f"{made.output} " + ("is done" if made.done else f"goes on after step {made.going_on}"))
@@ -367,22 +371,21 @@ def result(made: Run, outcome: Outcome | None) -> list[str]:
     if outcome is not None and not outcome.finished:
         return [f"stopped after step {outcome.step} of {made.settings.steps}, which is saved: the same command goes on"]
     model = made.output / MODEL
-    base = "" if made.options.checkpoint is None else f" --checkpoint {made.checkpoint}"
+    there, beside_it = files.quoted(model), files.quoted(model / ADAPTERS)
+    base = "" if made.options.checkpoint is None else f" --checkpoint {files.quoted(made.checkpoint)}"
     if made.recipe.lora and not made.recipe.train:
         return [
             f"adapters: {model}",
-            f"  internvl-jax chat{base} --adapters {model}",
-            f"  internvl-jax adapters merge {model} MERGED{base}    # a whole checkpoint",
-            f"  internvl-jax adapters to-peft {model} PEFT{base}    # for Hugging Face's peft",
+            f"  internvl-jax chat{base} --adapters {there}",
+            f"  internvl-jax adapters merge {there} MERGED{base}    # a whole checkpoint",
+            f"  internvl-jax adapters to-peft {there} PEFT{base}    # for Hugging Face's peft",
         ]
-    beside = f" --adapters {model / ADAPTERS}" if made.recipe.lora else ""
+    beside = f" --adapters {beside_it}" if made.recipe.lora else ""
     if beside:
-        merged = (
-            f"  internvl-jax adapters merge {model / ADAPTERS} MERGED --checkpoint {model}    # into one checkpoint"
-        )
+        merged = f"  internvl-jax adapters merge {beside_it} MERGED --checkpoint {there}    # into one checkpoint"
     else:
-        merged = f"  internvl-jax export {model} EXPORTED    # for PyTorch"
-    return [f"model: {model}", f"  internvl-jax chat --checkpoint {model}{beside}", merged]
+        merged = f"  internvl-jax export {there} EXPORTED    # for PyTorch"
+    return [f"model: {model}", f"  internvl-jax chat --checkpoint {there}{beside}", merged]
 
 
 def memory(made: Run) -> tuple[int, int]:
@@ -430,7 +433,9 @@ def _trainable(directory: Path) -> ChatConfig:
     if config.text is None or config.vision is None or config.projector is None:
         raise RunError(f"{directory} is no chat model: a tower, a projector and a language model are trained together")
     if not checkpoint.is_converted(directory):
-        raise RunError(f"{directory} is not converted: internvl-jax convert {directory} DIR, then --checkpoint DIR")
+        raise RunError(
+            f"{directory} is not converted: internvl-jax convert {files.quoted(directory)} DIR, then --checkpoint DIR"
+        )
     if scheme_of(checkpoint.stored_tree(directory)) is not None:
         raise RunError(f"{directory} is quantized: train the checkpoint that it was made from, and quantize the result")
     return config
