@@ -392,7 +392,7 @@ def _stacked(
         )
     rank = max(sum(part.a.shape[1] for part in parts) for parts in pairs.values())
     scales = {part.scale for parts in pairs.values() for part in parts}
-    scale = scales.pop() if len(scales) == 1 else 1.0
+    scale = next(iter(scales)) if len(scales) == 1 and any(scales) else 1.0
     plain = rank == peft.r and scale == peft.lora_alpha / rank
     table = {
         (tensor.path.partition("/layers/")[2].removesuffix("/kernel"), tensor.index[0]): tensor

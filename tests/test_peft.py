@@ -207,6 +207,7 @@ def test_odd_files_of_plain_adapters(base, tmp_path, logged):
     nothing = dict.fromkeys(("modules_to_save", "layer_replication", "loftq_config", "rank_pattern", "layers_pattern"))
     assert_close(base.ours(write_plain(tmp_path / "null", base, **nothing, use_dora=False, unheard_of=[])), expected, 0)
     assert_close(base.ours(write_plain(tmp_path / "alpha", base, lora_alpha=...)), expected, 0)  # 8 is the default
+    assert_close(base.ours(write_plain(tmp_path / "nought", base, lora_alpha=0)), base.logits, 0)
     with pytest.raises(ConversionError, match=r"q_proj.lora_A.weight is \(4, 48\), the model asks for \(8, 48\)"):
         base.ours(write_plain(tmp_path / "r", base, r=...))
     assert not logged
