@@ -179,6 +179,13 @@ def test_keys_that_nothing_reads_are_told_of(tmp_path, model, logged):
     assert logged == [f'{tmp_path}/a.jsonl:1: the key "img" is not read: images are read from "image" or "images"']
 
 
+def test_numbers_that_there_cannot_be(meta, model):
+    with pytest.raises(DataError, match=r"^workers is -1: it must be 0 \(threads\) or more$"):
+        open_data(meta, *model, PACKED, workers=-1)
+    with pytest.raises(DataError, match=r"^epochs is 0: it must be at least 1$"):
+        open_data(meta, *model, PACKED, epochs=0)
+
+
 def test_a_position_in_other_data_is_refused(meta, model):
     state = iter(open_data(meta, *model, PACKED)).get_state()
     for options in ({"seed": 1}, {"process": (0, 2)}, {"shuffle": False}):

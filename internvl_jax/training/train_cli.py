@@ -135,9 +135,9 @@ def _train(args: argparse.Namespace, join: Callable[[argparse.Namespace], None])
         drop_path=args.drop_path,
         train=None if args.train is None else tuple(args.train),
     )
-    for name in ("eval_batches", "log_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    for name, least in {"eval_batches": 1, "log_every": 1, "answers": 0, "workers": 0}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}")
     if importlib.util.find_spec("grain") is None:
         raise ImportError("training reads its data with grain: pip install 'internvl-jax[train]'")
 
