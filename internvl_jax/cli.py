@@ -454,9 +454,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     with progress_bar() as progress:
         size, summed = checkpoint.verify(args.directory, progress=progress)
-    checked = (
-        "sizes, checksums and finiteness checked" if summed else "sizes and finiteness checked, no checksums there"
-    )
+    checked = "sizes, checksums and numbers checked" if summed else "sizes and numbers checked; it has no checksums"
     err.print(f"{args.directory}: {size / 1e9:.2f} GB, {checked}")
     return 0
 

@@ -16,12 +16,13 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from golden import DATA, bundle
 from PIL import Image
 
 import internvl_jax
-from internvl_jax import arguments, cli, loading
+from internvl_jax import arguments, checkpoint, cli, loading
 
 BUNDLE, LLAVA = DATA / "internvl_chat_v1_1", DATA / "llava_1_5"
 CHECKPOINT = BUNDLE / "checkpoint"
@@ -607,3 +608,22 @@ def test_a_terminal_that_knows_no_chinese(cache):
     assert running.returncode == 0
     assert out.decode("ascii") == "".join(c if c.isascii() else "?" for c in TEXT["response"]) + "\n"
     assert b"Traceback" not in err
+
+
+def test_verify(run, tmp_path):
+    """What ships has no checksums; what is saved now has, and a flipped bit is found."""
+    nano = Path(internvl_jax.__file__).parent / "nano" / "model"
+    code, out, err = run("verify", str(nano))
+    assert (code, out) == (0, "")
+    assert "0.00 GB, sizes and numbers checked; it has no checksums" in " ".join(err.split())
+    checkpoint.save(tmp_path / "new", {"mlp1": {"norm": {"scale": np.ones(4, np.float32)}}})
+    code, out, err = run("verify", str(tmp_path / "new"))
+    assert code == 0
+    assert "sizes, checksums and numbers checked" in " ".join(err.split())
+    (tmp_path / "new" / "params" / "mlp1.norm.scale" / "0").write_bytes(bytes(16))
+    code, out, err = run("verify", str(tmp_path / "new"))
+    assert code == 2
+    assert "mlp1.norm.scale/0 is damaged" in "".join(err.split()).replace("isdamaged", " is damaged")
+    code, out, err = run("verify", str(tmp_path))
+    assert code == 2
+    assert "convert a checkpoint" in " ".join(err.split())

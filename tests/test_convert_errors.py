@@ -25,6 +25,7 @@ from checkpoints_convert.readers import open_weights  # noqa: E402
 from internvl_jax import checkpoint, files  # noqa: E402
 from internvl_jax.config import ChatConfig, ConfigError  # noqa: E402
 from internvl_jax.models import chat_model  # noqa: E402
+from internvl_jax.training import saving  # noqa: E402
 
 SHARD = "pytorch_model-00001-of-00002.bin"
 
@@ -428,6 +429,8 @@ def test_names_that_tensorstore_misreads(name, tmp_path):
             convert(VIT_BIN, place)
         with pytest.raises(checkpoint.CheckpointError, match="rename the directory"):
             checkpoint.save(place, {"mlp1": {"norm": {"scale": np.ones(4)}}})
+        with pytest.raises(checkpoint.CheckpointError, match="rename the directory"):
+            saving.is_there(place, {})
     assert not os.listdir(tmp_path)
     shutil.copytree(VIT_BIN, tmp_path / name)
     if not name.isprintable():  # torch cannot either

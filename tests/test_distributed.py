@@ -101,6 +101,8 @@ def test_an_error_on_one_process_stops_both(tmp_path):
     assert "exists already" in second["messages"][0]
     assert first["messages"][1] == "stopped here because of an error elsewhere: process 1: cable unplugged"
     assert second["messages"][1] == "cable unplugged"
+    assert [len(one["messages"]) for one in (first, second)] == [3, 3]
+    assert first["messages"][2] == "stopped here because of an error elsewhere: process 1: cable unplugged"
     assert not (tmp_path / "fails").exists()
 
 

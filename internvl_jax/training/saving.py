@@ -26,6 +26,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from internvl_jax import distributed, files
+from internvl_jax.leaf_files import check_place
 from internvl_jax.training.damage import DATA, STATE, find_damage
 from internvl_jax.training.state import Place, State
 
@@ -212,6 +213,7 @@ def is_there(directory: str | Path, settings: dict[str, Any]) -> bool:
 
     Raises RunError that lists the settings that differ, and for a directory that holds something else.
     """
+    check_place(directory)  # Orbax writes the steps through TensorStore
     path = Path(directory) / RUN
     if not os.path.lexists(path):
         # files.claim puts its lock inside where it cannot be beside: a mounted disk.
