@@ -325,9 +325,9 @@ class Chat:
             raise ValueError(f"{self.name} has no tokenizer files: put them beside its config.json, or use generate()")
         if self.config.template not in TEMPLATES:
             raise ValueError(
-                f"{self.name} was trained with another conversation template ({self.config.template or 'not named'}) "
-                f"than the known ones, {', '.join(sorted(TEMPLATES))}: if it is one of them, name it (`template` in "
-                "config.json, load(template=...), --template); otherwise write the prompt yourself and use generate()"
+                f"{self.name} was trained with the conversation template {self.config.template!r}, and the known ones "
+                f"are {', '.join(sorted(TEMPLATES))}: set `template` in its config.json, load(template=...) or "
+                "--template if it is one of them, or write the prompt yourself and use generate()"
             )
 
     def _check_generation(self, values: dict[str, Any]) -> None:
