@@ -38,8 +38,8 @@ class Benchmark:
     def generation(self, codebase: Codebase, num_beams: int | None = None) -> dict[str, int]:
         """Settings of GenerationConfig with which the published figures were made; never sampled."""
         if codebase == "llava":
-            return {"max_new_tokens": self.llava_new_tokens, "num_beams": num_beams or 1}
-        beams = num_beams or BEAMS
+            return {"max_new_tokens": self.llava_new_tokens, "num_beams": 1 if num_beams is None else num_beams}
+        beams = BEAMS if num_beams is None else num_beams
         return {"max_new_tokens": self.new_tokens, "min_new_tokens": self.min_new_tokens, "num_beams": beams}
 
 

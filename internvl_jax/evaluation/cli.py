@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from internvl_jax import arguments, files
 from internvl_jax.evaluation.benchmarks import BEAMS, BENCHMARKS
@@ -62,17 +62,19 @@ def _add_run_options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--checkpoint", type=arguments.path, metavar="DIR", help="as for chat; default: nano")
     one.add_argument("--out", type=arguments.path, metavar="DIR", help="the run's directory (runs/BENCHMARK-MODEL)")
     one.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    one.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
+    one.add_argument("--limit", type=arguments.count, metavar="N", help="the first N questions only")
     one.add_argument("--batch", type=int, default=8, metavar="N", help="questions at once, per model (8)")
     one.add_argument("--mesh", metavar="SPEC", help="as for batch")
     one.add_argument("--dtype", choices=["float32", "bfloat16"], help="as for chat")
     one.add_argument(
         "--num-beams",
-        type=int,
+        type=arguments.count,
         metavar="N",
         help=f"default: as for the published figures, {BEAMS} for V1-1, 1 for V1-0 and LLaVA",
     )
-    one.add_argument("--max-new-tokens", type=int, metavar="N", help="default: as for the published figures")
+    one.add_argument(
+        "--max-new-tokens", type=arguments.count, metavar="N", help="default: as for the published figures"
+    )
 
 
 def _add_score(parts: argparse._SubParsersAction) -> None:
@@ -175,10 +177,7 @@ def _answer(args: argparse.Namespace, made: Plan) -> int:
     from internvl_jax.evaluation.report import result
     from internvl_jax.evaluation.run import answer, prepare
     from internvl_jax.loading import load
-    from internvl_jax.sampling import GenerationConfig
 
-    settings: dict[str, Any] = dict(made.generation)
-    GenerationConfig(**settings)
     work = prepare(made, args.mesh)
     with progress_bar() as progress:
         chat = load(

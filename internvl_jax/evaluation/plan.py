@@ -28,6 +28,7 @@ from internvl_jax.evaluation.items import (
     refuse,
 )
 from internvl_jax.evaluation.submissions import import_openpyxl
+from internvl_jax.sampling import GenerationConfig
 
 # All that a run, or the grading of one, writes beside its pictures.
 WRITTEN = (
@@ -45,7 +46,7 @@ class Plan:
     folder: Folder
     items: Sequence[Item]
     out: Path
-    generation: dict[str, int]
+    generation: dict[str, Any]
     limit: int | None
     model: str
     precision: dict[str, str | None]  # dtype, quantize and cache_dtype as asked for; None: the checkpoint's own
@@ -99,9 +100,10 @@ def plan(
     items = benchmark.read(folder, codebase)[:limit]
     if not items:
         raise EvaluationError(f"{data} has no questions of {benchmark.title}")
-    generation = benchmark.generation(codebase, num_beams)
+    generation: dict[str, Any] = dict(benchmark.generation(codebase, num_beams))
     if max_new_tokens is not None:
         generation["max_new_tokens"] = max_new_tokens
+    GenerationConfig(**generation)  # refuses what makes no sense before anything is written
     made = Plan(name, codebase, folder, items, out, generation, limit, model, precision or {})
     if benchmark.needs_xlsx:
         import_openpyxl()
