@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from golden import DATA, bundle
 from PIL import Image
 
 import internvl_jax
-from internvl_jax import arguments, checkpoint, cli, loading
+from internvl_jax import arguments, checkpoint, cli, entry, loading
 
 BUNDLE, LLAVA = DATA / "internvl_chat_v1_1", DATA / "llava_1_5"
 CHECKPOINT = BUNDLE / "checkpoint"
@@ -476,6 +477,14 @@ def test_a_script_that_got_no_answer_fails(golden):
     assert golden(stdin="<image> what?\n/image nowhere.png\n")[:2] == (1, "")
     assert golden(stdin="bytes \udcff\n/quit\n")[:2] == (1, "")
     assert golden(stdin="\n/help\n")[0] == 0
+
+
+def test_sigterm_ends_a_session_not_an_answer(golden, monkeypatch):
+    def answer(*_):
+        raise entry.Terminated(signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "_answer", answer)
+    assert golden(stdin="Hi\nHi again\n") == (143, "", "ended by SIGTERM\n")
 
 
 def test_a_session_with_beams_and_pictures_from_the_start(golden):

@@ -1,7 +1,10 @@
 """Start-up of several processes; two real ones that load, answer and save together."""
 
+import ctypes
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -261,3 +264,28 @@ def test_a_port_in_use():
         port = server.getsockname()[1]
         with pytest.raises(DistributedError, match=f"port {port} cannot be opened"):
             roll_call(Cluster("a test", f"127.0.0.1:{port}", 2, 0, {}), 5.0)
+
+
+def test_a_handler_that_cpp_has_replaced_comes_back():
+    """As jax's preemption service replaces the one for SIGTERM."""
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append("python"))
+    try:
+        ctypes.CDLL(None).signal(signal.SIGUSR1, 1)  # SIG_IGN, behind Python's back
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert seen == []
+        distributed._take_back(signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert seen == ["python"]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_errors_of_any_text_reach_the_others(monkeypatch):
+    sent = []
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    monkeypatch.setattr(distributed, "exchange", lambda message: sent.append(message) or [message, b""])
+    with pytest.raises(ValueError, match="\ud800"), distributed.all_or_none():
+        raise ValueError("\ud800")
+    assert len(sent) == 1
+    assert b"ud800" in sent[0]
