@@ -287,7 +287,7 @@ class _Whole(nn.Module):
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def _tower_config(raw: dict[str, Any]) -> Any:

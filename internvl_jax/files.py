@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import glob
 import hashlib
 import json
 import logging
@@ -332,6 +333,8 @@ def new_directory(
             stack.enter_context(claim(destination))
             refuse_existing()  # the one who held the claim may have made it
             remove_leftovers(destination)
+            for older in sorted(existing.glob(f"{glob.escape(destination.name)}.tmp-[0-9]*")):
+                logger.warning("%s looks like what an interrupted run of an earlier version left: remove it", older)
             if os.path.lexists(temporary):  # of a process that had this one's number, as happens in containers
                 _remove_leftover(temporary)
             free = shutil.disk_usage(existing).free

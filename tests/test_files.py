@@ -158,8 +158,14 @@ def test_new_directory_appears_whole_or_not_at_all(tmp_path, logged):
         fill(OSError(28, "No space left on device"))
     (tmp_path / "a").mkdir()
     files.temporary_path(wanted).mkdir()  # of a killed process that had this one's number
+    older = tmp_path / "a" / "model.tmp-712"
+    older.mkdir()
     fill()
-    assert logged == [f"removing {files.temporary_path(wanted)}, which an interrupted process left"]
+    assert logged == [
+        f"{older} looks like what an interrupted run of an earlier version left: remove it",
+        f"removing {files.temporary_path(wanted)}, which an interrupted process left",
+    ]
+    older.rmdir()
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/model", "a/model/file"]
     with pytest.raises(files.OutputError, match="exists already"):
         fill()
