@@ -565,6 +565,10 @@ def test_special_tokens_that_are_typed_can_be_ordinary_text(either):
         assert ids.count(index) == 1
         first = either.encode(f"a{token}", add_bos=False)
         assert ids[: len(first)] == first
+        # Side by side, each is what it is said to be.
+        for text, start in ((f"{token}x{token}", len(token)), (f"{token}{token}x", len(token))):
+            assert either.encode(text, add_bos=False, literal=[(start, len(text))]).count(index) == 1
+            assert either.encode(f"{token}x", add_bos=False, literal=[(len(token), len(text))]).count(index) == 1
     for case in GOLDENS["tokenizer_encode"]:
         if not special_tokens_in(either, case["text"]):
             assert either.encode(case["text"], literal=everything_literal(case["text"])) == either.encode(case["text"])

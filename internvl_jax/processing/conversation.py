@@ -80,9 +80,6 @@ class Turn(tuple[str, str]):
         turn.stated = images is not None
         return turn
 
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return tuple(self), self.images if self.stated else None
-
 
 def as_turn(turn: Any) -> Turn:
     """A Turn of a pair of texts, or of texts and a number of images. Raises ValueError for anything else."""
@@ -206,7 +203,7 @@ def prepare_prompt(
     turns = [as_turn(turn) for turn in history]
     own, in_system = count_placeholders(question), count_placeholders(system or "")
     earlier = in_system + images_of(turns)
-    if earlier > num_images or not _agree(own, num_images - earlier):
+    if not _agree(own, num_images - earlier):
         placeholders = in_system + own + sum(count_placeholders(*turn) for turn in turns)
         if earlier and placeholders <= num_images:
             raise ValueError(
