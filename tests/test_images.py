@@ -321,6 +321,14 @@ def test_bombs_are_refused_before_they_are_unpacked(tmp_path):
         load(png_header(9000, 9000), max_pixels=1_000_000)
     with pytest.raises(ImageError, match="30 x 20 pixels, more than 599"):
         load(Image.new("L", (30, 20)), max_pixels=599)
+    with pytest.raises(ImageError, match="30 x 20 pixels, more than 599"):
+        load(np.zeros((20, 30), np.uint8), max_pixels=599)
+    with pytest.raises(ImageError, match="30 x 20 pixels, more than 599"):
+        load(encoded(Image.new("L", (30, 20))), max_pixels=599)
+    growing = Image.new("L", (2, 2))  # as an icon whose header does not tell the truth
+    growing.load = lambda: setattr(growing, "_size", (30, 20))
+    with pytest.raises(ImageError, match="30 x 20 pixels, more than 599"):
+        load(growing, max_pixels=599)
     assert load(Image.new("L", (30, 20)), max_pixels=600).size == (30, 20)
 
 
@@ -666,6 +674,7 @@ def test_keys_that_may_be_missing(tmp_path):
         ({"resample": 2}, r"resample 2: only 3 \(bicubic\)"),
         ({"resample": None}, "resample None"),
         ({"rescale_factor": 1.0}, "rescale_factor 1.0: only 1/255"),
+        ({"rescale_factor": 0.00393}, "rescale_factor 0.00393: only 1/255"),
         ({"rescale_factor": None}, "rescale_factor None: only 1/255"),
         ({"image_mean": [0.5, 0.5]}, "needs image_mean, a list of three numbers"),
         ({"image_mean": 0.5}, "needs image_mean"),

@@ -248,8 +248,9 @@ def unread_keys(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def typed_tokens(tokenizer: Tokenizer, entry: dict[str, Any]) -> tuple[str, ...]:
-    """The special tokens, like </s> and <img>, that are written in an entry's text: they are learned as tokens, as in the
-    reference. Not the placeholders of images, nor the marks of boxes, which data sets write on purpose.
+    """The special tokens, like </s> and <img>, that are written in an entry's text: tokens in the reference too.
+
+    Not the placeholders of images, nor the marks of boxes, which data sets write on purpose.
     """
     turns = entry.get("conversations")
     texts = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
