@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,10 +19,13 @@ from internvl_jax.chat import Chat
 from internvl_jax.config import ChatConfig, ConfigError, read_json
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import BATCH, Params
+from internvl_jax.processing.chat_template import template_of
 from internvl_jax.processing.conversation import TEMPLATES
 from internvl_jax.processing.images import load_processor
 from internvl_jax.processing.tokenizer import load_tokenizer
 from internvl_jax.quantize import QuantizeError, Scheme, quantize_params, scheme_of
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 
@@ -76,6 +80,13 @@ def load(
                 f"there is no conversation template {template!r}; there are {', '.join(sorted(TEMPLATES))}"
             )
         config = replace(config, template=template)
+    elif config.layout == "llava_hf" and not _says_template(directory, config):
+        logger.warning(
+            "%s says nowhere which conversation template it was trained with: %s is assumed; load(template=...) or "
+            "--template names another",
+            directory,
+            config.template,
+        )
     if mesh is None:
         if vision is not None:
             raise ValueError(f"vision={vision!r} says how the tower lies on a mesh: pass a mesh too")
@@ -108,6 +119,11 @@ def load(
         mesh=mesh,
         image_axes=BATCH if mesh is None else sharding.IMAGE_AXES[vision],
     )
+
+
+def _says_template(directory: Path, config: ChatConfig) -> bool:
+    named = read_json(directory / "config.json").get("template")
+    return named is not None or template_of(directory, config.layout) is not None
 
 
 def abstract_for_running(config: ChatConfig, dtype: Any) -> Params:

@@ -128,6 +128,21 @@ def test_llavas_own_layout_goes_by_the_name(tmp_path):
     assert template_of(tmp_path / "LLaVA-Llama-2-13b", "llava_hf") is None
 
 
+def test_a_template_that_nothing_names_is_said(tmp_path, logged):
+    directory = shutil.copytree(HF, tmp_path / "model")
+    internvl_jax.load(directory)
+    assert [text.split(": ")[0] for text in logged] == [
+        f"{directory} says nowhere which conversation template it was trained with"
+    ]
+    internvl_jax.load(directory, template="vicuna_v1")
+    write(directory, "chat_template.json", {"chat_template": LLAVA_HF})
+    internvl_jax.load(directory)
+    assert len(logged) == 1
+    (directory / "chat_template.json").write_text("{")
+    with pytest.raises(ValueError, match=r"chat_template\.json is not readable JSON"):
+        internvl_jax.load(directory)
+
+
 def test_a_checkpoint_of_another_template_is_not_asked_in_ours(tmp_path):
     directory = shutil.copytree(HF, tmp_path / "model")
     config = json.loads((directory / "tokenizer_config.json").read_text())

@@ -121,9 +121,9 @@ def _tokens(directory: Path) -> tuple[str, str]:
 
 
 def _values(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none: files that are damaged are for those to name who need them."""
+    """A JSON object, empty where there is no file. One that cannot be read might have said which template it is."""
     try:
         value = files.read_json(path)
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
     return value if isinstance(value, dict) else {}
