@@ -475,6 +475,20 @@ def test_images_are_taken_in_prompt_order(tiny):
     assert_close(swapped[::-1], logits, 1e-5, "swapped")
 
 
+def test_images_that_are_not_square(tiny):
+    """Rows of patches are rows: each visual token is the square of 2 x 2 patches at its place."""
+    config, params = tiny
+    config = dataclasses.replace(config, ps_version="v2")
+    size, width = config.vision.patch_size, config.vision.hidden_size
+    projected, out = encode(params, config, noise(2, 3, 4 * size, 6 * size), collect=True)
+    grid = out["selected"].reshape(2, 4, 6, width)
+    tokens = out["unshuffled"].reshape(2, 2, 3, 4 * width)
+    for row, column in np.ndindex(2, 3):
+        square = grid[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(2, -1)
+        assert np.array_equal(np.sort(tokens[:, row, column]), np.sort(square))
+    assert projected.shape == (2, 6, config.text.hidden_size)
+
+
 @pytest.mark.parametrize("select_layer", [-5, -2, 3])
 def test_select_layer(tiny, select_layer):
     """hidden_states[select_layer] without the class token, whether the layers past it are there or not."""

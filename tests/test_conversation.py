@@ -124,6 +124,15 @@ def test_each_turn_has_the_images_that_came_with_it():
     assert [turn.images for turn in combine_images([("a", "b")], 3)] == [0]
 
 
+def test_images_of_a_system_message_come_first_and_are_its_own():
+    prompt = prepare_prompt(ZH, "<image> q", [("<image> a", "b")], 4, 1, system="<image> s")
+    assert prompt == (
+        f"{images(1)} s <human>: {images(1)} a <bot>: b</s><human>: {images(2)} q <bot>:"
+    )  # 4 images: of the system message, of the history, and both others of the question
+    with pytest.raises(ValueError, match="2 <image> placeholders for 1 image"):
+        prepare_prompt(ZH, "<image> q", [], 1, 1, system="<image> s")
+
+
 def test_turns_are_pairs_that_know_their_images():
     turn = Turn(("<image> a", "b"), 2)
     assert turn == ("<image> a", "b")

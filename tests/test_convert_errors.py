@@ -201,7 +201,8 @@ def test_pickle_of_other_things(tmp_path):
         ("[]", "holds a JSON list"),
         ("{}", "weight_map"),
         ('{"weight_map": {"a": 3}}', "weight_map"),
-        ('{"weight_map": {"a": "../other/pytorch_model.bin"}}', "outside its directory"),
+        ('{"weight_map": {"a": "../other/pytorch_model.bin"}}', "outside its directory: ../other/pytorch_model.bin"),
+        ('{"weight_map": {"a": "/other/pytorch_model.bin"}}', "outside its directory: /other/pytorch_model.bin"),
     ],
 )
 def test_unreadable_index(content, words, broken, tmp_path):

@@ -243,6 +243,17 @@ def test_data_of_which_nothing_can_be_used(tmp_path, model):
         next(iter(open_data(tmp_path / "a.jsonl", *model, PACKED)))
 
 
+def test_a_few_bad_samples_may_come_again_in_every_epoch(tmp_path, model):
+    """Only a whole epoch without a usable sample ends the run, not as many problems over the epochs."""
+    write_data(tmp_path, 4, every_other_image=False)
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write("{}\n")
+    loader = open_data(tmp_path / "a.jsonl", *model, PACKED, epochs=8)
+    found = Counter(answer for batch in loader for answer in answers(batch, model[1]))
+    assert found == {f"a {number}": 8 for number in range(4)}
+    assert sum(loader.problems.counts.values()) == 8
+
+
 def test_worker_processes_give_the_same_batches_and_positions(meta, model):
     damage(meta.parent)
     alone = iter(open_data(meta, *model, PACKED))

@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -191,3 +192,17 @@ def test_new_directory_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(OSError, match="file/model") as caught, files.new_directory(tmp_path / "file" / "model"):
         pass
     assert caught.value.filename == str(tmp_path / "file" / "model")
+
+
+def test_new_directory_leaves_some_room_on_the_disk(tmp_path, monkeypatch):
+    """What is needed must fit beside a reserve, to the byte."""
+    left = SimpleNamespace(free=10**9 + files._SPARE)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: left)
+    with files.new_directory(tmp_path / "a", 10**9):
+        pass
+    assert (tmp_path / "a").is_dir()
+    left.free -= 1
+    refused = r"b needs 1\.02 GB, .* has 1\.02 GB left"
+    with pytest.raises(files.OutputError, match=refused), files.new_directory(tmp_path / "b", 10**9):
+        pass
+    assert not (tmp_path / "b").exists()

@@ -344,9 +344,10 @@ def test_an_icon_that_is_larger_than_its_header_says():
         load(bytes(file[:22]) + png_header(60_000, 60_000))
 
 
-def test_a_side_longer_than_pil_has_a_table_for():
-    with pytest.raises(ImageError, match="8388609 x 1 pixels, a side above 8,388,608: cut it into pieces"):
-        load(png_header(8_388_609, 1))
+@pytest.mark.parametrize(("width", "height"), [(8_388_609, 1), (1, 8_388_609)])
+def test_a_side_longer_than_pil_has_a_table_for(width, height):
+    with pytest.raises(ImageError, match=f"{width} x {height} pixels, a side above 8,388,608: cut it into pieces"):
+        load(png_header(width, height))
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])

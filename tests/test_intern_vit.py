@@ -271,6 +271,19 @@ def test_drop_path_is_off_without_a_key():
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "tuple"])
+def test_drop_path_does_not_depend_on_layers_that_do_not_run(stacked):
+    """The first layers of a tower drop what they drop in the whole one: rates and draws are a layer's own."""
+    config, params = tiny(layers=4, drop_path_rate=0.5)
+    image, key = pixels(0, 8, 3, 16, 16), jax.random.key(3)
+    states = run(params, config, image, collect=True, drop_path_key=key)[1]["hidden_states"]
+    assert np.abs(states - run(params, config, image, collect=True)[1]["hidden_states"])[3].max() > 0.1
+    for tree in (params, kept(params, 3)):
+        tree = tree if stacked else {**tree, "layers": unstack(tree["layers"])}
+        last, _ = run(tree, config, image, num_layers=3, drop_path_key=key)
+        assert_close(last, states[3], 1e-5, "3 of 4 layers")
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "tuple"])
 def test_drop_path_drops_whole_branches_and_scales_the_rest(stacked):
     """Rates grow linearly with depth from 0; a branch of an image is dropped as a whole or divided by the rate kept."""
     config, params = tiny(image_size=4, drop_path_rate=0.4, hidden_size=8, num_attention_heads=1, intermediate_size=8)

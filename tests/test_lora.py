@@ -63,6 +63,21 @@ def test_merged_equals_unmerged():
     assert evaluate(lora.attach(loose, adapters, BOTH), config, batch).loss == pytest.approx(attached.loss, abs=2e-5)
 
 
+def test_a_merged_kernel_is_rounded_once():
+    """1 + 2^-8 + 2^-17 is nearer to bfloat16's 1 + 2^-7 than to 1; rounded before it is added, the product makes 1."""
+
+    def tree(**leaves):
+        layer = {name: jnp.full((1, 1, 1), value, dtype) for name, (value, dtype) in leaves.items()}
+        return {"language_model": {"layers": {"mlp": {"up_proj": layer}}}}
+
+    params = tree(kernel=(1, jnp.bfloat16))
+    adapters = tree(lora_a=(1, jnp.float32), lora_b=(2**-8 + 2**-17, jnp.float32))
+    merged = lora.merge(params, adapters, {"language_model": Lora(1, alpha=1)})
+    kernel = merged["language_model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16
+    assert float(kernel[0, 0, 0]) == 1 + 2**-7
+
+
 def test_every_target_matters():
     config = tiny()
     params, batch = random_params(config), batch_of(config, [[40]], 48)

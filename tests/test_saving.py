@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 from test_objective import tiny
 from test_trainer import steps_of
 from training_cases import RECIPES, run
@@ -18,6 +19,7 @@ from training_cases import RECIPES, run
 from internvl_jax import files
 from internvl_jax.config import ChatConfig
 from internvl_jax.loading import NANO
+from internvl_jax.training import damage as damage_of
 from internvl_jax.training import run as training_run
 from internvl_jax.training import saving, state
 from internvl_jax.training.saving import RunError
@@ -305,3 +307,28 @@ def test_a_lock_inside_is_nothing_that_a_directory_holds(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(RunError, match=r"is not empty and holds no run\.json"):
         saving.is_there(tmp_path, {"steps": 3})
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [({"steps": 3}, "recipe.lora was 4, is None"), ({"steps": 3, "recipe": {"lora": 4, "clip": 1}}, "recipe.clip was")],
+)
+def test_a_setting_that_is_gone_or_new_makes_another_run(tmp_path, now, said):
+    before = {"steps": 3, "recipe": {"lora": 4}}
+    saving.begin(tmp_path, before)
+    assert saving.is_there(tmp_path, before)
+    with pytest.raises(RunError, match=f"another run's: {said}"):
+        saving.is_there(tmp_path, now)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_every_chunk_of_an_array_is_looked_at(tmp_path, number):
+    """Of an array whose last chunk is a part of one."""
+    database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{tmp_path}/"}}
+    metadata = {"shape": [5], "chunks": [2], "dtype": "<f4", "fill_value": None}
+    spec = {"driver": "zarr", "kvstore": {**database, "path": "a/"}, "metadata": metadata}
+    ts.open(spec, create=True).result().write(np.ones(5, np.float32)).result()
+    damage_of._read_arrays(tmp_path)
+    ts.KvStore.open(database).result().write(f"a/{number}", None).result()  # deleted
+    with pytest.raises(ValueError, match="NOT_FOUND"):
+        damage_of._read_arrays(tmp_path)

@@ -1,5 +1,6 @@
 """The training loop: it learns, it can be killed anywhere and goes on bit for bit, it notices what is wrong."""
 
+import itertools
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from golden import assert_close
 from test_objective import IMAGE, random_params, tiny
 from training_cases import RECIPES, Batches, run
 
-from internvl_jax.training import optimizer
+from internvl_jax.training import optimizer, trainer
 from internvl_jax.training.saving import RunError
 from internvl_jax.training.state import ADAPTERS, Place, init_state
 from internvl_jax.training.trainer import Settings, TrainingError, make_step, put_batch, stack_batches
@@ -248,6 +250,42 @@ def test_loss_that_is_no_number_stops_with_its_batch(tmp_path):
     assert len(steps_of(tmp_path / "run")) == 4
     run(tmp_path / "run", 6)  # with the batch mended, it goes on
     assert [entry["step"] for entry in steps_of(tmp_path / "run")] == list(range(1, 7))
+
+
+def test_a_step_is_saved_after_its_loss_was_looked_at(tmp_path):
+    """The step that broke the run is one that was to be saved: resumed, it would be broken from the beginning."""
+
+    class Poisoned(Batches):
+        def make(self, number):
+            batch = super().make(number)
+            return batch.replace(pixel_values=batch.pixel_values * np.nan) if number == 3 else batch
+
+    with pytest.raises(TrainingError, match=r"step 4: the loss is nan.*The last saved step is 2"):
+        run(tmp_path / "run", 6, batches=Poisoned(tiny()))
+    assert sorted(path.name for path in (tmp_path / "run" / "steps").iterdir()) == ["2"]
+
+
+def test_the_time_of_an_evaluation_is_no_steps(tmp_path, monkeypatch):
+    """Of a clock that goes a millisecond forward when it is read, and 100 seconds while something is evaluated."""
+    reads = itertools.count()
+    evaluated = []
+
+    def evaluate(state, frozen):
+        evaluated.append(int(state.step))
+        return {"heldout_loss": 1.0}
+
+    clock = SimpleNamespace(perf_counter=lambda: next(reads) / 1000 + 100 * len(evaluated))
+    monkeypatch.setattr(trainer, "time", clock)
+    run(tmp_path / "run", 6, evaluate=evaluate, eval_every=2)
+    assert evaluated == [2, 4, 6]
+    entries = steps_of(tmp_path / "run")
+    steps = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in entries if "heldout_loss" in entry] == evaluated
+    assert len(steps) == 6
+    assert all(0 < entry["seconds"] < 1 for entry in steps)
+    for entry in steps:  # rates are of all tokens, those that are not learned included
+        assert entry["read"] > entry["supervised"]
+        assert entry["tokens_per_second"] == pytest.approx(entry["read"] / entry["seconds"])
 
 
 def test_no_room_leaves_the_last_good_step(tmp_path, monkeypatch):

@@ -92,13 +92,25 @@ def make_step(config, recipe, settings, adamw, image_token_id, place, make=train
     return compiled[key]
 
 
-def run(directory, steps, name="lora", *, batches=None, place=None, params=None, log=None, alone=False, **settings):
+def run(
+    directory,
+    steps,
+    name="lora",
+    *,
+    batches=None,
+    place=None,
+    params=None,
+    log=None,
+    alone=False,
+    evaluate=None,
+    **settings,
+):
     """name: of RECIPES, or a recipe. alone: with a step of its own, whose compiles are counted. settings: of Settings;
     from_scratch is train's."""
     if not alone:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer, "make_step", make_step)
-            options = {"batches": batches, "place": place, "params": params, "log": log}
+            options = {"batches": batches, "place": place, "params": params, "log": log, "evaluate": evaluate}
             return run(directory, steps, name, alone=True, **options, **settings)
     place = Place(tiny()) if place is None else place
     config = place.config
@@ -106,7 +118,7 @@ def run(directory, steps, name="lora", *, batches=None, place=None, params=None,
         params = jax.tree.map(jax.numpy.asarray, random_params(config))
         if place.mesh is not None:
             params = sharding.place_params(params, config, place.mesh, vision=place.vision)
-    options = {"log": log, "from_scratch": settings.pop("from_scratch", False)}
+    options = {"log": log, "evaluate": evaluate, "from_scratch": settings.pop("from_scratch", False)}
     settings = Settings(**{"steps": steps, "save_every": 2, "log_every": 1, "remat": "none", **settings})
     batches = Batches(config) if batches is None else batches
     recipe = RECIPES[name] if isinstance(name, str) else name
