@@ -14,7 +14,7 @@ import pytest
 import tensorstore as ts
 from test_objective import tiny
 from test_trainer import steps_of
-from training_cases import RECIPES, run
+from training_cases import RECIPES, Batches, run
 
 from internvl_jax import files
 from internvl_jax.config import ChatConfig
@@ -58,6 +58,15 @@ def saved(straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "run")
     values = (tmp_path / "run" / "steps" / "6" / "state" / "ocdbt.process_0" / "d").iterdir()
     return tmp_path / "run", max(values, key=lambda path: path.stat().st_size)
+
+
+class Interrupted(Batches):
+    """Broken off at the fourth batch, as a second Ctrl-C would."""
+
+    def make(self, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return super().make(number)
 
 
 def restored(directory, like):
@@ -141,6 +150,59 @@ def test_no_whole_step_never_begins_anew_untold(logged, straight, saved):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.state), straight[1])
     assert sorted(path.name for path in (directory / "steps-before").iterdir()) == ["damaged-4", "damaged-6"]
     assert logged[-1].endswith("what was saved before is in " + str(directory / "steps-before"))
+
+
+@pytest.mark.parametrize("kind", ["deleted", "emptied", "not mounted"])
+def test_a_run_whose_steps_are_gone_never_begins_anew_untold(straight, saved, kind):
+    directory, _ = saved
+    steps = directory / "steps"
+    assert json.loads((directory / "saved.json").read_text()) == {"step": 6}
+    shutil.rmtree(steps)
+    if kind == "emptied":
+        steps.mkdir()
+    if kind == "not mounted":
+        steps.symlink_to(directory / "disk" / "steps")
+    said = "a link to .*disk/steps, where nothing" if kind == "not mounted" else "no steps, but .*saved.json.*scratch"
+    metrics = (directory / "metrics.jsonl").read_text()
+    for _ in range(2):  # the first refusal changes nothing
+        with pytest.raises(RunError, match=said):
+            run(directory, 6)
+    assert (directory / "metrics.jsonl").read_text() == metrics
+    if kind != "not mounted":
+        run(directory, 6, from_scratch=True)
+        assert [entry["step"] for entry in steps_of(directory)][-6:] == [1, 2, 3, 4, 5, 6]
+        assert json.loads((directory / "saved.json").read_text()) == {"step": 6}
+
+
+def test_what_was_saved_is_recorded_while_the_run_goes_on(tmp_path):
+    """So that a run that was killed later is known to have had steps."""
+    seen = []
+    run(tmp_path / "run", 5, log=lambda entry: seen.append((tmp_path / "run" / "saved.json").exists()))
+    assert seen[:2] == [False, False]  # nothing was saved then
+    assert seen[-1]  # step 2 is whole when step 4 begins to be saved
+    assert json.loads((tmp_path / "run" / "saved.json").read_text()) == {"step": 5}
+
+
+def test_a_run_that_was_killed_before_its_first_save_begins_by_itself(straight, tmp_path):
+    directory = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(directory, 6, batches=Interrupted(tiny()), save_every=4)
+    assert [entry["step"] for entry in steps_of(directory)] == [1, 2]
+    assert not (directory / "saved.json").exists()
+    run(directory, 6, save_every=4)
+    assert [entry["step"] for entry in steps_of(directory)] == [1, 2, 1, 2, 3, 4, 5, 6]
+
+
+def test_only_whole_steps_are_recorded(straight, tmp_path):
+    """One that is still being written is none."""
+    with saving.Steps(tmp_path / "run", Place(tiny())) as steps:
+        steps._unrecorded = 2
+        (steps.directory / "2.orbax-checkpoint-tmp").mkdir()
+        steps.record()
+        assert not (tmp_path / "run" / "saved.json").exists()
+        (steps.directory / "2.orbax-checkpoint-tmp").rename(steps.directory / "2")
+        steps.record()
+    assert json.loads((tmp_path / "run" / "saved.json").read_text()) == {"step": 2}
 
 
 def test_a_second_damage_of_a_step_has_another_name(logged, straight, saved):

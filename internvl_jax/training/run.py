@@ -3,7 +3,7 @@
 OUTPUT/run.json       what the run is (saving.py)       OUTPUT/metrics.jsonl   every step's numbers
 OUTPUT/steps/         where it can go on from           OUTPUT/answers.jsonl   answers to held-out questions
 OUTPUT/model/         the model, or its adapters, at the end
-OUTPUT/log.txt        what was said to the terminal
+OUTPUT/log.txt        what was said to the terminal     OUTPUT/saved.json      the last saved step (saving.py)
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Run:
     @property
     def done(self) -> bool:
         """Whether nothing is left to do."""
-        return self.going_on == self.settings.steps and (self.output / MODEL).exists()
+        return (self.output / MODEL).exists()  # which is written at the end, and whole
 
 
 def prepare(
@@ -361,8 +361,10 @@ def summary(made: Run) -> list[str]:
             f"{bad} of {bad + len(found.sizes)} conversations looked at cannot be used and will be skipped "
             f"(internvl-jax data check {files.quoted(options.data)} lists them)"
         )
-    if made.going_on is not None:
-        lines.append(f"{made.output} " + ("is done" if made.done else f"goes on after step {made.going_on}"))
+    if made.done:
+        lines.append(f"{made.output} is done")
+    elif made.going_on is not None:
+        lines.append(f"{made.output} goes on after step {made.going_on}")
     return lines
 
 

@@ -4,6 +4,7 @@
     DIRECTORY/steps/1200/       Orbax's: the State in true shapes, the place in the data of every share, checksums
     DIRECTORY/steps/damaged-N   a step whose content is damaged; the one before it was used
     DIRECTORY/steps-before/     what was saved before a run was told to begin at step 1 again
+    DIRECTORY/saved.json        the last step that was whole: a run whose steps are gone does not begin anew by itself
 
 Steps are written while training goes on, and have their names only when they are whole.
 """
@@ -32,7 +33,7 @@ from internvl_jax.training.state import Place, State
 
 logger = logging.getLogger(__name__)
 
-RUN, STEPS, MODEL = "run.json", "steps", "model"
+RUN, STEPS, MODEL, SAVED = "run.json", "steps", "model", "saved.json"
 ASIDE = "damaged-"
 
 
@@ -48,13 +49,22 @@ class Steps:
         self.directory = Path(directory).resolve() / STEPS
         self._place = place
         self._keep = keep
+        self._unrecorded: int | None = None
         with distributed.first_alone() as first:
             if first:
                 if from_scratch and self.directory.is_dir() and any(self.directory.iterdir()):
                     aside = _unused(self.directory.with_name(f"{STEPS}-before"))
                     self.directory.rename(aside)
                     logger.warning("training begins at step 1; what was saved before is in %s", aside)
-                self.directory.mkdir(parents=True, exist_ok=True)
+                if from_scratch:
+                    self._record.unlink(missing_ok=True)
+                try:
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                except FileExistsError:
+                    where = f"a link to {os.readlink(self.directory)}" if self.directory.is_symlink() else "a file"
+                    raise RunError(
+                        f"{self.directory} is {where}, where nothing can be saved: make that a directory, or remove it"
+                    ) from None
                 for path in self.directory.glob("*orbax-checkpoint-tmp*"):  # Orbax removes it
                     logger.warning("removing %s, which an interrupted process left", path)
         self._manager = self._open()
@@ -62,6 +72,22 @@ class Steps:
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
         return ocp.CheckpointManager(self.directory, options=options)
+
+    @property
+    def _record(self) -> Path:
+        return self.directory.with_name(SAVED)
+
+    def record(self) -> None:
+        """Write down, beside the steps, that one was saved, as soon as the last one is whole. Cheap when none is due.
+
+        It is what a later command knows of steps that are no longer there.
+        """
+        step = self._unrecorded
+        if step is None or not distributed.is_first() or not (self.directory / str(step)).is_dir():
+            return
+        self._unrecorded = None
+        with suppress(OSError):  # a full disk: the step itself is there
+            files.write_text(self._record, json.dumps({"step": step}) + "\n")
 
     def latest(self) -> int | None:
         """The last whole step, what is still being written included."""
@@ -86,8 +112,10 @@ class Steps:
                 step,
                 args=ocp.args.Composite(**{STATE: ocp.args.StandardSave(true), DATA: ocp.args.JsonSave(data)}),
             )
+            self._unrecorded = step
             if wait:
                 self._manager.wait_until_finished()
+                self.record()
         except (OSError, ValueError, RuntimeError) as error:
             raise RunError(self._failed(step, error)) from error
 
@@ -121,6 +149,8 @@ class Steps:
                 continue
             restored = self._continued(step, found)
             self._set_aside(damaged)
+            self._unrecorded = step
+            self.record()
             return restored
         with distributed.all_or_none():
             self._check_never_saved(damaged)
@@ -174,6 +204,11 @@ class Steps:
                 f"no saved step in {self.directory} is whole ({said}); they are left as they were. "
                 "--from-scratch begins at step 1"
             )
+        if os.path.lexists(self._record):
+            raise RunError(
+                f"{self.directory} has no steps, but {self._record} says that the run had saved some: put them back "
+                "(is a disk not mounted?), or begin at step 1 with --from-scratch"
+            )
 
     def _continued(self, step: int, found: Any) -> tuple[State, Any]:
         places = found[DATA]["processes"]
@@ -202,6 +237,7 @@ class Steps:
     def __exit__(self, kind: Any, *_: Any) -> None:
         try:
             self._manager.wait_until_finished()
+            self.record()
         except (OSError, ValueError, RuntimeError) as error:
             if kind is None:
                 raise RunError(self._failed(-1, error).replace("step -1", "the last step")) from error

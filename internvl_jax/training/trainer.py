@@ -332,6 +332,7 @@ class _Run:
             with jax.transfer_guard("disallow"):
                 state, metrics = self.step(state, self.frozen, placed)
             self.look()
+            self.steps.record()
             self.under_way = (number, batch, metrics, waited)
             if (number + 1) % self.settings.save_every == 0 and number + 1 < self.settings.steps:
                 self.look()
