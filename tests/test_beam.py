@@ -225,6 +225,33 @@ def test_when_a_search_is_over(early_stopping, length_penalty, worst, over):
     assert int(after.count) == 2
 
 
+def test_an_open_beam_that_wins_at_the_limit():
+    """It is the answer in place of one that ended, and did not stop; what it has generated is its parent's and more."""
+    gen = GenerationConfig(2, num_beams=2, **NO_END)
+    state = beam.BeamState(
+        cache=llama.init_cache(CONFIG.text, 2, 4, jnp.float32),
+        tokens=jnp.asarray([[[0, 0], [1, 0]]], jnp.int32),
+        scores=jnp.asarray([[-1.0, -1.5]]),
+        seen=jnp.asarray([[[True, False, False, False], [False, True, False, False]]]),
+        count=jnp.asarray(1),
+        finished=jnp.asarray([[-9.0, -jnp.inf]]),
+        best=jnp.asarray([[3, 0]], jnp.int32),
+        best_length=jnp.ones(1, jnp.int32),
+        best_stopped=jnp.ones(1, bool),
+        done=jnp.zeros(1, bool),
+        failed=jnp.zeros(1, bool),
+    )
+    logits = jnp.asarray([[[0.0] * 4, [-50.0, -50.0, 0.0, -50.0]]])  # only the second beam's next token costs nothing
+    after = beam.add_tokens(state, logits, make_settings(gen, 1, ()), jnp.float32(1), jnp.asarray(0), 2)
+    assert after.done.tolist() == [True]
+    assert after.best.tolist() == [[1, 2]]
+    assert after.best_length.tolist() == [2]
+    assert after.best_stopped.tolist() == [False]
+    assert after.tokens.tolist() == [[[1, 2], [0, 0]]]
+    assert after.seen.tolist() == [[[False, True, True, False], [True, False, False, False]]]
+    np.testing.assert_allclose(after.scores, [[-1.5, -1 - np.log(4)]], rtol=1e-5)
+
+
 def test_beams_neither_sample_nor_stream():
     with pytest.raises(ValueError, match="beam search does not sample"):
         GenerationConfig(num_beams=2, temperature=0.5)
