@@ -122,12 +122,16 @@ def not_itself(path: Path) -> str | None:
     A git-lfs pointer, or a web page (as a server answers who may not download).
     """
     with path.open("rb") as file:
-        head = file.read(512)
+        return not_itself_by(file.read(512), path)
+
+
+def not_itself_by(head: bytes, name: str | Path) -> str | None:
+    """As `not_itself`, of the first 512 bytes of what is called `name`."""
     if head.startswith(b"version https://git-lfs"):
-        return f"{path} is a git-lfs pointer, not the file itself: run 'git lfs pull' where it was cloned"
+        return f"{name} is a git-lfs pointer, not the file itself: run 'git lfs pull' where it was cloned"
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:15].lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return f"{path} is a web page, not the file itself (perhaps one to log in with): download it again"
+        return f"{name} is a web page, not the file itself (perhaps one to log in with): download it again"
     return None
 
 

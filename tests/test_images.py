@@ -515,6 +515,21 @@ def test_files_that_are_no_pictures(tmp_path):
             load(source)
 
 
+def test_what_came_instead_of_an_image_is_told(tmp_path):
+    """Data sets are cloned without git-lfs, and downloads answered with a page. An SVG is neither."""
+    path = tmp_path / "image.png"
+    for text, complaint in [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "is a git-lfs pointer, not the file"),
+        ("\n<!DOCTYPE html><html>Not found", "is a web page, not the file"),
+        ('<?xml version="1.0"?>\n<svg/>', "is not a picture in a format that can be read"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ImageError, match=f"^{path} {complaint}"):
+            load(path)
+        with pytest.raises(ImageError, match=complaint):
+            load(text.encode())
+
+
 def test_sources_that_are_one_picture(tmp_path, monkeypatch):
     image = random_picture()
     data = encoded(image)

@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
+from internvl_jax import files
 from internvl_jax.config import ChatConfig, read_json, tower_directory
 from internvl_jax.processing.resampling import pad_and_resize, resize_and_crop
 
@@ -131,8 +132,11 @@ def _read(file: IO[bytes], name: str, honour_exif: bool, max_pixels: int) -> Ima
     except Exception as error:
         raise ImageError(f"{name} is damaged ({error})") from None
     if image is None:
+        file.seek(0)
+        head = file.read(512)
         raise ImageError(
-            f"{name} is not a picture in a format that can be read (PNG, JPEG, WebP, GIF, ...), or its beginning is "
+            (None if b"<svg" in head else files.not_itself_by(head, name))
+            or f"{name} is not a picture in a format that can be read (PNG, JPEG, WebP, GIF, ...), or its beginning is "
             "damaged"
         )
     return _decode(image, name, honour_exif, max_pixels)
