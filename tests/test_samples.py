@@ -11,6 +11,7 @@ from PIL import Image
 from internvl_jax.config import ChatConfig
 from internvl_jax.processing.images import ImageProcessor
 from internvl_jax.processing.tokenizer import load_tokenizer
+from internvl_jax.training import samples
 from internvl_jax.training.annotations import DataError, Record, Source
 from internvl_jax.training.augment import RATIO, SCALE, _cut, augment, random_crop
 from internvl_jax.training.samples import Problem, Problems, Sample, SampleMaker
@@ -71,6 +72,19 @@ def test_several_images_in_order(maker):
 def test_counting_needs_no_pictures():
     sample = make_maker(with_pixels=False)(record(entry("<image>?", "Yes.", image="nowhere.png")), rng())
     assert sample.pixel_values.shape == (0, 3, 112, 112)
+
+
+def test_one_image_under_both_names_is_one_image():
+    assert samples.image_names({"image": "a.png", "images": ["a.png"]}) == ["a.png"]
+
+
+def test_image_labels_are_whole_numbers_of_int32():
+    labels = samples.image_labels({"image_labels": [[1, -2], [3, 4]]}, 2, 2)
+    assert (labels.dtype, labels.tolist()) == (np.int32, [[1, -2], [3, 4]])
+    assert samples.image_labels({}, 0, 2).shape == (0, 2)
+    for bad in ([[1]], [[1, 2.5]], [[1, 2**31]], [[1, 2**70]], [[1, "2"]], [[1, None]], 7):
+        with pytest.raises(samples.SampleError, match="2 whole numbers for each image"):
+            samples.image_labels({"image_labels": bad}, 1, 2)
 
 
 @pytest.mark.parametrize(

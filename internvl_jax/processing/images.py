@@ -229,7 +229,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     - whole numbers up to 65535: 16 bits;
     - above: the largest value is white.
 
-    Negative values and NaN are black.
+    Negative values and NaN are black; an image of nothing else than NaN and Inf is an ImageError.
     """
     if image.mode == "RGB":
         return image  # PIL would copy it
@@ -250,6 +250,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         return image
     values = np.asarray(image)
     finite = np.isfinite(values)
+    if not finite.any():
+        raise ImageError(f"an image of {image.width} x {image.height} pixels has no finite value: all are NaN or Inf")
     highest = float(values.max(where=finite, initial=0))
     if not highest or (highest <= 255 and (not fractions or (highest > 1 and finite.all()))):
         return image

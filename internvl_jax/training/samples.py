@@ -218,16 +218,18 @@ def image_names(entry: dict[str, Any]) -> list[str]:
     """
     if not _empty(entry.get("video")):
         raise SampleError("annotation", "a video: write its frames as images")
-    keys = [key for key in ("image", "images") if not _empty(entry.get(key))]
-    if not keys:
-        return []
-    if len(keys) == 2 and entry["image"] != entry["images"]:
+    found: list[list[str]] = []
+    for key in ("image", "images"):
+        names = entry.get(key)
+        if _empty(names):
+            continue
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise SampleError("annotation", f'"{key}" must be a path or a list of paths')
+        found.append(names)
+    if len(found) == 2 and found[0] != found[1]:
         raise SampleError("annotation", 'the entry has both "image" and "images": leave one out')
-    names = entry[keys[0]]
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise SampleError("annotation", f'"{keys[0]}" must be a path or a list of paths')
-    return names
+    return found[0] if found else []
 
 
 def _empty(value: Any) -> bool:
@@ -267,7 +269,10 @@ def unread_message(key: str) -> str:
 def image_labels(entry: dict[str, Any], images: int, count: int) -> np.ndarray:
     """The numbers under "image_labels", [images,count] int32. Raises SampleError where there are others."""
     try:
-        found = np.asarray(entry.get("image_labels", []), np.int32).reshape(images, count)
-    except (TypeError, ValueError):
+        found = np.asarray(entry.get("image_labels", [])).reshape(images, count)
+        labels = found.astype(np.int32)
+        if found.size and (found.dtype.kind not in "iu" or (labels != found).any()):
+            raise ValueError("not of int32")
+    except (TypeError, ValueError, OverflowError):
         raise SampleError("annotation", f'"image_labels" must hold {count} whole numbers for each image') from None
-    return found
+    return labels
