@@ -581,6 +581,11 @@ def test_a_row_without_an_answer_leaves_the_others_theirs(chat, logged):
         list(spoiled.stream(bad, **options))
     with pytest.raises(AnswerError, match="row 1: the model's logits are not finite"):
         spoiled.generate([[5, 6], [5, token]], max_new_tokens=2)
+    # Finite numbers whose squares overflow in the first norm.
+    params["language_model"]["embed_tokens"] = {"embedding": embedding.at[token].set(1e30)}
+    overflowing = internvl_jax.chat.Chat(chat.config, params, dtype=chat.dtype, tokenizer=chat.tokenizer)
+    with pytest.raises(AnswerError, match="row 1: the model's logits are not finite"):
+        overflowing.generate([[5, 6], [5, token]], max_new_tokens=2)
 
 
 def test_one_undecodable_answer_loses_no_other(chat, monkeypatch):

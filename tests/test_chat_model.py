@@ -12,7 +12,7 @@ from golden import DATA, assert_close, bundle, kl, leaf, published, random_tree,
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.models import chat_model, intern_vit, projector
-from internvl_jax.models.layers import RMSNorm
+from internvl_jax.models.layers import LayerNorm, RMSNorm
 
 BUNDLE = DATA / "internvl_chat_v1_1"
 LOGITS = 2e-4  # what equivalent computations may differ by; they do by about 2e-5
@@ -117,6 +117,17 @@ def test_golden_norms(golden, tower):
     if tower == "llm":  # in bfloat16: statistics in float32, cast, then scaled
         x = jnp.asarray(golden.arrays["probe/llm_norm_bf16_input"], jnp.bfloat16)
         assert np.array_equal(norm(eps, x).astype(jnp.float32), golden.arrays["probe/llm_norm_bf16_output"])
+
+
+@pytest.mark.parametrize(("norm", "dtype"), [(RMSNorm((4,), 1e-6), "bfloat16"), (LayerNorm(4, 1e-6), "float32")])
+def test_a_norm_whose_squares_overflow_is_not_finite(norm, dtype):
+    """Zeros, the product of what overflowed and 1/inf, would become an answer; other rows are as they are."""
+    scale = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
+    x = jnp.asarray([[1, 2, 3, -4], [1e30, 2e30, 3e30, -4e30]], dtype)
+    small, large = np.asarray(norm.apply({"params": scale}, x), np.float32)
+    assert_close(small, norm.apply({"params": scale}, x[0]).astype(jnp.float32), 1e-6, "other rows")
+    assert np.abs(small).min() > 0.1
+    assert np.isnan(large).all()
 
 
 # Logits.

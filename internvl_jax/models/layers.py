@@ -242,6 +242,11 @@ def made_again(function: Callable[..., Array]) -> Callable[..., Array]:
     return function if on_tpu() else jax.checkpoint(function)
 
 
+def _inverse_root(mean_square: Array, eps: float) -> Array:
+    """1/sqrt, NaN where the squares have overflowed: 0, which rsqrt gives, would make finite zeros of such a row."""
+    return jnp.where(jnp.isfinite(mean_square), jax.lax.rsqrt(mean_square + eps), jnp.nan)
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm over the trailing axes `shape` (Zhang and Sennrich, 2019), as LLaMA and InternViT have it.
 
@@ -261,7 +266,7 @@ class RMSNorm(nn.Module):
             x32 = x.astype(jnp.float32)
             axes = tuple(range(-len(self.shape), 0))
             mean_square = jnp.sum(x32 * x32, axis=axes, keepdims=True) / (self.divisor or math.prod(self.shape))
-            return (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * scale.astype(x.dtype)
+            return (x32 * _inverse_root(mean_square, self.eps)).astype(x.dtype) * scale.astype(x.dtype)
 
         return made_again(norm)(x, scale)
 
@@ -279,7 +284,7 @@ class LayerNorm(nn.Module):
         x32 = x.astype(jnp.float32)
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.eps)
+        y = centred * _inverse_root(variance, self.eps)
         return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
