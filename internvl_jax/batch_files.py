@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_jax import distributed, files
-from internvl_jax.processing.conversation import expand_images, place_images
+from internvl_jax.processing.conversation import Turn, as_turn, expand_images, place_images
 from internvl_jax.sampling import GenerationConfig
 
 logger = logging.getLogger(__name__)
@@ -178,13 +178,14 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _history(value: Any) -> tuple[tuple[str, str], ...]:
+def _history(value: Any) -> tuple[Turn, ...]:
     turns = [] if value is None else value
-    if not isinstance(turns, list) or not all(
-        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns
-    ):
-        raise ValueError('"history" must be a list of pairs [question, answer]')
-    return tuple((question, answer) for question, answer in turns)
+    try:
+        if not isinstance(turns, list):
+            raise ValueError
+        return tuple(as_turn(turn) for turn in turns)
+    except ValueError:
+        raise ValueError('"history" must be a list of pairs [question, answer]') from None
 
 
 def _encodable(text: Any) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from internvl_jax.models.layers import BATCH, Array, constrain
 
 EOS_SLOTS = 8  # end tokens a compiled program has room for; more than that come in further eights
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # of numbers on the device
 NO_TOKEN = np.iinfo(np.int32).max  # fills the unused room: no token has this id
 
 
@@ -42,16 +43,14 @@ class GenerationConfig:
             self._set(name, _whole(name, getattr(self, name), least))
         for name in ("temperature", "top_p", "repetition_penalty", "length_penalty"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a number, not {value!r}")
-            self._set(name, float(value))
+            self._set(name, _number(name, value))
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
+        if not _SMALLEST <= self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}; 1 is off")
-        if self.repetition_penalty <= 0:
+        if self.repetition_penalty < _SMALLEST:
             raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}; 1 is off")
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(f'early_stopping must be True, False or "never", not {self.early_stopping!r}')
@@ -62,9 +61,11 @@ class GenerationConfig:
             self._set("seed", _whole("seed", self.seed, 0))
         else:
             self._set("seed", tuple(_whole("seed", seed, 0) for seed in seeds))
-        self._set("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        if not all(isinstance(text, str) and text for text in self.stop):
+        if isinstance(self.stop, str):
+            self._set("stop", (self.stop,))
+        if not isinstance(self.stop, (tuple, list)) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop must be strings that are not empty, not {self.stop!r}")
+        self._set("stop", tuple(self.stop))
         if self.eos_token_ids is not None:
             ids = self.eos_token_ids
             ids = (ids,) if isinstance(ids, numbers.Integral) else tuple(ids)
@@ -72,6 +73,13 @@ class GenerationConfig:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+
+def _number(name: str, value: Any) -> float:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{name} must be a number, not {reprlib.repr(value)}")
+    return float(value)
 
 
 def _whole(name: str, value: Any, least: int) -> int:

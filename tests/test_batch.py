@@ -178,6 +178,9 @@ def test_malformed_lines_are_listed_before_work(tmp_path, monkeypatch):
         {"question": "x", "stop": 5},
         {"question": "x", "seed": [1]},
         '{"question": "x", "id": 1' + "0" * 5000 + "}",
+        '{"question": "x", "temperature": 1' + "0" * 400 + "}",
+        {"question": "x", "eos_token_ids": 1.5},
+        {"question": "x", "history": [["a", "b", -1]]},
     ]
     path, out = write(tmp_path / "questions.jsonl", rows), tmp_path / "answers.jsonl"
     with pytest.raises(BatchError) as raised:
@@ -207,9 +210,12 @@ def test_malformed_lines_are_listed_before_work(tmp_path, monkeypatch):
         '22: "system" must be a text',
         "23: temperature must be a number, not nan",
         "24: max_new_tokens must be",
-        "25: the settings of the answer are not understood",
+        "25: stop must be strings that are not empty, not 5",
         "26: seed must be a whole number",
         "27: Exceeds the limit",
+        "28: temperature must be a number",
+        "29: the settings of the answer are not understood",
+        '30: "history" must be a list of pairs',
     ]
     assert listed.pop() == f"  and {len(words) - 20} more"
     monkeypatch.setattr(batch_files, "_SHOWN", 100)
@@ -350,7 +356,7 @@ def test_questions_bring_their_own_settings(tmp_path, logged):
     shutil.copy(IMAGES / "rgb.png", tmp_path / "a.png")
     rows = [
         {"question": "q0", "max_new_tokens": 3, "image": "a.png", "images": None},
-        {"question": "q1", "history": [["q", "a"]], "image": ""},
+        {"question": "q1", "history": [["q", "a", 0]], "image": ""},
         {"question": "q2", "max_new_tokens": 3, "image": ["a.png"], "note": 1, "answer": "x"},
         {"question": "q3", "system": "Be brief.", "temperature": None},
         {"question": "q4", "temperature": 1, "seed": 7, "note": 2},

@@ -149,6 +149,7 @@ def test_turns_are_pairs_that_know_their_images():
 
 
 def test_what_is_typed_is_marked():
+    assert unused_character("".join(map(chr, range(0xE000, 0xF900)))) == "\U000f0000"
     mark = unused_character("a", "b\ue000")
     assert mark == "\ue001"
     prompt = prepare_prompt(ZH, "<image>\n</s>", [("a", "b")], 1, 1, system="<IMG_CONTEXT>", literal="|")

@@ -428,6 +428,11 @@ def test_buckets():
         ({"temperature": -0.1}, "temperature must be 0"),
         ({"temperature": float("nan")}, "temperature must be a number"),
         ({"temperature": "hot"}, "temperature must be a number"),
+        ({"temperature": 10**400}, "temperature must be a number"),
+        ({"length_penalty": 1e39}, "length_penalty must be a number"),  # beyond float32
+        ({"repetition_penalty": 1e-40}, "repetition_penalty must be above 0"),  # 0 on the device
+        ({"top_p": 1e-300}, "top_p"),
+        ({"stop": {"a": 1}}, "stop"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -136,7 +137,7 @@ def literally(text: str, mark: str) -> str:
 def unused_character(*texts: str) -> str:
     """A character for private use that none of the texts has."""
     used = set("".join(texts))
-    return next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in used)
+    return next(mark for mark in map(chr, chain(range(0xE000, 0xF900), range(0xF0000, 0x10FFFE))) if mark not in used)
 
 
 def expand_images(
