@@ -9,8 +9,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, where it is installed, 
 import jax
 import pytest
 
-# A shell's background job ignores Ctrl-C, and so would every process that the tests start and interrupt.
+# A shell's background job ignores Ctrl-C, and one under nohup SIGHUP; so would every process that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 LONG = ("test_on_eight_devices", "test_nano_learns_a_new_question", "test_two_processes_equal_one")

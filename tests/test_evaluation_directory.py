@@ -53,6 +53,7 @@ def test_a_run_belongs_to_one_process(run, tmp_path, held, capsys):
 
 
 def test_what_killed_runs_left_is_removed(run, logged):
+    pytest.importorskip("openpyxl")
     _, out = run("mmbench-en-dev")
     picture = next((out / "pictures").iterdir())
     left = [files.temporary_path(path, 5) for path in (*(out / name for name in WRITTEN), picture)]
