@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,8 @@ def _map_pickle(path: Path) -> Any:
             "%s was written by torch before 1.6 and cannot be mapped: it is read whole, %.2f GB of memory",
             path.name, path.stat().st_size / 1e9,
         )  # fmt: skip
+    else:
+        _check_zip(path)
     try:
         return torch.load(path, map_location="cpu", mmap=not legacy, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -258,6 +261,17 @@ def _map_pickle(path: Path) -> Any:
         raise ConversionError(
             f"{path.name} is truncated or damaged ({_first_line(error)}); download it again"
         ) from None
+
+
+def _check_zip(path: Path) -> None:
+    """Raise ConversionError for a zip without its directory, of which torch may say EINVAL as if the system had."""
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return
+        try:
+            zipfile.ZipFile(file).close()
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise _damaged(path, error) from None
 
 
 def _damaged(path: Path, error: Exception | str) -> ConversionError:

@@ -79,6 +79,15 @@ def test_old_pickles_run_no_code(tmp_path, capfd):
     assert "was run" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("cut", [1, 21, 300, 700, 5000])
+def test_truncated_pickles_are_damage_wherever_they_end(cut, copy):
+    """Of some lengths torch says EINVAL, which is not the system's word."""
+    path = sorted(copy.glob("*.bin"))[0]
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(ConversionError, match=f"{path.name} is truncated or damaged"):
+        read(copy)
+
+
 def test_truncated_old_pickles(copy):
     path = copy / "pytorch_model-00002-of-00002.bin"
     torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
