@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     arguments.add_adapters(chat)
     chat.add_argument(
-        "--image", type=arguments.path, action="append", default=[], metavar="F", help="a picture; repeatable"
+        "--image", type=arguments.path, action="append", default=[], metavar="F", help="an image; repeatable"
     )
     chat.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="to compute in; default: bfloat16 on TPU/GPU, float32 on CPU"
@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument(
         "--reference", type=arguments.path, metavar="DIR", help="the published directory to compare with"
     )
-    parity.add_argument("--image", type=arguments.path, metavar="F", help="a picture (default: a drawn test picture)")
+    parity.add_argument("--image", type=arguments.path, metavar="F", help="an image (default: a drawn test image)")
     parity.add_argument("--prompt", metavar="P", help="a question (default: a description is asked for)")
     _add_vision_tower(parity)
     parity.add_argument("--json", action="store_true", help="print one JSON object")
@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     arguments.add_weights(report)
     training = report.add_argument_group("--program train", "a step of the trainer, moments in float32")
     training.add_argument("--recipe", metavar="R", help="as for train (stage2); --table: R,R,...")
-    training.add_argument("--images", type=arguments.natural, metavar="N", help="pictures in a row (1)")
+    training.add_argument("--images", type=arguments.natural, metavar="N", help="images in a row (1)")
     training.add_argument("--remat", metavar="POLICY", help="full, dots or none (full)")
     training.add_argument("--param-dtype", choices=["float32", "bfloat16"], help="of what is trained (float32)")
     report.add_argument("--plan", action="store_true", help="choose mesh and batch; of training, remat and dtype")

@@ -30,7 +30,7 @@ from internvl_jax.evaluation.items import (
 from internvl_jax.evaluation.submissions import import_openpyxl
 from internvl_jax.sampling import GenerationConfig
 
-# All that a run, or the grading of one, writes beside its pictures.
+# All that a run, or the grading of one, writes beside its images.
 WRITTEN = (
     *("settings.json", "questions.jsonl", "predictions.jsonl", "report.json", "report.md", "wrong.html"),
     *("submission.json", "submission_normalized.json", "submission.xlsx", "grades.jsonl"),
