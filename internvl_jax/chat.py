@@ -451,7 +451,8 @@ class Chat:
         literal = None
         if not asking.parse_special:
             without = (_unicode(text).replace(IMAGE_PLACEHOLDER, " ") for text in typed)
-            if any(special_tokens_in(self.tokenizer, text) for text in without):
+            answers = (answer for _, answer in history)
+            if any(special_tokens_in(self.tokenizer, text) for text in without) or count_placeholders(*answers):
                 literal = unused_character(*typed)
         template = TEMPLATES[self.config.template]
         tokens = self.config.tokens_per_image if num_images else 0

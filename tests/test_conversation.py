@@ -16,6 +16,7 @@ from internvl_jax.processing.conversation import (
     build_prompt,
     combine_images,
     expand_images,
+    images_of,
     place_images,
     prepare_prompt,
     unused_character,
@@ -146,6 +147,23 @@ def test_turns_are_pairs_that_know_their_images():
     for wrong in (("a",), ("a", "b", "c"), ("a", "b", True), ("a", "b", -1), ("a", 3), "ab", 5, ("a", "b", 1, 1)):
         with pytest.raises(ValueError, match="not a turn"):
             as_turn(wrong)
+
+
+def test_an_answer_has_no_images():
+    history = [("<image>\nWhat is written?", "It says <image>.")]
+    prompt = prepare_prompt(ZH, "And <image>?", history, 2, 1)
+    assert prompt == (
+        f" <human>: {images(1)}\nWhat is written? <bot>: It says <image>.</s><human>: And {images(1)}? <bot>:"
+    )
+    assert (as_turn(history[0]).images, images_of(history), ambiguous(history)) == (1, 1, True)
+    assert [turn.images for turn in combine_images(history, 3)] == [3]
+    assert [turn.images for turn in combine_images([("a", "<image>")], 3)] == [0]
+    assert not ambiguous([("a", "<image>")])
+    # Where the placeholder is the image token itself, only a mark tells an answer's from an image's.
+    llava = TEMPLATES["vicuna_v1"]
+    with pytest.raises(ValueError, match="contains <image>, which only images may bring"):
+        prepare_prompt(llava, "And?", history, 1, 1)
+    assert "|It says <image>.|" in prepare_prompt(llava, "And?", history, 1, 1, literal="|")
 
 
 def test_what_is_typed_is_marked():

@@ -258,3 +258,13 @@ def test_processors_that_are_not_there(tmp_path):
     processor = load_processor(LLAVA / "hf", config)
     with pytest.raises(ImageError, match="cropped in RGB: use the image path 'eval'"):
         processor(Image.new("RGB", (9, 9)), "native")
+
+
+@pytest.mark.parametrize(("layout", "token_id"), [("original", -200), ("hf", 860)])
+def test_an_image_token_in_an_answer_is_text(layout, token_id):
+    tokenizer = load_tokenizer(LLAVA / layout)
+    history = [("<image>\nWhat is written?", "It says <image>.")]
+    prompt = prepare_prompt(VICUNA, "<image>\nAnd here?", history, 2, 1, literal="|")
+    ids = encode_prompt(tokenizer, prompt, "<image>", token_id, literal="|")
+    assert ids.count(token_id) == 2
+    assert "It says <image>." in tokenizer.decode([token for token in ids if token >= 0])

@@ -69,7 +69,8 @@ def build_prompt(template: Template, history: Turns, question: str, system: str 
 class Turn(tuple[str, str]):
     """A (question, answer) of a history, and how many images it has.
 
-    images: their number; None: as many as it has placeholders, which is a guess where one stands for several.
+    images: their number; None: as many as its question has placeholders, which is a guess where one stands for several.
+    An answer has no images: there, <image> is text that the model wrote.
     """
 
     images: int
@@ -77,7 +78,7 @@ class Turn(tuple[str, str]):
 
     def __new__(cls, texts: Iterable[str], images: int | None = None) -> Turn:
         turn: Turn = super().__new__(cls, texts)  # type: ignore[type-var]
-        turn.images = count_placeholders(*turn) if images is None else images
+        turn.images = count_placeholders(turn[0]) if images is None else images
         turn.stated = images is not None
         return turn
 
@@ -101,14 +102,14 @@ def count_placeholders(*texts: str) -> int:
 
 def images_of(history: Turns) -> int:
     """How many images the turns of a history have: one per placeholder, where they do not know it themselves."""
-    return sum(turn.images if isinstance(turn, Turn) else count_placeholders(*turn) for turn in history)
+    return sum(as_turn(turn).images for turn in history)
 
 
 def ambiguous(history: Turns) -> bool:
     """Whether images beyond the history's placeholders may be the history's: its only one may stand for several."""
     turns = [as_turn(turn) for turn in history]
-    with_images = [turn for turn in turns if count_placeholders(*turn)]
-    return sum(count_placeholders(*turn) for turn in with_images) == 1 and not with_images[0].stated
+    with_images = [turn for turn in turns if count_placeholders(turn[0])]
+    return sum(count_placeholders(turn[0]) for turn in with_images) == 1 and not with_images[0].stated
 
 
 def place_images(question: str, num_images: int, has_history: bool) -> str:
@@ -124,8 +125,8 @@ def place_images(question: str, num_images: int, has_history: bool) -> str:
 def combine_images(history: Turns, num_images: int) -> list[Turn]:
     """The reference's combined form: where the history has one placeholder, it stands for all images."""
     turns = [as_turn(turn) for turn in history]
-    if sum(count_placeholders(*turn) for turn in turns) == 1:
-        turns = [Turn(turn, num_images) if count_placeholders(*turn) else turn for turn in turns]
+    if sum(count_placeholders(turn[0]) for turn in turns) == 1:
+        turns = [Turn(turn, num_images) if count_placeholders(turn[0]) else turn for turn in turns]
     return turns
 
 
@@ -197,15 +198,16 @@ def prepare_prompt(
     Raises ValueError for texts that hold image tokens, and for placeholders and images that do not agree.
     """
     start, token, end = template.image
-    for text in (question, system or "", *(part for turn in history for part in turn)):
-        # Typed out, it would be read as an image's place, and every later image would move by one.
-        if literal is None and token != IMAGE_PLACEHOLDER and token in text:
-            raise ValueError(f"the text contains {token}, which only images may bring; write it differently")
     turns = [as_turn(turn) for turn in history]
+    asked = [question, system or "", *(turn[0] for turn in turns)]
+    for text in (*(text.replace(IMAGE_PLACEHOLDER, " ") for text in asked), *(turn[1] for turn in turns)):
+        # Typed out, it would be read as an image's place, and every later image would move by one.
+        if literal is None and token in text:
+            raise ValueError(f"the text contains {token}, which only images may bring; write it differently")
     own, in_system = count_placeholders(question), count_placeholders(system or "")
     earlier = in_system + images_of(turns)
     if not _agree(own, num_images - earlier):
-        placeholders = in_system + own + sum(count_placeholders(*turn) for turn in turns)
+        placeholders = in_system + own + sum(count_placeholders(turn[0]) for turn in turns)
         if earlier and placeholders <= num_images:
             raise ValueError(
                 f"{num_images} image(s) are given, of which {earlier} belong to the history, and the question has "
@@ -221,7 +223,7 @@ def prepare_prompt(
 
     filled = []
     for turn in turns:
-        asked, answered = (fill(text, count_placeholders(*turn), turn.images) for text in turn)
-        filled.append((asked, answered))
+        count, images = count_placeholders(turn[0]), turn.images
+        filled.append((fill(turn[0], count, images), f"{literal or ''}{turn[1]}{literal or ''}"))
     question = fill(question, own, num_images - earlier)
     return build_prompt(template, filled, question, None if system is None else fill(system, in_system, in_system))

@@ -602,9 +602,13 @@ def encode_prompt(
 
     if tokenizer.token_to_id(image_token) == image_token_id:
         return encode(prompt, add_bos)
-    first, *others = prompt.split(image_token)
-    ids = encode(first, add_bos)
-    for piece in others:
+    pieces = [""]
+    for number, part in enumerate(prompt.split(literal) if literal else [prompt]):
+        first, *others = [part] if number % 2 else part.split(image_token)  # of what was typed, nothing is an image
+        pieces[-1] += (literal if number and literal else "") + first
+        pieces += others
+    ids = encode(pieces[0], add_bos)
+    for piece in pieces[1:]:
         rest = encode(piece)
         ids += [image_token_id, *(rest[1:] if rest[:1] == [tokenizer.bos_id] else rest)]
     return ids
