@@ -31,9 +31,9 @@ from checkpoints_convert.convert import load_hf
 from checkpoints_convert.readers import open_checkpoint
 from checkpoints_convert.reference import Reference
 from internvl_jax.config import ChatConfig
-from internvl_jax.loading import abstract_for_running
+from internvl_jax.data.batch import IGNORED, Batch
+from internvl_jax.inference.loading import abstract_for_running
 from internvl_jax.training import optimizer, state, trainer
-from internvl_jax.training.batch import IGNORED, Batch
 from internvl_jax.training.recipes import Recipe, override, recipe_of
 
 BUNDLE = Path(__file__).resolve().parents[1] / "tests" / "data" / "internvl_chat_v1_1"

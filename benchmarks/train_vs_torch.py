@@ -134,8 +134,8 @@ def run_ours(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from internvl_jax.config import ChatConfig
+    from internvl_jax.data.batch import Batch
     from internvl_jax.training import optimizer, state, trainer
-    from internvl_jax.training.batch import Batch
     from internvl_jax.training.recipes import override, recipe_of
 
     jax.devices()

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 import internvl_jax
-from internvl_jax.generate import GenerationConfig
+from internvl_jax.inference.generate import GenerationConfig
 
 IMAGES, PROMPT, NEW_TOKENS = 2, 512, 64
 PAUSE = 0.5  # seconds before a measurement: idle threads of the library that ran before spin for a while

@@ -25,13 +25,15 @@ from safetensors.torch import save_file
 from checkpoints_convert.files import ConversionReport, check_side_files, copy_all_side_files, make_report
 from checkpoints_convert.mapping import EMBEDDING, ConversionError, Tensor, canonical, plan, quantized_by
 from checkpoints_convert.readers import Weights, open_checkpoint, read_index
-from internvl_jax import checkpoint, distributed
+from internvl_jax import checkpoint
 from internvl_jax.checkpoint import Progress
-from internvl_jax.config import ChatConfig, read_json
-from internvl_jax.files import new_directory, resolve
-from internvl_jax.leaf_files import not_finite
+from internvl_jax.chunk_store import not_finite
+from internvl_jax.config import ChatConfig
+from internvl_jax.config.schema import read_json
 from internvl_jax.models import chat_model
+from internvl_jax.parallel import distributed
 from internvl_jax.quantize import Scheme, is_quantized, quantize_kernel, quantize_params, quantize_while_reading
+from internvl_jax.utils.files import new_directory, resolve
 
 PUBLISHED = "published.json"  # which file held which tensor
 BUFFERS = "published_buffers.safetensors"  # tensors that are no parameters

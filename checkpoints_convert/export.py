@@ -17,8 +17,8 @@ from checkpoints_convert.writers import Specs, assign_files, is_safe, lay_out, w
 from internvl_jax import checkpoint
 from internvl_jax.checkpoint import Progress
 from internvl_jax.config import ChatConfig
-from internvl_jax.files import new_directory, resolve
 from internvl_jax.models import chat_model
+from internvl_jax.utils.files import new_directory, resolve
 
 MAX_SHARD = 5 * 10**9  # bytes, where the published files are not known
 

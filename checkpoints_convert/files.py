@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints_convert.mapping import ConversionError
-from internvl_jax.config import read_json, tower_directory, tower_name
-from internvl_jax.files import not_itself
+from internvl_jax.config.schema import read_json, tower_directory, tower_name
+from internvl_jax.utils.files import not_itself
 
 # Configuration, tokenizer, model card and the like; neither weights nor their index.
 _SIDE_FILES = (".json", ".jinja", ".md", ".model", ".py", ".txt")

@@ -30,15 +30,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from internvl_jax import checkpoint
-from internvl_jax.config import (
-    ChatConfig,
-    ConfigError,
-    ProjectorConfig,
-    TextConfig,
-    VisionConfig,
-    read_json,
-    tower_directory,
-)
+from internvl_jax.config import ChatConfig, ConfigError, ProjectorConfig, TextConfig, VisionConfig
+from internvl_jax.config.schema import read_json, tower_directory
 from internvl_jax.models import chat_model, intern_vit, llama, projector
 from internvl_jax.models.layers import Params
 from internvl_jax.processing.conversation import IMG_CONTEXT, TEMPLATES, place_images, prepare_prompt

@@ -23,10 +23,10 @@ from safetensors.numpy import save_file
 from checkpoints_convert.mapping import ConversionError, Tensor, canonical, tensors
 from checkpoints_convert.peft_config import MERGE_IT, PeftConfig, read_config
 from checkpoints_convert.readers import Weights
-from internvl_jax import files
 from internvl_jax.config import ChatConfig
 from internvl_jax.lora import REPLACED, TARGETS, Lora, Settings, leaf_at, put_at, sides
 from internvl_jax.models.layers import Params
+from internvl_jax.utils import files
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.mapping import ConversionError
-from internvl_jax import files
+from internvl_jax.utils import files
 
 MERGE_IT = "merge the adapter with peft (model.merge_and_unload(), save_pretrained) and convert that model"
 

@@ -25,8 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from checkpoints_convert.mapping import TOWER, ConversionError, is_buffer
-from internvl_jax.config import ConfigError, read_json, tower_directory, tower_name
-from internvl_jax.files import not_itself
+from internvl_jax.config import ConfigError
+from internvl_jax.config.schema import read_json, tower_directory, tower_name
+from internvl_jax.utils.files import not_itself
 
 logger = logging.getLogger(__name__)
 

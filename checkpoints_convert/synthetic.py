@@ -22,8 +22,9 @@ import numpy as np
 from checkpoints_convert.mapping import TOWER, Tensor, tensors
 from checkpoints_convert.readers import PICKLES
 from checkpoints_convert.writers import assign_files, lay_out, write_at, write_index
-from internvl_jax.config import PRESETS, ChatConfig, tower_name
-from internvl_jax.files import new_directory
+from internvl_jax.config import PRESETS, ChatConfig
+from internvl_jax.config.schema import tower_name
+from internvl_jax.utils.files import new_directory
 
 SHARD = 10 * 10**9  # bytes, as the published ones are
 BFLOAT16 = np.dtype("bfloat16")

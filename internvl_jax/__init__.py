@@ -8,7 +8,7 @@ __all__ = ["Chat", "Reply", "load"]
 def __getattr__(name: str) -> Any:
     # Lazily, so that the host-only rooms (processing, the data workers, `internvl-jax --help`) do not import jax.
     if name in __all__:
-        from internvl_jax import chat, loading
+        from internvl_jax.inference import chat, loading
 
         return loading.load if name == "load" else getattr(chat, name)
     raise AttributeError(f"module 'internvl_jax' has no attribute {name!r}")

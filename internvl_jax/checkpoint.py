@@ -31,8 +31,7 @@ import numpy as np
 import tensorstore as ts
 from qwix import QArray
 
-from internvl_jax import distributed, files
-from internvl_jax.leaf_files import (
+from internvl_jax.chunk_store import (
     Bounds,
     CheckpointError,
     LeafFile,
@@ -44,8 +43,10 @@ from internvl_jax.leaf_files import (
     stored_array,
     write_checksums,
 )
+from internvl_jax.parallel import distributed
+from internvl_jax.parallel.partitioning import PARAM_RULES
 from internvl_jax.quantize import is_quantized, quantize_while_reading
-from internvl_jax.sharding import PARAM_RULES
+from internvl_jax.utils import files
 
 Progress = Callable[[int, int, str], None]
 

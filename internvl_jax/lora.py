@@ -23,10 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internvl_jax import checkpoint, distributed, files
+from internvl_jax import checkpoint
 from internvl_jax.models.layers import Array, Params, precision_of
+from internvl_jax.parallel import distributed
+from internvl_jax.parallel.partitioning import path_of
 from internvl_jax.quantize import is_quantized, quantize_kernel
-from internvl_jax.sharding import path_of
+from internvl_jax.utils import files
 
 Progress = Callable[[int, int, str], None]
 

@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from qwix import QArray
 
 from internvl_jax.models.layers import Array, Params
-from internvl_jax.sharding import path_of
+from internvl_jax.parallel.partitioning import path_of
 
 SCHEMES = ("int8", "int4")
 GROUPS = (128, 64)  # numbers that share a scale in int4; the first that leaves whole groups on each of 8 devices

@@ -8,6 +8,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, where it is installed, 
 
 import jax
 import pytest
+from support.paths import SUPPORT
+
+# Processes that tests start find `support` as this one does.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(SUPPORT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # A shell's background job ignores Ctrl-C, and one under nohup SIGHUP; so would every process that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,7 +50,7 @@ def logged():
 def no_ignored_fields(request):
     """No golden config.json has a field that is ignored: a test that wants one asks for `logged`."""
     handler = _Messages()
-    logger = logging.getLogger("internvl_jax.hf_config")
+    logger = logging.getLogger("internvl_jax.config.hf")
     logger.addHandler(handler)
     yield
     logger.removeHandler(handler)

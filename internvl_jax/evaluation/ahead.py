@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from PIL import Image
 
-from internvl_jax import batch
-from internvl_jax.chat import Chat, Reply
+from internvl_jax.inference import offline
+from internvl_jax.inference.chat import Chat, Reply
 from internvl_jax.processing.images import load_image
 
 THREADS = 8
@@ -25,7 +25,7 @@ class Ahead:
     from Chat.
     """
 
-    def __init__(self, chat: Chat, work: batch.Work, size: int):
+    def __init__(self, chat: Chat, work: offline.Work, size: int):
         self.name = chat.name
         self._chat = chat
         place = jax.process_index() if work.replicas > 1 else 0

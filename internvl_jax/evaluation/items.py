@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from internvl_jax import files
+from internvl_jax.utils import files
 
 # Whose prompts and rules: V1-1's own scripts, or LLaVA's, with which V1-0 and LLaVA-1.5 were evaluated.
 Codebase = Literal["internvl", "llava"]

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from internvl_jax import files
-from internvl_jax.evaluation import mmvet
 from internvl_jax.evaluation.items import EvaluationError, Folder, json_object, need, records
 from internvl_jax.evaluation.report import save
+from internvl_jax.evaluation.scorers import mmvet
+from internvl_jax.utils import files
 
 TRIES = 6  # at a server that is busy, each after twice the pause of the one before
 PAUSE = 2.0  # seconds

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_jax import files
 from internvl_jax.evaluation.benchmarks import BENCHMARKS, Benchmark
 from internvl_jax.evaluation.items import (
     Codebase,
@@ -28,7 +27,8 @@ from internvl_jax.evaluation.items import (
     refuse,
 )
 from internvl_jax.evaluation.submissions import import_openpyxl
-from internvl_jax.sampling import GenerationConfig
+from internvl_jax.inference.sampling import GenerationConfig
+from internvl_jax.utils import files
 
 # All that a run, or the grading of one, writes beside its images.
 WRITTEN = (

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_jax.evaluation.choices import LETTERS
 from internvl_jax.evaluation.items import (
     LETTER,
     SHORT,
@@ -32,8 +31,9 @@ from internvl_jax.evaluation.items import (
     records,
     refuse,
 )
-from internvl_jax.evaluation.vqa import PEOPLE
-from internvl_jax.evaluation.yes_no import COGNITION, PERCEPTION
+from internvl_jax.evaluation.scorers.choices import LETTERS
+from internvl_jax.evaluation.scorers.vqa import PEOPLE
+from internvl_jax.evaluation.scorers.yes_no import COGNITION, PERCEPTION
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_jax import files
 from internvl_jax.evaluation.benchmarks import BENCHMARKS
 from internvl_jax.evaluation.items import EvaluationError, json_object, records
 from internvl_jax.evaluation.plan import Plan
 from internvl_jax.evaluation.published import PUBLISHED, SYSTEMS
 from internvl_jax.evaluation.scoring import Score
 from internvl_jax.processing.images import load_image, to_rgb
+from internvl_jax.utils import files
 
 PICTURES = 200  # wrong answers on the page: about 20 kB each
 THUMBNAIL = 320  # pixels

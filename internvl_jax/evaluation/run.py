@@ -7,11 +7,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from internvl_jax import batch, distributed
-from internvl_jax.chat import Chat
 from internvl_jax.evaluation.ahead import Ahead
 from internvl_jax.evaluation.plan import Plan, read_answers
 from internvl_jax.evaluation.report import Timing, write_report
+from internvl_jax.inference import offline
+from internvl_jax.inference.chat import Chat
+from internvl_jax.parallel import distributed
 from internvl_jax.quantize import scheme_of
 
 Progress = Callable[..., None]
@@ -22,15 +23,17 @@ RUNNING = 20.0  # seconds between looks at the score so far, at least
 SHARE = 0.02  # of the time, at most, that these looks take
 
 
-def prepare(made: Plan, mesh: str | None = None) -> batch.Work:
+def prepare(made: Plan, mesh: str | None = None) -> offline.Work:
     """What is left to answer, longest prompts first: rows of one batch are then about equally long, and a prompt that
     does not fit shows at once. Arguments and errors as batch.prepare."""
-    work = batch.prepare(made.out / "questions.jsonl", made.out / "predictions.jsonl", mesh)
+    work = offline.prepare(made.out / "questions.jsonl", made.out / "predictions.jsonl", mesh)
     lengths = [len(question.question) for question in work.questions]
     return replace(work, pending=sorted(work.pending, key=lambda number: -lengths[number]), ordered=False)
 
 
-def answer(chat: Chat, made: Plan, work: batch.Work, *, size: int, progress: Progress | None = None) -> batch.Summary:
+def answer(
+    chat: Chat, made: Plan, work: offline.Work, *, size: int, progress: Progress | None = None
+) -> offline.Summary:
     """Answer what is left and write the report. All processes must call it; the first one writes.
 
     progress: called as progress(done, total, "answering", note) with the score so far as note.
@@ -44,7 +47,7 @@ def answer(chat: Chat, made: Plan, work: batch.Work, *, size: int, progress: Pro
             progress(done, total, what, running.note() if done < total else "")
 
     with Ahead(chat, work, size) as ahead:
-        done = batch.run(ahead, work, size=size, progress=report, **REFERENCE, **made.generation)  # type: ignore[arg-type]
+        done = offline.run(ahead, work, size=size, progress=report, **REFERENCE, **made.generation)  # type: ignore[arg-type]
     if distributed.is_first():
         timing = Timing(done.answered, done.seconds, done.new_tokens, size)
         write_report(made, chat.name, _numbers(chat), read_answers(made), timing)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from internvl_jax.evaluation import choices, documents, gqa, mmmu, vqa, yes_no
 from internvl_jax.evaluation.items import Codebase, Item
+from internvl_jax.evaluation.scorers import choices, documents, gqa, mmmu, vqa, yes_no
 
 Answers = Mapping[str, str]  # item's id -> what the model said
 

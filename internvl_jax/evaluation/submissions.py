@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_jax import files
-from internvl_jax.evaluation.gqa import gqa_answer
 from internvl_jax.evaluation.items import Codebase, EvaluationError, Folder, Item, need, records
 from internvl_jax.evaluation.readers import is_missing
+from internvl_jax.evaluation.scorers.gqa import gqa_answer
+from internvl_jax.evaluation.scorers.vqa import normalize_m4c
 from internvl_jax.evaluation.scoring import Answers, choice_cell, mmmu_answer
-from internvl_jax.evaluation.vqa import normalize_m4c
+from internvl_jax.utils import files
 
 # (items, answers, codebase, data folder, directory to write to) -> the files written
 Submit = Callable[[Sequence[Item], Answers, Codebase, Folder, Path], list[Path]]

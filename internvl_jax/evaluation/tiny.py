@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from internvl_jax import files
-from internvl_jax.evaluation.choices import CIRCULAR, LETTERS
 from internvl_jax.evaluation.items import SHORT, YES_NO
-from internvl_jax.evaluation.mmmu import SUBJECTS
-from internvl_jax.evaluation.vqa import PEOPLE
-from internvl_jax.evaluation.yes_no import COGNITION, PERCEPTION
+from internvl_jax.evaluation.scorers.choices import CIRCULAR, LETTERS
+from internvl_jax.evaluation.scorers.mmmu import SUBJECTS
+from internvl_jax.evaluation.scorers.vqa import PEOPLE
+from internvl_jax.evaluation.scorers.yes_no import COGNITION, PERCEPTION
 from internvl_jax.nano.render import COLOURS, Question, heldout_questions
+from internvl_jax.utils import files
 
 MARKER = ".internvl-jax-tiny.json"  # what was written here, with digests
 COUNT = 24  # questions of each data set

@@ -11,8 +11,8 @@ import json
 import os
 from pathlib import Path
 
-from internvl_jax import files
 from internvl_jax.nano.render import texts
+from internvl_jax.utils import files
 
 PIECES = 640
 ADDED = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")

@@ -27,9 +27,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from internvl_jax import files
 from internvl_jax.nano.render import Sample, make_sample
 from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER
+from internvl_jax.utils import files
 
 SAMPLES = 120_000  # each is seen two or three times in train.py's stages
 META, LINES = "meta.json", "train.jsonl"

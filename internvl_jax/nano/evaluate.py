@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 import internvl_jax
-from internvl_jax.chat import Chat, answered
+from internvl_jax.inference.chat import Chat, answered
 from internvl_jax.nano.dataset import save_picture
 from internvl_jax.nano.render import KINDS, heldout_questions, make_sample
 

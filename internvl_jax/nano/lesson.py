@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from internvl_jax import files
 from internvl_jax.nano.dataset import check_text, put_text, save_picture
 from internvl_jax.nano.render import Sample, make_sample
 from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER
+from internvl_jax.utils import files
 
 SAMPLES = 1200  # for training
 HELDOUT = 150

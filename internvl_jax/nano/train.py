@@ -31,9 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from internvl_jax import checkpoint, logs
-from internvl_jax.config import PRESETS, ChatConfig, read_json
-from internvl_jax.files import new_directory, resolve
+from internvl_jax import checkpoint
+from internvl_jax.config import PRESETS, ChatConfig
+from internvl_jax.config.schema import read_json
+from internvl_jax.data.batch import Batch
+from internvl_jax.data.loader import open_data
+from internvl_jax.data.packing import Layout
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import Array, Params
 from internvl_jax.nano import build_tokenizer, dataset
@@ -41,17 +44,16 @@ from internvl_jax.nano.render import CELL_CLASSES, CONTENTS, PICTURE_CLASSES
 from internvl_jax.processing.conversation import IMG_CONTEXT
 from internvl_jax.processing.images import ImageProcessor
 from internvl_jax.processing.tokenizer import load_tokenizer
-from internvl_jax.progress import err
 from internvl_jax.training import objective
-from internvl_jax.training.batch import Batch
-from internvl_jax.training.data import open_data
 from internvl_jax.training.objective import Sums
 from internvl_jax.training.optimizer import AdamW
-from internvl_jax.training.packing import Layout
 from internvl_jax.training.recipes import Recipe
 from internvl_jax.training.reporting import reporting
 from internvl_jax.training.state import Place
 from internvl_jax.training.trainer import Loss, Settings, train
+from internvl_jax.utils import logs
+from internvl_jax.utils.files import new_directory, resolve
+from internvl_jax.utils.progress import err
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in the published preprocessor_config.json
 LABEL_WEIGHT = 0.5  # of the first stage's loss in the others

@@ -16,8 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from internvl_jax import files
 from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER, TEMPLATES, Template, build_prompt
+from internvl_jax.utils import files
 
 LARGEST = 1 << 20  # bytes of a file with a template
 SECONDS = 60  # that rendering may take with the start of its process; of the processor far fewer

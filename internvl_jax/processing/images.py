@@ -15,9 +15,10 @@ from typing import IO, Any, cast
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
-from internvl_jax import files
-from internvl_jax.config import ChatConfig, read_json, tower_directory
+from internvl_jax.config import ChatConfig
+from internvl_jax.config.schema import read_json, tower_directory
 from internvl_jax.processing.resampling import pad_and_resize, resize_and_crop
+from internvl_jax.utils import files
 
 logger = logging.getLogger(__name__)
 

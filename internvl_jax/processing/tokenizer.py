@@ -19,8 +19,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from internvl_jax.config import ConfigError, read_json
-from internvl_jax.files import decode_text, not_itself
+from internvl_jax.config import ConfigError
+from internvl_jax.config.schema import read_json
+from internvl_jax.utils.files import decode_text, not_itself
 
 SPACE_MARK = "▁"  # sentencepiece writes a blank as this character
 REPLACEMENT = "\ufffd"  # what bytes decode to that are no UTF-8 (yet)

@@ -1,1 +1,1 @@
-"""Fine-tuning: conversations about images become batches, batches become a trained checkpoint."""
+"""Fine-tuning: objective, optimizer, recipes, the trainer and its saved steps."""

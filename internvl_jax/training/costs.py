@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from internvl_jax import flops, lora
+from internvl_jax import lora
 from internvl_jax.config import ChatConfig
-from internvl_jax.loading import abstract_for_running
-from internvl_jax.training.batch import Batch
+from internvl_jax.data.batch import Batch
+from internvl_jax.inference.loading import abstract_for_running
+from internvl_jax.models import flops
 from internvl_jax.training.recipes import Recipe
 from internvl_jax.training.state import ADAPTERS, Place
 

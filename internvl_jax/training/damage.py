@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from internvl_jax import files
+from internvl_jax.utils import files
 
 STATE, DATA = "state", "data"  # the items of a step
 

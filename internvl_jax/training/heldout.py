@@ -10,24 +10,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from internvl_jax import distributed, files, sharding
-from internvl_jax.chat import Chat
 from internvl_jax.config import ChatConfig
-from internvl_jax.loading import unstack_towers
+from internvl_jax.data import labels
+from internvl_jax.data.annotations import Corpus
+from internvl_jax.data.batch import Batch, pad_rows
+from internvl_jax.data.loader import Loader
+from internvl_jax.data.packing import Layout, assemble
+from internvl_jax.data.samples import SampleError, SampleMaker, image_names, read_entry
+from internvl_jax.inference.chat import Chat
+from internvl_jax.inference.loading import unstack_towers
 from internvl_jax.models.layers import BATCH, Params
+from internvl_jax.parallel import distributed, partitioning
 from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER
 from internvl_jax.processing.images import ImageError, ImageProcessor, load_image
 from internvl_jax.processing.tokenizer import Tokenizer
-from internvl_jax.training import labels, objective
-from internvl_jax.training.annotations import Corpus
-from internvl_jax.training.batch import Batch, pad_rows
-from internvl_jax.training.data import Loader
-from internvl_jax.training.packing import Layout, assemble
+from internvl_jax.training import objective
 from internvl_jax.training.recipes import Recipe
-from internvl_jax.training.samples import SampleError, SampleMaker, image_names, read_entry
 from internvl_jax.training.state import Place, State
 from internvl_jax.training.trainer import Settings, put_batch, stack_batches
 from internvl_jax.training.trainer import assemble as assemble_params
+from internvl_jax.utils import files
 
 ANSWER_TOKENS = 64  # of an answer to read, at most
 
@@ -81,7 +83,7 @@ class HeldOut:
         self._loader, self._layout, self._batches = loader, layout, batches
         self._recipe, self._place, self._processor = recipe, place, processor
         self._questions, self._tell, self._directory = questions, tell, directory
-        axes = BATCH if place.mesh is None else sharding.IMAGE_AXES[place.vision]
+        axes = BATCH if place.mesh is None else partitioning.IMAGE_AXES[place.vision]
         self._chat = Chat(
             config,
             {},

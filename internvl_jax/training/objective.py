@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from internvl_jax.config import ChatConfig
+from internvl_jax.data.batch import IGNORED, Batch
 from internvl_jax.models import chat_model, llama
 from internvl_jax.models.layers import Array, Params, Remat, on_tpu
-from internvl_jax.training.batch import IGNORED, Batch
 
 CHUNK = 256  # tokens of every row whose logits exist at once
 

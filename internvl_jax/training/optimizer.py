@@ -18,7 +18,7 @@ import optax
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.models.layers import Params
-from internvl_jax.sharding import path_of
+from internvl_jax.parallel.partitioning import path_of
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from internvl_jax import distributed
-from internvl_jax.progress import err
+from internvl_jax.data.samples import Problem
+from internvl_jax.parallel import distributed
 from internvl_jax.training.heldout import Answered
-from internvl_jax.training.samples import Problem
+from internvl_jax.utils.progress import err
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from internvl_jax.config import ChatConfig, ConfigError, read_json
+from internvl_jax.config import ChatConfig, ConfigError
+from internvl_jax.config.schema import read_json
 from internvl_jax.models.intern_vit import resize_positions
 from internvl_jax.models.layers import Params
 

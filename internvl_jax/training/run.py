@@ -22,24 +22,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from internvl_jax import checkpoint, distributed, files, logs, sharding
+from internvl_jax import checkpoint
 from internvl_jax.config import ChatConfig
-from internvl_jax.loading import NANO, enable_compilation_cache
+from internvl_jax.data.annotations import DataError
+from internvl_jax.data.estimate import Survey, survey
+from internvl_jax.data.loader import Loader, open_data
+from internvl_jax.data.packing import Layout
+from internvl_jax.data.samples import Problem
+from internvl_jax.inference.loading import NANO, enable_compilation_cache
 from internvl_jax.models.layers import Params
+from internvl_jax.parallel import distributed, partitioning
 from internvl_jax.processing.images import ImageProcessor, load_processor
 from internvl_jax.processing.tokenizer import Tokenizer, load_tokenizer
 from internvl_jax.quantize import scheme_of
 from internvl_jax.training import costs, resizing
-from internvl_jax.training.annotations import DataError
-from internvl_jax.training.data import Loader, open_data
 from internvl_jax.training.heldout import Answered, HeldOut, pick_questions
-from internvl_jax.training.packing import Layout
 from internvl_jax.training.recipes import Recipe
-from internvl_jax.training.samples import Problem
 from internvl_jax.training.saving import MODEL, RUN, STEPS, RunError, begin, is_there
 from internvl_jax.training.state import ADAPTERS, Place, read_params, write_model
-from internvl_jax.training.survey import Survey, survey
 from internvl_jax.training.trainer import PROFILED, Outcome, Settings, facts, train
+from internvl_jax.utils import files, logs
 
 Progress = Callable[..., None]
 
@@ -147,7 +149,7 @@ def _prepared(options: Options, report: Callable[[Problem], None] | None, progre
     before = _before(options.output)
     if options.from_scratch and (options.output / MODEL).exists():
         raise RunError(f"{options.output / MODEL} exists: the run has ended. Choose another directory for another run")
-    mesh = None if options.mesh is None else sharding.make_mesh(options.mesh, config=config)
+    mesh = None if options.mesh is None else partitioning.make_mesh(options.mesh, config=config)
     if mesh is None and options.vision is not None:
         raise RunError("--vision says how the tower lies on a mesh: give --mesh too")
     if mesh is None and jax.process_count() > 1:
@@ -414,7 +416,7 @@ def peak_flops(place: Place) -> float | None:
 
 
 def _chip(place: Place) -> Any:
-    from internvl_jax.bench import chip_of
+    from internvl_jax.inference.bench import chip_of
 
     return chip_of(place.mesh.devices.flat[0] if place.mesh is not None else jax.devices()[0])
 
@@ -463,7 +465,7 @@ def _rows(recipe: Recipe, place: Place, processes: int, accumulate: int) -> int:
             "choose --rows, --accumulate"
         )
     if place.mesh is not None:
-        sharding.validate_mesh(place.config, place.mesh, recipe.rows // accumulate)
+        partitioning.validate_mesh(place.config, place.mesh, recipe.rows // accumulate)
     return recipe.rows // (accumulate * processes)
 
 
@@ -486,7 +488,7 @@ def _image_slots(
     wanted = found.image_slots(rows, length, packed)
     if place.mesh is None:
         return wanted
-    along = math.prod(place.mesh.shape[axis] for axis in sharding.IMAGE_AXES[place.vision])
+    along = math.prod(place.mesh.shape[axis] for axis in partitioning.IMAGE_AXES[place.vision])
     each = max(1, along // processes)
     return -(-wanted // each) * each
 

@@ -26,10 +26,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from internvl_jax import distributed, files
-from internvl_jax.leaf_files import check_place
+from internvl_jax.chunk_store import check_place
+from internvl_jax.parallel import distributed
 from internvl_jax.training.damage import DATA, STATE, find_damage
 from internvl_jax.training.state import Place, State
+from internvl_jax.utils import files
 
 logger = logging.getLogger(__name__)
 

@@ -25,14 +25,16 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from internvl_jax import distributed, files, lora, sharding
+from internvl_jax import lora
 from internvl_jax.config import ChatConfig
+from internvl_jax.data.batch import Batch, pad_rows
 from internvl_jax.models.layers import BATCH, Params, Remat
+from internvl_jax.parallel import distributed, partitioning
 from internvl_jax.training import objective, optimizer
-from internvl_jax.training.batch import Batch, pad_rows
 from internvl_jax.training.recipes import Recipe
 from internvl_jax.training.saving import RunError, Steps, begin, claimed
 from internvl_jax.training.state import ADAPTERS, Place, State, abstract_state, init_state
+from internvl_jax.utils import files
 
 # What the backward pass keeps of a layer: its input (and makes the rest again), also products with weights, everything.
 REMAT: dict[str, Remat] = {
@@ -139,7 +141,7 @@ def make_step(
             remat=REMAT[settings.remat],
             owners=place.owners,
             drop_path_key=jax.random.fold_in(key, 1) if dropping else None,
-            image_axes=BATCH if place.mesh is None else sharding.IMAGE_AXES[place.vision],
+            image_axes=BATCH if place.mesh is None else partitioning.IMAGE_AXES[place.vision],
         )
         return sums.loss, sums
 
@@ -215,7 +217,7 @@ def put_batch(batch: Batch, place: Place) -> Batch:
     """
     if place.mesh is None:
         return jax.device_put(batch)
-    sharding.validate_mesh(place.config, place.mesh, batch.labels.shape[1] * place.shares)
+    partitioning.validate_mesh(place.config, place.mesh, batch.labels.shape[1] * place.shares)
     parts = place.mesh.shape["data"] * place.mesh.shape["fsdp"] // place.shares
     where = NamedSharding(place.mesh, P(None, BATCH))
 

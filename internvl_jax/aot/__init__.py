@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation for TPU topologies: memory, FLOPs, collectives and rooflines without a TPU."""

@@ -1,0 +1,1 @@
+"""The internvl-jax command line, one file per command."""

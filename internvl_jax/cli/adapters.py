@@ -1,0 +1,87 @@
+"""The `adapters` commands of `internvl-jax`: low-rank adapters into a checkpoint, to peft's layout and back."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from internvl_jax.cli import options
+from internvl_jax.utils import files
+from internvl_jax.utils.progress import counting, err
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add `adapters` to the commands."""
+    adapters = commands.add_parser(
+        "adapters",
+        help="merge low-rank adapters, or exchange them with Hugging Face's peft",
+        description="Adapters are what the recipes lora and lora-both write. `chat --adapters DIR` uses them as they "
+        "are, beside the weights of the checkpoint that they were trained for.",
+    )
+    parts = adapters.add_subparsers(title="commands", metavar="COMMAND", required=True, help="what to do")
+    for name, run, summary, source, extra in (
+        ("merge", _merge, "add adapters to the weights: a checkpoint of its own", "the adapters", ""),
+        ("to-peft", _to_peft, "write adapters for peft, a directory for each tower", "the adapters", CONVERT),
+        ("from-peft", _from_peft, "read adapters that peft wrote", "what peft or LLaVA wrote, or to-peft", CONVERT),
+    ):
+        one = parts.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.{extra}")
+        one.add_argument("src", type=options.path, metavar="SRC", help=source)
+        one.add_argument("dst", type=options.path, metavar="DST", help="the directory to write; must not exist")
+        one.add_argument(
+            "--checkpoint", type=options.path, metavar="DIR", help="the converted model that they are for (nano)"
+        )
+        one.set_defaults(run=run)
+
+
+CONVERT = " Needs the extra 'convert'."
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from internvl_jax import lora
+    from internvl_jax.inference.loading import NANO
+
+    with counting() as progress:
+        lora.merge_checkpoint(
+            args.dst, args.checkpoint or NANO, args.src, progress=progress if err.is_terminal else None
+        )
+    err.print(f"{args.dst}: a whole checkpoint; internvl-jax chat --checkpoint {files.quoted(args.dst)}")
+    return 0
+
+
+def _to_peft(args: argparse.Namespace) -> int:
+    from checkpoints_convert.peft_adapters import export_peft
+    from internvl_jax import lora
+
+    config, params = _model(args.checkpoint)
+    adapters, settings = lora.load(args.src, params)
+    export_peft(args.dst, adapters, settings, config)
+    for tower in settings:
+        err.print(f"{args.dst / tower}: PeftModel.from_pretrained(model.{tower}, ...)")
+    if lora.REPLACED in adapters:
+        err.print("non_lora_trainables.bin: what was trained beside the adapters; LLaVA reads it, peft does not")
+    return 0
+
+
+def _from_peft(args: argparse.Namespace) -> int:
+    from checkpoints_convert.peft_adapters import import_peft
+    from internvl_jax import lora
+
+    config, params = _model(args.checkpoint)
+    adapters, settings = import_peft(args.src, config)
+    lora.check(params, adapters)
+    lora.save(args.dst, adapters, settings)
+    beside = f", and {', '.join(lora.replaced_names(adapters))}" if lora.REPLACED in adapters else ""
+    err.print(
+        f"{args.dst}: adapters of {', '.join(settings)}{beside}; internvl-jax chat --adapters {files.quoted(args.dst)}"
+    )
+    return 0
+
+
+def _model(directory: Path | None):
+    import jax.numpy as jnp
+
+    from internvl_jax.config import ChatConfig
+    from internvl_jax.inference.loading import NANO, abstract_for_running
+
+    config = ChatConfig.from_file(directory or NANO)
+    return config, abstract_for_running(config, jnp.float32)

@@ -1,0 +1,1 @@
+"""Training data: annotation files become samples, samples become packed batches. Host only."""

@@ -1,0 +1,1 @@
+"""The benchmarks' scorers, one file per family."""

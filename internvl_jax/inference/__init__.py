@@ -1,0 +1,1 @@
+"""From a checkpoint to answers: loading, jitted generation, sampling, beam search, chat, offline batches."""

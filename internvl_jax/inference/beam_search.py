@@ -1,0 +1,219 @@
+"""Beam search on the device, with the rules of transformers 4.37 (Wolf et al., 2020), which made V1-1's scores.
+
+At each step the continuations of all beams of a row are ranked together by summed log-probability:
+
+    the best num_beams that do not end become the next beams;
+    those that end, where they stand among the best num_beams of all, go to the row's list of finished answers, which
+    keeps the best num_beams, ranked by summed log-probability / length ** length_penalty. The length counts generated
+    tokens, the end token included.
+
+A row is over once its list is full and
+    early_stopping True:     at once;
+    early_stopping False:    the best continuation of this step, ranked at its present length, is no better than the
+                             worst of the list (a heuristic: with a positive penalty a longer one could still be);
+    early_stopping "never":  not even at the length where it would rank best: max_new_tokens where the penalty is
+                             positive, the present length otherwise.
+At max_new_tokens the beams of a row that is not over compete with its list.
+
+transformers 5 differs in two corners, where this code follows 4.37: "the best continuation" there leaves out those that
+end at this very step, so that it may stop one step earlier; and a list that fills up at the very last step does not
+keep open beams out under early_stopping=True. Two things differ from 4.37 on purpose: an answer ends with the end token
+that ended it, where 4.37 writes the first of several; and the repetition penalty starts with no token seen, as in
+transformers 5 (see sampling.penalize).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from internvl_jax.config import ChatConfig
+from internvl_jax.inference.sampling import Settings, all_finite, end_tokens, penalize
+from internvl_jax.models import llama
+from internvl_jax.models.layers import Array, Params
+from internvl_jax.models.llama import KVCache
+
+EARLY_STOPPING = {False: 0, True: 1, "never": 2}
+
+# The score of a beam that does not exist yet: all beams but the first, before the first step.
+_ABSENT = -1e9
+
+
+class BeamState(flax.struct.PyTreeNode):
+    """Beams on their way: W beams for each of B rows, W = num_beams."""
+
+    cache: KVCache  # of B*W rows, the beams of a row side by side
+    tokens: Array  # [B,W,N] int32, what each beam has generated
+    scores: Array  # [B,W] float32, its summed log-probability, best first
+    seen: Array  # [B,W,V] bool, tokens that it has generated
+    count: Array  # [] int32, tokens that every beam has
+    finished: Array  # [B,W] float32, ranks of the finished answers, best first; -inf where there is none
+    best: Array  # [B,N] int32, tokens of the best answer so far
+    best_length: Array  # [B] int32, how many they are
+    best_stopped: Array  # [B] bool, whether it ended with an end token
+    done: Array  # [B] bool, rows that are over
+    failed: Array  # [B] bool, rows whose logits were not finite; they have no answer
+
+
+def beam_search(
+    params: Params,
+    logits: Array,
+    cache: KVCache,
+    prompt_length: Array,
+    settings: Settings,
+    length_penalty: Array,
+    early_stopping: Array,
+    *,
+    config: ChatConfig,
+    num_beams: int,
+    max_tokens: int,
+    dtype: Any,
+) -> tuple[Array, Array, Array, Array]:
+    """The best answer of each row, from where `generate.read_prompt` ends.
+
+    logits [B,V] float32 and cache [B rows, T slots] of the prompts; prompt_length [B] int32; length_penalty [] float32;
+    early_stopping [] int32, a value of EARLY_STOPPING. max_tokens is what the buffers hold, at least every row's
+    max_new_tokens.
+    Returns tokens [B,max_tokens] int32, their number [B] int32, whether the last is an end token [B] bool, and whether
+    logits of the row were not finite [B] bool: it then has no tokens.
+    """
+    language = params["language_model"]
+    batch, vocabulary = logits.shape
+    prompt_slots = cache.slots
+
+    def add(state: BeamState, logits: Array) -> BeamState:
+        return add_tokens(state, logits, settings, length_penalty, early_stopping, prompt_slots)
+
+    def step(state: BeamState) -> BeamState:
+        last = jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=2, keepdims=False).reshape(-1, 1)
+        positions = jnp.repeat(prompt_length + state.count - 1, num_beams)[:, None]
+        x = llama.embed(language, last, dtype)
+        hidden, cache, _ = llama.forward(
+            language, config.text, x, positions, jnp.ones(last.shape, bool), state.cache, dtype=dtype
+        )
+        logits = llama.logits(language, config.text, hidden[:, 0]).reshape(batch, num_beams, vocabulary)
+        return add(state.replace(cache=cache), logits)
+
+    state = BeamState(
+        cache=widen(cache, num_beams, max_tokens),
+        tokens=jnp.zeros((batch, num_beams, max_tokens), jnp.int32),
+        scores=jnp.tile(jnp.where(jnp.arange(num_beams) == 0, 0.0, _ABSENT).astype(jnp.float32), (batch, 1)),
+        seen=jnp.zeros((batch, num_beams, vocabulary), bool),
+        count=jnp.zeros((), jnp.int32),
+        finished=jnp.full((batch, num_beams), -jnp.inf, jnp.float32),
+        best=jnp.zeros((batch, max_tokens), jnp.int32),
+        best_length=jnp.zeros(batch, jnp.int32),
+        best_stopped=jnp.zeros(batch, bool),
+        done=jnp.zeros(batch, bool),
+        failed=jnp.zeros(batch, bool),
+    )
+    state = add(state, jnp.broadcast_to(logits[:, None], (batch, num_beams, vocabulary)))
+    state = jax.lax.while_loop(lambda state: ~jnp.all(state.done), step, state)
+    return state.best, jnp.where(state.failed, 0, state.best_length), state.best_stopped, state.failed
+
+
+def add_tokens(
+    state: BeamState,
+    logits: Array,
+    settings: Settings,
+    length_penalty: Array,
+    early_stopping: Array,
+    prompt_slots: int,
+) -> BeamState:
+    """Continue every beam by one token, given the logits [B,W,V] of the next. Rows that are over keep their answer."""
+    batch, beams, vocabulary = logits.shape
+    rows = jnp.arange(batch)[:, None]
+    count = jnp.broadcast_to(state.count, batch)
+    # A beam without a continuation is scored -inf: what it would read next is nobody's.
+    failed = ~state.done & jnp.any(~all_finite(logits) & (state.scores > -jnp.inf), axis=1)
+    scores = jax.nn.log_softmax(logits, axis=-1)
+    scores = jax.vmap(penalize, in_axes=(1, 1, None, None), out_axes=1)(scores, state.seen, count, settings)
+    scores = scores + state.scores[:, :, None]
+    length = state.count + 1
+
+    def rank(score: Array, length: Array) -> Array:
+        return score / jnp.asarray(length, jnp.float32) ** length_penalty
+
+    # The next beams: the best continuations that do not end.
+    is_end = end_tokens(settings, vocabulary)[:, None]
+    open_scores, index = jax.lax.top_k(jnp.where(is_end, -jnp.inf, scores).reshape(batch, -1), beams)
+    parent, token = index // vocabulary, index % vocabulary
+    tokens = state.tokens[rows, parent].at[:, :, state.count].set(token)
+
+    # Those that end are few: one per beam and end token. The best of all are found among them and the next beams.
+    ends = settings.eos_ids.shape[1]
+    end_scores = jnp.take_along_axis(scores, jnp.minimum(settings.eos_ids, vocabulary - 1)[:, None], axis=2)
+    end_scores = jnp.where(settings.eos_ids[:, None] < vocabulary, end_scores, -jnp.inf).reshape(batch, -1)
+    top, index = jax.lax.top_k(jnp.concatenate([open_scores, end_scores], axis=1), beams)
+    ended = jnp.where(index >= beams, rank(top, length), -jnp.inf)
+    finished = jax.lax.top_k(jnp.concatenate([state.finished, ended], axis=1), beams)[0]
+
+    # Only the best answer is ever wanted, so only its tokens are kept.
+    first = jnp.argmax(ended, axis=1)
+    choice = jnp.take_along_axis(index, first[:, None], axis=1)[:, 0] - beams
+    answer = state.tokens[rows[:, 0], choice // ends]
+    answer = answer.at[:, state.count].set(settings.eos_ids[rows[:, 0], choice % ends])
+    better = ~state.done & (ended.max(axis=1) > state.finished[:, 0])
+
+    longest = jnp.where((early_stopping == 2) & (length_penalty > 0), settings.max_new_tokens, length)
+    hopeless = finished[:, -1] >= rank(top[:, 0], longest)
+    over = (finished[:, -1] > -jnp.inf) & ((early_stopping == 1) | hopeless)
+
+    # At the limit the best open beam is an answer too.
+    limit = length >= settings.max_new_tokens
+    cut = ~state.done & ~over & limit & (rank(open_scores[:, 0], length) > finished[:, 0])
+    best = jnp.where(better[:, None], answer, state.best)
+    best = jnp.where(cut[:, None], tokens[:, 0], best)
+
+    return BeamState(
+        cache=reorder(state.cache, (rows * beams + parent).reshape(-1), prompt_slots),
+        tokens=tokens,
+        scores=open_scores,
+        seen=state.seen[rows, parent].at[rows, jnp.arange(beams), token].set(True),
+        count=length,
+        finished=jnp.where(state.done[:, None], state.finished, finished),
+        best=best,
+        best_length=jnp.where(better | cut, length, state.best_length),
+        best_stopped=(state.best_stopped | better) & ~cut,
+        done=state.done | over | limit | failed,
+        failed=state.failed | failed,
+    )
+
+
+def widen(cache: KVCache, beams: int, max_tokens: int) -> KVCache:
+    """Repeat each row of a cache `beams` times, and make room for max_tokens more slots."""
+
+    def grow(leaf: Array, row_axis: int, slot_axis: int) -> Array:
+        width = [(0, 0)] * leaf.ndim
+        width[slot_axis] = (0, max_tokens)
+        return jnp.pad(jnp.repeat(leaf, beams, axis=row_axis), width)
+
+    return cache.replace(
+        k=jax.tree.map(lambda leaf: grow(leaf, -4, -2), cache.k),
+        v=jax.tree.map(lambda leaf: grow(leaf, -4, -2), cache.v),
+        scales=jax.tree.map(lambda leaf: grow(leaf, -3, -1), cache.scales),
+        positions=grow(cache.positions, 0, 1),
+        valid=grow(cache.valid, 0, 1),
+    )
+
+
+def reorder(cache: KVCache, source: Array, prompt_slots: int) -> KVCache:
+    """Make row i continue what row source[i] read. source [B*W] int32, within each row's own beams.
+
+    Beams of a row share their prompt, so only the slots after it move, and positions and validity are equal anyway.
+    """
+
+    def move(leaf: Array, row_axis: int, slot_axis: int) -> Array:
+        slot_axis %= leaf.ndim
+        tail = jax.lax.slice_in_dim(leaf, prompt_slots, None, axis=slot_axis)
+        tail = jnp.take(tail, source, axis=row_axis)
+        return jax.lax.dynamic_update_slice_in_dim(leaf, tail, prompt_slots, axis=slot_axis)
+
+    return cache.replace(
+        k=jax.tree.map(lambda leaf: move(leaf, -4, -2), cache.k),
+        v=jax.tree.map(lambda leaf: move(leaf, -4, -2), cache.v),
+        scales=jax.tree.map(lambda leaf: move(leaf, -3, -1), cache.scales),
+    )

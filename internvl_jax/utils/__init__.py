@@ -1,0 +1,1 @@
+"""Files, logs, progress bars and process start-up, which every package may use."""

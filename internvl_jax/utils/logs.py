@@ -1,0 +1,77 @@
+"""Where log records go: modules call `logging.getLogger(__name__)`, the command line and a run attach handlers."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from internvl_jax.utils.progress import err
+
+# The loggers of this project, and the one that Python's `warnings` are sent to.
+LOGGERS = ("internvl_jax", "checkpoints_convert", "tpu_scripts", "py.warnings")
+
+
+class _Terminal(logging.Handler):
+    """Records on stderr, one line each, above a progress bar that may be running there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+            err.print(prefix + record.getMessage())
+        except Exception:
+            self.handleError(record)
+
+
+@contextmanager
+def to_terminal() -> Iterator[None]:
+    """Show records of level INFO and above on stderr, warnings of Python and of libraries included."""
+    before = warnings.showwarning
+    warnings.showwarning = _log_warning
+    try:
+        with _attached(_Terminal()):
+            yield
+    finally:
+        warnings.showwarning = before
+
+
+def _log_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+    """As `logging.captureWarnings` does, without the source line, which tells a user nothing.
+
+    PIL's remarks about odd metadata name no file: what cannot be read of an image is an error that does.
+    """
+    level = logging.DEBUG if Path(filename).parent.name == "PIL" else logging.WARNING
+    logging.getLogger("py.warnings").log(level, "%s", message)
+
+
+@contextmanager
+def to_file(path: Path) -> Iterator[None]:
+    """Append records of level INFO and above, with their time, to `path`."""
+    handler = logging.FileHandler(path, encoding="utf-8", errors="replace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    try:
+        with _attached(handler):
+            yield
+    finally:
+        handler.close()
+
+
+@contextmanager
+def _attached(handler: logging.Handler) -> Iterator[None]:
+    handler.setLevel(logging.INFO)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate

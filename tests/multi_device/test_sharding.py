@@ -1,0 +1,179 @@
+"""Meshes, rules and pads. What needs several devices is in eight_devices.py, run here in a process of its own."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+from support.devices import run_file
+from support.golden import unstack
+
+from internvl_jax.config import PRESETS
+from internvl_jax.models import chat_model, intern_vit
+from internvl_jax.parallel import partitioning
+from internvl_jax.parallel.partitioning import AXES, MeshError, make_mesh, parse_mesh, validate_mesh
+
+V1_1 = PRESETS["internvl_chat_v1_1"]()
+NANO = PRESETS["nano"]()
+
+
+def mesh_of(data=1, fsdp=1, tensor=1):
+    return AbstractMesh((data, fsdp, tensor), AXES)
+
+
+def test_on_eight_devices():
+    run_file("eight_devices.py")
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes"),
+    [
+        ("data=2,tensor=8", (2, 1, 8)),
+        (" fsdp = 4 ", (1, 4, 1)),
+        ({"tensor": 3}, (1, 1, 3)),
+        ("data=-1,tensor=4", (-1, 1, 4)),
+        ("", (1, 1, 1)),
+    ],
+)
+def test_parse_mesh(spec, sizes):
+    assert parse_mesh(spec) == dict(zip(AXES, sizes))
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("tensor", "not understood"),
+        ("tensor=x", "not understood"),
+        ("model=2", "there are data, fsdp, tensor"),
+        ("tensor=0", "sizes are positive"),
+        ("data=-1,tensor=-1", "one of them"),
+        ("data=2,data=2", "twice"),
+    ],
+)
+def test_parse_mesh_refuses(spec, words):
+    with pytest.raises(MeshError, match=words):
+        parse_mesh(spec)
+
+
+def test_make_mesh():
+    device = jax.devices()[:1]
+    assert dict(make_mesh(None, device).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh("data=-1", device).shape)["data"] == 1
+    with pytest.raises(MeshError, match=r"needs 3 devices, there are 1.*at most 1"):
+        make_mesh("tensor=3", device)
+
+
+def hosts(processes, **sizes):
+    """A mesh whose devices are of these processes, in order."""
+    shape = tuple(mesh_of(**sizes).shape.values())
+    devices = np.empty(len(processes), object)
+    devices[:] = [SimpleNamespace(process_index=process) for process in processes]
+    return SimpleNamespace(shape=dict(zip(AXES, shape)), devices=devices.reshape(shape))
+
+
+def test_who_brings_which_rows():
+    """The orders are those that a v5e-16 of four hosts has."""
+    ring = (0, 0, 1, 1, 1, 1, 0, 2, 3, 3, 3, 3, 2, 2, 2, 0)
+    assert partitioning.row_owners(hosts(ring, fsdp=16)) == (ring, {0: 0, 1: 1, 2: 2, 3: 3})
+    assert partitioning.row_owners(hosts((2, 2, 0, 0), fsdp=4)) == ((0, 0, 1, 1), {2: 0, 0: 1})
+    pairs = (0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3)  # tensor spans two hosts
+    expected = ((0, 0, 1, 1), {0: 0, 1: 0, 2: 1, 3: 1})
+    assert partitioning.row_owners(hosts(pairs, fsdp=4, tensor=4)) == expected
+    with pytest.raises(
+        MeshError, match=r"shares out 3 parts .* unevenly: process 0 has \[0, 1\]; process 1 has \[1, 2\]"
+    ):
+        partitioning.row_owners(hosts((0, 0, 0, 1, 1, 1), data=3, tensor=2))
+    with pytest.raises(MeshError, match="unevenly"):
+        partitioning.row_owners(hosts((0, 0, 1), data=3))
+
+
+def test_meshes_that_split_an_axis_of_the_torus():
+    """Of v6e's 4 x 4 chips, 2 x 8 are no whole axes."""
+    pytest.importorskip("libtpu")
+    from internvl_jax.aot.topology import parse_topology
+
+    mesh = make_mesh("data=2,fsdp=8", parse_topology("v6e-16").devices())
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 8, "tensor": 1}
+    assert len({device.id for device in mesh.devices.flat}) == 16
+
+
+def test_illegal_meshes_name_the_legal_ones():
+    with pytest.raises(MeshError, match=r"tensor=16 does not divide the language model's heads \(40\).* 1, 2, 4, 8;"):
+        validate_mesh(V1_1, mesh_of(tensor=16))
+    with pytest.raises(MeshError, match=r"fsdp=3 .*hidden_size \(3200\).*legal sizes of fsdp on 3 devices are 1, 2;"):
+        validate_mesh(V1_1, mesh_of(fsdp=3))
+    with pytest.raises(MeshError, match=r"batch of 6 rows .* multiple of 4 rows, or data \* fsdp one of 1, 2, 3, 6"):
+        validate_mesh(V1_1, mesh_of(data=2, fsdp=2), batch=6)
+    validate_mesh(V1_1, mesh_of(data=2, fsdp=2, tensor=8), batch=8)
+    assert partitioning.legal_tensor_sizes(V1_1, 256) == [1, 2, 4, 8]
+    with pytest.raises(MeshError, match="make it with make_mesh"):
+        validate_mesh(V1_1, AbstractMesh((1,), ("tensor",)))
+
+
+@pytest.mark.parametrize("config", [V1_1, NANO], ids=["v1_1", "nano"])
+@pytest.mark.parametrize("vision", partitioning.IMAGE_AXES)
+def test_every_parameter_has_a_place(config, vision):
+    mesh = mesh_of(fsdp=2, tensor=4)
+    abstract = jax.eval_shape(
+        lambda tree: partitioning.pad_params(tree, config, mesh, vision=vision), chat_model.abstract_params(config)
+    )
+    total, mine = 0, 0
+    for leaf, place in zip(
+        jax.tree.leaves(abstract), jax.tree.leaves(partitioning.param_shardings(abstract, mesh, vision=vision))
+    ):
+        total += leaf.size
+        mine += np.prod(place.shard_shape(leaf.shape))
+    if config is V1_1 and vision == "tensor":
+        assert mine < total / 8 * 1.01  # norms, biases and the patch embedding are on every device
+    stored = partitioning.storage_shardings(chat_model.abstract_params(config), mesh, vision=vision)
+    qkv = stored["vision_model"]["layers"]["attn"]["qkv"]["kernel"].spec
+    assert qkv == P(None, ("fsdp", "tensor") if vision == "tensor" else "fsdp", None, None, None)
+
+
+@pytest.mark.parametrize("config", [V1_1, NANO], ids=["v1_1", "nano"])
+def test_vision_mode_data_splits_tower_and_projector_by_no_tensor_axis(config):
+    """Both see whole images, of which every device has its own: only the language model is split."""
+    abstract = chat_model.abstract_params(config)
+    for vision in partitioning.IMAGE_AXES:
+        specs = partitioning.param_specs(abstract, vision=vision)
+        split = {
+            part: any(
+                "tensor" in str(spec) for spec in jax.tree.leaves(specs[part], is_leaf=lambda x: isinstance(x, P))
+            )
+            for part in specs
+        }
+        assert split == {"vision_model": vision == "tensor", "mlp1": vision == "tensor", "language_model": True}
+
+
+def test_rules_must_match_and_be_used():
+    tree = chat_model.abstract_params(NANO)
+    with pytest.raises(ValueError, match=r"mlp1/fc3 \[7\] must match one sharding rule, it matches 0"):
+        partitioning.param_specs({**tree, "mlp1": {**tree["mlp1"], "fc3": jax.ShapeDtypeStruct((7,), jnp.float32)}})
+    with pytest.raises(ValueError, match="match no parameter: mlp1/fc1/kernel, mlp1/fc1/bias"):
+        partitioning.param_specs({"mlp1": {name: leaf for name, leaf in tree["mlp1"].items() if name != "fc1"}})
+    with pytest.raises(ValueError, match="vision mode 'pixels' is not one of tensor, data"):
+        partitioning.param_specs(tree, vision="pixels")
+    with pytest.raises(ValueError, match="does not divide"):
+        partitioning.param_shardings(tree, mesh_of(tensor=4))
+
+
+def test_layers_one_by_one_follow_the_same_rules():
+    tree = jax.eval_shape(unstack, chat_model.abstract_params(NANO)["language_model"]["layers"])
+    language = {**chat_model.abstract_params(NANO)["language_model"], "layers": tree}
+    specs = partitioning.param_specs({"language_model": language})["language_model"]["layers"]
+    assert specs[1]["self_attn"]["q_proj"]["kernel"] == P("fsdp", "tensor", None)
+
+
+def test_padded_heads_are_exact():
+    config = NANO
+    params = chat_model.init_params(jax.random.key(0), config)
+    padded = partitioning.pad_heads(params, config, 8)
+    assert padded["vision_model"]["layers"]["attn"]["proj"]["kernel"].shape[1] == 8
+    pixels = jax.random.normal(jax.random.key(1), (1, 3, config.image_size, config.image_size))
+    with jax.default_matmul_precision("highest"):
+        outputs = [intern_vit.forward(p["vision_model"], config.vision, pixels)[0] for p in (params, padded)]
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, partitioning.unpad_heads(padded, config), params)

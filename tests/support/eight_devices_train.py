@@ -1,0 +1,147 @@
+"""Training on meshes of eight virtual CPU devices against one device. Run by test_train_mesh.py, in a process of its
+own: the number of devices is fixed when jax starts.
+
+Differences are those of float32 sums in another order; measured are 5e-7 of losses of about 4, 3e-7 of gradient norms,
+2e-6 of the largest gradient and its square, 6e-8 of parameters. Ten times these are allowed.
+"""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from support.golden import assert_close
+from support.training_cases import RECIPES, Batches, run
+from test_objective import tiny
+
+from internvl_jax.lora import Lora
+from internvl_jax.parallel.partitioning import make_mesh, path_of
+from internvl_jax.training.optimizer import AdamW
+from internvl_jax.training.recipes import Recipe
+from internvl_jax.training.state import Place
+
+STEPS = 4
+# 5 heads in the tower, which nothing divides; 8 in the language model, which share 4, fewer than some tensor axes have.
+CONFIG = tiny(num_attention_heads=8, num_key_value_heads=4, head_dim=16)
+# eps as large as gradients are: else Adam makes a whole step of the rounding of a gradient that is nearly zero.
+ADAMW = AdamW(1e-2, warmup=0, eps=1e-3)
+LORA = {
+    "language_model": Lora(4, dropout=0.1, targets=("self_attn/o_proj", "mlp/gate_proj")),
+    "vision_model": Lora(4, dropout=0.1, targets=("attn/qkv", "attn/proj")),
+}
+FULL = ("vision_model", "mlp1", "language_model")
+RECIPE = {
+    **{name: replace(RECIPES[name], optimizer=ADAMW) for name in ("stage1", "stage2")},
+    "full": Recipe("full", FULL, ADAMW, 2, 48, drop_path=0.3, z_loss=0.01),
+    "both": Recipe("both", ("mlp1",), ADAMW, 2, 48, lora=LORA),
+}
+
+
+class Rows(Batches):
+    """Batches of one length, of 8 rows or of parts of them, with empty image slots; `stop_at`: asks for an end."""
+
+    def __init__(self, parts=1, stop_at=None, empty=1):
+        super().__init__(CONFIG, rows=8 // parts)
+        self.parts, self.stop_at, self.empty = parts, stop_at, empty
+
+    def make(self, number):
+        if number == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        whole = Batches(CONFIG, rows=8).make(8 * (number // self.parts))  # a multiple of 4: no longer rows
+        batch = jax.tree.map(lambda leaf: leaf[number % self.parts :: self.parts], whole)
+        return batch.replace(pixel_values=np.pad(batch.pixel_values, [(0, self.empty), (0, 0), (0, 0), (0, 0)]))
+
+
+def train(directory, name, mesh_spec=None, *, vision=None, accumulate=1, stop_at=None, remat="none"):
+    """Every step's numbers, and how it ended."""
+    place = Place(CONFIG, None if mesh_spec is None else make_mesh(mesh_spec, config=CONFIG), vision)
+    batches = Rows(accumulate, stop_at, empty=1 if vision is None else 8)  # as many as lie over all devices
+    options = {"accumulate": accumulate, "remat": remat, "chunk": 16, "save_every": STEPS}
+    done = run(directory, STEPS, RECIPE[name], batches=batches, place=place, **options)
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], done, place
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Numbers and state of a recipe on one device without a mesh."""
+    known = {}
+
+    def of(name):
+        if name not in known:
+            entries, done, _ = train(tmp_path_factory.mktemp(name) / "run", name)
+            known[name] = entries, jax.device_get(done.state)
+        return known[name]
+
+    return of
+
+
+def equal_numbers(entries, expected):
+    assert [entry["step"] for entry in entries] == [entry["step"] for entry in expected]
+    for one, other in zip(entries, expected):
+        assert one["loss"] == pytest.approx(other["loss"], abs=5e-6)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=3e-6)
+        for name in ("accuracy", "supervised", "read", "learning_rate"):
+            assert one[name] == pytest.approx(other[name], rel=1e-6), name
+
+
+def equal_states(true, expected):
+    assert true.step == expected.step
+    np.testing.assert_array_equal(true.key, expected.key)
+    adam, other = true.optimizer[1][0], expected.optimizer[1][0]
+    for what, ours, theirs in (
+        ("", true.trained, expected.trained), ("mu ", adam.mu, other.mu), ("nu ", adam.nu, other.nu)
+    ):  # fmt: skip
+        for (keys, leaf), right in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+            tolerance = 2e-5 * np.abs(right).max() if what else 6e-7
+            assert_close(np.asarray(leaf), right, tolerance, f"{what}{path_of(keys)}")
+
+
+def equal(found, expected):
+    entries, done, place = found
+    equal_numbers(entries, expected[0])
+    true = place.resized(done.state, place.unpad, storage=True)
+    equal_states(true, expected[1])
+    if place.mesh is None:
+        return
+    assert entries[-1]["compiles"] == 1  # what a step gives lies as what it took
+    for leaf, where in zip(jax.tree.leaves(done.state), jax.tree.leaves(place.shardings(done.state)), strict=True):
+        assert leaf.sharding.is_equivalent_to(where, leaf.ndim), (leaf.shape, leaf.sharding, where)
+    # Nothing but zeros was cropped: pads do not learn, and have no moments.
+    again = place.resized(true, place.pad, storage=False)
+    for leaf, expected in zip(jax.tree.leaves(done.state), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(leaf, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh_spec", "options"),
+    [
+        ("stage1", "data=8", {}),
+        ("stage1", "data=2,tensor=4", {"vision": "data"}),
+        ("stage2", "fsdp=8", {}),
+        ("stage2", "data=2,fsdp=2,tensor=2", {"accumulate": 2}),
+        ("full", "tensor=8", {}),
+        ("both", "tensor=4", {}),
+        ("both", "fsdp=2,tensor=4", {"vision": "data", "remat": "full"}),
+    ],
+)
+def test_mesh_equals_one_device(tmp_path, reference, name, mesh_spec, options):
+    equal(train(tmp_path / "run", name, mesh_spec, **options), reference(name))
+
+
+def test_goes_on_on_another_mesh(tmp_path, reference):
+    """Two steps on one mesh; the rest on another, with other pads, and on one device without a mesh."""
+    _, done, _ = train(tmp_path / "first", "full", "data=2,fsdp=2,tensor=2", stop_at=1)
+    assert (done.step, done.finished) == (2, False)
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    equal(train(tmp_path / "first", "full", "tensor=8"), reference("full"))
+    equal(train(tmp_path / "second", "full"), reference("full"))
+
+
+def test_rows_that_do_not_divide(tmp_path):
+    with pytest.raises(ValueError, match="a batch of 4 rows does not divide over data=8"):
+        train(tmp_path / "run", "stage2", "data=8", accumulate=2)

@@ -1,0 +1,44 @@
+"""Published checkpoints of the golden data, read by torch and safetensors alone."""
+
+import shutil
+
+import pytest
+from support.paths import DATA
+
+torch = pytest.importorskip("torch")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+V1_1 = DATA / "internvl_chat_v1_1" / "checkpoint"
+VIT_BIN = DATA / "intern_vit" / "checkpoint_bin"
+VIT_SAFE = DATA / "intern_vit" / "checkpoint_safetensors"
+
+
+def state_of(directory):
+    """key -> tensor of a published directory, by torch and safetensors alone."""
+    state = {}
+    for path in sorted(directory.iterdir()):
+        if path.suffix == ".bin":
+            state.update(torch.load(path, weights_only=True))
+        elif path.suffix == ".safetensors":
+            state.update(safetensors_torch.load_file(path))
+    return state
+
+
+def assert_same_bits(ours, theirs):
+    assert set(ours) == set(theirs)
+    for key in theirs:
+        assert ours[key].dtype == theirs[key].dtype, key
+        assert ours[key].shape == theirs[key].shape, key
+        a, b = (x.contiguous().reshape(-1).view(torch.uint8) for x in (ours[key], theirs[key]))
+        assert torch.equal(a, b), key
+
+
+def single_file(tmp_path, change):
+    """V1-1's vision tower in one pytorch_model.bin, changed."""
+    directory = tmp_path / "hf"
+    directory.mkdir()
+    shutil.copy(VIT_BIN / "config.json", directory)
+    state = state_of(VIT_BIN)
+    change(state)
+    torch.save(state, directory / "pytorch_model.bin")
+    return directory

@@ -1,0 +1,137 @@
+"""A small training run, for tests and for the processes that they start: model, data, recipe.
+
+python training_cases.py DIRECTORY STEPS CACHE [DIE_AT]    trains there; prints each step's loss, exactly
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_objective import IMAGE, batch_of, random_params, tiny
+
+from internvl_jax.lora import Lora
+from internvl_jax.parallel import partitioning
+from internvl_jax.training import trainer
+from internvl_jax.training.optimizer import AdamW
+from internvl_jax.training.recipes import Recipe
+from internvl_jax.training.state import Place
+from internvl_jax.training.trainer import Settings, train
+
+RECIPES = {
+    "stage1": Recipe("stage1", ("vision_model", "mlp1"), AdamW(1e-3, warmup=2), 2, 48, drop_path=0.3),
+    "stage2": Recipe("stage2", ("mlp1", "language_model"), AdamW(1e-3, warmup=2), 2, 48),
+    "lora": Recipe("lora", ("mlp1",), AdamW(1e-3, warmup=2), 2, 48, lora={"language_model": Lora(4, dropout=0.1)}),
+}
+
+
+class Batches:
+    """Batch i is a function of i; some have longer rows."""
+
+    def __init__(self, config, rows=2, wait=0.0, die_at=None):
+        self.config, self.rows, self.wait, self.die_at, self.next = config, rows, wait, die_at, 0
+
+    def __next__(self):
+        time.sleep(self.wait)
+        if self.next == self.die_at:
+            os._exit(9)  # nothing is cleaned up, as after kill -9
+        number, self.next = self.next, self.next + 1
+        return self.make(number)
+
+    def make(self, number):
+        batch = batch_of(self.config, [[40]] * self.rows, 64 if number % 4 == 3 else 48)
+        rng = np.random.default_rng(number)
+        words = rng.integers(4, 61, batch.input_ids.shape).astype(np.int32)
+        ids = np.where((batch.input_ids == IMAGE) | (batch.segment_ids == 0), batch.input_ids, words)
+        labels = np.where(batch.labels == -100, -100, ids)
+        return batch.replace(input_ids=ids, labels=labels, pixel_values=batch.pixel_values + rng.random() - 0.5)
+
+    def get_state(self):
+        return {"next": self.next}
+
+    def set_state(self, state):
+        self.next = state["next"]
+
+
+class Shares(Batches):
+    """What one of two processes brings of batches of 8 rows, which have one image or two; `share` None: all of it.
+
+    stop_at: this process is asked to end before that batch.
+    """
+
+    def __init__(self, config, share=None, stop_at=None):
+        super().__init__(config, rows=8)
+        self.share, self.stop_at = share, stop_at
+
+    def make(self, number):
+        if number == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        mine = slice(None) if self.share is None else slice(self.share, None, 2)
+        rows = [[40], [20, 20], [20, 20], [40], [40], [40], [20, 20], [40]]  # of samples of an image each
+        batch = batch_of(self.config, rows, 48)
+        first = np.cumsum([0, *map(len, rows)])
+        images = [image for row in range(8)[mine] for image in range(first[row], first[row + 1])]
+        pixels = batch.pixel_values[images] + np.random.default_rng(number).random() - 0.5
+        empty = np.zeros((7 - len(images) if self.share is not None else 0, *pixels.shape[1:]), np.float32)
+        rows = jax.tree.map(lambda leaf: leaf[mine], batch.replace(pixel_values=None))
+        return rows.replace(pixel_values=np.concatenate([pixels, empty]).astype(np.float32))
+
+
+compiled = {}  # steps that several tests share: tracing and compiling is most of a short run
+
+
+def make_step(config, recipe, settings, adamw, image_token_id, place, make=trainer.make_step, **options):
+    where = (place.mesh, place.vision)
+    key = (config, recipe.name, *settings.identity().values(), settings.remat, settings.chunk, where, str(options))
+    if key not in compiled:
+        compiled[key] = make(config, recipe, settings, adamw, image_token_id, place, **options)
+    return compiled[key]
+
+
+def run(
+    directory,
+    steps,
+    name="lora",
+    *,
+    batches=None,
+    place=None,
+    params=None,
+    log=None,
+    alone=False,
+    evaluate=None,
+    **settings,
+):
+    """name: of RECIPES, or a recipe. alone: with a step of its own, whose compiles are counted. settings: of Settings;
+    from_scratch is train's."""
+    if not alone:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "make_step", make_step)
+            options = {"batches": batches, "place": place, "params": params, "log": log, "evaluate": evaluate}
+            return run(directory, steps, name, alone=True, **options, **settings)
+    place = Place(tiny()) if place is None else place
+    config = place.config
+    if params is None:
+        params = jax.tree.map(jax.numpy.asarray, random_params(config))
+        if place.mesh is not None:
+            params = partitioning.place_params(params, config, place.mesh, vision=place.vision)
+    options = {"log": log, "evaluate": evaluate, "from_scratch": settings.pop("from_scratch", False)}
+    settings = Settings(**{"steps": steps, "save_every": 2, "log_every": 1, "remat": "none", **settings})
+    batches = Batches(config) if batches is None else batches
+    recipe = RECIPES[name] if isinstance(name, str) else name
+    return train(directory, config, recipe, settings, params, batches, IMAGE, place, **options)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_compilation_cache_dir", sys.argv[3])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    done = run(
+        Path(sys.argv[1]),
+        int(sys.argv[2]),
+        batches=Batches(tiny(), wait=0.05, die_at=int(sys.argv[4]) if len(sys.argv) > 4 else None),
+        log=lambda entry: print(entry["step"], entry["loss"].hex(), entry["grad_norm"].hex(), flush=True),
+    )
+    print("finished" if done.finished else f"stopped at {done.step}", flush=True)

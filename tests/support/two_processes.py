@@ -1,0 +1,143 @@
+"""One of the two processes that test_distributed.py and test_batch.py start, with virtual CPU devices.
+
+    python two_processes.py PROCESS_ID PORT COMMAND DIRECTORY
+
+Prints one JSON object as its last line.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from support.paths import DATA
+
+from internvl_jax import checkpoint
+from internvl_jax.inference import offline
+from internvl_jax.inference.loading import load
+from internvl_jax.parallel import distributed, partitioning
+from internvl_jax.training.recipes import Recipe
+from internvl_jax.training.state import Place
+
+IMAGES = DATA / "internvl_chat_v1_1" / "images"
+QUESTIONS = ["What is in this picture?", "Name two colours.", "And in this one?"]
+PICTURES = [[IMAGES / "rgb.png"], [], [IMAGES / "gray.png"]]
+
+
+def answer(chat):
+    """Greedy tokens of three questions, two of them with a picture."""
+    with jax.default_matmul_precision("highest"):
+        replies = chat.batch_chat(QUESTIONS, PICTURES, max_new_tokens=6, eos_token_ids=())
+    return [reply.tokens for reply in replies]
+
+
+def meshes():
+    """fsdp between the processes and tensor within them; and tensor between them."""
+    devices = np.array(jax.devices()).reshape(2, 2, 2)  # process, pair, device
+    crossed = list(devices.transpose(1, 0, 2).reshape(-1))
+    return {
+        "fsdp": partitioning.make_mesh("fsdp=2,tensor=4"),
+        "tensor": partitioning.make_mesh("data=2,tensor=4", crossed),
+    }
+
+
+def chat(directory):
+    """Load and save on both meshes, answer on the second."""
+    results = {}
+    for name, mesh in meshes().items():
+        before, announced = checkpoint.bytes_read(), []
+        model = load(directory / "model", mesh, "float32", progress=partial(report, announced))
+        results[name] = {"read": checkpoint.bytes_read() - before, "announced": announced[-1]}
+        unpad = partial(partitioning.unpad_params, config=model.config)
+        places = partitioning.storage_shardings(jax.eval_shape(unpad, model.params), mesh)
+        true_shapes = jax.jit(unpad, out_shardings=places)(model.params)
+        checkpoint.save(directory / name, true_shapes)
+        results[name]["whole"] = any(leaf.is_fully_addressable for leaf in jax.tree.leaves(true_shapes))
+    return {**results, "tokens": answer(model)}
+
+
+def report(announced, done, total, what):
+    announced.append((done, total))
+
+
+def refused(directory):
+    """Errors of one process reach the other: the directory exists, and one process fails while it writes."""
+    messages = []
+    params = {"mlp1": {"norm": {"scale": np.ones(4, np.float32)}}}
+    for target, leaf in (("taken", 1.0), ("fails", "x" if jax.process_index() == 1 else 1.0)):
+        try:
+            checkpoint.save(
+                directory / target, jax.tree.map(lambda x, leaf=leaf: x * leaf if leaf == 1.0 else Bad(x), params)
+            )
+            messages.append("")
+        except (ValueError, OSError) as error:
+            messages.append(str(error))
+    checkpoint.save(directory / "good", {"scale": np.ones(4, np.float32)})
+    if jax.process_index() == 1:  # one process alone meets a damaged chunk
+        checkpoint.LeafFile.read = lambda *_: Bad.__array__(None)
+    try:
+        checkpoint.load(directory / "good", checkpoint.stored_tree(directory / "good"))
+    except (ValueError, OSError) as error:
+        messages.append(str(error))
+    return {"messages": messages}
+
+
+class Bad:
+    """An array that cannot be read."""
+
+    def __init__(self, like):
+        self.shape, self.dtype = like.shape, like.dtype
+
+    def __array__(self, *_, **__):
+        raise OSError("cable unplugged")
+
+
+def answers(directory):
+    """Batch inference: a model per process, then one model over both."""
+    options = {"max_new_tokens": 4}
+    for name, mesh in (("each", None), ("both", "tensor=2")):
+        work = offline.prepare(directory / "questions.jsonl", directory / f"{name}.jsonl", mesh)
+        offline.run(load(directory / "model", work.mesh, "float32"), work, size=2, **options)
+    return {}
+
+
+def train(directory):
+    """Training where rows of the processes take turns on the mesh; stopped by one process, gone on with on another
+    mesh; and with a tensor axis over both, which then bring the same rows."""
+    from support.eight_devices_train import ADAMW, CONFIG, FULL
+    from support.training_cases import Shares, run
+
+    recipe = Recipe("full", FULL, ADAMW, 2, 48)
+    mine, first = jax.devices(), jax.process_index() == 0
+    turns = [mine[0], mine[2], mine[1], mine[3]]
+
+    def go(name, mesh, share, **options):
+        batches = Shares(CONFIG, share, **options)
+        place = Place(CONFIG, mesh)
+        done = run(directory / name, 4, recipe, place=place, batches=batches, save_every=4)
+        return {"step": done.step, "finished": done.finished, "owners": place.owners, "batches": batches.next}
+
+    process = jax.process_index()
+    results = {
+        "straight": go("straight", partitioning.make_mesh("fsdp=4", turns), process),
+        "stopped": go("parts", partitioning.make_mesh("fsdp=4", turns), process, stop_at=None if first else 1),
+        "resumed": go("parts", partitioning.make_mesh("data=2,tensor=2"), process),
+        "tensor": go("tensor", partitioning.make_mesh("data=2,tensor=2", turns), None),
+    }
+    try:
+        go("parts", partitioning.make_mesh("data=2,tensor=2", turns), None)
+    except ValueError as error:
+        results["refused"] = str(error)
+    return results
+
+
+def main():
+    process_id, port, command, directory = sys.argv[1:]
+    distributed.start(f"127.0.0.1:{port}", 2, int(process_id), wait_seconds=60)
+    print(json.dumps(globals()[command](Path(directory))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""A training step of a small model compiled for TPU slices that are not here, against figures by hand."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from support.golden import DATA
+
+from internvl_jax.cli.main import main
+from internvl_jax.config import PRESETS
+from internvl_jax.models.chat_model import count_params
+from internvl_jax.parallel.partitioning import MeshError
+
+pytest.importorskip("libtpu")
+
+from internvl_jax.aot import train_report
+from internvl_jax.aot.measure import bytes_on_device, mesh_name
+from internvl_jax.aot.train_report import TrainReport, make_work
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A directory with the config.json of a small V1-1 whose heads are those of the full one."""
+    full = replace(PRESETS["internvl_chat_v1_1"](), image_size=224)
+    sizes = {"hidden_size": 640, "num_attention_heads": 5, "intermediate_size": 512, "num_hidden_layers": 5}
+    vision = replace(full.vision, **sizes, image_size=224)
+    projector = replace(full.projector, in_features=4 * 640, out_features=512)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128}
+    text = replace(full.text, **heads, hidden_size=512, intermediate_size=768, num_hidden_layers=3, vocab_size=1000)
+    directory = tmp_path_factory.mktemp("small")
+    config = replace(full, vision=vision, projector=projector, text=text)
+    (directory / "config.json").write_text(json.dumps(config.to_hf()))
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def compiled(small):
+    work = make_work(small, topology="v5e-4", recipe="stage2", length=512, batch=8)
+    return work, train_report.report(work)
+
+
+def test_figures_of_a_step(compiled):
+    work, done = compiled
+    state, frozen, _ = train_report.arguments(work)
+    assert (done.mesh, done.vision, done.rows, done.chips) == ("fsdp=4", "data", 8, 4)
+    assert done.fits
+    trained = count_params(state.trained)
+    assert set(state.trained) == {"mlp1", "language_model"}
+    assert set(frozen) == {"vision_model"}
+    assert count_params(state.optimizer) == pytest.approx(2 * trained, rel=1e-5)  # two moments, and the steps' count
+    inputs = 8 * (4 * 512 * 4 + 3 * 224**2 * 4)
+    expected = (12 * trained + 2 * count_params(frozen) + inputs) / 4
+    assert expected < done.hbm_bytes["arguments"] < 1.1 * expected  # norms, biases and patches are whole on every chip
+    # What is trained lies where it lay: donated.
+    assert done.hbm_bytes["outputs"] - done.hbm_bytes["aliased"] < 2**16
+    # Forward once more for the backward pass but for what only made the next layer's input, and whole attention blocks.
+    assert 1.15 < done.flops_per_chip / done.ideal_flops_per_chip < 1.5
+    assert any(one["count"] for one in done.collectives)
+    assert max(done.roofline_seconds.values()) == done.step_seconds > 0
+    assert json.loads(json.dumps(done.to_dict()))["recipe"] == "stage2"
+    text = "\n".join(train_report.lines(done))
+    assert "train stage2: v5e:2x2 (4 chips), fsdp=4, 8 rows of 512 tokens with 1 pictures, remat full" in text
+
+
+def test_storing_in_bfloat16_takes_less(compiled):
+    work, done = compiled
+    state, *rest = train_report.arguments(replace(work, param_dtype="bfloat16"))
+    held = bytes_on_device((state, rest))
+    # Two bytes of four for what is trained, of which norms and biases are whole on every chip; moments stay float32.
+    assert done.hbm_bytes["arguments"] - held == pytest.approx(2 * count_params(state.trained) / 4, rel=0.05)
+
+
+def by_arithmetic(work):
+    """A report as if the compiler needed a tenth more than arithmetic says."""
+    chip = work.topology.chip
+    peak = int(1.1 * work.estimate)
+    fits = peak <= chip.hbm_bytes
+    flops = work.ideal_flops / work.topology.chips
+    return TrainReport(
+        topology=work.topology.name,
+        chips=work.topology.chips,
+        recipe=work.recipe.name,
+        mesh=mesh_name(work.place.mesh),
+        vision=work.place.vision,
+        rows=work.rows,
+        length=work.length,
+        images=work.images,
+        remat=work.remat,
+        param_dtype=work.param_dtype,
+        dtype=work.dtype,
+        hbm_bytes={"peak": peak},
+        hbm_capacity_bytes=chip.hbm_bytes,
+        fits=fits,
+        flops_per_chip=flops if fits else None,
+        ideal_flops_per_chip=flops,
+        collectives=[{"bytes": 2**30}],
+        roofline_seconds=dict.fromkeys(("compute", "hbm", "network"), 2.0 if fits else None),
+        compile_seconds=0.0,
+    )
+
+
+def test_plan_chooses_what_fits_at_full_size(monkeypatch):
+    monkeypatch.setattr(train_report, "report", by_arithmetic)
+    said = []
+    done = train_report.plan({"topology": "v5e-16", "recipe": "stage2"}, said.append)
+    assert (done.param_dtype, done.remat, done.fits) == ("bfloat16", "full", True)
+    assert any("remat full, float32" in line for line in said)  # close enough that the compiler was asked
+    most = make_work(topology="v5e-16", recipe="stage2", param_dtype="bfloat16", batch=2 * done.rows)
+    assert not by_arithmetic(most).fits
+    roomy = train_report.plan({"topology": "v5p-16", "recipe": "lora"})
+    assert (roomy.param_dtype, roomy.remat) == ("float32", "dots")
+    assert roomy.rows > 8
+    assert train_report.plan({"topology": "v5e-8", "recipe": "full"}) is None
+
+
+def test_table(monkeypatch, capsys):
+    monkeypatch.setattr(train_report, "report", by_arithmetic)
+    asked = ["compile-report", "--program", "train", "--table", "--topology", "v5e-8,v5e-16", "--recipe", "full,stage2"]
+    assert main(asked) == 0
+    head, rule, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
+    )
+    assert {len(row) for row in rows} == {len(head)} == {len(rule)}
+    found = {(row[0], row[1]): dict(zip(head, row)) for row in rows}
+    assert list(found) == [(t, r) for t in ("v5e-8", "v5e-16") for r in ("full", "stage2")]
+    assert found["v5e-8", "full"]["rows"] == "does not fit"
+    assert found["v5e-16", "stage2"]["mesh"] == "fsdp=16"
+    assert found["v5e-16", "stage2"]["sent"] == "1 GiB"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"recipe": "stage3"}, "recipe 'stage3' is not known"),
+        ({"remat": "some"}, "remat 'some' is not one of full, dots, none"),
+        ({"length": 9000}, "a row has 2 to 4096 tokens"),
+        ({"images": 9}, "9 pictures of 64 tokens do not leave room in 512"),
+        ({"batch": 6}, "a batch of 6 rows does not divide"),
+        ({"mesh": "fsdp=2"}, "uses 2 of the 4 devices"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(small, asked, message):
+    with pytest.raises((ValueError, MeshError), match=message):
+        make_work(small, **{"topology": "v5e-4", "length": 512, **asked})
+
+
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+    "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+TOWER = json.loads((DATA / "intern_vit" / "checkpoint_bin" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("values", [LLAMA, TOWER], ids=["llama", "intern_vit"])
+def test_a_part_of_a_model_is_refused(tmp_path, capsys, values):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for more in ([], ["--plan"], ["--table"]):
+        asked = ["compile-report", "--program", "train", "--topology", "v5e-4", "--preset", str(tmp_path), *more]
+        assert main(asked) == 2
+        assert f"error: {tmp_path} is not a chat model: --program train needs a vision tower" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--program", "train", "--quantize", "int8"], "--quantize does not apply to --program train"),
+        (["--program", "decode", "--recipe", "lora"], "--recipe belongs to --program train"),
+        (["--program", "train", "--plan", "--batch", "8"], "choose --batch, --remat and --param-dtype"),
+    ],
+)
+def test_options_that_do_not_belong_together(capsys, arguments, message):
+    assert main(["compile-report", "--topology", "v5e-8", *arguments]) != 0
+    assert message in capsys.readouterr().err

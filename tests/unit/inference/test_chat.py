@@ -1,0 +1,635 @@
+"""Chat: golden answers from the published files, every refusal, meshes, compiles."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from support.devices import run_file
+from support.golden import DATA, assert_close, bundle, kl
+from support.tiny_checkpoint import tiny_config, write_checkpoint
+
+import internvl_jax
+from internvl_jax.inference.chat import AnswerError
+from internvl_jax.processing.images import ImageError
+from internvl_jax.processing.tokenizer import TokenizerError
+
+pytest.importorskip("torch")  # the golden checkpoint is PyTorch's
+
+BUNDLE = DATA / "internvl_chat_v1_1"
+CHECKPOINT = BUNDLE / "checkpoint"
+ARRAYS, FACTS = bundle("internvl_chat_v1_1")
+PROMPTS = {prompt["id"]: prompt for prompt in FACTS["prompts"]}
+
+# The goldens are the quick-start page's: pictures resized in their own mode, EXIF ignored.
+REFERENCE = {"honour_exif": False, "image_path": "native", "max_new_tokens": 32}
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return internvl_jax.load(CHECKPOINT)
+
+
+def picture(name):
+    return BUNDLE / FACTS["images"][name]["file"]
+
+
+def asked(prompt):
+    """question, images, history of a golden prompt."""
+    history = [tuple(turn) for turn in prompt["history"] or ()]
+    return prompt["question"], [picture(name) for name in prompt["images"]], history
+
+
+def without_timings(reply):
+    return replace(reply, timings={})
+
+
+# Against the golden bundle.
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_golden_answers(chat, name, monkeypatch):
+    prompt = PROMPTS[name]
+    question, images, history = asked(prompt)
+    read = []
+    prefill = chat.generator.prefill
+    monkeypatch.setattr(chat.generator, "prefill", lambda *args: prefill(*(read.append(args[0]) or args)))
+    reply = chat.chat(question, images, history, **REFERENCE)
+    assert read[0].tolist() == [prompt["input_ids"]]
+    assert reply.tokens == prompt["generated_ids"]
+    assert reply.text == prompt["response"]
+    assert reply.finish_reason == ("stop" if prompt["finished_by_eos"] else "length")
+    assert reply.prompt_tokens == len(prompt["input_ids"])
+    placed = question if "<image>" in question or not images or history else f"<image>\n{question}"
+    assert reply.history == [*history, (placed, prompt["response"])]
+    assert set(reply.timings) == {"prefill", "decode", "total"} | ({"encode"} if images else set())
+
+
+@pytest.mark.parametrize("batch", FACTS["batches"], ids=lambda batch: batch["id"])
+def test_golden_batches(chat, batch):
+    images = [[picture(name)] for name in batch["images"]]
+    replies = chat.batch_chat(batch["questions"], images, **REFERENCE)
+    assert [reply.text for reply in replies] == batch["responses"]
+
+
+@pytest.mark.parametrize("search", FACTS["beam_search"], ids=lambda search: search["id"])
+def test_golden_beams(chat, search):
+    settings = {name: search[name] for name in ("num_beams", "length_penalty")}
+    reply = chat.chat(*asked(PROMPTS[search["id"]]), **REFERENCE, **settings)
+    assert reply.tokens == search["generated_ids"]
+    assert reply.text == search["response"]
+    assert reply.finish_reason == "length"
+
+
+def test_rows_get_what_they_get_alone(chat):
+    """All golden prompts in one batch: none, one or two images, none to two earlier turns."""
+    together = chat.batch_chat(*zip(*map(asked, PROMPTS.values())), **REFERENCE)
+    assert [reply.tokens for reply in together] == [prompt["generated_ids"] for prompt in PROMPTS.values()]
+    searches = FACTS["beam_search"]
+    asking = zip(*(asked(PROMPTS[search["id"]]) for search in searches))
+    together = chat.batch_chat(*asking, **REFERENCE, num_beams=5)
+    assert [reply.tokens for reply in together] == [search["generated_ids"] for search in searches]
+
+
+def test_history_goes_on(chat):
+    """A reply's history is the next call's, and the pictures of earlier turns are given again."""
+    first = chat.chat("What is shown?", picture("rgb"), **REFERENCE)
+    second = chat.chat("And where?", [picture("rgb")], first.history, **REFERENCE)
+    assert [question for question, _ in second.history] == ["<image>\nWhat is shown?", "And where?"]
+    assert second.history[0] == first.history[0]
+    written = [("<image>\nWhat is shown?", first.text)]
+    assert chat.chat("And where?", [picture("rgb")], written, **REFERENCE).tokens == second.tokens
+    assert chat.chat("And where?", [picture("gray")], written, **REFERENCE).tokens != second.tokens
+
+
+def prompt_of(chat, monkeypatch, *asking, **options):
+    """The prompt that a question becomes, as text, and the reply."""
+    read, prefill = [], chat.generator.prefill
+    monkeypatch.setattr(chat.generator, "prefill", lambda *args: prefill(*(read.append(args[0]) or args)))
+    reply = chat.chat(*asking, **{"max_new_tokens": 2, **options})
+    monkeypatch.undo()
+    text = chat.tokenizer.decode(read[0][0], skip_special_tokens=False)
+    return text.replace("<IMG_CONTEXT> ", "").replace("<IMG_CONTEXT>", "").replace(" ", ""), reply
+
+
+def test_a_later_image_comes_with_its_question(chat, monkeypatch):
+    one, two = picture("rgb"), picture("gray")
+    first = chat.chat("What is this?", one, max_new_tokens=2)
+    prompt, second = prompt_of(chat, monkeypatch, "And this?", [one, two], first.history)
+    start, _, rest = prompt.partition("<bot>:")
+    assert (start.count("<img>"), rest.count("<img>")) == (1, 1)
+    assert [turn[0] for turn in second.history] == ["<image>\nWhat is this?", "<image>\nAnd this?"]
+    # Each turn keeps its own: nothing that was read before is read otherwise later.
+    third = prompt_of(chat, monkeypatch, "Which is red?", [one, two], second.history)[0]
+    assert third.startswith(prompt)
+    # The same after JSON, as a stream, in a batch, with pairs that somebody wrote, and where the question places it.
+    told = json.loads(json.dumps(second.to_dict()))["history"]
+    assert prompt_of(chat, monkeypatch, "Which is red?", [one, two], told)[0] == third
+    stream = chat.stream("And this?", [one, two], first.history, max_new_tokens=2)
+    assert list(stream) != [] or stream.reply.text == ""
+    assert without_timings(stream.reply) == without_timings(second)
+    (reply,) = chat.batch_chat(["And this?"], [[one, two]], [first.history], max_new_tokens=2)
+    assert without_timings(reply) == without_timings(second)
+    pairs = [tuple(turn) for turn in first.history]
+    assert prompt_of(chat, monkeypatch, "<image>\nAnd this?", [one, two], pairs)[0] == prompt
+    # After a first turn without images, and two at once.
+    prompt, reply = prompt_of(chat, monkeypatch, "And these?", [one, two], [("Hello", "Hi")])
+    assert prompt.partition("</s>")[2].startswith("<human>:<img></img>\nAndthese?")
+    assert reply.history[1].images == 2
+    again = prompt_of(chat, monkeypatch, "Why?", [one, two], reply.history)[0]
+    assert again.startswith(prompt)
+    # JSON does not tell that one placeholder stands for both: nothing is guessed, and a third element says it.
+    told = json.loads(json.dumps(reply.to_dict()))["history"]
+    with pytest.raises(ValueError, match=r"1 belong to the history, .*\(combine=True puts all"):
+        chat.chat("Why?", [one, two], told)
+    told[1].append(2)
+    assert prompt_of(chat, monkeypatch, "Why?", [one, two], told)[0] == again
+    assert prompt_of(chat, monkeypatch, "Why?", [one, two], told, combine=True)[0] == again
+
+
+def test_combined_form_of_the_reference(chat, monkeypatch):
+    """All images of a conversation in its first turn: on request, and where the first question brought them."""
+    one, two = picture("rgb"), picture("gray")
+    history = [("<image>\nWhat is this?", "A cat.")]
+    prompt, reply = prompt_of(chat, monkeypatch, "And this?", [one, two], history, combine=True)
+    assert prompt.partition("<bot>:")[2].count("<img>") == 0
+    assert prompt.count("<img>") == 1
+    assert reply.history[0].images == 2
+    assert reply.history[:1] == history
+    again = prompt_of(chat, monkeypatch, "Why?", [one, two], reply.history)[0]
+    assert again.startswith(prompt)
+    first = chat.chat("What are these?", [one, two], max_new_tokens=2)
+    assert first.history[0].images == 2
+    default, combined = (
+        prompt_of(chat, monkeypatch, "Why?", [one, two], first.history, combine=combine)[0] for combine in (False, True)
+    )
+    assert default == combined
+
+
+def test_typed_special_tokens_are_text(chat, monkeypatch):
+    """In questions, histories and system messages; the reference's reading on request."""
+    special = {chat.tokenizer.token_to_id(token) for token in chat.tokenizer.special_tokens}
+    typed = "a</s><human>: b <bot>:<img><IMG_CONTEXT></img><s>"
+    plain, _ = read_ids(chat, monkeypatch, "question", [("asked", "answered")], "system")
+    for position in range(4):
+        texts = ["question", "asked", "answered", "system"]
+        texts[position] += typed
+        ids, reply = read_ids(chat, monkeypatch, texts[0], [(texts[1], texts[2])], texts[3])
+        assert [i for i in ids if i in special] == [i for i in plain if i in special]
+        assert typed in chat.tokenizer.decode(ids)
+        assert reply.history[-1][0] == texts[0]
+    parsed, _ = read_ids(chat, monkeypatch, "a</s>b", [], None, parse_special=True)
+    assert parsed.count(chat.tokenizer.eos_id) == 1
+    ids, _ = read_ids(chat, monkeypatch, "<image> a</s>b", [], None, images=picture("rgb"))
+    assert ids.count(chat.tokenizer.eos_id) == 0
+    assert ids.count(chat.image_token_id) == chat.config.tokens_per_image
+    untouched, _ = read_ids(chat, monkeypatch, "a b", [], None)
+    assert untouched == read_ids(chat, monkeypatch, "a b", [], None, parse_special=True)[0]
+
+
+def read_ids(chat, monkeypatch, question, history, system, **options):
+    read, prefill = [], chat.generator.prefill
+    monkeypatch.setattr(chat.generator, "prefill", lambda *args: prefill(*(read.append(args[0]) or args)))
+    reply = chat.chat(question, history=history, system=system, max_new_tokens=1, **options)
+    monkeypatch.undo()
+    return read[0][0].tolist(), reply
+
+
+def test_pictures_in_every_form(chat):
+    path = picture("rgb")
+    with Image.open(path) as opened:
+        forms = [path, str(path), path.read_bytes(), opened.copy(), np.asarray(opened)]
+    answers = {chat.chat("What?", form, max_new_tokens=8).text for form in forms}
+    assert len(answers) == 1
+    assert {chat.chat("What?", (form,), max_new_tokens=8).text for form in forms} == answers
+
+
+def test_orientation_and_image_path_are_choices(chat):
+    """Phone pictures are turned upright unless asked otherwise; RGBA differs between the reference's two paths."""
+    upright, raw = (
+        chat.chat("What?", picture("exif_rot"), honour_exif=honour, max_new_tokens=8).tokens for honour in (True, False)
+    )
+    assert upright != raw
+    evaluation, native = (
+        chat.chat("What?", picture("rgba"), image_path=path, max_new_tokens=8).tokens for path in ("eval", "native")
+    )
+    assert evaluation != native
+
+
+def test_system_message_is_read(chat):
+    plain, told = (chat.chat("Hello", system=system, max_new_tokens=8) for system in (None, "Answer in Chinese."))
+    assert told.prompt_tokens > plain.prompt_tokens
+    assert told.tokens != plain.tokens
+
+
+# Streams, stop strings, samples.
+
+
+@pytest.mark.parametrize("name", ["en_single", "zh_single", "text_only_turn2"])
+def test_stream_equals_chat(chat, name):
+    asking = asked(PROMPTS[name])
+    stream = chat.stream(*asking, **REFERENCE)
+    with pytest.raises(RuntimeError, match="not finished"):
+        _ = stream.reply
+    pieces = list(stream)
+    reply = chat.chat(*asking, **REFERENCE)
+    assert "".join(pieces) == reply.text
+    assert len(pieces) > 1
+    assert without_timings(stream.reply) == without_timings(reply)
+    assert list(stream) == []
+    assert set(stream.reply.timings) == set(reply.timings)
+
+
+def test_stop_strings(chat):
+    """Every pair of characters of an answer as stop string, and two at once: cut in front of it, streamed or not."""
+    asking = asked(PROMPTS["two_combined"])
+    full = chat.chat(*asking, **REFERENCE)
+    decoded = chat.tokenizer.decode(full.tokens)
+    stops = [(decoded[at : at + 2],) for at in range(0, len(decoded) - 1, 5)] + [(decoded[30:33], decoded[12:14])]
+    for stop in (*stops, ("not in there", decoded[-1:] + "x"), (decoded[:1],)):
+        found = [decoded.index(text) for text in stop if text in decoded]
+        reply = chat.chat(*asking, **REFERENCE, stop=stop)
+        stream = chat.stream(*asking, **REFERENCE, stop=stop)
+        assert "".join(stream) == reply.text
+        assert without_timings(stream.reply) == without_timings(reply)
+        assert reply.text == (decoded[: min(found)].strip() if found else full.text)
+        assert reply.finish_reason == ("stop" if found else "length")
+        # The tokens end with the one that completes the stop string.
+        assert reply.tokens == full.tokens[: len(reply.tokens)]
+        if found:
+            assert any(text in chat.tokenizer.decode(reply.tokens) for text in stop)
+            assert not any(text in chat.tokenizer.decode(reply.tokens[:-1]) for text in stop)
+
+
+def test_stop_strings_row_by_row(chat):
+    """One row ends by its stop string, the others go on; beams are cut once they are chosen."""
+    questions, images, histories = zip(*(asked(PROMPTS[name]) for name in ("en_single", "text_only", "zh_single")))
+    text = PROMPTS["text_only"]["response"]
+    replies = chat.batch_chat(questions, images, histories, **REFERENCE, stop=text[9:12])
+    assert replies[0].text == PROMPTS["en_single"]["response"]
+    assert replies[1].text == text[:9].strip()
+    assert replies[2].text == PROMPTS["zh_single"]["response"]
+    assert [reply.finish_reason for reply in replies] == ["length", "stop", "stop"]
+    search = FACTS["beam_search"][1]
+    reply = chat.chat(*asked(PROMPTS[search["id"]]), **REFERENCE, num_beams=5, stop="三")
+    assert reply.text == search["response"].partition("三")[0]
+    assert reply.finish_reason == "stop"
+
+
+def test_settings_reach_the_generator(chat):
+    question = "Hello, who are you?"
+    free = chat.chat(question, max_new_tokens=12)
+    assert chat.chat(question, max_new_tokens=1).tokens == free.tokens[:1]
+    ended = chat.chat(question, max_new_tokens=12, eos_token_ids=(free.tokens[3],))
+    assert (ended.tokens, ended.finish_reason) == (free.tokens[:4], "stop")
+    later = chat.chat(question, max_new_tokens=12, eos_token_ids=(free.tokens[3],), min_new_tokens=6)
+    assert len(later.tokens) >= 6
+    assert chat.chat(question, max_new_tokens=None, temperature=None).tokens[:12] == free.tokens
+
+
+def test_samples_depend_on_the_seed_alone(chat):
+    question, images, history = asked(PROMPTS["en_single"])
+    options = {**REFERENCE, "temperature": 1.5}
+
+    def sample(seed):
+        return chat.chat(question, images, history, **options, seed=seed).tokens
+
+    first = sample(3)
+    assert sample(3) == first
+    assert list(chat.stream(question, images, history, **options, seed=3)) != []
+    assert sample(4) != first
+    rows = chat.batch_chat([question] * 2, [images] * 2, **options, seed=3)
+    assert [row.tokens for row in rows] == [first, sample(4)]
+    rows = chat.batch_chat([question] * 2, [images] * 2, **options, seed=(4, 3))
+    assert [row.tokens for row in rows] == [sample(4), first]
+
+
+def test_without_a_limit_the_context_is_one(chat):
+    reply = chat.chat("Hello", eos_token_ids=())
+    assert reply.prompt_tokens + len(reply.tokens) == chat.config.text.max_position_embeddings
+    assert reply.finish_reason == "length"
+
+
+# What is refused, and before anything runs.
+
+
+HISTORY = [("<image>\nWhat is shown?", "A bird.")]
+NUMBERS = np.zeros((4, 4), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("question", "options", "message"),
+    [
+        ("", {}, "the question is empty"),
+        (" \n", {}, "the question is empty"),
+        (None, {}, "a question is a text, not NoneType"),
+        ("\udcff", {}, "no UTF-8"),
+        ("Hi", {"max_tokens": 3}, "no such generation setting: max_tokens; there are max_new_tokens, "),
+        ("Hi", {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ("Hi", {"max_new_tokens": -1}, "max_new_tokens must be at least 1"),
+        ("Hi", {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
+        ("Hi", {"temperature": -0.5}, "temperature must be 0"),
+        ("Hi", {"top_p": 0}, "top_p must lie in"),
+        ("Hi", {"num_beams": 2, "temperature": 1.0}, "beam search does not sample"),
+        ("Hi", {"seed": (1, 2), "temperature": 1.0}, "2 seeds for 1 rows"),
+        ("Hi", {"eos_token_ids": (900,)}, "outside the vocabulary of 869"),
+        ("Hi", {"max_new_tokens": 600}, r"row 0: \d+ prompt tokens \+ 600 new ones exceed the context of 512 tokens"),
+        ("word " * 600, {}, "leaves no room for an answer in the context of 512: shorten the question"),
+        ("Hi", {"images": ["nowhere.png"]}, "nowhere.png does not exist"),
+        ("Hi", {"images": [DATA]}, "is a directory, not a picture"),
+        ("Hi", {"images": [CHECKPOINT / "config.json"]}, "is not a picture in a format that can be read"),
+        ("Hi", {"images": b"nothing"}, "the picture of 7 bytes is not a picture"),
+        ("Hi", {"images": [3]}, "a picture must be a path, bytes, a PIL image or an array, not int"),
+        ("Hi", {"images": NUMBERS.astype(float)}, "an array must be uint8"),
+        ("Hi", {"images": "https://example.com/a.png"}, "download it"),
+        ("Hi", {"images": NUMBERS, "image_path": "fast"}, "there is no image path 'fast'; there are eval and native"),
+        ("<image>\n<image>", {"images": NUMBERS}, "2 <image> placeholders for 1 image"),
+        ("What is in <image>?", {}, "1 <image> placeholder.s., but no images are given"),
+        ("Where?", {"history": HISTORY}, "images of earlier turns have to be given again"),
+        (
+            "Where?",
+            {"history": [("Hello <image>", "Hi")], "images": []},
+            "images of earlier turns have to be given again",
+        ),
+        ("<image>?", {"history": HISTORY, "images": NUMBERS}, "2 <image> placeholders for 1 image"),
+        ("<image><image>", {"history": HISTORY, "images": [NUMBERS] * 2}, "3 <image> placeholders for 2 image"),
+        ("<image><image>", {"history": HISTORY, "images": [NUMBERS] * 4}, "4 .* of which 1 belong to the history"),
+        ("<IMG_CONTEXT>", {"parse_special": True}, "which only images may bring"),
+        ("Hi", {"history": "Hello"}, "a history is a list of .question, answer. texts"),
+        ("Hi", {"history": [("a", "b", "c")]}, "a history is a list of .question, answer. texts"),
+        ("Hi", {"history": [("a", None)]}, "a history is a list of .question, answer. texts"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+@pytest.mark.parametrize("call", ["chat", "stream"])
+def test_bad_questions(chat, question, options, message, call, monkeypatch):
+    for name in ("encode", "prefill", "generate"):
+        monkeypatch.setattr(chat.generator, name, lambda *_: pytest.fail("work has started"))
+    with pytest.raises(ValueError, match=message):
+        getattr(chat, call)(question, **options)
+
+
+def test_bad_batches(chat, monkeypatch):
+    for name in ("encode", "prefill", "generate"):
+        monkeypatch.setattr(chat.generator, name, lambda *_: pytest.fail("work has started"))
+    for arguments, message in (
+        (([],), "at least one question"),
+        (("Hello",), "takes a list"),
+        ((["a", "b"], [[]]), "2 questions, 1 lists of images and 2 histories"),
+        ((["a", "b"], None, [[]]), "2 questions, 2 lists of images and 1 histories"),
+        ((["a", " "],), "question 2: the question is empty"),
+        ((["a", "b"], [None, "nowhere.png"]), "question 2: nowhere.png does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chat.batch_chat(*arguments)
+    with pytest.raises(ImageError):
+        chat.batch_chat(["a", "b"], [None, "nowhere.png"])
+    with pytest.raises(ValueError, match="beam search cannot be streamed: use chat"):
+        chat.stream("Hello", num_beams=2)
+
+
+# On arrays.
+
+
+def golden_pixels(names):
+    return np.stack([ARRAYS[f"images/{name}/quickstart"] for name in names])
+
+
+def flipped(ids, mask):
+    """The same rows padded on the other side."""
+    return [np.stack([np.roll(row, -(keep == 0).sum()) for row, keep in zip(x, mask)]) for x in (ids, mask)]
+
+
+def test_generate_on_arrays(chat):
+    batch = FACTS["batches"][0]
+    ids, mask, expected = (
+        ARRAYS[f"batch/batch_two/{name}"] for name in ("input_ids", "attention_mask", "generated_ids")
+    )
+    pixels = golden_pixels(batch["images"])
+    tokens = chat.generate(ids, pixels, mask, max_new_tokens=32)
+    assert tokens.dtype == np.int32
+    np.testing.assert_array_equal(tokens, expected)
+    right, right_mask = flipped(ids, mask)
+    np.testing.assert_array_equal(chat.generate(right, pixels, right_mask, max_new_tokens=32), expected)
+    prompt = PROMPTS["text_only"]
+    assert chat.generate(prompt["input_ids"], max_new_tokens=32).tolist() == [prompt["generated_ids"]]
+    assert chat.generate([prompt["input_ids"]], attention_mask=[1] * 24, max_new_tokens=3).shape == (1, 3)
+    search = FACTS["beam_search"][1]
+    assert chat.generate(prompt["input_ids"], max_new_tokens=32, num_beams=5).tolist() == [search["generated_ids"]]
+
+
+def test_logits_on_arrays(chat):
+    for name in ("en_single", "zh_multi_turn", "two_separate"):
+        pixels = golden_pixels(PROMPTS[name]["images"])
+        logits = chat.logits(ARRAYS[f"logits/{name}/input_ids"], pixels)
+        assert logits.dtype == np.float32
+        assert_close(logits[0], ARRAYS[f"logits/{name}/fp32"], 2e-4, name)
+    ids, mask = ARRAYS["batch/batch_two/input_ids"], ARRAYS["batch/batch_two/attention_mask"]
+    pixels, expected = golden_pixels(FACTS["batches"][0]["images"]), ARRAYS["logits/batch_two/fp32"][mask > 0]
+    assert_close(chat.logits(ids, pixels, mask)[mask > 0], expected, 2e-4, "left padding")
+    right, right_mask = flipped(ids, mask)
+    assert_close(chat.logits(right, pixels, right_mask)[right_mask > 0], expected, 2e-4, "right padding")
+
+
+def test_encode(chat):
+    names = ["rgb", "exif_rot", "rgba", "gray", "palette"]
+    assert_close(chat.encode(golden_pixels(names)), ARRAYS["vision/mlp1_batch"], 1e-4, "visual tokens")
+    single = chat.encode(ARRAYS["images/rgb/quickstart"])
+    assert single.shape == (1, 16, 64)
+    assert_close(single[0], ARRAYS["vision/mlp1_v1"], 1e-4, "visual tokens of one image")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pixel_values": np.zeros((1, 3, 112, 112), np.float32)}, "0 image tokens .id 862; none., but 1 images x 16"),
+        ({"pixel_values": np.zeros((1, 112, 112, 3), np.float32)}, r"\[images, 3, height, width\], not \[1, 112"),
+        ({"pixel_values": np.zeros((0, 3, 112, 112), np.float32)}, "holds no images: leave it out"),
+        ({"pixel_values": np.zeros((1, 3, 112, 112), np.uint8)}, "must be normalised numbers, not uint8"),
+        ({"pixel_values": np.zeros((1, 3, 126, 112), np.float32)}, "9 x 8 patches: whole multiples of 28 pixels"),
+        ({"pixel_values": np.zeros((1, 3, 8, 112), np.float32)}, "0 x 8 patches"),
+        ({"input_ids": [[862] * 16]}, "16 image tokens .* but there are no images"),
+        ({"input_ids": [[869]]}, "token 869 at position 0 is outside the vocabulary of 869"),
+        ({"input_ids": [[1.5]]}, "input_ids must be integers"),
+        ({"attention_mask": [[1, 1, 1]]}, "attention_mask must hold 0 and 1"),
+        ({"max_new_tokens": 511}, r"row 0: 2 prompt tokens \+ 511 new ones exceed the context"),
+        ({"stop": "end"}, "stop strings need text: use chat"),
+        ({"beams": 2}, "no such generation setting: beams"),
+    ],
+    ids=str,
+)
+def test_bad_arrays(chat, options, message, monkeypatch):
+    monkeypatch.setattr(chat.generator, "encode", lambda *_: pytest.fail("work has started"))
+    arguments = {"input_ids": [[5, 6]], **options}
+    with pytest.raises(ValueError, match=message):
+        chat.generate(**arguments)
+    if set(options) <= {"input_ids", "pixel_values", "attention_mask"}:
+        with pytest.raises(ValueError, match=message):
+            chat.logits(**arguments)
+
+
+def test_bfloat16(chat):
+    """The bfloat16 model's logits, on the golden prompts that have some."""
+    half = internvl_jax.load(CHECKPOINT, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}
+    for name in ("en_single", "zh_multi_turn"):
+        ids, pixels = ARRAYS[f"logits/{name}/input_ids"], golden_pixels(PROMPTS[name]["images"])
+        divergence = kl(ARRAYS[f"logits/{name}/fp32"], half.logits(ids, pixels)[0])
+        assert divergence.mean() <= 1e-2, f"{name}: KL {divergence.mean():.2g}, at most {divergence.max():.2g}"
+
+
+# Meshes and compiles.
+
+
+def test_on_eight_devices():
+    run_file("eight_devices_chat.py")
+
+
+def test_a_mesh_of_one_device(chat):
+    """The smallest mesh: layers stay stacked, nothing is padded, and the answers are the same."""
+    meshed = internvl_jax.load(CHECKPOINT, mesh="tensor=1", vision="tensor")
+    assert meshed.params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"].shape[0] == 4
+    batch = FACTS["batches"][0]
+    replies = meshed.batch_chat(batch["questions"], [[picture(name)] for name in batch["images"]], **REFERENCE)
+    assert [reply.text for reply in replies] == batch["responses"]
+
+
+def test_a_second_question_compiles_nothing(chat):
+    """On top of test_generate.py's count of the programs: nothing around them compiles either."""
+    compiles = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiles.append(event) if event.endswith("backend_compile_duration") else None
+    )
+
+    def converse(name, question, **options):
+        options = {**REFERENCE, **options}
+        chat.chat(question, picture(name), **options)
+        history = [(f"<image>\n{question}", "A bird.")]
+        list(chat.stream("And then?", picture(name), history, **options))
+        chat.batch_chat([question, "图中有几个人？"], [[picture(name)] * 2, []], **options, stop="no such text")
+
+    converse("rgb", "What is this?")
+    compiles.clear()
+    converse("gray", "What is that?", max_new_tokens=20, temperature=0.8, seed=5)
+    assert compiles == []
+    jax.jit(lambda x: x + len(compiles))(1.0)
+    assert len(compiles) == 1  # or the listener listens to nothing
+
+
+COLD_START = """
+import collections, json, sys
+import jax
+events = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition("/")[2]]))
+import internvl_jax
+chat = internvl_jax.load(sys.argv[1])
+reply = chat.chat("What is this?", images=sys.argv[2], max_new_tokens=8)
+names = ("compile_requests_use_cache", "cache_hits", "cache_misses")
+print(json.dumps([reply.tokens, *(events[name] for name in names)]))
+"""
+
+
+def test_the_second_process_compiles_nothing(tmp_path):
+    """From load to the last token there are three programs, and a later process finds all of them on disk."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    command = [sys.executable, "-c", COLD_START, str(CHECKPOINT), str(picture("rgb"))]
+    runs = []
+    for _ in range(2):
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        runs.append(json.loads(result.stdout))
+    (tokens, requests, hits, misses), second = runs
+    assert (requests, hits, misses) == (3, 0, 3)  # encode, prefill, decode
+    assert second == [tokens, 3, 3, 0]
+    assert len(list((tmp_path / "internvl_jax" / "xla").glob("*-cache"))) == 3
+
+
+# Rows that have no answer.
+
+
+def test_a_row_without_an_answer_leaves_the_others_theirs(chat, logged):
+    """The embedding of one token is NaN: whoever writes it gets an error, by every way of asking; others an answer."""
+    question, _, _ = asked(PROMPTS["text_only"])
+    token = chat.tokenizer.token_to_id("<box>")
+    params = jax.tree.map(lambda leaf: leaf, chat.params)
+    embedding = params["language_model"]["embed_tokens"]["embedding"]
+    params["language_model"]["embed_tokens"] = {"embedding": embedding.at[token].set(np.nan)}
+    spoiled = internvl_jax.inference.chat.Chat(
+        chat.config, params, dtype=chat.dtype, tokenizer=chat.tokenizer, processor=chat.processor
+    )
+    bad = f"{question} <box>"
+    options = {"max_new_tokens": 6, "parse_special": True}
+    for extra in ({}, {"num_beams": 2}, {"stop": "not in there"}, {"temperature": 1.0}):
+        first, second, third = spoiled.batch_chat([question, bad, question], **options, **extra)
+        assert (first.error, third.error) == (None, None)
+        assert first.text == chat.chat(question, **options, **extra).text
+        assert "not finite (NaN or Inf)" in second.error
+        assert (second.text, second.finish_reason, second.history) == ("", "error", [])
+        assert second.to_dict()["error"] == second.error
+        assert "error" not in first.to_dict()
+        assert logged[-1].startswith("question 2 of 3: no answer (the model's logits are not finite")
+        with pytest.raises(AnswerError, match="not finite"):
+            spoiled.chat(bad, **options, **extra)
+    with pytest.raises(AnswerError, match="not finite"):
+        list(spoiled.stream(bad, **options))
+    with pytest.raises(AnswerError, match="row 1: the model's logits are not finite"):
+        spoiled.generate([[5, 6], [5, token]], max_new_tokens=2)
+    # Finite numbers whose squares overflow in the first norm.
+    params["language_model"]["embed_tokens"] = {"embedding": embedding.at[token].set(1e30)}
+    overflowing = internvl_jax.inference.chat.Chat(chat.config, params, dtype=chat.dtype, tokenizer=chat.tokenizer)
+    with pytest.raises(AnswerError, match="row 1: the model's logits are not finite"):
+        overflowing.generate([[5, 6], [5, token]], max_new_tokens=2)
+
+
+def test_one_undecodable_answer_loses_no_other(chat, monkeypatch):
+    question = PROMPTS["text_only"]["question"]
+    expected = chat.batch_chat([question] * 2, **REFERENCE, temperature=1.5, seed=(3, 4))
+    decode, bad = chat.tokenizer.decode, expected[1].tokens[-1]
+    assert bad not in expected[0].tokens
+
+    def broken(ids, **options):
+        if bad in ids:
+            raise TokenizerError(f"token {bad} is outside the tokenizer's tokens")
+        return decode(ids, **options)
+
+    monkeypatch.setattr(chat.tokenizer, "decode", broken)
+    for extra in ({}, {"stop": "not in there"}):
+        first, second = chat.batch_chat([question] * 2, **REFERENCE, temperature=1.5, seed=(3, 4), **extra)
+        assert without_timings(first) == without_timings(expected[0])
+        assert f"the answer's tokens are no text (token {bad} is outside" in second.error
+
+
+def test_rows_that_the_tokenizer_does_not_have_are_never_answered(tmp_path):
+    """As of llava-1.5-13b-hf: 32064 rows of the vocabulary for 32002 tokens."""
+    size = tiny_config().text.vocab_size
+    directory, _ = write_checkpoint(tmp_path / "wide", tiny_config(vocab_size=2 * size, eos_token_ids=(2 * size - 1,)))
+    chat = internvl_jax.load(directory)
+    assert chat.tokenizer.known(2 * size).sum() == size == chat.tokenizer.vocab_size
+    options = {"max_new_tokens": 12, "eos_token_ids": ()}
+    for extra in (
+        {},
+        {"temperature": 10.0},
+        {"temperature": 10.0, "top_k": 50, "repetition_penalty": 1.5},
+        {"temperature": 10.0, "top_p": 0.9},
+        {"num_beams": 4},
+    ):
+        replies = chat.batch_chat(["What is this?", "And that?"] * 4, **options, **extra)
+        assert all(token < size for reply in replies for token in reply.tokens)
+        assert [reply.error for reply in replies] == [None] * 8
+    # The checkpoint's end token ends an answer although the tokenizer lacks it: it is no part of the text.
+    (first,) = chat.batch_chat(["What is this?"], max_new_tokens=12, eos_token_ids=())
+    kernel = chat.params["language_model"]["lm_head"]["kernel"]
+    chat.params["language_model"]["lm_head"] = {
+        "kernel": kernel.at[:, 2 * size - 1].set(kernel[:, first.tokens[0]] * 2)
+    }
+    stream = chat.stream("What is this?")
+    assert list(stream) == []
+    for reply in (chat.chat("What is this?"), stream.reply):
+        assert (reply.tokens, reply.text, reply.finish_reason) == ([2 * size - 1], "", "stop")

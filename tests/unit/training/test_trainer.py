@@ -1,0 +1,349 @@
+"""The training loop: it learns, it can be killed anywhere and goes on bit for bit, it notices what is wrong."""
+
+import itertools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.golden import assert_close
+from support.paths import SUPPORT
+from support.training_cases import RECIPES, Batches, run
+from test_objective import IMAGE, random_params, tiny
+
+from internvl_jax.training import optimizer, trainer
+from internvl_jax.training.saving import RunError
+from internvl_jax.training.state import ADAPTERS, Place, init_state
+from internvl_jax.training.trainer import Settings, TrainingError, make_step, put_batch, stack_batches
+
+CASES = SUPPORT / "training_cases.py"
+
+
+def steps_of(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(entries):
+    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in entries]
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_learns_what_it_trains_and_nothing_else(tmp_path, name):
+    config = tiny()
+    before = random_params(config)
+    batches = Batches(config)
+    batches.make = lambda number, make=batches.make: make(0)  # the same one again and again
+    done = run(tmp_path / "run", 12, name, batches=batches, alone=True)
+    entries = steps_of(tmp_path / "run")
+    assert done.finished
+    assert len(entries) == 12
+    assert entries[-1]["loss"] < entries[0]["loss"] - 0.02
+    assert entries[-1]["compiles"] == 1
+    assert entries[0]["learning_rate"] == 0
+    recipe = RECIPES[name]
+    for part in before:
+        if part in recipe.train:
+            moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), done.state.trained[part], before[part])
+            assert min(jax.tree.leaves(moved)) > 0, part
+        else:
+            jax.tree.map(np.testing.assert_array_equal, done.frozen[part], before[part])
+
+
+def test_one_compile_per_shape(tmp_path):
+    run(tmp_path / "run", 6, alone=True)  # rows of 48 and of 64 tokens
+    assert [entry["compiles"] for entry in steps_of(tmp_path / "run")][-1] == 2
+
+
+def test_accumulation_and_remat_equal_the_whole_batch():
+    """Two batches in one step are the four rows at once; what is recomputed comes out the same."""
+    config, recipe = tiny(), RECIPES["stage2"]
+    place = Place(config)
+    adamw = optimizer.make_optimizer(recipe.optimizer, 4, config)
+    batches = Batches(config)
+    one, two = (jax.tree.map(np.asarray, batches.make(number)) for number in (0, 1))
+    two = two.replace(labels=np.where(np.arange(48) < 30, two.labels, -100))  # so that the parts weigh differently
+    whole = jax.tree.map(lambda a, b: np.concatenate([a, b]), one, two)
+
+    def after(batch, **settings):
+        params = jax.tree.map(jnp.asarray, random_params(config))
+        state, frozen = init_state(params, recipe, adamw, place, 0)
+        step = make_step(config, recipe, Settings(4, **settings), adamw, IMAGE, place)
+        return jax.device_get(step(state, frozen, put_batch(batch, place)))
+
+    expected, figures = after(stack_batches([whole]), remat="none")
+    for batch, remat in (([one, two], "none"), ([whole], "full"), ([whole], "dots")):
+        state, again = after(stack_batches(batch), remat=remat)
+        assert again["loss"] == pytest.approx(figures["loss"], abs=1e-5)
+        assert again["grad_norm"] == pytest.approx(figures["grad_norm"], rel=1e-4)
+        assert again["supervised"] == figures["supervised"]
+        moments = [
+            s.optimizer[1][0].mu["language_model"]["layers"]["mlp"]["up_proj"]["kernel"] for s in (state, expected)
+        ]
+        assert_close(*moments, 1e-5 * np.abs(moments[1]).max(), remat)
+
+
+@pytest.fixture(scope="module")
+def dropping():
+    """Gradient norms of steps in which something drops: (recipe, step number, batches) -> norm, weights the same."""
+    config = tiny()  # of whose tower one layer runs, which never drops
+    config = replace(config, vision=replace(config.vision, num_hidden_layers=4))
+    place = Place(config)
+    made = {}
+
+    def norm(name, number, batches):
+        recipe = replace(RECIPES[name], drop_path=0.5 if name == "stage1" else 0)
+        adamw = optimizer.make_optimizer(recipe.optimizer, 4, config)
+        if (name, len(batches)) not in made:
+            settings = Settings(4, accumulate=len(batches), remat="none")
+            made[name, len(batches)] = make_step(config, recipe, settings, adamw, IMAGE, place)
+        params = jax.tree.map(jnp.asarray, random_params(config))
+        state, frozen = init_state(params, recipe, adamw, place, 0)
+        if ADAPTERS in state.trained:  # lora_b begins at 0, and what is dropped before it would not be seen
+            moved = jax.tree.map(lambda leaf: leaf + 0.05, state.trained[ADAPTERS])
+            state = state.replace(trained={**state.trained, ADAPTERS: moved})
+        state = state.replace(step=jnp.asarray(number, jnp.int32))
+        batch = put_batch(stack_batches(batches), place)
+        return float(made[name, len(batches)](state, frozen, batch)[1]["grad_norm"])
+
+    return norm
+
+
+@pytest.mark.parametrize("name", ["stage1", "lora"])  # drop path; dropout of adapters
+def test_every_step_drops_anew(dropping, name):
+    batch = Batches(tiny(), rows=8).make(0)
+    first, again, second, third = (dropping(name, number, [batch]) for number in (0, 0, 1, 2))
+    assert first == again  # a resumed step drops what it dropped
+    assert len({first, second, third}) == 3  # the same program and inputs: only another mask makes a difference
+
+
+def test_every_part_of_a_step_drops_anew(dropping):
+    """Two parts that are the same batch: with the same mask in both, the mean of the gradients would be the first's."""
+    batch = Batches(tiny(), rows=8).make(0)
+    one, two = dropping("stage1", 0, [batch]), dropping("stage1", 0, [batch, batch])
+    assert abs(one - two) > 1e-4 * one  # 5e-4; a sum in another order is some 1e-7
+
+
+# Never losing a step.
+
+
+def test_resumes_bit_for_bit(tmp_path):
+    straight = run(tmp_path / "straight", 6, "stage1", save_every=3)
+    shutil.copytree(tmp_path / "straight", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "steps" / "6")
+    batches = Batches(tiny())
+    original = type(batches).__next__
+    stop_at = 4
+
+    class Stops(Batches):
+        def __next__(self):
+            if self.next == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self)
+
+    first = run(tmp_path / "parts", 6, "stage1", batches=Stops(tiny()), save_every=3)
+    assert not first.finished
+    assert first.step == stop_at + 1  # the step under way is ended and saved
+    second = run(tmp_path / "parts", 6, "stage1", save_every=3)
+    assert second.finished
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(second.state), jax.device_get(straight.state))
+    assert numbers(steps_of(tmp_path / "parts")) == numbers(steps_of(tmp_path / "straight"))
+    # From a step that was saved on the way, while training went on.
+    third = run(tmp_path / "killed", 6, "stage1", save_every=3)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(third.state), jax.device_get(straight.state))
+    assert numbers(steps_of(tmp_path / "killed"))[6:] == numbers(steps_of(tmp_path / "straight"))[3:]
+    again = run(tmp_path / "parts", 6, "stage1", save_every=3)  # nothing is left to do
+    assert again.finished
+    assert again.step == 6
+    with pytest.raises(RunError, match="another run's: steps was 6, is 8"):
+        run(tmp_path / "parts", 8, "stage1", save_every=3)
+
+
+def process(directory, cache, steps=12, *more):
+    return subprocess.Popen(
+        [sys.executable, str(CASES), str(directory), str(steps), str(cache), *map(str, more)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def losses(text):
+    return {int(line.split()[0]): line.split()[1:] for line in text.splitlines() if line[0].isdigit()}
+
+
+def test_killed_while_a_step_is_written(tmp_path):
+    """A process that ends with nothing cleaned up, just after it began to save: the next goes on, the same numbers."""
+    straight = run(tmp_path / "straight", 6)
+    victim = process(tmp_path / "killed", jax.config.jax_compilation_cache_dir, 6, 4)  # saves after steps 2 and 4
+    lines, _ = victim.communicate(timeout=200)
+    assert victim.returncode == 9
+    assert max(losses(lines)) in (3, 4)
+    saved = [path.name for path in (tmp_path / "killed" / "steps").iterdir()]
+    done = run(tmp_path / "killed", 6)
+    assert "2" in saved
+    assert done.finished
+    entries = steps_of(tmp_path / "killed")
+    assert entries[len(losses(lines))]["step"] == (5 if "4" in saved else 3)
+    by_step = ({step: rest for step, *rest in numbers(found)} for found in (entries, steps_of(tmp_path / "straight")))
+    assert next(by_step) == next(by_step)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(done.state), jax.device_get(straight.state))
+
+
+@pytest.mark.slow  # four processes
+def test_killed_at_a_random_moment(tmp_path):
+    """kill -9 while it trains, saves or begins to: it goes on from the last whole step, with the same numbers."""
+    whole, _ = process(tmp_path / "straight", tmp_path / "cache").communicate(timeout=200)
+    assert whole.splitlines()[-1] == "finished"
+    expected = losses(whole)
+    assert sorted(expected) == list(range(1, 13))
+    seen = {}
+    chance = random.Random(os.urandom(4))
+    for _ in range(2):
+        victim = process(tmp_path / "killed", tmp_path / "cache")
+        lines = ""
+        for _ in range(chance.randint(2, 4)):
+            lines += victim.stdout.readline()
+        time.sleep(chance.random() * 0.1)
+        victim.kill()
+        lines += victim.communicate()[0].rpartition("\n")[0]
+        seen |= losses(lines)
+    rest, _ = process(tmp_path / "killed", tmp_path / "cache").communicate(timeout=200)
+    assert rest.splitlines()[-1] == "finished"
+    assert min(losses(rest)) > 1  # it did go on, and did not begin anew
+    seen |= losses(rest)
+    assert seen == expected
+
+
+def test_half_written_step_is_none(logged, tmp_path):
+    """What a kill leaves of a step under way has another name, and is removed and named."""
+    run(tmp_path / "run", 6)
+    steps = tmp_path / "run" / "steps"
+    (steps / "6").rename(steps / "6.orbax-checkpoint-tmp-7")
+    run(tmp_path / "run", 6)
+    assert logged == [f"removing {steps}/6.orbax-checkpoint-tmp-7, which an interrupted process left"]
+    assert sorted(path.name for path in steps.iterdir()) == ["2", "4", "6"]
+    assert [entry["step"] for entry in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 5, 6]
+
+
+def test_loss_that_is_no_number_stops_with_its_batch(tmp_path):
+    class Poisoned(Batches):
+        def make(self, number):
+            batch = super().make(number)
+            return batch.replace(pixel_values=batch.pixel_values * np.nan) if number == 4 else batch
+
+    with pytest.raises(TrainingError, match=r"step 5: the loss is nan.*The last saved step is 4"):
+        run(tmp_path / "run", 6, batches=Poisoned(tiny()))
+    saved = np.load(tmp_path / "run" / "bad_batch_step_5_process_0.npz")
+    np.testing.assert_array_equal(saved["input_ids"][0], Batches(tiny()).make(4).input_ids)
+    assert np.isnan(saved["pixel_values"]).all()
+    assert len(steps_of(tmp_path / "run")) == 4
+    run(tmp_path / "run", 6)  # with the batch mended, it goes on
+    assert [entry["step"] for entry in steps_of(tmp_path / "run")] == list(range(1, 7))
+
+
+def test_a_step_is_saved_after_its_loss_was_looked_at(tmp_path):
+    """The step that broke the run is one that was to be saved: resumed, it would be broken from the beginning."""
+
+    class Poisoned(Batches):
+        def make(self, number):
+            batch = super().make(number)
+            return batch.replace(pixel_values=batch.pixel_values * np.nan) if number == 3 else batch
+
+    with pytest.raises(TrainingError, match=r"step 4: the loss is nan.*The last saved step is 2"):
+        run(tmp_path / "run", 6, batches=Poisoned(tiny()))
+    assert sorted(path.name for path in (tmp_path / "run" / "steps").iterdir()) == ["2"]
+
+
+def test_the_time_of_an_evaluation_is_no_steps(tmp_path, monkeypatch):
+    """Of a clock that goes a millisecond forward when it is read, and 100 seconds while something is evaluated."""
+    reads = itertools.count()
+    evaluated = []
+
+    def evaluate(state, frozen):
+        evaluated.append(int(state.step))
+        return {"heldout_loss": 1.0}
+
+    clock = SimpleNamespace(perf_counter=lambda: next(reads) / 1000 + 100 * len(evaluated))
+    monkeypatch.setattr(trainer, "time", clock)
+    run(tmp_path / "run", 6, evaluate=evaluate, eval_every=2)
+    assert evaluated == [2, 4, 6]
+    entries = steps_of(tmp_path / "run")
+    steps = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in entries if "heldout_loss" in entry] == evaluated
+    assert len(steps) == 6
+    assert all(0 < entry["seconds"] < 1 for entry in steps)
+    for entry in steps:  # rates are of all tokens, those that are not learned included
+        assert entry["read"] > entry["supervised"]
+        assert entry["tokens_per_second"] == pytest.approx(entry["read"] / entry["seconds"])
+
+
+def test_no_room_leaves_the_last_good_step(tmp_path, monkeypatch):
+    """A step that cannot be written ends the run with an error that names the last good one."""
+    import orbax.checkpoint as ocp
+
+    real = ocp.CheckpointManager.save
+
+    def full(self, step, *args, **options):
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        return real(self, step, *args, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(RunError, match=r"step 4 could not be written .*No space left.*step 2 is the last good one"):
+        run(tmp_path / "run", 6)
+    monkeypatch.undo()
+    assert run(tmp_path / "run", 6).finished
+    assert [entry["step"] for entry in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 3, 4, 5, 6]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what could not be written
+def test_disk_that_fills_up_while_a_step_is_written(tmp_path):
+    """The file system itself refuses to write more, in the middle of a step that goes out in the background."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Fills(Batches):
+        def __next__(self):
+            if self.next == 3:
+                while not (tmp_path / "run" / "steps" / "2").exists():
+                    time.sleep(0.01)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+            return super().__next__()
+
+    try:
+        with pytest.raises(RunError, match=r"could not be written .*step 2 is the last good one: make room"):
+            run(tmp_path / "run", 6, batches=Fills(tiny()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    again = run(tmp_path / "run", 6)
+    straight = run(tmp_path / "straight", 6)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.state), jax.device_get(straight.state))
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    run(tmp_path / "run", 6)
+    (places,) = (tmp_path / "run" / "steps" / "6" / "data").glob("metadata")
+    found = json.loads(places.read_text())
+    places.write_text(json.dumps({"processes": 2 * found["processes"]}))
+    with pytest.raises(RunError, match="written by 2 processes, now there are 1: each has its own place in the data"):
+        run(tmp_path / "run", 6)
+
+
+def test_directories_of_other_things_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"not empty and holds no run\.json"):
+        run(tmp_path, 2)
+    with pytest.raises(ValueError, match="remat 'some' is not one of full, dots, none"):
+        Settings(3, remat="some")
+    with pytest.raises(ValueError, match="accumulate is 0"):
+        Settings(3, accumulate=0)
