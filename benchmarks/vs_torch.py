@@ -1,16 +1,16 @@
-"""The same weights and inputs through transformers/torch and through this project, on this machine, in one run.
+"""Inference speed beside PyTorch: the same weights and inputs through transformers and this project, in one run.
 
     python benchmarks/vs_torch.py [--dtype float32 bfloat16] [--runs 5] [--json]
 
-A model of 249M parameters in transformers' InternVL layout is built with random weights, saved, and loaded here from
-the saved files. Timed, each implementation in turns: encoding images, prefill (first token included), and decoding.
-Torch runs eagerly with its default attention (sdpa) in inference_mode, its decode loop written by hand (transformers'
-generate() would add its own overhead); here the loops are the ones that `internvl_jax.load(...)` runs. The ratio is
-torch's time over ours: above 1 we are faster. Outputs are compared first, so that equal work is timed.
+Builds a model of 249M parameters in transformers' InternVL layout with random weights, saves it, and loads the saved
+files here. Outputs are compared first; then image encoding, prefill (with the first token) and decode are timed,
+alternating between the two implementations. PyTorch runs eagerly with its default attention (sdpa) in inference_mode,
+with a decode loop written by hand, because generate() adds overhead of its own. Ours are the programs that
+`internvl_jax.load(...)` runs. The ratio is PyTorch's time over ours: above 1, ours is faster.
 
-"possible" is the ratio that a program would reach whose time is that of its matrix products alone, at the fastest rate
-that either library reaches on a large product here: no program of the same products can be ahead of torch by more.
-(Decoding waits for memory, not for products, and has no such figure.)
+"possible" is the ratio of a program that takes only the time of its matrix products, at the best rate that either
+library reaches on a large product on this machine; nothing with the same products can be faster. Decode is bound by
+memory bandwidth, so it has no such figure.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,12 +38,12 @@ import internvl_jax
 from internvl_jax.inference.generate import GenerationConfig
 
 IMAGES, PROMPT, NEW_TOKENS = 2, 512, 64
-PAUSE = 0.5  # seconds before a measurement: idle threads of the library that ran before spin for a while
+PAUSE = 0.5  # seconds before a measurement: the other library's idle threads keep spinning for a while
 IMAGE_TOKEN = 5
 
 
 def build(seed: int) -> torch.nn.Module:
-    """Random InternVL: a ViT of 25M parameters at 448 pixels (1025 tokens) and a LLaMA of 211M."""
+    """Build an InternVL with random weights: a ViT of 25M parameters at 448 px (1025 tokens) and a LLaMA of 211M."""
     torch.manual_seed(seed)
     text = transformers.LlamaConfig(
         vocab_size=32000,
@@ -72,8 +73,8 @@ def build(seed: int) -> torch.nn.Module:
     return transformers.InternVLForConditionalGeneration(config).eval()
 
 
-def products(model: torch.nn.Module) -> dict[str, float]:
-    """Floating-point operations of the matrix products of encoding and of prefill (the causal half of attention)."""
+def matmul_flops(model: torch.nn.Module) -> dict[str, float]:
+    """Count the FLOPs of the matrix products of encode and prefill, of attention the causal half."""
     vision, text = model.config.vision_config, model.config.text_config
 
     def layers(config: Any, rows: int, mlps: int, scores: float) -> float:
@@ -92,7 +93,7 @@ def products(model: torch.nn.Module) -> dict[str, float]:
 
 
 def matmul_rate(dtype: str, runs: int) -> float:
-    """The fastest of both libraries at [2048,1024] x [1024,4096], operations per second."""
+    """Measure the faster library on [2048,1024] x [1024,4096], in FLOP/s."""
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal(shape, dtype=np.float32) for shape in ((2048, 1024), (1024, 4096)))
     x, w = (jax.numpy.asarray(m, dtype) for m in (a, b))
@@ -106,6 +107,7 @@ def matmul_rate(dtype: str, runs: int) -> float:
 
 
 def timed(run: Callable[[], Any]) -> float:
+    """Seconds that `run` takes."""
     time.sleep(PAUSE)
     start = time.perf_counter()
     run()
@@ -113,7 +115,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def compare(model: torch.nn.Module, directory: Path, dtype: str, runs: int) -> list[dict[str, Any]]:
-    """Time every stage in both implementations, in turns; one dict per stage."""
+    """Time every stage in both implementations, alternating; returns one dict per stage."""
     torch_dtype = getattr(torch, dtype)
     model = model.to(torch_dtype)
     ours = internvl_jax.load(directory, dtype=dtype)
@@ -121,7 +123,7 @@ def compare(model: torch.nn.Module, directory: Path, dtype: str, runs: int) -> l
     rng = np.random.default_rng(0)
     pixels = rng.standard_normal((IMAGES, 3, 448, 448), dtype=np.float32)
     ids = rng.integers(10, 32000, (1, PROMPT)).astype(np.int32)
-    # No token ends the answer: both decode NEW_TOKENS tokens.
+    # With min_new_tokens no token ends the answer, so both decode NEW_TOKENS tokens.
     gen = GenerationConfig(max_new_tokens=NEW_TOKENS + 1, min_new_tokens=NEW_TOKENS + 1)
     torch_pixels, torch_ids = torch.from_numpy(pixels).to(torch_dtype), torch.from_numpy(ids).long()
 
@@ -149,7 +151,8 @@ def compare(model: torch.nn.Module, directory: Path, dtype: str, runs: int) -> l
         mine = generator.read(generator.decode(state, NEW_TOKENS))[0][0]
         theirs = [int(first), *torch_decode(first, cache)]
         agree = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), len(theirs))
-        for _ in range(runs):
+        for run in range(1, runs + 1):
+            print(f"{dtype}: run {run} of {runs}", file=sys.stderr, flush=True)
             times["encode"][0].append(timed(torch_features))
             times["encode"][1].append(timed(lambda: jax.block_until_ready(generator.encode(pixels))))
             times["prefill"][0].append(timed(torch_prefill))
@@ -161,7 +164,7 @@ def compare(model: torch.nn.Module, directory: Path, dtype: str, runs: int) -> l
                 timed(lambda state=state: jax.block_until_ready(generator.decode(state, NEW_TOKENS)))
             )
         rate = matmul_rate(dtype, runs)
-    floor = {stage: operations / rate for stage, operations in products(model).items()}
+    floor = {stage: operations / rate for stage, operations in matmul_flops(model).items()}
     work = {"encode": (IMAGES, "images/s"), "prefill": (PROMPT, "tokens/s"), "decode": (NEW_TOKENS, "tokens/s")}
     rows = []
     for stage, (theirs_s, ours_s) in times.items():
@@ -187,12 +190,13 @@ def compare(model: torch.nn.Module, directory: Path, dtype: str, runs: int) -> l
 
 
 def main() -> None:
-    """Run and print."""
+    """Parse arguments, run the comparison and print it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    print("building and saving the model", file=sys.stderr, flush=True)
     model = build(seed=0)
     parameters = sum(p.numel() for p in model.parameters())
     rows = []
@@ -229,7 +233,7 @@ def main() -> None:
         f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in {r["dtype"]: r["matmul_gflops"] for r in rows}.items()
     )
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, jax {jax.__version__}; median of runs")
-    print(f"fastest large matrix product of the two: {rates}")
+    print(f"best rate of a large matrix product, either library: {rates}")
 
 
 def _processor() -> str:
