@@ -9,8 +9,10 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from internvl_jax.cli import options
-from internvl_jax.evaluation.benchmarks import BEAMS, BENCHMARKS
-from internvl_jax.evaluation.items import Codebase, EvaluationError, Folder, Item, json_object
+from internvl_jax.evaluation.benchmark_table import BEAMS, BENCHMARKS
+from internvl_jax.evaluation.datasets.data_folder import DataFolder
+from internvl_jax.evaluation.datasets.items import Codebase, EvaluationError, Item
+from internvl_jax.evaluation.datasets.records import json_object
 from internvl_jax.evaluation.predictions import read_predictions
 from internvl_jax.evaluation.scoring import Score
 from internvl_jax.evaluation.submissions import import_openpyxl, write_apart
@@ -18,7 +20,7 @@ from internvl_jax.utils import files
 from internvl_jax.utils.progress import counting, err, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from internvl_jax.evaluation.plan import Plan
+    from internvl_jax.evaluation.benchmark_run import Plan
 
 DATA_HELP = "the folder with the benchmark's files, or the reference's data folder around it"
 
@@ -139,7 +141,7 @@ def _add_judge(parts: argparse._SubParsersAction) -> None:
 
 def _run(args: argparse.Namespace, name: str, join: Callable[[argparse.Namespace], None]) -> int:
     from internvl_jax.config import ChatConfig
-    from internvl_jax.evaluation.plan import plan
+    from internvl_jax.evaluation.benchmark_run import plan
     from internvl_jax.inference.loading import NANO
     from internvl_jax.parallel import distributed
     from internvl_jax.processing.images import load_processor
@@ -172,8 +174,8 @@ def _run(args: argparse.Namespace, name: str, join: Callable[[argparse.Namespace
 
 
 def _answer(args: argparse.Namespace, made: Plan) -> int:
-    from internvl_jax.evaluation.report import result
-    from internvl_jax.evaluation.run import answer, prepare
+    from internvl_jax.evaluation.answering import answer, prepare
+    from internvl_jax.evaluation.run_report import result
     from internvl_jax.inference.loading import load
     from internvl_jax.parallel import distributed
 
@@ -224,7 +226,7 @@ def _score(args: argparse.Namespace) -> int:
 def _answers(args: argparse.Namespace) -> tuple[list[Item], dict[str, str]]:
     """The benchmark's questions, and somebody's answers to all of them."""
     benchmark = BENCHMARKS[args.benchmark]
-    items = benchmark.read(Folder(args.data, benchmark.folder), args.codebase)
+    items = benchmark.read(DataFolder(args.data, benchmark.folder), args.codebase)
     if not items:
         raise EvaluationError(f"{args.data} has no questions of {benchmark.title}")
     return items, read_predictions(args.predictions, items)
@@ -236,7 +238,10 @@ def _submit(args: argparse.Namespace) -> int:
     if benchmark.needs_xlsx:
         import_openpyxl()
     items, answers = _answers(args)
-    folder, out = Folder(args.data, benchmark.folder), args.out or files.resolve(f"runs/{args.benchmark}-submission")
+    folder, out = (
+        DataFolder(args.data, benchmark.folder),
+        args.out or files.resolve(f"runs/{args.benchmark}-submission"),
+    )
     for path in write_apart(benchmark.submit, items, answers, args.codebase, folder, out):
         print(path)
     return 0
@@ -265,7 +270,7 @@ def lines(title: str, questions: int, score: Score) -> list[str]:
 
 
 def _table(args: argparse.Namespace) -> int:
-    from internvl_jax.evaluation.report import table
+    from internvl_jax.evaluation.run_report import table
 
     print("\n".join(table(args.runs)))
     return 0
@@ -273,7 +278,7 @@ def _table(args: argparse.Namespace) -> int:
 
 def _judge(args: argparse.Namespace) -> int:
     from internvl_jax.evaluation.judge import Judge, judge_run
-    from internvl_jax.evaluation.report import lines as report_lines
+    from internvl_jax.evaluation.run_report import lines as report_lines
 
     if args.runs < 1:
         raise EvaluationError(f"--runs must be at least 1, not {args.runs}")

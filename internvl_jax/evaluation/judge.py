@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from internvl_jax.evaluation.items import EvaluationError, Folder, json_object, need, records
-from internvl_jax.evaluation.report import save
+from internvl_jax.evaluation.datasets.data_folder import DataFolder
+from internvl_jax.evaluation.datasets.items import EvaluationError
+from internvl_jax.evaluation.datasets.records import json_object, need, records
+from internvl_jax.evaluation.run_report import save
 from internvl_jax.evaluation.scorers import mmvet
 from internvl_jax.utils import files
 
@@ -97,7 +99,7 @@ def _judge_run(
     if values.get("benchmark") != "mm-vet":
         raise EvaluationError(f"{directory} is no finished run of mm-vet: only its answers are graded by a judge")
     few_shot = mmvet.read_prompt(prompt)
-    facts = json_object(Folder(data, "mm-vet").find("mm-vet.json"))
+    facts = json_object(DataFolder(data, "mm-vet").find("mm-vet.json"))
     missing = [name for name in answers if name not in facts]
     if missing:
         raise EvaluationError(f"mm-vet.json has no {missing[0]!r}")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_jax.evaluation.items import SHORT, YES_NO, EvaluationError, Item, need, read_text, records, refuse
+from internvl_jax.evaluation.datasets.items import SHORT, YES_NO, EvaluationError, Item
+from internvl_jax.evaluation.datasets.records import need, read_text, records, refuse
 
 IDS = ("id", "question_id", "questionId", "index", "image")
 TEXTS = ("answer", "text", "prediction")

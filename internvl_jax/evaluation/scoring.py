@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from internvl_jax.evaluation.items import Codebase, Item
+from internvl_jax.evaluation.datasets.items import Codebase, Item
 from internvl_jax.evaluation.scorers import choices, documents, gqa, mmmu, vqa, yes_no
 
 Answers = Mapping[str, str]  # item's id -> what the model said

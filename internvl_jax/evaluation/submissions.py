@@ -10,22 +10,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_jax.evaluation.items import Codebase, EvaluationError, Folder, Item, need, records
-from internvl_jax.evaluation.readers import is_missing
+from internvl_jax.evaluation.datasets.data_folder import DataFolder
+from internvl_jax.evaluation.datasets.items import Codebase, EvaluationError, Item
+from internvl_jax.evaluation.datasets.mmbench_tables import is_missing
+from internvl_jax.evaluation.datasets.records import need, records
 from internvl_jax.evaluation.scorers.gqa import gqa_answer
 from internvl_jax.evaluation.scorers.vqa import normalize_m4c
 from internvl_jax.evaluation.scoring import Answers, choice_cell, mmmu_answer
 from internvl_jax.utils import files
 
 # (items, answers, codebase, data folder, directory to write to) -> the files written
-Submit = Callable[[Sequence[Item], Answers, Codebase, Folder, Path], list[Path]]
+Submit = Callable[[Sequence[Item], Answers, Codebase, DataFolder, Path], list[Path]]
 
 _NOT_IN_XML = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\ud800-\\udfff\\ufffe\\uffff]")
 _TABLE_DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 
 
 def write_apart(
-    submit: Submit, items: Sequence[Item], answers: Answers, codebase: Codebase, folder: Folder, out: Path
+    submit: Submit, items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path
 ) -> list[Path]:
     """Write what is to be handed in into a directory that may hold other files; returns the files.
 
@@ -66,7 +68,7 @@ def _said(item: Item, answers: Answers, codebase: Codebase) -> str:
     return normalize_m4c(answers[item.id]) if codebase == "llava" else answers[item.id]
 
 
-def vqav2(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: Folder, out: Path) -> list[Path]:
+def vqav2(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path) -> list[Path]:
     """[{question_id, answer}], for EvalAI's challenge 830; also with all answers cleaned, which can only score higher.
 
     The server wants every question of test2015: those without an answer are filled up with empty ones where the data
@@ -94,7 +96,7 @@ def _number(text: str | int, where: str) -> int:
         raise EvaluationError(f"{where}: the question's id is {text!r}, and the server wants a number") from None
 
 
-def vizwiz(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: Folder, out: Path) -> list[Path]:
+def vizwiz(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path) -> list[Path]:
     """[{image, answer}], for EvalAI's challenge 2185."""
     rows = [{"image": _vizwiz_name(item), "answer": _said(item, answers, codebase)} for item in items]
     return [_json(out / "submission.json", rows)]
@@ -106,29 +108,29 @@ def _vizwiz_name(item: Item) -> str:
     return Path(str(path)).name
 
 
-def gqa(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: Folder, out: Path) -> list[Path]:
+def gqa(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path) -> list[Path]:
     """[{questionId, prediction}], which GQA's own script reads."""
     rows = [{"questionId": item.id, "prediction": gqa_answer(answers[item.id])} for item in items]
     return [_json(out / "submission.json", rows)]
 
 
-def documents(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: Folder, out: Path) -> list[Path]:
+def documents(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path) -> list[Path]:
     """[{questionId, answer}], for the Robust Reading Competition."""
     rows = [{"questionId": item.source_id, "answer": answers[item.id]} for item in items]
     return [_json(out / "submission.json", rows)]
 
 
-def by_id(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: Folder, out: Path) -> list[Path]:
+def by_id(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path) -> list[Path]:
     """{id: answer}: MM-Vet's result file; MMMU's, in which a multiple choice is a letter."""
     return [_json(out / "submission.json", {item.id: mmmu_answer(item, answers[item.id]) for item in items})]
 
 
-def mmbench(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: Folder, out: Path) -> list[Path]:
+def mmbench(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path) -> list[Path]:
     """A table for OpenCompass: the columns that are not dropped, with the prediction as the seventh."""
     return [_table(items, answers, codebase, out, _TABLE_DROPPED, 6)]
 
 
-def ccbench(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: Folder, out: Path) -> list[Path]:
+def ccbench(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path) -> list[Path]:
     """As MMBench's, with the prediction as the ninth column."""
     return [_table(items, answers, codebase, out, ("category", "image"), 8)]
 

@@ -5,7 +5,7 @@ from support.evaluation_files import FAST
 
 import internvl_jax
 from internvl_jax.cli.main import main
-from internvl_jax.evaluation import tiny
+from internvl_jax.evaluation.datasets import tiny
 from internvl_jax.inference import loading
 
 

@@ -12,10 +12,10 @@ import pytest
 from support.evaluation_files import FAST, rows, whole
 
 from internvl_jax.cli.main import main
-from internvl_jax.evaluation import run as runs
-from internvl_jax.evaluation.items import is_file
-from internvl_jax.evaluation.plan import WRITTEN
-from internvl_jax.evaluation.report import lines as report_lines
+from internvl_jax.evaluation import answering as runs
+from internvl_jax.evaluation.benchmark_run import WRITTEN
+from internvl_jax.evaluation.datasets.data_folder import is_file
+from internvl_jax.evaluation.run_report import lines as report_lines
 from internvl_jax.inference import chat
 from internvl_jax.utils import files
 

@@ -5,16 +5,18 @@ import json
 import pytest
 from support.evaluation_files import lines, picture64, table, whole
 
-from internvl_jax.evaluation import report, scoring
-from internvl_jax.evaluation.benchmarks import BENCHMARKS
-from internvl_jax.evaluation.items import EvaluationError, Folder, Item, distinct
-from internvl_jax.evaluation.plan import plan
+from internvl_jax.evaluation import run_report as report
+from internvl_jax.evaluation import scoring
+from internvl_jax.evaluation.answering import prepare
+from internvl_jax.evaluation.benchmark_run import plan
+from internvl_jax.evaluation.benchmark_table import BENCHMARKS
+from internvl_jax.evaluation.datasets.data_folder import DataFolder
+from internvl_jax.evaluation.datasets.items import EvaluationError, Item, distinct
 from internvl_jax.evaluation.predictions import read_predictions
-from internvl_jax.evaluation.run import prepare
 
 
 def read(root, name, codebase="internvl"):
-    return BENCHMARKS[name].read(Folder(root, BENCHMARKS[name].folder), codebase)
+    return BENCHMARKS[name].read(DataFolder(root, BENCHMARKS[name].folder), codebase)
 
 
 def test_halves_of_chartqa_count_alike():
@@ -44,7 +46,7 @@ def test_both_submissions_of_vqav2(tmp_path):
     )
     items = read(tmp_path, "vqav2-testdev")
     for codebase, said in (("internvl", "A Red!"), ("llava", "red")):
-        folder = Folder(tmp_path, "vqav2")
+        folder = DataFolder(tmp_path, "vqav2")
         written = BENCHMARKS["vqav2-testdev"].submit(items, {"1": "A Red!", "2": "Two"}, codebase, folder, tmp_path)
         raw, clean = (json.loads(path.read_text()) for path in written)
         two = "2" if codebase == "llava" else "Two"

@@ -12,7 +12,7 @@ from support.evaluation_files import lines, whole
 
 from internvl_jax.cli.main import main
 from internvl_jax.evaluation import judge
-from internvl_jax.evaluation.report import table
+from internvl_jax.evaluation.run_report import table
 from internvl_jax.evaluation.scorers import mmvet
 
 PROMPT = "Compare.\n\nA | B"

@@ -5,13 +5,14 @@ import base64
 import pytest
 from support.evaluation_files import lines, mme_files, picture64, table
 
-from internvl_jax.evaluation.benchmarks import BENCHMARKS
-from internvl_jax.evaluation.items import EvaluationError, Folder
+from internvl_jax.evaluation.benchmark_table import BENCHMARKS
+from internvl_jax.evaluation.datasets.data_folder import DataFolder
+from internvl_jax.evaluation.datasets.items import EvaluationError
 from internvl_jax.evaluation.scorers.yes_no import COGNITION, PERCEPTION
 
 
 def load(root, name):
-    return BENCHMARKS[name].read(Folder(root, BENCHMARKS[name].folder), "internvl")
+    return BENCHMARKS[name].read(DataFolder(root, BENCHMARKS[name].folder), "internvl")
 
 
 def test_tables_that_are_refused(tmp_path):
@@ -59,7 +60,7 @@ def test_options_that_spell_a_missing_value(tmp_path, text, file, logged):
     assert f"options that the reference reads as missing are not shown: {tmp_path}" in message
     assert f"row 2: A is {text!r}, the answer" in message
     items = BENCHMARKS[name].read(
-        Folder(tmp_path, "mmbench"), "llava"
+        DataFolder(tmp_path, "mmbench"), "llava"
     )  # whose script stops at the first that is missing
     assert [list(item.options) for item in items] == [list("ABC"), [], []]
 
@@ -70,8 +71,8 @@ def test_missing_values_of_a_table_are_handed_in_as_empty_cells(tmp_path):
     table(tmp_path / "mmbench_test_en_20231003.tsv", [row | {"split": "nan"}])
     benchmark = BENCHMARKS["mmbench-en-test"]
     for codebase in ("internvl", "llava"):
-        items = benchmark.read(Folder(tmp_path, "mmbench"), codebase)
-        (path,) = benchmark.submit(items, {"1": "B"}, codebase, Folder(tmp_path, "mmbench"), tmp_path)
+        items = benchmark.read(DataFolder(tmp_path, "mmbench"), codebase)
+        (path,) = benchmark.submit(items, {"1": "B"}, codebase, DataFolder(tmp_path, "mmbench"), tmp_path)
         (sheet,) = openpyxl.load_workbook(path).worksheets
         head, cells = sheet.iter_rows(values_only=True)
         expected = {"index": 1, "question": "q", "A": None, "B": "b", "C": None, "D": "d", "prediction": "B"}

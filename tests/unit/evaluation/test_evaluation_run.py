@@ -16,9 +16,10 @@ from support.evaluation_files import FAST, rows
 from support.paths import DATA
 
 from internvl_jax.cli.main import main
-from internvl_jax.evaluation import tiny
-from internvl_jax.evaluation.benchmarks import BENCHMARKS
-from internvl_jax.evaluation.items import EvaluationError, Folder
+from internvl_jax.evaluation.benchmark_table import BENCHMARKS
+from internvl_jax.evaluation.datasets import tiny
+from internvl_jax.evaluation.datasets.data_folder import DataFolder
+from internvl_jax.evaluation.datasets.items import EvaluationError
 from internvl_jax.evaluation.published import PUBLISHED, SYSTEMS
 from internvl_jax.inference import loading
 from internvl_jax.processing.images import ImageProcessor
@@ -77,7 +78,7 @@ def test_whatever_is_wrong_with_a_data_file_is_told(tmp_path):
             for benchmark in BENCHMARKS.values():
                 for codebase in ("internvl", "llava") if benchmark.folder == folder else ():
                     try:
-                        items = benchmark.read(Folder(tmp_path, benchmark.folder), codebase)
+                        items = benchmark.read(DataFolder(tmp_path, benchmark.folder), codebase)
                         for item in items:
                             benchmark.prompt(item, codebase)
                         if benchmark.score is not None:
@@ -99,7 +100,7 @@ def test_byte_order_marks_change_nothing(data, tmp_path):
     for name, benchmark in BENCHMARKS.items():
         if not name.startswith("mmmu"):  # parquet
             for codebase in ("internvl", "llava"):
-                items = [benchmark.read(Folder(root, benchmark.folder), codebase) for root in (data, tmp_path)]
+                items = [benchmark.read(DataFolder(root, benchmark.folder), codebase) for root in (data, tmp_path)]
                 assert items[0] == items[1], name
 
 
@@ -350,7 +351,7 @@ def test_pictures_made_ready_are_the_same(padded):
 def submitted(name, codebase, case, folder, out, change=lambda record: record):
     """What is written for a replayed script's answers."""
     benchmark = BENCHMARKS[name]
-    where = Folder(folder, benchmark.folder)
+    where = DataFolder(folder, benchmark.folder)
     items = benchmark.read(where, codebase)
     answers = {item.id: c["response"] for item, c in zip(items, case["cases"], strict=True)}
     out.mkdir()

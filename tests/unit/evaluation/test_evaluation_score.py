@@ -8,8 +8,9 @@ from support.evaluation_files import lines, mme_files, table, whole
 
 from internvl_jax.cli.eval import _Watched
 from internvl_jax.cli.main import main
-from internvl_jax.evaluation.benchmarks import BENCHMARKS
-from internvl_jax.evaluation.items import EvaluationError, Folder, Item
+from internvl_jax.evaluation.benchmark_table import BENCHMARKS
+from internvl_jax.evaluation.datasets.data_folder import DataFolder
+from internvl_jax.evaluation.datasets.items import EvaluationError, Item
 from internvl_jax.evaluation.predictions import read_predictions
 from internvl_jax.evaluation.scorers import mmvet
 
@@ -20,7 +21,7 @@ LLAVA = {item["benchmark"]: item for item in cases("pipeline_llava_v1_0")["items
 def replayed(case, root, name, codebase="internvl"):
     """(benchmark, items, answers, prompts) of a replayed script."""
     benchmark = BENCHMARKS[name]
-    items = benchmark.read(Folder(root, benchmark.folder), codebase)
+    items = benchmark.read(DataFolder(root, benchmark.folder), codebase)
     assert len(items) == len(case["cases"])
     answers = {item.id: c["response"] for item, c in zip(items, case["cases"])}
     return benchmark, items, answers, [benchmark.prompt(item, codebase) for item in items]
@@ -86,7 +87,7 @@ def test_chartqa(tmp_path):
     for half, case in halves.items():
         lines(tmp_path / f"chartqa/test_{half}.jsonl", rows(case))
     benchmark = BENCHMARKS["chartqa"]
-    items = benchmark.read(Folder(tmp_path, "chartqa"), "internvl")
+    items = benchmark.read(DataFolder(tmp_path, "chartqa"), "internvl")
     replayed_cases = [c for case in halves.values() for c in case["cases"]]
     assert [benchmark.prompt(item, "internvl") for item in items] == [c["expected_question"] for c in replayed_cases]
     answers = {item.id: c["response"] for item, c in zip(items, replayed_cases, strict=True)}
@@ -162,14 +163,14 @@ def test_pope(tmp_path):
     path = tmp_path / "pope/coco/coco_pope_random.json"
     path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
     with pytest.raises(EvaluationError, match="5 labels for 4 questions"):
-        benchmark.read(Folder(tmp_path, "pope"), "internvl")
+        benchmark.read(DataFolder(tmp_path, "pope"), "internvl")
 
 
 def test_mme(tmp_path):
     case = V1_1["mme"]
     mme_files(tmp_path, rows(case))
     benchmark = BENCHMARKS["mme"]
-    items = benchmark.read(Folder(tmp_path, "mme"), "internvl")
+    items = benchmark.read(DataFolder(tmp_path, "mme"), "internvl")
     by_question = {(item.category, item.record["image"], item.question): item for item in items}
     for c in case["cases"]:
         item = by_question[c["record"]["task"], c["record"]["image"], c["record"]["question"]]
@@ -212,7 +213,7 @@ def test_seed(tmp_path):
     case = V1_1["SEEDv1"]
     seed_files(tmp_path, case)
     benchmark = BENCHMARKS["seed"]
-    items = benchmark.read(Folder(tmp_path, "SEED"), "internvl")
+    items = benchmark.read(DataFolder(tmp_path, "SEED"), "internvl")
     by_id = {str(c["record"]["question_id"]): c for c in case["cases"]}
     assert [benchmark.prompt(i, "internvl") for i in items] == [by_id[i.id]["expected_question"] for i in items]
     score = benchmark.score(items, {item.id: by_id[item.id]["response"] for item in items}, "internvl")
@@ -279,7 +280,7 @@ def test_llava_mme_prompt(tmp_path):
     ]
     mme_files(tmp_path, records)
     benchmark = BENCHMARKS["mme"]
-    items = benchmark.read(Folder(tmp_path, "mme"), "llava")[: len(asked)]
+    items = benchmark.read(DataFolder(tmp_path, "mme"), "llava")[: len(asked)]
     assert [benchmark.prompt(item, "llava") for item in items] == asked
 
 
@@ -291,7 +292,7 @@ def test_pope_cell():
     """What LLaVA-1.5-13B answered gives the table's 85.9."""
     expected = anchors()["pope"]
     benchmark = BENCHMARKS["pope"]
-    items = benchmark.read(Folder(REAL, "pope"), "llava")
+    items = benchmark.read(DataFolder(REAL, "pope"), "llava")
     score = benchmark.score(items, read_predictions(real("pope_answers.jsonl"), items), "llava")
     assert len(items) == 8910
     assert score.value == pytest.approx(expected["mean_f1_percent"], abs=1e-9)
@@ -304,7 +305,7 @@ def test_mme_cell():
     """What LLaVA-1.5-13B answered gives the table's 1531.3."""
     expected = anchors()["mme"]
     benchmark = BENCHMARKS["mme"]
-    items = benchmark.read(Folder(REAL / "mme_labels", "mme"), "llava")
+    items = benchmark.read(DataFolder(REAL / "mme_labels", "mme"), "llava")
     score = benchmark.score(items, read_predictions(real("mme_answers.jsonl"), items), "llava")
     assert len(items) == 2374
     assert score.value == pytest.approx(expected["perception"], abs=1e-9)
@@ -336,7 +337,7 @@ def small(tmp_path):
 
 
 def load(root, name="vqav2-val"):
-    return BENCHMARKS[name].read(Folder(root, BENCHMARKS[name].folder), "internvl")
+    return BENCHMARKS[name].read(DataFolder(root, BENCHMARKS[name].folder), "internvl")
 
 
 GOOD = [{"question_id": n, "answer": f"thing {n}"} for n in (1, 2, 3)]

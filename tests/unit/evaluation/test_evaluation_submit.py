@@ -10,7 +10,7 @@ from support.evaluation_cases import real
 from support.evaluation_files import lines, picture64, rows, table, whole
 
 from internvl_jax.cli.main import main
-from internvl_jax.evaluation.benchmarks import BENCHMARKS
+from internvl_jax.evaluation.benchmark_table import BENCHMARKS
 
 pytest_plugins = ["support.evaluation_runs"]
 

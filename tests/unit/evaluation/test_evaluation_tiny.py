@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from internvl_jax.evaluation import tiny
+from internvl_jax.evaluation.datasets import tiny
 from internvl_jax.utils import files
 
 

@@ -1,100 +1,18 @@
-"""A benchmark's questions as they are asked, scored and handed in, and the files that they are read from."""
+"""Reading JSON and JSONL records, with errors that name the file and the line."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import stat
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from internvl_jax.evaluation.datasets.items import EvaluationError
 from internvl_jax.utils import files
 
-# Whose prompts and rules: V1-1's own scripts, or LLaVA's, with which V1-0 and LLaVA-1.5 were evaluated.
-Codebase = Literal["internvl", "llava"]
-
-SHORT = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
-LETTER_ZH = "请直接回答选项字母。"
-UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
-YES_NO = "Please answer yes or no."
-
 SHOWN = 10  # problems listed in an error
-
-
-class EvaluationError(ValueError):
-    """Data, predictions or runs that cannot be used; the message names the file and the item."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question of a data set."""
-
-    id: str  # unique in the data set
-    source_id: str | int  # as its file has it, which need not be unique
-    question: str  # without the instruction that a prompt adds
-    image: str | bytes | None  # a path as the file has it, or the picture itself
-    gold: tuple[str, ...] = ()  # accepted answers, ten people's, a letter or a label; () where only a server knows
-    category: str = ""
-    options: Mapping[str, str] = field(default_factory=dict)
-    record: Mapping[str, Any] = field(default_factory=dict)  # what else its file says
-    aliases: tuple[str, ...] = ()  # other ids by which files of predictions name it
-
-
-@dataclass(frozen=True)
-class Folder:
-    """Where a benchmark's files lie: in `root`, or in its subfolder `name`, as in the reference's data folder."""
-
-    root: Path
-    name: str
-
-    def find(self, *names: str) -> Path:
-        """The first of these files that is there. Raises EvaluationError naming all places looked at."""
-        found = self.look(*names)
-        if found is None:
-            raise EvaluationError(
-                f"{self.root} has no {' or '.join(names)}, neither itself nor in its subfolder {self.name}: "
-                "docs/evaluation.md says where to get it"
-            )
-        return found
-
-    def look(self, *names: str) -> Path | None:
-        """As `find`, None where none is there."""
-        if not _has_kind(self.root, stat.S_ISDIR):
-            raise EvaluationError(f"{self.root} is not a directory: --data names the one with the benchmark's files")
-        places = (self.root / self.name / name for name in names)
-        return next((path for path in (*places, *(self.root / name for name in names)) if is_file(path)), None)
-
-    def picture(self, name: str, folders: Sequence[str]) -> Path | None:
-        """A picture by its path in the data file (from the data folder or above it), or by its name in `folders`."""
-        inside = name.removeprefix("data/")
-        roots = (self.root, self.root / self.name, self.root.parent)
-        paths = [root / part for part in (name, inside) for root in roots]
-        paths += [root / folder / part for folder in folders for part in (inside, Path(name).name) for root in roots]
-        return next((path for path in paths if is_file(path)), None)
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is a file of that name. Raises OSError where the system does not say; Path.is_file says no then."""
-    return _has_kind(path, stat.S_ISREG)
-
-
-def _has_kind(path: Path, kind: Any) -> bool:
-    try:
-        return bool(kind(os.stat(path).st_mode))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise
-        return False
-    except ValueError:  # a NUL, or a surrogate, which no name on disk has
-        return False
 
 
 def read_text(path: Path) -> str:
@@ -197,14 +115,29 @@ def refuse(problems: Sequence[str]) -> None:
         raise EvaluationError(listed + more)
 
 
-def distinct(items: Iterable[Item]) -> list[Item]:
-    """Items with unique ids: their source's where it is unique, else numbered "7#1", "7#2"."""
-    items = list(items)
-    counts = Counter(str(item.source_id) for item in items)
-    seen: Counter[str] = Counter()
-    named = []
-    for item in items:
-        name = str(item.source_id)
-        seen[name] += 1
-        named.append(replace(item, id=name if counts[name] == 1 else f"{name}#{seen[name]}"))
-    return named
+ID = (int, str)
+
+
+SOURCE_IDS = ("question_id", "questionId", "id")
+
+
+def image_field(record: Mapping[str, Any], where: str, *names: str) -> str | None:
+    """The path in the first of these fields that has one. Raises EvaluationError where it is no text."""
+    name = next((name for name in names if record.get(name)), None)
+    return None if name is None else need(record, where, name)
+
+
+def accepted_answers(answers: Any, where: str) -> tuple[str, ...]:
+    """Accepted answers, of which a file may have some as numbers."""
+    given = answers if isinstance(answers, list) else [answers]
+    values = [answer.get("answer") if isinstance(answer, dict) else answer for answer in given]
+    wrong = next((value for value in values if not _is_answer(value)), None) if values else "an empty list"
+    if wrong is not None or None in values:
+        raise EvaluationError(f"{where}: the answers must be texts, or records with an 'answer', not {wrong!r:.80}")
+    return tuple(map(str, values))
+
+
+def _is_answer(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, (str, int)) and not isinstance(value, bool)

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from internvl_jax.evaluation import readers, scoring, submissions
-from internvl_jax.evaluation.items import LETTER, LETTER_ZH, SHORT, UNANSWERABLE, YES_NO, Codebase, Folder, Item
-from internvl_jax.evaluation.readers import lettered
+from internvl_jax.evaluation import scoring, submissions
+from internvl_jax.evaluation.datasets import choice_readers, mmbench_tables, short_answer_readers, yes_no_readers
+from internvl_jax.evaluation.datasets.choice_readers import lettered
+from internvl_jax.evaluation.datasets.data_folder import DataFolder
+from internvl_jax.evaluation.datasets.items import LETTER, LETTER_ZH, SHORT, UNANSWERABLE, YES_NO, Codebase, Item
 from internvl_jax.evaluation.scoring import Answers, Score
 from internvl_jax.evaluation.submissions import Submit
 
@@ -21,7 +23,7 @@ class Benchmark:
 
     title: str
     folder: str  # of its files in the reference's data folder
-    read: Callable[[Folder, Codebase], list[Item]]
+    read: Callable[[DataFolder, Codebase], list[Item]]
     prompt: Callable[[Item, Codebase], str]
     score: Callable[[Sequence[Item], Answers, Codebase], Score] | None  # None: a server or a judge scores it
     new_tokens: int  # V1-1's limit
@@ -94,7 +96,7 @@ def _vqa(
 ) -> Benchmark:
     """One of the rows whose answers are compared with ten people's or, without annotations, handed in to a server."""
     read = partial(
-        readers.short_answers,
+        short_answer_readers.short_answers,
         questions=questions,
         annotations=annotations,
         coco=coco,
@@ -106,13 +108,13 @@ def _vqa(
 
 
 def _document(title: str, folder: str, questions: tuple[str, ...], server: bool, images: tuple[str, ...]) -> Benchmark:
-    read = partial(readers.short_answers, questions=questions, server=server)
+    read = partial(short_answer_readers.short_answers, questions=questions, server=server)
     score, submit = (None, submissions.documents) if server else (scoring.score_anls, None)
     return Benchmark(title, folder, read, _short, score, 100, images=images, submit=submit)
 
 
 def _mmbench(title: str, files: tuple[str, ...], prompt: Callable[[Item, Codebase], str], server: bool) -> Benchmark:
-    read = partial(readers.multiple_choice, files=files, server=server)
+    read = partial(mmbench_tables.multiple_choice, files=files, server=server)
     score = None if server else scoring.score_mmbench
     return Benchmark(title, "mmbench", read, prompt, score, 100, 1024, submit=submissions.mmbench)
 
@@ -144,7 +146,7 @@ BENCHMARKS = {
     "gqa": Benchmark(
         "GQA test-dev",
         "gqa",
-        readers.gqa,
+        short_answer_readers.gqa,
         _short,
         scoring.score_gqa,
         10,
@@ -170,7 +172,7 @@ BENCHMARKS = {
     "scienceqa": Benchmark(
         "ScienceQA image",
         "scienceqa",
-        readers.scienceqa,
+        choice_readers.scienceqa,
         _scienceqa,
         scoring.score_scienceqa,
         100,
@@ -195,7 +197,7 @@ BENCHMARKS = {
     "pope": Benchmark(
         "POPE",
         "pope",
-        readers.pope,
+        yes_no_readers.pope,
         _as_is,
         scoring.score_pope,
         100,
@@ -204,7 +206,7 @@ BENCHMARKS = {
     "mme": Benchmark(
         "MME perception",
         "mme",
-        readers.mme,
+        yes_no_readers.mme,
         _mme,
         scoring.score_mme,
         20,
@@ -218,7 +220,7 @@ BENCHMARKS = {
     "mm-vet": Benchmark(
         "MM-Vet",
         "mm-vet",
-        readers.mmvet,
+        short_answer_readers.mmvet,
         _mmvet,
         None,
         1000,
@@ -252,30 +254,38 @@ BENCHMARKS = {
         _INFO_IMAGES,
     ),
     "chartqa": Benchmark(
-        "ChartQA test", "chartqa", readers.chartqa, _short, scoring.score_chartqa, 100, images=("chartqa/test/png",)
+        "ChartQA test",
+        "chartqa",
+        short_answer_readers.chartqa,
+        _short,
+        scoring.score_chartqa,
+        100,
+        images=("chartqa/test/png",),
     ),
     "ai2d": Benchmark(
         "AI2D test",
         "ai2diagram",
-        partial(readers.short_answers, questions=("test_vlmevalkit.jsonl",)),
+        partial(short_answer_readers.short_answers, questions=("test_vlmevalkit.jsonl",)),
         _as_is,
         scoring.score_exact,
         10,
         images=("ai2diagram/AI2D_TEST", "AI2D_TEST"),
     ),
-    "mmmu-val": Benchmark("MMMU val", "MMMU", partial(readers.mmmu, split="validation"), _mmmu, scoring.score_mmmu, 10),
+    "mmmu-val": Benchmark(
+        "MMMU val", "MMMU", partial(choice_readers.mmmu, split="validation"), _mmmu, scoring.score_mmmu, 10
+    ),
     "mmmu-test": Benchmark(
-        "MMMU test", "MMMU", partial(readers.mmmu, split="test"), _mmmu, None, 10, submit=submissions.by_id
+        "MMMU test", "MMMU", partial(choice_readers.mmmu, split="test"), _mmmu, None, 10, submit=submissions.by_id
     ),
     "ccbench": Benchmark(
         "CCBench dev",
         "mmbench",
-        partial(readers.multiple_choice, files=("CCBench_legacy.tsv",)),
+        partial(mmbench_tables.multiple_choice, files=("CCBench_legacy.tsv",)),
         _chinese,
         scoring.score_ccbench,
         100,
         1024,
         submit=submissions.ccbench,
     ),
-    "seed": Benchmark("SEED image", "SEED", readers.seed, _as_is, scoring.score_seed, 100, images=("SEED",)),
+    "seed": Benchmark("SEED image", "SEED", choice_readers.seed, _as_is, scoring.score_seed, 100, images=("SEED",)),
 }

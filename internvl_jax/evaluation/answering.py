@@ -7,9 +7,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from internvl_jax.evaluation.ahead import Ahead
-from internvl_jax.evaluation.plan import Plan, read_answers
-from internvl_jax.evaluation.report import Timing, write_report
+from internvl_jax.evaluation.benchmark_run import Plan, read_answers
+from internvl_jax.evaluation.prefetch import Ahead
+from internvl_jax.evaluation.run_report import Timing, write_report
 from internvl_jax.inference import offline
 from internvl_jax.inference.chat import Chat
 from internvl_jax.parallel import distributed

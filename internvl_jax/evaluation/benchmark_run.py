@@ -14,18 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_jax.evaluation.benchmarks import BENCHMARKS, Benchmark
-from internvl_jax.evaluation.items import (
-    Codebase,
-    EvaluationError,
-    Folder,
-    Item,
-    is_file,
-    json_object,
-    read_text,
-    records,
-    refuse,
-)
+from internvl_jax.evaluation.benchmark_table import BENCHMARKS, Benchmark
+from internvl_jax.evaluation.datasets.data_folder import DataFolder, is_file
+from internvl_jax.evaluation.datasets.items import Codebase, EvaluationError, Item
+from internvl_jax.evaluation.datasets.records import json_object, read_text, records, refuse
 from internvl_jax.evaluation.submissions import import_openpyxl
 from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.utils import files
@@ -43,7 +35,7 @@ class Plan:
 
     name: str
     codebase: Codebase
-    folder: Folder
+    folder: DataFolder
     items: Sequence[Item]
     out: Path
     generation: dict[str, Any]
@@ -96,7 +88,7 @@ def plan(
     if limit is not None and limit < 1:
         raise EvaluationError(f"--limit must be at least 1, not {limit}")
     data, out = files.resolve(data), files.resolve(out)
-    folder = Folder(data, benchmark.folder)
+    folder = DataFolder(data, benchmark.folder)
     items = benchmark.read(folder, codebase)[:limit]
     if not items:
         raise EvaluationError(f"{data} has no questions of {benchmark.title}")

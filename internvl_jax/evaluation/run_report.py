@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_jax.evaluation.benchmarks import BENCHMARKS
-from internvl_jax.evaluation.items import EvaluationError, json_object, records
-from internvl_jax.evaluation.plan import Plan
+from internvl_jax.evaluation.benchmark_run import Plan
+from internvl_jax.evaluation.benchmark_table import BENCHMARKS
+from internvl_jax.evaluation.datasets.items import EvaluationError
+from internvl_jax.evaluation.datasets.records import json_object, records
 from internvl_jax.evaluation.published import PUBLISHED, SYSTEMS
 from internvl_jax.evaluation.scoring import Score
 from internvl_jax.processing.images import load_image, to_rgb

@@ -1,6 +1,6 @@
 """Small data sets in the benchmarks' official formats, with nano's held-out pictures and questions.
 
-    python -m internvl_jax.evaluation.tiny DIR
+    python -m internvl_jax.evaluation.datasets.tiny DIR
 
 They show what `internvl-jax eval` does without a download, and take every protocol from file to report in the tests.
 Figures on them mean nothing.
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from internvl_jax.evaluation.items import SHORT, YES_NO
+from internvl_jax.evaluation.datasets.items import SHORT, YES_NO
 from internvl_jax.evaluation.scorers.choices import CIRCULAR, LETTERS
 from internvl_jax.evaluation.scorers.mmmu import SUBJECTS
 from internvl_jax.evaluation.scorers.vqa import PEOPLE
