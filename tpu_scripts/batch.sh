@@ -20,6 +20,6 @@ run gcloud storage cp "$questions" "$folder/questions.jsonl"
 if [[ -n $pictures ]]; then
     run gcloud storage rsync --recursive "$pictures" "$folder/images"
 fi
-internvl batch "$MOUNT/batch/$name/questions.jsonl" --out "$MOUNT/batch/$name/answers.jsonl" \
-    --images "$MOUNT/batch/$name/images" --checkpoint "$MOUNT/$CHECKPOINT" --mesh "$MESH"
+internvl batch "$MOUNT/batch/$name/questions.jsonl" --output "$MOUNT/batch/$name/answers.jsonl" \
+    --root "$MOUNT/batch/$name/images" --checkpoint "$MOUNT/$CHECKPOINT" --mesh "$MESH"
 run gcloud storage cp "$folder/answers.jsonl" "$name.answers.jsonl"

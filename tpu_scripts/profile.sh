@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Record a trace of every program on the slice, and fetch it for xprof.
 #
-#   tpu_scripts/profile.sh [-- --batch 8]
+#   tpu_scripts/profile.sh [-- --batch-size 8]
 #
 # What follows -- goes to 'internvl-jax bench', which runs each program once under the profiler. Shown with:
 #   pip install xprof && xprof --logdir profile

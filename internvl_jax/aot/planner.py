@@ -189,7 +189,7 @@ def lines(made: Plan) -> list[str]:
         return [*text, "nothing fits: take a larger slice, fewer rows or a shorter context"]
     best = made.recommended
     used = f"{best.hbm_bytes['peak'] / GIB:.2f} of {best.hbm_capacity_bytes / GIB:.2f} GiB"
-    flags = f"--mesh {best.mesh} --batch {best.batch}"
+    flags = f"--mesh {best.mesh} --batch-size {best.batch}"
     flags += f" --quantize {best.quantize}" if best.quantize else ""
     flags += f" --cache-dtype {best.cache_dtype}" if best.cache_dtype != best.dtype else ""
     return [*text, "", f"recommended: {flags} (compiled: {used} per chip)"]

@@ -1,4 +1,4 @@
-"""The `adapters` commands of `internvl-jax`: low-rank adapters into a checkpoint, to peft's layout and back."""
+"""The `adapters` commands: merge LoRA adapters, and exchange them with peft."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ from internvl_jax.utils import files
 from internvl_jax.utils.progress import counting, err
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
+def add_parser(commands: options.Commands) -> None:
     """Add `adapters` to the commands."""
     adapters = commands.add_parser(
         "adapters",
-        help="merge low-rank adapters, or exchange them with Hugging Face's peft",
-        description="Adapters are what the recipes lora and lora-both write. `chat --adapters DIR` uses them as they "
-        "are, beside the weights of the checkpoint that they were trained for.",
+        help="merge LoRA adapters, or exchange them with Hugging Face's peft",
+        description="The recipes lora and lora-both write adapters. `chat --adapters DIR` applies them unmerged to the "
+        "checkpoint that they were trained for.",
     )
     parts = adapters.add_subparsers(title="commands", metavar="COMMAND", required=True, help="what to do")
     for name, run, summary, source, extra in (
-        ("merge", _merge, "add adapters to the weights: a checkpoint of its own", "the adapters", ""),
-        ("to-peft", _to_peft, "write adapters for peft, a directory for each tower", "the adapters", CONVERT),
-        ("from-peft", _from_peft, "read adapters that peft wrote", "what peft or LLaVA wrote, or to-peft", CONVERT),
+        ("merge", _merge, "merge adapters into the weights and write a checkpoint", "adapters", ""),
+        ("to-peft", _to_peft, "write adapters for peft, one directory per model part", "adapters", CONVERT),
+        ("from-peft", _from_peft, "read adapters written by peft or LLaVA", "adapters of peft or LLaVA", CONVERT),
     ):
         one = parts.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.{extra}")
         one.add_argument("src", type=options.path, metavar="SRC", help=source)
-        one.add_argument("dst", type=options.path, metavar="DST", help="the directory to write; must not exist")
-        one.add_argument(
-            "--checkpoint", type=options.path, metavar="DIR", help="the converted model that they are for (nano)"
-        )
+        one.add_argument("dst", type=options.path, metavar="DST", help="directory to write; must not exist")
+        options.add_checkpoint(one, "converted model that the adapters belong to")
         one.set_defaults(run=run)
 
 
@@ -44,7 +42,7 @@ def _merge(args: argparse.Namespace) -> int:
         lora.merge_checkpoint(
             args.dst, args.checkpoint or NANO, args.src, progress=progress if err.is_terminal else None
         )
-    err.print(f"{args.dst}: a whole checkpoint; internvl-jax chat --checkpoint {files.quoted(args.dst)}")
+    err.print(f"{args.dst}: a merged checkpoint; internvl-jax chat --checkpoint {files.quoted(args.dst)}")
     return 0
 
 
@@ -58,7 +56,7 @@ def _to_peft(args: argparse.Namespace) -> int:
     for tower in settings:
         err.print(f"{args.dst / tower}: PeftModel.from_pretrained(model.{tower}, ...)")
     if lora.REPLACED in adapters:
-        err.print("non_lora_trainables.bin: what was trained beside the adapters; LLaVA reads it, peft does not")
+        err.print("non_lora_trainables.bin: weights trained beside the adapters; LLaVA reads it, peft does not")
     return 0
 
 

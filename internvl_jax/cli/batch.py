@@ -1,77 +1,51 @@
-"""The `batch` command of `internvl-jax`."""
+"""The `batch` command."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 from internvl_jax.cli import options
 from internvl_jax.utils.progress import counting, err, progress_bar
 
 
-def add_parser(commands: argparse._SubParsersAction, join: Callable[[argparse.Namespace], None]) -> None:
-    """Add `batch` to the commands. join: joins the other processes, where there are any."""
-    batch = commands.add_parser(
+def add_parser(commands: options.Commands) -> None:
+    """Add `batch` to the commands."""
+    parser = commands.add_parser(
         "batch",
-        help="answer a JSONL file of questions; a run that was stopped goes on where it was",
-        description='Reads lines {"question": "...", "images": ["a.jpg"], "id": 7} (images and id may be left out; '
-        '"history", "system", "max_new_tokens" and the other settings of an answer may be added) and writes a line '
-        "with the answer for each, in the same order. Exit code 1: some questions got an error; the same command asks "
-        "them again.",
+        help="answer a JSONL file of questions; an interrupted run resumes",
+        description='Reads lines {"question": "...", "images": ["a.jpg"], "id": 7} and writes one line with the answer '
+        'for each, in the same order. "images" and "id" are optional; "history", "system", "max_new_tokens" and the '
+        "other generation settings may be added. Exit code 1: some questions failed; the same command retries them.",
     )
-    batch.add_argument("questions", type=options.path, metavar="QUESTIONS", help="a JSONL file")
-    batch.add_argument(
-        "--out",
-        "--output",
+    parser.add_argument("questions", type=options.path, metavar="QUESTIONS", help="JSONL file of questions")
+    options.add_output(parser, "JSONL file of answers, created or resumed", required=True, metavar="FILE")
+    parser.add_argument(
+        "--root",
         type=options.path,
-        required=True,
-        metavar="F",
-        help="the JSONL file of answers, made or resumed",
+        metavar="DIR",
+        help="directory that relative paths start from (default: that of QUESTIONS)",
     )
-    batch.add_argument(
-        "--images", type=options.path, metavar="DIR", help="where relative paths of images start (QUESTIONS' own)"
-    )
-    batch.add_argument("--checkpoint", type=options.path, metavar="DIR", help="as for chat; default: nano")
-    options.add_adapters(batch)
-    batch.add_argument(
-        "--mesh", metavar="SPEC", help="as for chat; several processes share the work if one's devices can hold it"
-    )
-    batch.add_argument("--batch", type=options.count, default=8, metavar="N", help="questions at once, per model (8)")
-    batch.add_argument("--dtype", choices=["float32", "bfloat16"], help="as for chat")
-    options.add_weights(batch)
-    options.add_generation(batch)
-    options.add_template(batch)
-    options.add_processes(batch)
-    batch.set_defaults(run=lambda args: _batch(args, join))
+    options.add_batch_size(parser, "questions per batch and model replica", 8)
+    options.add_model(parser, "one device per process; processes share the work")
+    options.add_generation(parser)
+    options.add_processes(parser)
+    parser.set_defaults(run=_run)
 
 
-def _batch(args: argparse.Namespace, join: Callable[[argparse.Namespace], None]) -> int:
+def _run(args: argparse.Namespace) -> int:
     from internvl_jax.inference import offline
     from internvl_jax.inference.loading import load
 
-    settings = options.generation(args)
-    if args.system is not None:
-        settings["system"] = args.system
-    if args.ignore_exif:
-        settings["honour_exif"] = False
-    join(args)
-    with offline.opened(args.questions, args.out, args.mesh, images=args.images) as work:
+    settings = options.question_options(args)
+    options.start_processes(args)
+    with offline.opened(args.questions, args.output, args.mesh, images=args.root) as work:
         with progress_bar() as progress:
-            chat = load(
-                args.checkpoint,
-                mesh=work.mesh,
-                dtype=args.dtype,
-                quantize=args.quantize,
-                cache_dtype=args.cache_dtype,
-                adapters=args.adapters,
-                template=args.template,
-                progress=progress,
-            )
+            chat = load(args.checkpoint, mesh=work.mesh, progress=progress, **options.load_options(args))
         chat.check_ready()
         with counting() as progress:
-            done = offline.run(chat, work, size=args.batch, progress=progress, **settings)
+            done = offline.run(chat, work, size=args.batch_size, progress=progress, **settings)
     err.print(
-        f"{args.out}: {done.answered} answered in {done.seconds:.0f} s ({done.new_tokens} tokens), {done.failed} "
-        f"with an error; {done.found} were there already"
+        f"{args.output}: {done.answered} answered in {done.seconds:.0f} s ({done.new_tokens} tokens), {done.failed} "
+        f"failed, {done.found} were already answered"
     )
     return 1 if done.failed else 0

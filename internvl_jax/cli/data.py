@@ -1,51 +1,54 @@
-"""The `data` commands of `internvl-jax`."""
+"""The `data` commands."""
 
 from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
-
 from internvl_jax.cli import options
-from internvl_jax.utils.progress import counting, print_json
+from internvl_jax.utils.progress import counting, print_json, stdout_console
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
+def add_parser(commands: options.Commands) -> None:
     """Add `data` to the commands."""
     data = commands.add_parser(
         "data",
-        help="look at training data",
-        description="Looks at conversations about pictures as training would read them, before a slice is paid for: "
-        "InternVL's meta files over JSONL, or LLaVA's JSON.",
+        help="validate training data",
+        description="Reads conversations about images as training would: InternVL's meta files over JSONL, or LLaVA's "
+        "JSON.",
     )
-    checks = data.add_subparsers(title="commands", metavar="COMMAND", required=True, help="what to look at")
-    check = checks.add_parser(
+    parts = data.add_subparsers(title="commands", metavar="COMMAND", required=True, help="what to do")
+    check = parts.add_parser(
         "check",
-        help="validate a data set and print statistics and a few samples",
-        description="Makes every sample of META as training would, pictures and all, and prints what is in the data "
-        "sets, every entry that cannot be used, and a few samples with what is learned between ⟦ and ⟧. Exit code 0: "
-        "all can be used. Needs the extra 'train'.",
+        help="validate data sets, print statistics and a few samples",
+        description="Builds every sample of META as training would, images included, and prints statistics of each "
+        "data set, every invalid entry, and a few samples with the supervised text between ⟦ and ⟧. Exit code 0: all "
+        "entries are valid. Needs the extra 'train'.",
     )
     check.add_argument(
-        "meta", type=options.path, metavar="META", help="a meta JSON, a JSONL of conversations, or LLaVA's JSON"
+        "meta", type=options.path, metavar="META", help="meta JSON, JSONL of conversations, or LLaVA's JSON"
     )
-    check.add_argument("--checkpoint", type=options.path, metavar="DIR", help="the model to be trained (nano)")
-    check.add_argument("--base", type=options.path, metavar="DIR", help="where relative paths start (META's directory)")
+    options.add_checkpoint(check, "model to be trained")
     check.add_argument(
-        "--length", type=options.count, nargs="+", metavar="T", help="tokens of a row (2048, or the context)"
+        "--root",
+        type=options.path,
+        metavar="DIR",
+        help="directory that relative paths in META start from (default: that of META)",
     )
-    check.add_argument("--rows", type=options.count, default=8, metavar="B", help="of a batch (8)")
-    check.add_argument("--images", type=options.natural, metavar="M", help="image slots of a batch (4 a row)")
-    check.add_argument("--no-packing", action="store_true", help="one sample a row; several lengths are buckets")
+    options.add_max_seq_length(
+        check, "tokens per row; several are buckets (default: 2048, or the context)", None, nargs="+"
+    )
+    options.add_batch_size(check, "rows per batch", 8)
+    check.add_argument(
+        "--image-slots", type=options.natural, metavar="N", help="images in a batch (default: 4 per row)"
+    )
+    check.add_argument("--no-packing", action="store_true", help="one conversation per row")
     check.add_argument("--images-first", action="store_true", help="move <image> to the front, as LLaVA does")
+    check.add_argument("--skip-images", action="store_true", help="do not open the images")
     check.add_argument(
-        "--limit", type=options.count, metavar="N", help="look at N entries of each data set, drawn at random"
+        "--limit", type=options.count, metavar="N", help="entries of each data set, drawn at random (default: all)"
     )
-    check.add_argument("--no-pictures", action="store_true", help="do not open the pictures")
-    check.add_argument(
-        "--show", type=options.natural, default=3, metavar="N", help="samples of each data set to print (3)"
-    )
-    check.add_argument("--json", action="store_true", help="print one JSON object")
+    check.add_argument("--show", type=options.natural, default=3, metavar="N", help="samples of each data set to print")
+    options.add_json(check)
     check.set_defaults(run=_check)
 
 
@@ -56,22 +59,22 @@ def _check(args: argparse.Namespace) -> int:
     from internvl_jax.inference.loading import NANO
 
     checkpoint = args.checkpoint or NANO
-    lengths = args.length or [min(2048, ChatConfig.from_file(checkpoint).text.max_position_embeddings)]
-    images = 4 * args.rows if args.images is None else args.images
+    lengths = args.max_seq_length or [min(2048, ChatConfig.from_file(checkpoint).text.max_position_embeddings)]
+    slots = 4 * args.batch_size if args.image_slots is None else args.image_slots
     with counting() as progress:
         report, tokenizer = check.check(
             args.meta,
             checkpoint,
-            Layout(args.rows, tuple(lengths), images, packed=not args.no_packing),
+            Layout(args.batch_size, tuple(lengths), slots, packed=not args.no_packing),
             limit=args.limit,
             show=args.show,
-            base=args.base,
+            base=args.root,
             progress=progress,
             images_first=args.images_first,
-            with_pixels=not args.no_pictures,
+            with_pixels=not args.skip_images,
         )
     if args.json:
         print_json(report.to_dict())
     else:
-        check.show(report, tokenizer, Console(highlight=False, markup=False, emoji=False, soft_wrap=True))
+        check.show(report, tokenizer, stdout_console())
     return 1 if report.problems else 0

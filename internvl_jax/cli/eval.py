@@ -1,4 +1,4 @@
-"""The `eval` commands of `internvl-jax`."""
+"""The `eval` commands."""
 
 from __future__ import annotations
 
@@ -22,83 +22,84 @@ from internvl_jax.utils.progress import counting, err, print_json, progress_bar
 if TYPE_CHECKING:
     from internvl_jax.evaluation.benchmark_run import Plan
 
-DATA_HELP = "the folder with the benchmark's files, or the reference's data folder around it"
+DATA_HELP = "directory of the benchmark's files, or the reference's data directory around it"
 
 
-def add_parser(
-    commands: argparse._SubParsersAction,
-    add_shared: Callable[[argparse.ArgumentParser], None],
-    join: Callable[[argparse.Namespace], None],
-) -> None:
-    """Add `eval` to the commands. add_shared: adds the options about weights and processes; join: joins the latter."""
+def add_parser(commands: options.Commands) -> None:
+    """Add `eval` to the commands."""
     parser = commands.add_parser(
         "eval",
         help="run a benchmark, score predictions, print the results table",
-        description="Runs a benchmark with the prompts, settings and scorer of the published figures, scores "
-        "predictions that somebody made, or prints the results table. docs/evaluation.md says where each benchmark's "
-        "files come from and how they lie in the data folder.",
+        description="Runs a benchmark with the prompts, settings and scorer of the published figures, scores existing "
+        "predictions, or prints the results table. docs/evaluation.md says where each benchmark's files come from.",
     )
-    parser.set_defaults(run=lambda args: parser.print_help() or 0)
     parts = parser.add_subparsers(title="commands", metavar="COMMAND", help="a benchmark, or what to do")
     _add_score(parts)
     _add_submit(parts)
     table = parts.add_parser(
-        "table", help="the results table: published figures beside those of runs", description="Prints Markdown."
+        "table",
+        help="results table: published figures beside those of runs",
+        description="Prints the published figures and those of finished runs as a Markdown table, one column per run "
+        "of a model.",
     )
     table.add_argument("runs", type=options.path, nargs="*", metavar="RUN", help="directories of finished runs")
     table.set_defaults(run=_table)
     _add_judge(parts)
     for name, benchmark in BENCHMARKS.items():
-        one = parts.add_parser(
-            name,
-            help=benchmark.title,
-            description=f"{benchmark.title}: answers every question and writes predictions.jsonl as they come, then "
-            "report.md, report.json, wrong.html and what is to be handed in. Exit code 1: some questions got an error.",
-        )
-        _add_run_options(one)
-        add_shared(one)
-        one.set_defaults(run=lambda args, name=name: _run(args, name, join))
+        _add_benchmark(parts, name, benchmark.title)
 
 
-def _add_run_options(one: argparse.ArgumentParser) -> None:
-    one.add_argument("--data", type=options.path, required=True, metavar="DIR", help=DATA_HELP)
-    one.add_argument("--checkpoint", type=options.path, metavar="DIR", help="as for chat; default: nano")
-    one.add_argument("--out", type=options.path, metavar="DIR", help="the run's directory (runs/BENCHMARK-MODEL)")
-    one.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    one.add_argument("--limit", type=options.count, metavar="N", help="the first N questions only")
-    one.add_argument("--batch", type=int, default=8, metavar="N", help="questions at once, per model (8)")
-    one.add_argument("--mesh", metavar="SPEC", help="as for batch")
-    one.add_argument("--dtype", choices=["float32", "bfloat16"], help="as for chat")
-    one.add_argument(
+def _add_benchmark(parts: options.Commands, name: str, title: str) -> None:
+    parser = parts.add_parser(
+        name,
+        help=title,
+        description=f"{title}: answers every question and writes predictions.jsonl, then report.md, report.json, "
+        "wrong.html and the file to submit. Exit code 1: some questions failed.",
+    )
+    parser.add_argument("--data", type=options.path, required=True, metavar="DIR", help=DATA_HELP)
+    options.add_output(parser, f"directory of the run (default: runs/{name}-MODEL)")
+    parser.add_argument("--resume", action="store_true", help="resume an interrupted run")
+    parser.add_argument("--limit", type=options.count, metavar="N", help="first questions to answer (default: all)")
+    options.add_checkpoint(parser)
+    options.add_mesh(parser, "one device per process; processes share the work")
+    options.add_batch_size(parser, "questions per batch and model replica", 8)
+    options.add_dtype(parser)
+    options.add_quantization(parser)
+    parser.add_argument(
         "--num-beams",
         type=options.count,
         metavar="N",
-        help=f"default: as for the published figures, {BEAMS} for V1-1, 1 for V1-0 and LLaVA",
+        help=f"beams (default: as published, {BEAMS} for V1-1, 1 for V1-0 and LLaVA)",
     )
-    one.add_argument("--max-new-tokens", type=options.count, metavar="N", help="default: as for the published figures")
+    parser.add_argument(
+        "--max-new-tokens", type=options.count, metavar="N", help="longest answer (default: as published)"
+    )
+    options.add_processes(parser)
+    parser.set_defaults(run=lambda args: _run(args, name))
 
 
-def _add_score(parts: argparse._SubParsersAction) -> None:
+def _add_score(parts: options.Commands) -> None:
     score = parts.add_parser(
         "score",
         help="score a file of predictions",
-        description="Reads a benchmark's files and somebody's predictions (JSON lines with an id and an answer, or one "
-        "JSON object {id: answer}) and prints the score.",
+        description="Reads a benchmark's files and predictions (JSONL with an id and an answer, or one JSON object "
+        "{id: answer}) and prints the score.",
     )
     _add_answers(score, list(BENCHMARKS))
-    score.add_argument("--json", action="store_true", help="print one JSON object, with the points of every question")
+    options.add_json(score)
     score.set_defaults(run=_score)
 
 
-def _add_submit(parts: argparse._SubParsersAction) -> None:
+def _add_submit(parts: options.Commands) -> None:
+    names = [name for name, benchmark in BENCHMARKS.items() if benchmark.submit is not None]
     submit = parts.add_parser(
         "submit",
-        help="write the file to hand in from a file of predictions",
-        description="Reads a benchmark's files and somebody's predictions, as `eval score` does, and writes what a "
-        "server or a judge scores: the same files that a run writes.",
+        help="write the file that a benchmark's server takes",
+        description="Reads a benchmark's files and predictions, as `eval score` does, and writes the file that its "
+        "server or judge takes, as a run does.",
     )
-    _add_answers(submit, [name for name, benchmark in BENCHMARKS.items() if benchmark.submit is not None])
-    submit.add_argument("--out", type=options.path, metavar="DIR", help="where to write (runs/BENCHMARK-submission)")
+    _add_answers(submit, names)
+    options.add_output(submit, "directory to write (default: runs/BENCHMARK-submission)")
     submit.set_defaults(run=_submit)
 
 
@@ -110,66 +111,58 @@ def _add_answers(parser: argparse.ArgumentParser, names: list[str]) -> None:
         "--codebase",
         choices=["internvl", "llava"],
         default="internvl",
-        help="whose rules read the answers: V1-1's scripts (internvl, the default), or LLaVA's, for LLaVA-1.5 and V1-0",
+        help="rules that read the answers: V1-1's scripts (internvl), or LLaVA's for LLaVA-1.5 and V1-0",
     )
 
 
-def _add_judge(parts: argparse._SubParsersAction) -> None:
+def _add_judge(parts: options.Commands) -> None:
     judge = parts.add_parser(
         "judge",
-        help="have a run of mm-vet graded by an OpenAI-compatible server",
-        description="Grades the answers of a finished run of mm-vet with MM-Vet's own few-shot prompt and puts the "
-        "score into its report. The published figures were graded by gpt-4-0613: the report says whether yours was.",
+        help="grade a run of mm-vet with an OpenAI-compatible server",
+        description="Grades the answers of a finished run of mm-vet with MM-Vet's own few-shot prompt and adds the "
+        "score to its report. The published figures were graded by gpt-4-0613: the report says whether yours was.",
     )
-    judge.add_argument("directory", type=options.path, metavar="RUN", help="the run's directory")
-    judge.add_argument("--data", type=options.path, required=True, metavar="DIR", help="the folder with mm-vet.json")
+    judge.add_argument("directory", type=options.path, metavar="RUN", help="directory of the run")
+    judge.add_argument("--data", type=options.path, required=True, metavar="DIR", help="directory of mm-vet.json")
     judge.add_argument(
-        "--prompt",
-        type=options.path,
-        required=True,
-        metavar="FILE",
-        help="mm-vet_evaluator.py, which comes with MM-Vet",
+        "--prompt-file", type=options.path, required=True, metavar="FILE", help="MM-Vet's mm-vet_evaluator.py"
     )
-    judge.add_argument("--url", required=True, metavar="URL", help="of the server, up to /v1")
+    judge.add_argument("--url", required=True, metavar="URL", help="the server's address, up to /v1")
     judge.add_argument("--model", required=True, metavar="NAME", help="the judge")
     judge.add_argument(
-        "--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="the environment variable with the key"
+        "--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the API key"
     )
-    judge.add_argument("--runs", type=int, default=1, metavar="N", help="gradings of every answer (1)")
+    judge.add_argument("--repeats", type=options.count, default=1, metavar="N", help="gradings of every answer")
     judge.set_defaults(run=_judge)
 
 
-def _run(args: argparse.Namespace, name: str, join: Callable[[argparse.Namespace], None]) -> int:
+def _run(args: argparse.Namespace, name: str) -> int:
     from internvl_jax.config import ChatConfig
     from internvl_jax.evaluation.benchmark_run import plan
     from internvl_jax.inference.loading import NANO
     from internvl_jax.parallel import distributed
     from internvl_jax.processing.images import load_processor
 
-    if args.batch < 1:
-        raise EvaluationError(f"--batch must be at least 1, not {args.batch}")
-    directory = NANO if args.checkpoint is None else args.checkpoint.expanduser()
+    directory = args.checkpoint or NANO
     config = ChatConfig.from_file(directory)
     if load_processor(directory, config) is None:  # which would be every question's error
         lacks = "vision tower" if config.vision is None else "preprocessor_config.json: put it beside its config.json"
         raise EvaluationError(f"{directory} has no {lacks}")
     codebase: Codebase = "llava" if config.template == "vicuna_v1" else "internvl"
     model = "nano" if args.checkpoint is None else directory.resolve().name
-    join(args)
-    out = (args.out or files.resolve(f"runs/{name}-{model}")).resolve()  # two names of one directory have one claim
+    options.start_processes(args)
+    out = (args.output or files.resolve(f"runs/{name}-{model}")).resolve()  # two names of one directory have one claim
     first = distributed.is_first()
     with ExitStack() as held:
         with distributed.all_or_none():
             if first:
                 held.enter_context(files.claim(out))
-        options = {name: getattr(args, name) for name in ("limit", "resume", "num_beams", "max_new_tokens")}
+        asked = {name: getattr(args, name) for name in ("limit", "resume", "num_beams", "max_new_tokens")}
         precision = {key: getattr(args, key) for key in ("dtype", "quantize", "cache_dtype")}
         for turn in (True, False):  # process 0 first: where all write to one disk, the others find its files
             with distributed.all_or_none():
                 if first == turn:
-                    made = plan(
-                        name, codebase, args.data, out, model=model, precision=precision, first=first, **options
-                    )
+                    made = plan(name, codebase, args.data, out, model=model, precision=precision, first=first, **asked)
         return _answer(args, made)
 
 
@@ -181,25 +174,18 @@ def _answer(args: argparse.Namespace, made: Plan) -> int:
 
     work = prepare(made, args.mesh)
     with progress_bar() as progress:
-        chat = load(
-            args.checkpoint,
-            mesh=work.mesh,
-            dtype=args.dtype,
-            quantize=args.quantize,
-            cache_dtype=args.cache_dtype,
-            progress=progress,
-        )
+        chat = load(args.checkpoint, mesh=work.mesh, progress=progress, **options.load_options(args))
     chat.check_ready()
     try:
         with counting() as progress:
-            done = answer(chat, made, work, size=args.batch, progress=progress)
+            done = answer(chat, made, work, size=args.batch_size, progress=progress)
     except KeyboardInterrupt:
-        err.print(f"{made.out} keeps what was answered: --resume goes on with it")
+        err.print(f"{made.out} keeps its answers: --resume continues")
         raise
     if distributed.is_first():
         print((made.out / "report.md").read_text(encoding="utf-8"), end="")
-        asked = f"{done.answered} answered in {done.seconds:.0f} s" if done.answered else "nothing was asked"
-        there = f", {done.found} answers were there already" if done.found else ""
+        asked = f"{done.answered} answered in {done.seconds:.0f} s" if done.answered else "no new answers"
+        there = f", {done.found} were already answered" if done.found else ""
         err.print(f"{made.out}: {asked}{there}; {result(json_object(made.out / 'report.json'))}")
     return 1 if done.failed else 0
 
@@ -213,7 +199,7 @@ def _score(args: argparse.Namespace) -> int:
         )
     with counting() as progress:
         items, given = _answers(args)
-        answers = _Watched(given, progress)
+        answers = WatchedAnswers(given, progress)
         score = benchmark.score(items, answers, args.codebase)
     if args.json:
         values = {"benchmark": args.benchmark, "title": benchmark.title, "questions": len(items), **vars(score)}
@@ -238,17 +224,15 @@ def _submit(args: argparse.Namespace) -> int:
     if benchmark.needs_xlsx:
         import_openpyxl()
     items, answers = _answers(args)
-    folder, out = (
-        DataFolder(args.data, benchmark.folder),
-        args.out or files.resolve(f"runs/{args.benchmark}-submission"),
-    )
+    folder = DataFolder(args.data, benchmark.folder)
+    out = args.output or files.resolve(f"runs/{args.benchmark}-submission")
     for path in write_apart(benchmark.submit, items, answers, args.codebase, folder, out):
         print(path)
     return 0
 
 
-class _Watched(dict[str, str]):
-    """Answers that report how many of them were looked at, every thousand."""
+class WatchedAnswers(dict[str, str]):
+    """Answers that report how many of them were read, every thousand."""
 
     def __init__(self, answers: Mapping[str, str], progress: Callable[..., None]):
         super().__init__(answers)
@@ -280,10 +264,8 @@ def _judge(args: argparse.Namespace) -> int:
     from internvl_jax.evaluation.judge import Judge, judge_run
     from internvl_jax.evaluation.run_report import lines as report_lines
 
-    if args.runs < 1:
-        raise EvaluationError(f"--runs must be at least 1, not {args.runs}")
     judge = Judge(args.url, args.model, os.environ.get(args.key_variable))
     with counting() as progress:
-        values = judge_run(args.directory, args.data, args.prompt, judge, runs=args.runs, progress=progress)
+        values = judge_run(args.directory, args.data, args.prompt_file, judge, runs=args.repeats, progress=progress)
     print("\n".join(report_lines(values)))
     return 0

@@ -1,38 +1,82 @@
-"""What commands share on their command line: types that refuse bad values by name, and options. Imports no jax."""
+"""The parser of every command, argument types that reject bad values, and the options that commands share.
+
+Imports no jax, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import math
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from internvl_jax.utils import files
 
 logger = logging.getLogger(__name__)
 
-# Settings of sampling.GenerationConfig that commands pass on; an option that is not given is None, its default.
-GENERATION = (
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "repetition_penalty",
-    "num_beams",
-    "seed",
-    "stop",
-)
-SAMPLING = ("top_p", "top_k", "seed")  # without effect where nothing is sampled
+DTYPES = ("float32", "bfloat16")
+SAMPLING = ("top_p", "top_k", "seed")  # generation settings that are ignored at temperature 0
+
+Commands = Any  # what ArgumentParser.add_subparsers returns; argparse has no public name for it
 
 
-# Types.
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps paragraphs, keeps examples as written, and shows the default of every option."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(p if "\n" in p else textwrap.fill(p, width, initial_indent=indent) for p in paragraphs)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        unset = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        if not action.option_strings or action.required or unset or "(default" in text:
+            return text
+        shown = " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else action.default
+        return f"{text} (default: {str(shown).replace('%', '%%') or 'none'})"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with a short usage line, no abbreviated options, and errors of one line plus that usage."""
+
+    def __init__(self, **options: Any):
+        options.setdefault("formatter_class", HelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+        self.set_defaults(parser=self)
+
+    def format_usage(self) -> str:
+        return f"usage: {self._short_usage()}\n"
+
+    def format_help(self) -> str:
+        self.usage = self._short_usage().replace("%", "%%")
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message.removeprefix('argument ')}\n{self.format_usage()}")
+
+    def _short_usage(self) -> str:
+        needed = [action for action in self._actions if action.required or not action.option_strings]
+        formatter = self._get_formatter()
+        formatter.add_usage(None, needed, [], prefix="")
+        return " ".join(formatter.format_help().replace(self.prog, f"{self.prog} [options]", 1).split())
+
+
+# Argument types.
 
 
 def path(text: str) -> Path:
-    """A path as users write it, resolved where it enters: TensorStore and Orbax refuse `..`, and read no `~`."""
+    """A path as users write it, resolved where it enters: TensorStore and Orbax reject `..` and do not expand `~`."""
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text} is a URL; nothing is fetched here: download it and pass its path")
+        raise argparse.ArgumentTypeError(f"{text} is a URL; nothing is downloaded: fetch it and pass its path")
     try:
         return files.resolve(text)
     except (ValueError, OSError) as error:
@@ -40,24 +84,32 @@ def path(text: str) -> Path:
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on."""
+    """A whole number of at least 1."""
     return _whole(text, 1)
 
 
 def natural(text: str) -> int:
-    """A whole number from 0 on."""
+    """A whole number of at least 0."""
     return _whole(text, 0)
 
 
 def seconds(text: str) -> float:
-    """A time from 0 on."""
+    """A duration of at least 0."""
     try:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"must be a number of seconds from 0 on, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, at least 0, not {text}")
     return value
+
+
+def early_stopping(text: str) -> bool | str:
+    """When beam search stops: transformers' values of `early_stopping`."""
+    values: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+    if text not in values:
+        raise argparse.ArgumentTypeError(f"must be true, false or never, not {text!r}")
+    return values[text]
 
 
 def _whole(text: str, least: int) -> int:
@@ -70,70 +122,198 @@ def _whole(text: str, least: int) -> int:
     return value
 
 
-# Groups.
+# Shared options. Each is defined once.
 
 
-def add_generation(parser: argparse.ArgumentParser) -> None:
-    """How answers are generated: what `generation` reads, and what else belongs to a question."""
+def add_checkpoint(parser: Any, what: str = "converted checkpoint, or a published directory") -> None:
+    """Add `--checkpoint`."""
+    parser.add_argument("--checkpoint", type=path, metavar="DIR", help=f"{what} (default: nano, the bundled model)")
+
+
+def add_output(parser: Any, what: str, *, required: bool = False, metavar: str = "DIR") -> None:
+    """Add `--output`."""
+    parser.add_argument("--output", type=path, required=required, metavar=metavar, help=what)
+
+
+def add_mesh(parser: Any, default: str = "one device") -> None:
+    """Add `--mesh`."""
+    text = f"devices to shard over, for example tensor=8 or data=2,tensor=4 (default: {default})"
+    parser.add_argument("--mesh", metavar="SPEC", help=text)
+
+
+def add_vision_mode(parser: Any) -> None:
+    """Add `--vision-mode`."""
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="longest answer (1024, if the context has room)"
+        "--vision-mode",
+        dest="vision",
+        choices=["tensor", "data"],
+        help="shard the vision encoder's weights (tensor) or its images (data) (default: chosen by the mesh)",
     )
-    parser.add_argument("--temperature", type=float, metavar="X", help="0 (default) always takes the likeliest token")
-    parser.add_argument("--top-p", type=float, metavar="X", help="sample from this much of the probability (1: all)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (0: all)")
-    parser.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 discourages repeats (1: off)")
-    parser.add_argument("--num-beams", type=int, metavar="N", help="beam search with N beams (1: none)")
-    parser.add_argument("--seed", type=int, metavar="N", help="makes samples repeatable (0)")
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
-    parser.add_argument("--system", metavar="TEXT", help="a system message, in front of the conversation")
-    parser.add_argument("--ignore-exif", action="store_true", help="do not turn images upright (EXIF orientation)")
+
+
+def add_batch_size(parser: Any, what: str, default: int | None) -> None:
+    """Add `--batch-size`. What a default of None means is part of `what`."""
+    parser.add_argument("--batch-size", type=count, default=default, metavar="N", help=what)
+
+
+def add_max_seq_length(parser: Any, what: str, default: int | None = None, **options: Any) -> None:
+    """Add `--max-seq-length`. What a default of None means is part of `what`."""
+    parser.add_argument("--max-seq-length", type=count, default=default, metavar="T", help=what, **options)
+
+
+def add_dtype(parser: Any, default: str | None = None) -> None:
+    """Add `--dtype`."""
+    text = "compute dtype" + ("" if default else " (default: bfloat16; float32 on CPU)")
+    parser.add_argument("--dtype", choices=DTYPES, default=default, help=text)
+
+
+def add_quantization(parser: Any) -> None:
+    """Add `--quantize` and `--cache-dtype`."""
+    parser.add_argument(
+        "--quantize",
+        choices=["int8", "int4"],
+        help="quantize the weights; int4 applies to the language model's layers (default: as stored)",
+    )
+    parser.add_argument("--cache-dtype", choices=["int8"], help="dtype of the KV cache (default: the compute dtype)")
+
+
+def add_adapters(parser: Any) -> None:
+    """Add `--adapters`."""
+    parser.add_argument("--adapters", type=path, metavar="DIR", help="LoRA adapters written by train (default: none)")
+
+
+def add_template(parser: Any) -> None:
+    """Add `--template`."""
+    text = "conversation template: internvl_zh or vicuna_v1 (default: the checkpoint's)"
+    parser.add_argument("--template", metavar="NAME", help=text)
+
+
+def add_model(parser: Any, mesh_default: str = "one device") -> None:
+    """Add the options that say which model is loaded, and how."""
+    group = parser.add_argument_group("model")
+    add_checkpoint(group)
+    add_adapters(group)
+    add_template(group)
+    add_mesh(group, mesh_default)
+    add_dtype(group)
+    add_quantization(group)
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `loading.load` that a command line gives; the mesh is added by the caller."""
+    names = ("dtype", "quantize", "cache_dtype", "adapters", "template")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An option that sets a field of `sampling.GenerationConfig`."""
+
+    name: str
+    kind: Callable[[str], Any]
+    metavar: str
+    help: str
+    default: str  # as shown
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+
+GENERATION = (
+    Setting("max_new_tokens", int, "N", "longest answer", "1024, or what the context has room for"),
+    Setting("min_new_tokens", int, "N", "shortest answer", "0"),
+    Setting("temperature", float, "X", "sampling temperature; 0 is greedy", "0.0"),
+    Setting("top_p", float, "X", "sample from the smallest set of tokens with this probability", "1.0"),
+    Setting("top_k", int, "K", "sample from the K most probable tokens; 0 is all", "0"),
+    Setting("repetition_penalty", float, "X", "above 1 discourages repetition", "1.0"),
+    Setting("seed", int, "N", "seed of sampling", "0"),
+    Setting("num_beams", int, "N", "beam search with N beams", "1"),
+    Setting("length_penalty", float, "X", "rank beams by log-probability / length**X", "1.0"),
+    Setting("early_stopping", early_stopping, "{true,false,never}", "when beam search stops", "False"),
+)
+
+
+def add_generation(parser: Any) -> None:
+    """Add every generation setting, and the options of a question."""
+    group = parser.add_argument_group("generation")
+    for one in GENERATION:
+        text = f"{one.help} (default: {one.default.lower()})"
+        group.add_argument(one.flag, type=one.kind, metavar=one.metavar, help=text)
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="stop before this text; repeatable (default: none)"
+    )
+    group.add_argument("--system", metavar="TEXT", help="system message (default: none)")
+    group.add_argument("--ignore-exif", action="store_true", help="do not apply the images' EXIF orientation")
 
 
 def generation(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given. Raises ValueError for values that make no sense; warns of idle ones."""
+    """The generation settings that were given.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
     from internvl_jax.inference.sampling import GenerationConfig
 
-    given = {name: value for name in GENERATION if (value := getattr(args, name)) is not None}
+    names = [*(one.name for one in GENERATION), "stop"]
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
     GenerationConfig(**given)
-    idle = [f"--{name.replace('_', '-')}" for name in SAMPLING if name in given]
-    if idle and not given.get("temperature"):
-        logger.warning(
-            "%s: without effect, because nothing is sampled at temperature 0; add --temperature 1 for example",
-            ", ".join(idle),
-        )
+    ignored = [f"--{name.replace('_', '-')}" for name in SAMPLING if name in given]
+    if ignored and not given.get("temperature"):
+        logger.warning("%s: ignored at temperature 0; add --temperature 1 to sample", ", ".join(ignored))
     return given
 
 
-def add_template(parser: argparse.ArgumentParser) -> None:
-    """In which template questions are asked, where the checkpoint does not say it rightly."""
+def question_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_generation` read, as keyword arguments of `Chat.chat`."""
+    options = generation(args)
+    if args.system is not None:
+        options["system"] = args.system
+    if args.ignore_exif:
+        options["honour_exif"] = False
+    return options
+
+
+def add_json(parser: Any) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def add_vision_tower(parser: Any) -> None:
+    """Add `--vision-tower`."""
     parser.add_argument(
-        "--template", metavar="NAME", help="conversation template, internvl_zh or vicuna_v1 (default: the checkpoint's)"
+        "--vision-tower",
+        type=path,
+        metavar="DIR",
+        help="vision tower of LLaVA-1.5 and InternVL-Chat-V1-0 (default: inside the checkpoint or beside it, under the "
+        "name in config.json)",
     )
 
 
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    """In which precision weights and cache are held."""
-    parser.add_argument("--quantize", choices=["int8", "int4"], help="weights of 8 bits, or 4 in the LLM's layers")
-    parser.add_argument("--cache-dtype", choices=["int8"], help="keys and values of what was read in 8 bits")
-
-
-def add_adapters(parser: argparse.ArgumentParser) -> None:
-    """The adapters of a checkpoint."""
-    parser.add_argument("--adapters", type=path, metavar="DIR", help="low-rank adapters that training wrote")
-
-
-def add_processes(parser: argparse.ArgumentParser) -> None:
-    """On a pod the same command starts on every host. Cloud TPU, GKE and Slurm say who is who; elsewhere the user."""
+def add_processes(parser: Any) -> None:
+    """Add the options of a multi-host run, where the same command starts on every host."""
     group = parser.add_argument_group("several processes (Cloud TPU, GKE and Slurm are detected)")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
-    group.add_argument("--num-processes", type=count, metavar="N", help="how many there are")
-    group.add_argument("--process-id", type=natural, metavar="I", help="which one this is, from 0")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0 (default: detected)")
+    group.add_argument("--num-processes", type=count, metavar="N", help="number of processes (default: detected)")
+    group.add_argument("--process-id", type=natural, metavar="I", help="this process, from 0 (default: detected)")
     group.add_argument(
-        "--wait", type=seconds, default=300, metavar="S", help="seconds until missing ones are named (300)"
+        "--initialization-timeout",
+        type=seconds,
+        default=300,
+        metavar="S",
+        help="seconds to wait for the other processes",
     )
 
 
-def add_weights_and_processes(parser: argparse.ArgumentParser) -> None:
-    """Both of the above, for commands that load a model on a pod."""
-    add_weights(parser)
-    add_processes(parser)
+def start_processes(args: argparse.Namespace) -> None:
+    """Join the other processes, where there are any. Afterwards only process 0 prints to stdout."""
+    from internvl_jax.parallel import distributed
+
+    distributed.start(args.coordinator, args.num_processes, args.process_id, wait_seconds=args.initialization_timeout)
+    if not distributed.is_first():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The arguments of these names that have a value."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}

@@ -110,7 +110,7 @@ def plan(
 def _prepare_directory(made: Plan, resume: bool) -> None:
     out = made.out
     if out.exists() and not out.is_dir():
-        raise EvaluationError(f"{out} is a file: --out names a directory")
+        raise EvaluationError(f"{out} is a file: --output names a directory")
     for name in WRITTEN:
         files.remove_leftovers(out / name)
     for picture in sorted((out / "pictures").glob("*.*")):
@@ -121,16 +121,16 @@ def _prepare_directory(made: Plan, resume: bool) -> None:
         return
     before = json_object(out / "settings.json") if out / "settings.json" in there else {}
     if "benchmark" not in before:
-        raise EvaluationError(f"{there[0]} is not from a run of `eval`: --out DIR names another directory")
+        raise EvaluationError(f"{there[0]} is not from a run of `eval`: --output DIR names another directory")
     answers = out / "predictions.jsonl"
     if answers not in there or not answers.stat().st_size:
         return
     if not resume:
-        raise EvaluationError(f"{answers} has answers already: --resume goes on with them, --out DIR names another")
+        raise EvaluationError(f"{answers} has answers already: --resume goes on with them, --output DIR names another")
     changed = _differences(before, made.settings)
     if changed:
         raise EvaluationError(
-            f"{out} was begun with other settings ({'; '.join(changed)}): give the same ones, or another --out DIR"
+            f"{out} was begun with other settings ({'; '.join(changed)}): give the same ones, or another --output DIR"
         )
     _drop_errors(answers)
 

@@ -44,7 +44,7 @@ def write_apart(
             for path in written:
                 if _content(out / path.name) not in (None, path.read_bytes()):
                     raise EvaluationError(
-                        f"{out / path.name} is there already, with other answers: --out DIR names another directory"
+                        f"{out / path.name} is there already, with other answers: --output DIR names another directory"
                     )
             out.mkdir(exist_ok=True)
             return [path.replace(out / path.name) for path in written]

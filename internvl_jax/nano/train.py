@@ -1,6 +1,6 @@
 """Train nano from scratch on the CPU, with the project's own trainer.
 
-    python -m internvl_jax.nano.train --out DIR
+    python -m internvl_jax.nano.train --output DIR
 
 Two stages, which train what V1-1's did. First the tower and the projector, against labels of what is in the picture,
 which a linear layer reads off the visual tokens: learning to see through the language model's few answer tokens takes
@@ -240,10 +240,10 @@ def check_model(directory: Path, config: ChatConfig) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Parse arguments and train. Returns 1 where it was asked to stop."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="the directory of data, runs and model")
+    parser.add_argument("--output", type=Path, required=True, help="the directory of data, runs and model")
     args = parser.parse_args(argv)
     try:
-        out = resolve(args.out)
+        out = resolve(args.output)
         if not (out / "tokenizer.model").exists():
             build_tokenizer.build(out)
         config = nano_config(out)

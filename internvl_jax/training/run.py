@@ -151,7 +151,7 @@ def _prepared(options: Options, report: Callable[[Problem], None] | None, progre
         raise RunError(f"{options.output / MODEL} exists: the run has ended. Choose another directory for another run")
     mesh = None if options.mesh is None else partitioning.make_mesh(options.mesh, config=config)
     if mesh is None and options.vision is not None:
-        raise RunError("--vision says how the tower lies on a mesh: give --mesh too")
+        raise RunError("--vision-mode says how the tower lies on a mesh: give --mesh too")
     if mesh is None and jax.process_count() > 1:
         raise RunError(f"{jax.process_count()} processes train on one mesh: give --mesh, for example data=-1")
     place = Place(config, mesh, options.vision)
@@ -355,7 +355,8 @@ def summary(made: Run) -> list[str]:
     if (chip := _chip(made.place)) is not None and state + activations > chip.hbm_bytes // chip.devices:
         lines.append(
             f"this is more than the {chip.hbm_bytes / chip.devices / gib:.2f} GiB of a {chip.name}: it may not fit. "
-            "--remat full, --accumulate, --param-dtype bfloat16, more devices along fsdp or shorter rows need less"
+            "--remat full, --gradient-accumulation-steps, --param-dtype bfloat16, more devices along fsdp or shorter "
+            "rows need less"
         )
     if found.problems:
         bad = len(found.problems)
@@ -462,7 +463,7 @@ def _rows(recipe: Recipe, place: Place, processes: int, accumulate: int) -> int:
     if accumulate < 1 or recipe.rows % (accumulate * processes):
         raise RunError(
             f"{recipe.rows} rows of a step do not divide into {accumulate} parts on {processes} process(es): "
-            "choose --rows, --accumulate"
+            "choose --global-batch-size, --gradient-accumulation-steps"
         )
     if place.mesh is not None:
         partitioning.validate_mesh(place.config, place.mesh, recipe.rows // accumulate)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from internvl_jax.utils import logs
-from internvl_jax.utils.progress import err
+from internvl_jax.utils.progress import err, printable
 
 LESS_MEMORY = "try --dtype bfloat16, --quantize int8, more devices (--mesh), a shorter --max-new-tokens or fewer beams"
 
@@ -75,7 +75,7 @@ def fail(message: str) -> int:
     """Print an error, and return its exit code."""
     with suppress(OSError):
         err.print("error:", style="bold red", end=" ")
-        err.print(message)
+        err.print(printable(message))
     return 2
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from internvl_jax.utils.progress import err
+from internvl_jax.utils.progress import err, printable
 
 # The loggers of this project, and the one that Python's `warnings` are sent to.
 LOGGERS = ("internvl_jax", "checkpoints_convert", "tpu_scripts", "py.warnings")
@@ -21,7 +21,7 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-            err.print(prefix + record.getMessage())
+            err.print(prefix + printable(record.getMessage()))
         except Exception:
             self.handleError(record)
 

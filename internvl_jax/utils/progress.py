@@ -1,24 +1,43 @@
-"""Bars, counters and spinners on stderr, which stay quiet where it is no terminal."""
+"""What people see: progress on stderr, silent where it is not a terminal, and safe text on stdout."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+PIPE_WIDTH = 10_000  # columns of tables that are not printed to a terminal
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 but tab and newline, DEL and C1
+
 # Messages are printed as they are: no markup, no emoji codes, no line breaks inside a path.
 err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
+def stdout_console() -> Console:
+    """A console for tables on stdout: as wide as the terminal, unlimited in a file or a pipe. No markup."""
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
+
+
+def printable(text: str) -> str:
+    """Text whose control characters are escaped (`\\x1b`), except newlines and tabs: safe for a terminal."""
+    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
 def print_json(value: Any) -> None:
     """Print one line of JSON on stdout: readable, or escaped where stdout's encoding does not hold it."""
-    text = json.dumps(value, ensure_ascii=False)
+    # json escapes the C0 characters; DEL and the C1 characters can only occur inside strings.
+    text = CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
@@ -82,11 +101,41 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
 
 @contextmanager
 def status(what: str) -> Iterator[Any]:
-    """A spinner on stderr while the first token is awaited (the first call of a shape also compiles)."""
-    spinner = err.status(f"{what} (the first time also compiles)")
+    """A spinner on stderr, silent where stderr is not a terminal."""
+    spinner = err.status(what)
     if err.is_terminal:
         spinner.start()
     try:
         yield spinner
     finally:
         spinner.stop()
+
+
+def in_background(work: Callable[[], int], what: str) -> int:
+    """Run `work` in a thread with a spinner, so that Ctrl-C ends the process at once.
+
+    A compilation holds its thread until it is done. For work that writes no files, because it is killed.
+    """
+    outcome: Future[int] = Future()
+
+    def target() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=target, daemon=True)
+    try:
+        with status(what):
+            thread.start()
+            while not outcome.done():
+                with suppress(TimeoutError):
+                    outcome.result(timeout=0.2)
+    except KeyboardInterrupt as stopped:
+        if outcome.done():
+            raise
+        number = getattr(stopped, "number", None)  # of the signal, where it is entry.Terminated
+        err.print("interrupted" if number is None else f"ended by {stopped}")
+        sys.stdout.flush()
+        os._exit(130 if number is None else 128 + number)
+    return outcome.result()

@@ -24,9 +24,10 @@ from support.golden import DATA, bundle
 
 import internvl_jax
 from internvl_jax import checkpoint
-from internvl_jax.cli import main, options
+from internvl_jax.cli import main, options, session
 from internvl_jax.inference import loading
 from internvl_jax.utils import entry
+from internvl_jax.utils.progress import printable
 
 BUNDLE, LLAVA = DATA / "internvl_chat_v1_1", DATA / "llava_1_5"
 CHECKPOINT = BUNDLE / "checkpoint"
@@ -81,7 +82,7 @@ def process(cache, *argv, code=None, **options):
     """Start `internvl-jax ARGV` in a process of its own; `code` runs first."""
     start = f"import sys\n{code or ''}\nfrom internvl_jax.cli.main import main\nsys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
-    environment.update(TERM="xterm", COLUMNS="100")
+    environment.update(TERM="xterm", COLUMNS="100", PROMPT_TOOLKIT_NO_CPR="1")
     return subprocess.Popen([sys.executable, "-c", start, *argv], env=environment, **options)
 
 
@@ -90,7 +91,7 @@ def process(cache, *argv, code=None, **options):
 
 def commands():
     """The parser of every command, by its name."""
-    return main._parser()._subparsers._group_actions[0].choices
+    return main.build_parser()._subparsers._group_actions[0].choices
 
 
 @pytest.mark.parametrize("argv", [(), ("--help",)], ids=str)
@@ -131,8 +132,70 @@ def every_action(parser):
             yield action
 
 
+def every_parser(parser):
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for one in action.choices.values():
+                yield from every_parser(one)
+
+
+def test_every_option_shows_its_default():
+    missing = []
+    for parser in every_parser(main.build_parser()):
+        shown = " ".join(parser.format_help().split())
+        assert "%" not in shown.replace("100%", "")
+        for action in parser._actions:
+            if action.option_strings and not action.required and action.nargs != 0:
+                text = parser._get_formatter()._expand_help(action)
+                if "(default" not in text:
+                    missing.append((parser.prog, action.dest))
+    assert missing == []
+
+
+def test_the_same_thing_has_the_same_option():
+    """An option has the same type wherever it is, but for what differs on purpose."""
+    found = {}
+    for action in every_action(main.build_parser()):
+        for flag in action.option_strings:
+            found.setdefault(flag, set()).add((getattr(action.type, "__name__", None), str(action.choices)))
+    differing = {flag for flag, kinds in found.items() if len(kinds) > 1}
+    # Training and evaluation check numbers of the recipe and of the published settings themselves.
+    # `parity` takes one image; the trace of `train` is part of its output.
+    assert differing <= {"--max-new-tokens", "--num-beams", "--max-seq-length", "--remat", "--image", "--profile"}
+    assert found.keys() & {"--out", "--batch", "--rows", "--length", "--base", "--wait", "--accumulate"} == set()
+
+
+def test_generation_settings_are_complete_and_their_defaults_true():
+    from internvl_jax.inference.sampling import GenerationConfig
+
+    defaults = {name: field.default for name, field in GenerationConfig.__dataclass_fields__.items()}
+    shown = {one.name: one.default for one in options.GENERATION}
+    assert set(defaults) == {*shown, "stop", "eos_token_ids"}
+    for name, default in shown.items():
+        assert default.startswith(str(defaults[name]))
+        assert one_value(default) == defaults[name] or name == "max_new_tokens"
+
+
+def one_value(text):
+    return {"False": False}.get(text, text) if not text[0].isdigit() else float(text.partition(",")[0])
+
+
+def test_help_of_a_recipe_shows_its_numbers(capsys):
+    for recipe, numbers in (("stage2", "global batch 128"), ("lora", "rank 16"), (None, "the recipe's")):
+        with pytest.raises(SystemExit, match="0"):
+            main.main(["train", *([recipe] if recipe else []), "--help"])
+        out = " ".join(capsys.readouterr().out.split())
+        expected = {
+            "stage2": "rows per optimizer step, over all devices (default: 128)",
+            "lora": "rank; sets alpha to twice as much (default: 16)",
+            None: "peak learning rate (default: the recipe's)",
+        }[recipe]
+        assert expected in out, numbers
+
+
 def test_every_path_is_resolved_where_it_enters():
-    actions = list(every_action(main._parser()))
+    actions = list(every_action(main.build_parser()))
     assert not [action.dest for action in actions if action.type is Path]
     assert len([action for action in actions if action.type is options.path]) > 40
 
@@ -140,7 +203,7 @@ def test_every_path_is_resolved_where_it_enters():
 def test_help_needs_no_jax():
     """--help answers at once: the slow imports come later."""
     code = (
-        "import sys; from internvl_jax.cli import main; main._parser()\n"
+        "import sys; from internvl_jax.cli import main; main.build_parser()\n"
         "print('jax' in sys.modules, 'torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -154,20 +217,32 @@ def test_help_needs_no_jax():
         (("chat", "--colour", "red"), "unrecognized arguments: --colour"),
         (("chat", "--max-new-tokens", "many", "Hi"), "--max-new-tokens: invalid int value: 'many'"),
         (("chat", "--dtype", "float16", "Hi"), "--dtype: invalid choice: 'float16'"),
-        (("chat", "--wait", "-1", "Hi"), "--wait: must be a number of seconds from 0 on, not -1"),
-        (("chat", "--wait", "nan", "Hi"), "--wait: must be a number of seconds from 0 on, not nan"),
+        (("chat", "--initialization-timeout", "-1", "Hi"), "must be a number of seconds, at least 0, not -1"),
+        (("chat", "--initialization-timeout", "nan", "Hi"), "must be a number of seconds, at least 0, not nan"),
         (("chat", "--process-id", "-1", "Hi"), "--process-id: must be at least 0"),
         (("chat", "--num-processes", "0", "Hi"), "--num-processes: must be at least 1"),
-        (("bench", "--batch", "0"), "--batch: must be at least 1 and below 2**31, not 0"),
-        (("compile-report", "--batch", "two"), "--batch: 'two' is not a whole number"),
+        (("bench", "--batch-size", "0"), "--batch-size: must be at least 1 and below 2**31, not 0"),
+        (("compile-report", "--batch-size", "two"), "--batch-size: 'two' is not a whole number"),
         (("data", "check", "meta.json", "--limit", "0"), "--limit: must be at least 1"),
-        (("chat", "--image", "https://example.com/a.png", "Hi"), "is a URL; nothing is fetched here"),
+        (("chat", "--image", "https://example.com/a.png", "Hi"), "is a URL; nothing is downloaded"),
         (("eval", "pope", "--data", "d", "--num-beams", "0"), "--num-beams: must be at least 1"),
         (("eval", "pope", "--data", "d", "--max-new-tokens", "0"), "--max-new-tokens: must be at least 1"),
         (("eval", "pope", "--data", "d", "--limit", "0"), "--limit: must be at least 1"),
-        (("convert", "gs://bucket/model", "here"), "is a URL; nothing is fetched here"),
+        (("convert", "gs://bucket/model", "here"), "is a URL; nothing is downloaded"),
         (("chat", "--checkpoint", "~nobody-has-this-name/x", "Hi"), "is not a path"),
         (("convert", "somewhere"), "the following arguments are required: DST"),
+        (("batch", "q.jsonl", "--out", "a.jsonl"), "the following arguments are required: --output"),
+        (("eval", "pope", "--data", "d", "--batch", "2"), "unrecognized arguments: --batch 2"),
+        (("chat", "--early-stopping", "maybe", "Hi"), "--early-stopping: must be true, false or never, not 'maybe'"),
+        (("chat", ""), "the prompt is empty: ask a question, or leave PROMPT out to start a session"),
+        (("chat", "--json"), "--json prints one answer: give it a PROMPT"),
+        (("chat", PICTURE, "Hi"), f"{PICTURE} is an image, not a question: write --image {PICTURE}"),
+        (("chat", "none.png"), "none.png is an image, not a question"),
+        (("chat", "What", "is", "this?"), "one PROMPT is expected, not 3 ('What', 'is', 'this?'): quote it"),
+        (("chat", "--image", "a.png", "Is it", "red?"), "one PROMPT is expected, not 2 ('Is it', 'red?'): quote it"),
+        (("train", "lora", "--data=d", "--output=o", "--workers=-1"), "--workers: must be at least 0"),
+        (("train", "lora", "--data=d", "--output=o", "--log-every=0"), "--log-every: must be at least 1"),
+        (("convert", "a", "b", "--force-int4-vision"), "--force-int4-vision goes with --quantize int4"),
     ],
     ids=str,
 )
@@ -176,7 +251,19 @@ def test_bad_options(argv, message, capsys):
         main.main(list(argv))
     out, err = capsys.readouterr()
     assert out == ""
-    assert message in err
+    error, usage = err.splitlines()  # one line, and the command's own usage
+    assert error.startswith("error: ")
+    assert message in error
+    assert usage.startswith("usage: internvl-jax ")
+    if argv[0] != "chatt":
+        assert usage.startswith(f"usage: internvl-jax {argv[0]} ")
+
+
+@pytest.mark.parametrize("argv", [["-m", "internvl_jax"], ["-m", "internvl_jax.cli.main"]])
+def test_version(argv):
+    result = subprocess.run([sys.executable, *argv, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout == f"internvl-jax {internvl_jax.__version__}\n"
+    assert {"__version__", "load", "Chat"} <= set(dir(internvl_jax))
 
 
 # One question.
@@ -217,7 +304,7 @@ def test_an_answer_that_ends_by_itself_says_nothing_more(golden):
 
 @pytest.mark.parametrize("question", ["请详细描述这张图片。", "What is 😀 in this café?"])
 def test_json(golden, question):
-    code, out, err = golden("--json", "--image", PICTURE, "--image", PICTURE, question)
+    code, out, err = golden("--json", "--image", PICTURE, PICTURE, question)
     assert (code, err) == (0, "")
     assert out.count("\n") == 1
     reply = json.loads(out)
@@ -248,8 +335,8 @@ def test_json_on_a_terminal_that_knows_no_chinese(golden, monkeypatch):
 
 def test_settings_without_effect_are_named(golden):
     _, _, err = golden("--top-p", 0.5, "--seed", 3, TEXT["question"])
-    assert "--top-p, --seed: without effect, because nothing is sampled at temperature 0" in err
-    assert golden("--top-p", 0.5, "--seed", 3, "--temperature", 1, TEXT["question"])[2].count("without effect") == 0
+    assert "--top-p, --seed: ignored at temperature 0" in err
+    assert golden("--top-p", 0.5, "--seed", 3, "--temperature", 1, TEXT["question"])[2].count("ignored") == 0
 
 
 def test_settings_arrive(golden):
@@ -339,17 +426,11 @@ def test_errors_say_what_to_do(run, tmp_path, monkeypatch):
     lonely = tmp_path / "llava"
     shutil.copytree(LLAVA / "original", lonely)
     for argv, message in (
-        ((*GOLDEN, ""), "the prompt is empty: ask a question, or leave PROMPT out to start a session"),
-        ((*GOLDEN, "-"), "the prompt is empty"),
-        ((*GOLDEN, "--json"), "--json prints one answer: give it a PROMPT"),
         ((*GOLDEN, "--image", "nowhere.png", "Hi"), "nowhere.png does not exist"),
         ((*GOLDEN, "--image", truncated, "Hi"), f"{truncated} is damaged or truncated"),
         ((*GOLDEN, "--image", text, "Hi"), f"{text} is not a picture in a format that can be read"),
         ((*GOLDEN, "--image", tmp_path, "Hi"), "is a directory, not a picture"),
-        ((*GOLDEN, "--image", PICTURE, PICTURE), f"{PICTURE} is an image, not a question: write --image before each"),
-        ((*GOLDEN, "--image", PICTURE, "none.png"), "none.png is an image, not a question"),
-        ((*GOLDEN, "--image", PICTURE, PICTURE, "Hi"), f"{PICTURE} is an image, not a question"),
-        ((*GOLDEN, "What", "is", "this?"), "one PROMPT is asked, not 3 ('What', 'is', 'this?'): put it in quotes"),
+        ((*GOLDEN, "--image", PICTURE, "none.png"), "none.png does not exist"),
         ((*GOLDEN, "--num-beams", 0, "Hi"), "num_beams must be at least 1"),
         ((*GOLDEN, "--top-k", -1, "Hi"), "top_k must be at least 0"),
         ((*GOLDEN, "--top-p", 0, "Hi"), "top_p must lie in (0, 1]"),
@@ -375,7 +456,7 @@ def test_errors_say_what_to_do(run, tmp_path, monkeypatch):
         (("chat", "--checkpoint", DATA / "intern_vit" / "checkpoint_bin", "Hi"), "can only `encode`"),
         (("chat", "--checkpoint", DATA / "intern_vit" / "checkpoint_bin"), "can only `encode`"),  # not asked first
     ):
-        monkeypatch.setattr(main, "_ask", lambda _: pytest.fail("a session has started"))
+        monkeypatch.setattr(session.Session, "run", lambda _: pytest.fail("a session has started"))
         code, out, err = run(*argv)
         assert code == 2, argv
         assert out == ""
@@ -463,7 +544,7 @@ def test_a_session(golden, chat):
     answers = out.removesuffix("\n")
     assert answers.endswith(TEXT["response"])  # after /clear
     assert err.count("/image FILE") == 2  # for /help and for /fly
-    assert "/fly is no command here" in err
+    assert "there is no command /fly; a question may begin with //" in err
     assert "error: /image needs a file: /image photo.jpg" in err
     assert "error: nowhere.png does not exist" in err
     assert "error: the text has 2 <image> placeholders for 1 image(s)" in err
@@ -487,14 +568,57 @@ def test_sigterm_ends_a_session_not_an_answer(golden, monkeypatch):
     def answer(*_):
         raise entry.Terminated(signal.SIGTERM)
 
-    monkeypatch.setattr(main, "_answer", answer)
+    monkeypatch.setattr(session, "print_answer", answer)
     assert golden(stdin="Hi\nHi again\n") == (143, "", "ended by SIGTERM\n")
 
 
 def test_a_session_with_beams_and_pictures_from_the_start(golden):
     search = FACTS["beam_search"][0]
     code, out, err = golden("--image", PICTURE, "--num-beams", 5, stdin=QUESTION + "\n")
-    assert (code, out, err) == (0, search["response"] + "\n", "")
+    assert (code, out) == (0, search["response"] + "\n")
+    assert "error" not in err
+
+
+def test_a_question_that_begins_with_a_slash(golden, chat):
+    code, out, err = golden(stdin="//image is a command?\n")
+    assert code == 0
+    assert out == chat.chat("/image is a command?", max_new_tokens=32).text + "\n"
+    assert "no command" not in err
+
+
+def test_a_full_context_hints_at_clear(golden):
+    code, _, err = golden(stdin=f"{TEXT['question']}\n{'very long ' * 400}\n")
+    assert code == 0
+    assert "/clear begins a new conversation" in err
+
+
+def test_images_before_and_after_the_question(golden, chat, capsys):
+    expected = chat.chat(QUESTION, [PICTURE] * 2, max_new_tokens=32).text + "\n"
+    for argv in (
+        ("--image", PICTURE, PICTURE, QUESTION),
+        (QUESTION, "--image", PICTURE, PICTURE),
+        ("--image", PICTURE, "--image", PICTURE, QUESTION),
+        ("--image", PICTURE, QUESTION, "--image", PICTURE),
+    ):
+        assert golden(*argv)[:2] == (0, expected), argv
+
+
+def test_control_characters_of_an_answer_are_escaped(golden, chat, monkeypatch):
+    raw = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+    assert raw.search(SEEN["response"])  # this one has such a character
+    code, out, _ = golden("--json", "--image", PICTURE, QUESTION)
+    assert (code, json.loads(out)["answer"]) == (0, SEEN["response"])
+    assert not raw.search(out)
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
+    for more in ((), ("--num-beams", "2")):
+        _, out, _ = golden(*more, "--image", PICTURE, QUESTION)
+        assert not raw.search(out)
+        assert more or printable(SEEN["response"]) + "\n" == out
+    text = "a\x1b]0;title\x07\x9b31mred\tb\nc\x7f"
+    assert printable(text) == "a\\x1b]0;title\\x07\\x9b31mred\tb\nc\\x7f"
+
+
+ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x08")  # colors and moves of the cursor
 
 
 class Terminal:
@@ -517,7 +641,7 @@ class Terminal:
             if left <= 0 or not select.select([self.fd], [], [], left)[0]:
                 raise AssertionError(f"{text!r} did not come; shown: {self.seen!r}")
             try:
-                self.seen += os.read(self.fd, 65536).decode("utf-8", "replace")
+                self.seen += ESCAPES.sub("", os.read(self.fd, 65536).decode("utf-8", "replace"))
             except OSError:
                 raise AssertionError(f"ended before {text!r}; shown: {self.seen!r}") from None
         shown, _, self.seen = self.seen.partition(text)
@@ -559,21 +683,29 @@ def test_a_session_in_a_terminal(cache):
     pytest.importorskip("torch")
     with Terminal(cache, *GOLDEN, code=SLOW) as terminal:
         assert "loading" in terminal.expect("checkpoint: type a question.")  # the progress bar
-        terminal.expect("> ")
+        terminal.expect(">")
         terminal.send(TEXT["question"] + "\n")
         terminal.expect("answering")  # the first answer compiles: the screen says so
         terminal.expect(TEXT["response"][1:5])
         terminal.send("\x03")
-        rest = terminal.expect("(stopped; this answer is not remembered)")
+        rest = terminal.expect("(stopped; this answer is not part of the conversation)")
         assert TEXT["response"][-5:] not in rest
-        terminal.expect("> ")
-        # The prompt is on the screen a moment before readline listens; a Ctrl-C in between is lost until the next key.
-        time.sleep(1)
+        terminal.expect(">")
         terminal.send("\x03")
         terminal.expect("(Ctrl-D or /quit leaves)")
-        terminal.expect("> ")
+        terminal.expect(">")
         terminal.send(f"/image {PICTURE}\n")
-        terminal.expect("[1 image(s)] > ")
+        terminal.expect("[1 image(s)] >")
+        terminal.send("/he\t")  # completed
+        terminal.expect("/help")
+        terminal.send("\n")
+        terminal.expect("Alt-Enter begins a new line")
+        terminal.expect(">")
+        terminal.send("\x1b[200~/no\nsecond line\x1b[201~")  # pasted: the line break does not send it
+        terminal.expect("second line")
+        terminal.send("\n")
+        terminal.expect("there is no command /no")
+        terminal.expect(">")
         terminal.send("\x04")
         assert terminal.leave() == 0
         assert "Traceback" not in terminal.seen

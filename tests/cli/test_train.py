@@ -55,8 +55,8 @@ def train(place, capsys):
 
     def train(recipe, output, *argv, **options):
         options = {
-            "data": place / "squares.json", "checkpoint": place / "tiny", "output": output, "rows": 2, "length": 96,
-            "remat": "none", "learning_rate": 3e-3, "steps": 6, **options,
+            "data": place / "squares.json", "checkpoint": place / "tiny", "output": output,
+            "global_batch_size": 2, "max_seq_length": 96, "remat": "none", "learning_rate": 3e-3, "steps": 6, **options,
         }  # fmt: skip
         named = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
         code = main.main(["train", recipe, *named, *argv])
@@ -241,7 +241,8 @@ def test_bfloat16_parameters(train, place, tmp_path, monkeypatch):
 def test_ctrl_c_saves_and_says_how_to_go_on(place, tmp_path, workers):
     """To the whole group, as a terminal sends it: workers that read data get it too."""
     out = tmp_path / "run"
-    argv = f"train lora --data {place}/squares.json --checkpoint {place}/tiny --output {out} --rows 2 --length 96"
+    argv = f"train lora --data {place}/squares.json --checkpoint {place}/tiny --output {out}"
+    argv += " --global-batch-size 2 --max-seq-length 96"
     process = subprocess.Popen(
         [sys.executable, "-m", "internvl_jax.cli.main", *argv.split(), "--steps=100000", f"--workers={workers}"],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -354,10 +355,10 @@ def test_data_errors(train, place, tmp_path):
         ({"recipe": "stage3"}, "recipe 'stage3' is not known: stage1, stage2"),
         ({"data": "nowhere.json"}, "nowhere.json does not exist"),
         ({"checkpoint": "nowhere"}, "nowhere is no directory"),
-        ({"length": 129}, "rows of 129 tokens are longer than the model's context of 128"),
-        ({"length": 5}, "no room for an image"),
-        ({"rows": 3, "accumulate": 2}, "3 rows of a step do not divide into 2 parts"),
-        ({"rows": 0}, "rows is 0"),
+        ({"max_seq_length": 129}, "rows of 129 tokens are longer than the model's context of 128"),
+        ({"max_seq_length": 5}, "no room for an image"),
+        ({"global_batch_size": 3, "gradient_accumulation_steps": 2}, "3 rows of a step do not divide into 2 parts"),
+        ({"global_batch_size": 0}, "rows is 0"),
         ({"learning_rate": -1}, "learning_rate is -1"),
         ({"lora_rank": 0}, "a rank is positive"),
         ({"lora_targets": "query"}, "no layer query can have adapters: there are self_attn/q_proj"),
@@ -366,13 +367,11 @@ def test_data_errors(train, place, tmp_path):
         ({"train": "language_model"}, "not both"),
         ({"mesh": "tensor=3"}, "the mesh data=1,fsdp=1,tensor=3 needs 3 devices"),
         ({"mesh": "tensor:2"}, "is not understood"),
-        ({"vision": "data"}, "give --mesh too"),
+        ({"vision_mode": "data"}, "give --mesh too"),
         ({"steps": 0}, "steps is 0"),
         ({"save_every": 0}, "save_every is 0"),
         ({"eval_data": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
         ({"buckets": 200}, "must be shorter than rows of 96"),
-        ({"workers": -1}, "--workers is -1: it must be at least 0"),
-        ({"answers": -1}, "--answers is -1: it must be at least 0"),
         ({"image_size": 60, "recipe": "stage1"}, "patches"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
@@ -439,7 +438,8 @@ def test_missing_packages_are_named(train, tmp_path, monkeypatch):
 def adapters(place, tmp_path_factory):
     """Adapters of both towers that a run wrote."""
     out = tmp_path_factory.mktemp("adapters") / "run"
-    argv = f"train lora-both --data {place}/squares.json --checkpoint {place}/tiny --output {out} --rows 2 --length 96"
+    argv = f"train lora-both --data {place}/squares.json --checkpoint {place}/tiny --output {out}"
+    argv += " --global-batch-size 2 --max-seq-length 96"
     assert main.main([*argv.split(), "--steps", "3", "--learning-rate", "0.01"]) == 0
     return out / "model"
 

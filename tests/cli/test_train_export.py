@@ -32,9 +32,9 @@ def test_fine_tuned_model_gives_the_same_logits_in_torch(converted, tmp_path, mo
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     base = ["--checkpoint", str(converted / "jax")]
-    run = ["train", recipe, "--data", str(converted / "data.jsonl"), "--base", str(GOLDEN / "images"), *base]
-    run += ["--output", str(tmp_path / "run"), "--rows", "1", "--steps", "3", "--learning-rate", "1e-2"]
-    assert main.main([*run, "--remat", "none", "--length", "96"]) == 0
+    run = ["train", recipe, "--data", str(converted / "data.jsonl"), "--root", str(GOLDEN / "images"), *base]
+    run += ["--output", str(tmp_path / "run"), "--global-batch-size", "1", "--steps", "3", "--learning-rate", "1e-2"]
+    assert main.main([*run, "--remat", "none", "--max-seq-length", "96"]) == 0
     model = tmp_path / "run" / "model"
     if recipe != "stage2":
         assert main.main(["adapters", "merge", str(model), str(tmp_path / "merged"), *base]) == 0

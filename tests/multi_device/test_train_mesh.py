@@ -45,7 +45,7 @@ def test_two_processes_equal_one(tmp_path):
 def command(directory, output, *more):
     options = {
         "data": directory / "squares.json", "eval-data": directory / "heldout.json", "checkpoint": directory / "tiny",
-        "output": output, "rows": 2, "length": 96, "steps": 3, "lora-dropout": 0, "remat": "none",
+        "output": output, "global-batch-size": 2, "max-seq-length": 96, "steps": 3, "lora-dropout": 0, "remat": "none",
     }  # fmt: skip
     return ["train", "lora", "--no-packing", *(f"--{name}={value}" for name, value in options.items()), *more]
 

@@ -48,7 +48,7 @@ def mme_files(root, records, others=("x.png", "Is it?", "Yes")):
         (root / "mme" / f"{task}.txt").write_text("\n".join(own or filler) + "\n")
 
 
-FAST = ("--max-new-tokens", "6", "--num-beams", "1", "--batch", "4")  # options of a run
+FAST = ("--max-new-tokens", "6", "--num-beams", "1", "--batch-size", "4")  # options of a run
 
 
 def rows(path):

@@ -28,7 +28,7 @@ def run(data, nano, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "load", lambda path, **options: nano)
 
     def run(name, *options, out="run"):
-        code = main(["eval", name, "--data", str(data), "--out", str(tmp_path / out), *FAST, *options])
+        code = main(["eval", name, "--data", str(data), "--output", str(tmp_path / out), *FAST, *options])
         return code, tmp_path / out
 
     return run

@@ -312,7 +312,7 @@ def test_plan_compiles_what_it_recommends(compile_report):
     assert made.recommended.fits
     assert (made.recommended.batch, made.recommended.program) == (4, "generate")
     assert any("compiling prefill" in line for line in said)
-    assert f"--mesh {made.recommended.mesh} --batch 4" in planner.lines(made)[-1]
+    assert f"--mesh {made.recommended.mesh} --batch-size 4" in planner.lines(made)[-1]
 
 
 def test_plan_where_nothing_fits(compile_report):
@@ -329,8 +329,18 @@ def test_plan_where_nothing_fits(compile_report):
 
 
 def test_command(compile_report, small, capsys):
-    arguments = ["compile-report", "--preset", small, "--topology", "v5e:2x2", "--mesh", "tensor=4", "--batch", "2"]
-    assert main([*arguments, "--length", "1024", "--program", "decode", "--json"]) == 0
+    arguments = [
+        "compile-report",
+        "--preset",
+        small,
+        "--topology",
+        "v5e:2x2",
+        "--mesh",
+        "tensor=4",
+        "--batch-size",
+        "2",
+    ]
+    assert main([*arguments, "--max-seq-length", "1024", "--program", "decode", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["program"] == "decode"
     assert printed["fits"]

@@ -166,7 +166,7 @@ def test_a_part_of_a_model_is_refused(tmp_path, capsys, values):
     [
         (["--program", "train", "--quantize", "int8"], "--quantize does not apply to --program train"),
         (["--program", "decode", "--recipe", "lora"], "--recipe belongs to --program train"),
-        (["--program", "train", "--plan", "--batch", "8"], "choose --batch, --remat and --param-dtype"),
+        (["--program", "train", "--plan", "--batch-size", "8"], "choose --batch-size, --remat and --param-dtype"),
     ],
 )
 def test_options_that_do_not_belong_together(capsys, arguments, message):

@@ -47,7 +47,7 @@ def test_figures(meta):
 
 
 def test_no_problems(meta, capsys):
-    code, out = run(capsys, meta, "--checkpoint", CHECKPOINT, "--length", 160, "--show", 1)
+    code, out = run(capsys, meta, "--checkpoint", CHECKPOINT, "--max-seq-length", 160, "--show", 1)
     assert code == 0
     assert "8 packed rows of 160 tokens and 32 images" in out.out
     assert out.out.count("⟦") == out.out.count("⟧") == 2  # one of each data set
@@ -56,19 +56,19 @@ def test_no_problems(meta, capsys):
 
 def test_problems_with_file_and_line(meta, capsys):
     wrong = damage(meta.parent)
-    code, out = run(capsys, meta, "--checkpoint", CHECKPOINT, "--length", 160, "--show", 0)
+    code, out = run(capsys, meta, "--checkpoint", CHECKPOINT, "--max-seq-length", 160, "--show", 0)
     assert code == 1
     for line in wrong.values():
         assert f"{meta.parent}/a.jsonl:{line}: " in out.out
     assert "4 of 40 cannot be used: 2 image, 1 annotation, 1 placeholders" in out.out
-    code, out = run(capsys, meta, "--checkpoint", CHECKPOINT, "--length", 160, "--no-pictures", "--json")
+    code, out = run(capsys, meta, "--checkpoint", CHECKPOINT, "--max-seq-length", 160, "--skip-images", "--json")
     report = json.loads(out.out)
     assert (code, report["problems"]) == (1, 2)
     assert report["sources"][0]["problems"] == {"annotation": 1, "placeholders": 1}
 
 
 def test_a_part_and_buckets(meta, capsys):
-    argv = ("--checkpoint", CHECKPOINT, "--no-packing", "--length", 48, 96, "--limit", 5, "--json")
+    argv = ("--checkpoint", CHECKPOINT, "--no-packing", "--max-seq-length", 48, 96, "--limit", 5, "--json")
     code, out = run(capsys, meta, *argv)
     report = json.loads(out.out)
     assert (code, report["lengths"], report["packed"]) == (0, [48, 96], False)
@@ -81,7 +81,7 @@ def test_warnings(tmp_path, capsys):
     (tmp_path / "meta.json").write_text(json.dumps(sets))
     lines = [{"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "word " * 300}]}]
     (tmp_path / "a.jsonl").open("a").write(json.dumps(lines[0]) + "\n{}\n")
-    code, out = run(capsys, tmp_path / "meta.json", "--checkpoint", CHECKPOINT, "--length", 64, "--show", 0)
+    code, out = run(capsys, tmp_path / "meta.json", "--checkpoint", CHECKPOINT, "--max-seq-length", 64, "--show", 0)
     assert code == 1
     assert 'says "length" 7, the annotation has 8 entries' in out.out
     assert "1 of 7 conversations are cut" in out.out
@@ -118,7 +118,7 @@ def test_keys_that_nothing_reads_are_named_once_each(meta, capsys):
     for line in lines[2:5]:
         line["img"] = line.pop("image", "x.png")
     (meta.parent / "a.jsonl").write_text("".join(json.dumps(line | {"images": []}) + "\n" for line in lines))
-    code, out = run(capsys, meta, "--checkpoint", CHECKPOINT, "--length", 160, "--json")
+    code, out = run(capsys, meta, "--checkpoint", CHECKPOINT, "--max-seq-length", 160, "--json")
     report = json.loads(out.out)
     assert (code, report["sources"][1]["warnings"]) == (0, [])
     first = ", ".join(f"{meta.parent}/a.jsonl:{number}" for number in (3, 4, 5))
@@ -175,7 +175,7 @@ def test_shown_samples_are_drawn_from_all(meta):
 def test_llava_json_with_the_model_that_ships(tmp_path, capsys):
     turns = [{"from": "human", "value": "Look.\n<image>"}, {"from": "gpt", "value": "A square."}]
     (tmp_path / "llava.json").write_text(json.dumps([{"id": "1", "image": "x.png", "conversations": turns}]))
-    code, out = run(capsys, tmp_path / "llava.json", "--no-pictures", "--images-first")
+    code, out = run(capsys, tmp_path / "llava.json", "--skip-images", "--images-first")
     assert code == 0
     assert "<IMG_CONTEXT> x " in out.out
     assert "⟦A square.</s>⟧" in out.out.replace("⟦ ", "⟦")
@@ -199,9 +199,9 @@ def test_supervised_tokens_are_green_and_others_dim(meta):
     ("argv", "message"),
     [
         (["missing.json"], "missing.json does not exist"),
-        (["meta.json", "--length", "100000"], "longer than the model's context"),
-        (["meta.json", "--length", "96", "48"], "must ascend"),
-        (["meta.json", "--length", "48", "96"], "packed rows have one length"),
+        (["meta.json", "--max-seq-length", "100000"], "longer than the model's context"),
+        (["meta.json", "--max-seq-length", "96", "48"], "must ascend"),
+        (["meta.json", "--max-seq-length", "48", "96"], "packed rows have one length"),
     ],
 )
 def test_errors(meta, capsys, monkeypatch, argv, message):
@@ -212,7 +212,7 @@ def test_errors(meta, capsys, monkeypatch, argv, message):
 
 
 def test_nothing_to_check(meta, capsys):
-    for option in ("--limit", "--rows"):
+    for option in ("--limit", "--batch-size"):
         with pytest.raises(SystemExit, match="2"):
             run(capsys, meta, option, 0)
         assert f"argument {option}: must be at least 1" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_a_run_belongs_to_one_process(run, tmp_path, held, capsys):
     (tmp_path / "link").symlink_to("run")
     assert run("pope", out="link")[0] == 2
     assert f"{out} is being written by process {held.pid}" in capsys.readouterr().err
-    arguments = ["--data", str(tmp_path), "--prompt", "p", "--url", "http://127.0.0.1:1", "--model", "m"]
+    arguments = ["--data", str(tmp_path), "--prompt-file", "p", "--url", "http://127.0.0.1:1", "--model", "m"]
     assert main(["eval", "judge", str(tmp_path / "link"), *arguments]) == 2
     assert f"{out} is being written by process {held.pid}" in capsys.readouterr().err
 
@@ -78,7 +78,7 @@ def test_files_of_others_are_not_replaced(run, tmp_path, name, capsys):
     assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == {name: '{"mine": true}'}
     (tmp_path / "file").touch()
     assert run("pope", out="file")[0] == 2
-    assert "file is a file: --out names a directory" in capsys.readouterr().err
+    assert "file is a file: --output names a directory" in capsys.readouterr().err
 
 
 def test_a_full_disk(run, capsys):
@@ -130,7 +130,7 @@ def test_a_finished_run_that_is_resumed(run, capsys):
         assert "Nothing was asked this time: all answers were there already.\n" in told.out
         assert "0.00 questions/s" not in told.out
         assert f"{first['timing']['answered']} answered in " in told.out
-        assert f"nothing was asked, {report['questions']} answers were there already; accuracy" in told.err
+        assert f"no new answers, {report['questions']} were already answered; accuracy" in told.err
     (out / "report.json").unlink()  # killed before it was written
     assert run("gqa", "--resume")[0] == 0
     report = json.loads((out / "report.json").read_text())
@@ -230,13 +230,13 @@ def test_paths(run, data, tmp_path, name, monkeypatch):
     os.symlink(data, tmp_path / name / "data")
     monkeypatch.chdir(tmp_path / name)
     (tmp_path / name / "inner").mkdir()
-    assert main(["eval", "gqa", "--data", "inner/../data/", "--out", "inner/../out", "--limit", "2", *FAST]) == 0
+    assert main(["eval", "gqa", "--data", "inner/../data/", "--output", "inner/../out", "--limit", "2", *FAST]) == 0
     for row in rows(tmp_path / name / "out/questions.jsonl"):
         assert os.path.isabs(row["images"][0])
         assert ".." not in row["images"][0]
         assert os.path.isfile(row["images"][0])
     monkeypatch.chdir(tmp_path)
-    arguments = ["--data", f"./{name}/data", "--out", f"{name}/../handed in"]
+    arguments = ["--data", f"./{name}/data", "--output", f"{name}/../handed in"]
     questions = json.loads((data / "gqa/testdev_balanced_questions.json").read_text())
     whole(tmp_path / "answers.json", {key: "red" for key, value in questions.items() if value["isBalanced"]})
     assert main(["eval", "submit", "gqa", "--predictions", f"{name}/../answers.json", *arguments]) == 0

@@ -81,7 +81,7 @@ def graded(tmp_path, server, monkeypatch):
 
     def grade(*options, model="gpt-4-0613"):
         return main(
-            ["eval", "judge", str(run), "--data", str(tmp_path), "--prompt", str(tmp_path / "evaluator.py")]
+            ["eval", "judge", str(run), "--data", str(tmp_path), "--prompt-file", str(tmp_path / "evaluator.py")]
             + ["--url", f"http://127.0.0.1:{server.server_port}/v1", "--model", model, "--key-variable", "JUDGE_KEY"]
             + list(options)
         )
@@ -92,7 +92,7 @@ def graded(tmp_path, server, monkeypatch):
 
 def test_grades(graded, server, capsys):
     server.replies = [(200, "0.5"), (500, ""), (200, "well"), (200, "1.0"), (200, "0.0"), (200, "1")]
-    assert graded("--runs", "2") == 0
+    assert graded("--repeats", "2") == 0
     report = json.loads((graded.run / "report.json").read_text())
     assert report["score"]["value"] == pytest.approx(100 * (0.5 + 1 + 0 + 1) / 4)
     assert report["score"]["categories"] == {"math": 25.0, "rec": 100.0, "spat": 100.0, "rec_spat": 100.0}

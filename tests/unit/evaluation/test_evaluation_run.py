@@ -149,8 +149,8 @@ def test_nano_reads_the_pictures(run, data):
 
 
 def test_beams_of_the_published_figures(run, data, tmp_path, capsys):
-    arguments = ["--data", str(data), "--max-new-tokens", "4", "--limit", "2", "--batch", "2"]
-    assert main(["eval", "pope", *arguments, "--out", str(tmp_path / "beams")]) == 0
+    arguments = ["--data", str(data), "--max-new-tokens", "4", "--limit", "2", "--batch-size", "2"]
+    assert main(["eval", "pope", *arguments, "--output", str(tmp_path / "beams")]) == 0
     printed = capsys.readouterr().out
     assert "5 beams, at most 4 new tokens" in printed
     assert "**Only the first 2 questions: no figure to compare.**" in printed
@@ -162,7 +162,7 @@ def test_answers_do_not_depend_on_the_batch(run):
     """One by one, by threes, and as Chat answers without the pictures made ready ahead."""
     answers = []
     for size in ("1", "3"):
-        _, out = run("gqa", "--batch", size, out=f"batch{size}")
+        _, out = run("gqa", "--batch-size", size, out=f"batch{size}")
         answers.append({row["id"]: row["answer"] for row in rows(out / "predictions.jsonl")})
     assert answers[0] == answers[1]
     chat = loading.load(None)
@@ -192,16 +192,27 @@ def test_a_stopped_run_goes_on(run, capsys):
 
 def test_a_killed_run_goes_on(run, data, tmp_path):
     """Killed without warning: nothing is lost, nothing is asked twice, and the answers are those of a whole run."""
-    _, whole = run("gqa", "--batch", "1", out="whole")
-    command = [sys.executable, "-m", "internvl_jax.cli.main", "eval", "gqa", "--data", str(data), *FAST, "--batch", "1"]
+    _, whole = run("gqa", "--batch-size", "1", out="whole")
+    command = [
+        sys.executable,
+        "-m",
+        "internvl_jax.cli.main",
+        "eval",
+        "gqa",
+        "--data",
+        str(data),
+        *FAST,
+        "--batch-size",
+        "1",
+    ]
     predictions = tmp_path / "killed" / "predictions.jsonl"
-    with subprocess.Popen([*command, "--out", str(tmp_path / "killed")], stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen([*command, "--output", str(tmp_path / "killed")], stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not (predictions.exists() and predictions.stat().st_size):
             time.sleep(0.001)
         process.kill()
     assert process.returncode == -signal.SIGKILL
     before = predictions.read_bytes()
-    code, out = run("gqa", "--batch", "1", "--resume", out="killed")
+    code, out = run("gqa", "--batch-size", "1", "--resume", out="killed")
     assert code == 0
     assert predictions.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     report = json.loads((out / "report.json").read_text())
@@ -282,7 +293,7 @@ def test_two_processes(run, data, tmp_path, mesh):
     _, alone = run("gqa", out="alone")
     command = [sys.executable, "-m", "internvl_jax.cli.main", "eval", "gqa", "--data", str(data), *FAST]
     command += [] if mesh is None else ["--mesh", mesh]
-    command += ["--out", str(tmp_path / "both"), "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
+    command += ["--output", str(tmp_path / "both"), "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
     processes = [
         subprocess.Popen(
             [*command, "--process-id", str(number)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -308,8 +319,8 @@ def test_llava_codebase(data, tmp_path, name, monkeypatch):
         return chats[0]
 
     monkeypatch.setattr(loading, "load", remember)
-    arguments = ["--data", str(data), "--checkpoint", str(V1_0), "--out", str(tmp_path), "--quantize", "int8"]
-    assert main(["eval", name, *arguments, "--max-new-tokens", "2", "--batch", "8"]) == 0
+    arguments = ["--data", str(data), "--checkpoint", str(V1_0), "--output", str(tmp_path), "--quantize", "int8"]
+    assert main(["eval", name, *arguments, "--max-new-tokens", "2", "--batch-size", "8"]) == 0
     assert chats[0].processor.pad_to_square == BENCHMARKS[name].pad == (name == "pope")
     assert chats[0].processor.centre_crop
     report = json.loads((tmp_path / "report.json").read_text())
@@ -329,13 +340,13 @@ def test_models_that_see_nothing_are_refused(data, tmp_path, capsys):
     shutil.copytree(V1_0.parent / "InternViT-6B-224px", tmp_path / "InternViT-6B-224px")
     shutil.copytree(V1_0, model, ignore=shutil.ignore_patterns("*.bin"))
     (tmp_path / "InternViT-6B-224px" / "preprocessor_config.json").unlink()
-    command = ["eval", "pope", "--data", str(data), "--out", str(tmp_path / "run"), "--checkpoint", str(model)]
+    command = ["eval", "pope", "--data", str(data), "--output", str(tmp_path / "run"), "--checkpoint", str(model)]
     for message in ("has no preprocessor_config.json: put it beside", "nowhere/config.json does not exist"):
         assert main(command) == 2
         assert message in capsys.readouterr().err
         command[-1] = str(tmp_path / "nowhere")
-    assert main([*command[:-2], "--batch", "0"]) == 2
-    assert "--batch must be at least 1, not 0" in capsys.readouterr().err
+    assert main([*command[:-2], "--batch-size", "0"]) == 2
+    assert "--batch-size: must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("padded", [True, False])

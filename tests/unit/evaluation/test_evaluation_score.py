@@ -6,7 +6,7 @@ import pytest
 from support.evaluation_cases import REAL, cases, real
 from support.evaluation_files import lines, mme_files, table, whole
 
-from internvl_jax.cli.eval import _Watched
+from internvl_jax.cli.eval import WatchedAnswers
 from internvl_jax.cli.main import main
 from internvl_jax.evaluation.benchmark_table import BENCHMARKS
 from internvl_jax.evaluation.datasets.data_folder import DataFolder
@@ -400,7 +400,7 @@ def test_progress_of_scoring(name):
         Item(str(n), n, "?", None, ("yes",) * 10, "OCR" if name == "mme" else "human", {"A": "a"}, {"pair": n // 2})
         for n in range(2000)
     ]
-    answers = _Watched({item.id: "yes" for item in items}, lambda *progress: seen.append(progress))
+    answers = WatchedAnswers({item.id: "yes" for item in items}, lambda *progress: seen.append(progress))
     benchmark.score(items, answers, "internvl")
     assert seen == [(1000, 2000, "scoring"), (2000, 2000, "scoring")]
 

@@ -19,7 +19,7 @@ HANDED_IN = [name for name, benchmark in BENCHMARKS.items() if benchmark.submit 
 
 def submit(name, predictions, data, out, *options):
     return main(
-        ["eval", "submit", name, "--predictions", str(predictions), "--data", str(data), "--out", str(out), *options]
+        ["eval", "submit", name, "--predictions", str(predictions), "--data", str(data), "--output", str(out), *options]
     )
 
 

@@ -471,13 +471,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         out, err = capsys.readouterr()
         assert out == ""
         assert ("/in/questions.jsonl:2: unreadable" in err) == bool(broken)
-        assert "--top-k: without effect" in err
+        assert "--top-k: ignored at temperature 0" in err
     assert len(read(tmp_path / "answers.jsonl")) == 6
     settings = {"max_new_tokens": 5, "top_k": 2, "num_beams": 1, "stop": ["."]}
     assert parrot.batches[0][2] == {**settings, "system": "Be brief.", "honour_exif": False}
     with pytest.raises(SystemExit):
-        main.main([*argv, "--batch", "0"])
-    assert main.main(["batch", "questions.jsonl", "--out", "/dev/null"]) == 2
+        main.main([*argv, "--batch-size", "0"])
+    assert main.main(["batch", "questions.jsonl", "--output", "/dev/null"]) == 2
     assert "/dev/null is not a file" in capsys.readouterr().err
 
 

@@ -203,8 +203,8 @@ def test_batch(dry, tmp_path):
         "gcloud storage rsync --recursive pictures gs://b/batch/my questions/images",
         on_worker(
             r"batch internvl/bucket/batch/my\ questions/questions.jsonl "
-            r"--out internvl/bucket/batch/my\ questions/answers.jsonl "
-            r"--images internvl/bucket/batch/my\ questions/images --checkpoint internvl/bucket/model --mesh tensor=4"
+            r"--output internvl/bucket/batch/my\ questions/answers.jsonl "
+            r"--root internvl/bucket/batch/my\ questions/images --checkpoint internvl/bucket/model --mesh tensor=4"
         ),
         "gcloud storage cp gs://b/batch/my questions/answers.jsonl my questions.answers.jsonl",
     ]
@@ -212,9 +212,11 @@ def test_batch(dry, tmp_path):
 
 def test_bench_and_profile(dry):
     model = "--checkpoint internvl/bucket/model --mesh tensor=8"
-    assert dry("bench.sh", "--", "--batch", "1", "8", "--json") == [on_worker(f"bench {model} --batch 1 8 --json")]
-    assert dry("profile.sh", "--", "--batch", "8") == [
-        on_worker(f"bench {model} --profile internvl/bucket/profile --batch 8"),
+    assert dry("bench.sh", "--", "--batch-size", "1", "8", "--json") == [
+        on_worker(f"bench {model} --batch-size 1 8 --json")
+    ]
+    assert dry("profile.sh", "--", "--batch-size", "8") == [
+        on_worker(f"bench {model} --profile internvl/bucket/profile --batch-size 8"),
         "mkdir -p profile",
         "gcloud storage rsync --recursive gs://b/profile profile",
     ]
@@ -224,11 +226,11 @@ def test_options_passed_on_exist():
     """What the scripts pass to internvl-jax, internvl-jax takes."""
     from internvl_jax.cli import main
 
-    parser = main._parser()
+    parser = main.build_parser()
     for line in (
         "chat --checkpoint m --mesh tensor=8 --image rgb.png Hello",
-        "batch q.jsonl --out a.jsonl --images i --checkpoint m --mesh tensor=4",
-        "bench --checkpoint m --mesh tensor=8 --profile p --batch 1 8 --prompt-tokens 9 --json",
+        "batch q.jsonl --output a.jsonl --root i --checkpoint m --mesh tensor=4",
+        "bench --checkpoint m --mesh tensor=8 --profile p --batch-size 1 8 --prompt-tokens 9 --json",
         "convert a b",
     ):
         parser.parse_args(line.split())
@@ -472,11 +474,11 @@ def test_gke_commands(dry, env):
     (account,) = manifests(start("gke.sh", "--dry-run", "create", env=env).stdout.splitlines())
     validate(account)
     assert account["metadata"] == {"name": "sa", "namespace": "default"}
-    (xpk,) = dry("gke.sh", "--accelerator", "v5litepod-16", "xpk", "--", "bench", "--batch", "1")
+    (xpk,) = dry("gke.sh", "--accelerator", "v5litepod-16", "xpk", "--", "bench", "--batch-size", "1")
     assert xpk.startswith(
         f"xpk workload create {PLACE} --cluster=c --workload=n --tpu-type=v5litepod-16 --num-slices=1"
     )
-    assert xpk.endswith("--command=internvl-jax bench --batch 1")
+    assert xpk.endswith("--command=internvl-jax bench --batch-size 1")
     (build,) = dry("gke.sh", "image")
     assert "--substitutions=_IMAGE=registry/image:1" in build
     assert dry("gke.sh", "delete") == [f"gcloud container clusters delete c {PLACE} --quiet"]
