@@ -28,8 +28,9 @@ from internvl_jax.inference import generate
 from internvl_jax.inference.loading import abstract_for_running
 from internvl_jax.inference.sampling import GenerationConfig, make_settings
 from internvl_jax.models import flops
-from internvl_jax.models.layers import Params, fit_spec
+from internvl_jax.models.layers import Params
 from internvl_jax.parallel import partitioning
+from internvl_jax.parallel.partitioning import fit_spec
 from internvl_jax.quantize import quantize_params
 from internvl_jax.utils.files import resolve
 

@@ -21,8 +21,8 @@ from internvl_jax.aot.topology import GIB, Topology, parse_topology
 from internvl_jax.config import ChatConfig
 from internvl_jax.data.batch import Batch
 from internvl_jax.inference.loading import abstract_for_running
-from internvl_jax.models.layers import BATCH, fit_spec
 from internvl_jax.parallel import partitioning
+from internvl_jax.parallel.partitioning import BATCH, fit_spec
 from internvl_jax.training import costs, optimizer
 from internvl_jax.training.recipes import Recipe, recipe_of
 from internvl_jax.training.state import Place, State, init_state

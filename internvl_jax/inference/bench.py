@@ -28,8 +28,9 @@ from internvl_jax.aot.topology import CHIPS, Chip
 from internvl_jax.config import PRESETS, ChatConfig
 from internvl_jax.inference.generate import GenerationConfig, Generator, bucket
 from internvl_jax.inference.loading import abstract_for_running, load, unstack_towers
-from internvl_jax.models.layers import BATCH, Params
+from internvl_jax.models.layers import Params
 from internvl_jax.parallel import partitioning
+from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.utils import files
 
 Progress = Callable[[int, int, str], None]

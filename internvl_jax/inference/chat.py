@@ -19,7 +19,8 @@ from PIL import Image
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.inference.generate import DecodeState, GenerationConfig, Generator
-from internvl_jax.models.layers import BATCH, Params
+from internvl_jax.models.layers import Params
+from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.processing.conversation import (
     IMAGE_PLACEHOLDER,
     IMG_CONTEXT,

@@ -30,8 +30,9 @@ from internvl_jax.config import ChatConfig
 from internvl_jax.inference.beam_search import EARLY_STOPPING, beam_search
 from internvl_jax.inference.sampling import GenerationConfig, Settings, all_finite, make_settings, select_tokens
 from internvl_jax.models import chat_model, intern_vit, llama
-from internvl_jax.models.layers import BATCH, TENSOR, Array, Params, constrain, positions_from_valid
+from internvl_jax.models.layers import Array, Params, positions_from_valid
 from internvl_jax.models.llama import KVCache
+from internvl_jax.parallel.partitioning import BATCH, TENSOR, constrain
 
 SMALLEST_BUCKET = 64  # tokens; shorter prompts cost about the same
 
@@ -204,7 +205,7 @@ def encode_step(
         encoded, _ = intern_vit.forward(params["vision_model"], config.vision, pixel_values, **options)
     else:
         encoded, _ = chat_model.encode_images(params, config, pixel_values, **options)
-    return constrain(encoded, P())
+    return constrain(encoded, *[None] * encoded.ndim)
 
 
 # One compiled form of each, shared by every Generator of a process.

@@ -19,8 +19,9 @@ from internvl_jax.config import ChatConfig, ConfigError
 from internvl_jax.config.schema import read_json
 from internvl_jax.inference.chat import Chat
 from internvl_jax.models import chat_model
-from internvl_jax.models.layers import BATCH, Params
+from internvl_jax.models.layers import Params
 from internvl_jax.parallel import partitioning
+from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.processing.chat_template import template_of
 from internvl_jax.processing.conversation import TEMPLATES
 from internvl_jax.processing.images import load_processor

@@ -12,9 +12,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
-from internvl_jax.models.layers import BATCH, Array, constrain
+from internvl_jax.models.layers import Array
+from internvl_jax.parallel.partitioning import constrain
 
 EOS_SLOTS = 8  # end tokens a compiled program has room for; more than that come in further eights
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # of numbers on the device
@@ -168,7 +168,7 @@ def keep_likely(logits: Array, top_k: Array, top_p: Array) -> Array:
     the largest, reach top_p, and at least one. Tokens that tie with the last one kept are kept too.
     """
     # All of a row on one device: a single gather, where each of the many sums below would need one of its own.
-    logits = constrain(logits, P(BATCH, None))
+    logits = constrain(logits, "batch", None)
     logits = keep_top(logits, jnp.ones_like(logits), jnp.where(top_k > 0, top_k, jnp.inf))
     return keep_top(logits, jax.nn.softmax(logits, axis=-1), jnp.where(top_p < 1, top_p, jnp.inf))
 

@@ -33,7 +33,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from internvl_jax.models.kernels import decode_attention, decode_block, splash_attention
-from internvl_jax.models.layers import BATCH, LANES, MASK_VALUE, TENSOR, Array, fit_spec, on_tpu, precision_of
+from internvl_jax.models.layers import LANES, MASK_VALUE, Array, on_tpu, precision_of
+from internvl_jax.parallel.partitioning import BATCH, TENSOR, fit_spec
 
 # "auto" (the rule above), "xla", or "pallas": a kernel wherever one takes the shapes, interpreted without a TPU.
 # `with implementation("xla"): ...`, or implementation.set_global("xla"); part of the key of compiled programs.

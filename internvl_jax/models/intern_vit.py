@@ -11,25 +11,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from internvl_jax.config import VisionConfig
 from internvl_jax.models.attention import attention
+from internvl_jax.models.declare import declare
 from internvl_jax.models.layers import (
-    BATCH,
-    TENSOR,
     Array,
     LayerNorm,
     Linear,
     Params,
     Remat,
     RMSNorm,
-    constrain,
     gelu,
     init_stack,
     quick_gelu,
     run_layers,
 )
+from internvl_jax.parallel.partitioning import BATCH, constrain, logical_spec
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 LAYER_SCALE_INIT = 0.1  # the reference's initializer_factor
@@ -55,11 +53,13 @@ class Embeddings(nn.Module):
         )
         patches = pixels.transpose(0, 2, 4, 1, 3, 5).reshape(images, rows * columns, channels * size * size)
         features = (channels * size * size, cfg.hidden_size)
-        x = Linear("MPE,ED->MPD", features, self.dtype, cfg.patch_bias, name="patch_embedding")(patches)
+        patch_axes = ("patch", "embed_vector")
+        x = Linear("MPE,ED->MPD", features, patch_axes, self.dtype, cfg.patch_bias, name="patch_embedding")(patches)
 
         normal = nn.initializers.normal(0.02)
-        class_embedding = self.param("class_embedding", normal, (cfg.hidden_size,))
-        table = self.param("position_embedding", normal, (1 + cfg.grid**2, cfg.hidden_size))
+        class_embedding = declare(self, "class_embedding", normal, (cfg.hidden_size,), ("embed_vector",))
+        table_shape = (1 + cfg.grid**2, cfg.hidden_size)
+        table = declare(self, "position_embedding", normal, table_shape, ("position", "embed_vector"))
         table = resize_positions(table, cfg.grid, rows, columns).astype(self.dtype)
         first = jnp.broadcast_to(class_embedding.astype(self.dtype), (images, 1, cfg.hidden_size))
         x = jnp.concatenate([first, x], axis=1) + table
@@ -82,16 +82,20 @@ class Attention(nn.Module):
     def __call__(self, x: Array) -> Array:
         cfg = self.config
         shape = (self.heads, cfg.head_dim)
-        qkv = Linear("BTD,DCNH->BTCNH", (cfg.hidden_size, 3, *shape), self.dtype, cfg.qkv_bias, name="qkv")(x)
-        qkv = constrain(qkv, P(self.axes, None, None, split_over(self.axes), None))
+        head_axes = ("vision_heads", "head_dim")
+        qkv_axes = ("embed", "qkv", *head_axes)
+        qkv = Linear("BTD,DCNH->BTCNH", (cfg.hidden_size, 3, *shape), qkv_axes, self.dtype, cfg.qkv_bias, name="qkv")(x)
+        qkv = constrain(qkv, "images", None, None, *head_axes, image_axes=self.axes)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if cfg.qk_normalization:
-            q = RMSNorm(shape, cfg.qk_norm_eps, cfg.hidden_size, name="q_norm")(q)
-            k = RMSNorm(shape, cfg.qk_norm_eps, cfg.hidden_size, name="k_norm")(k)
+            q = RMSNorm(shape, cfg.qk_norm_eps, head_axes, cfg.hidden_size, name="q_norm")(q)
+            k = RMSNorm(shape, cfg.qk_norm_eps, head_axes, cfg.hidden_size, name="k_norm")(k)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        y = attention(q, k, v, axes=self.axes, split=split_over(self.axes))
-        y = Linear("BTNH,NHD->BTD", (*shape, cfg.hidden_size), self.dtype, use_bias=True, name="proj")(y)
-        return constrain(y, P(self.axes, None, None))
+        split = logical_spec("vision_heads", image_axes=self.axes)[0]
+        y = attention(q, k, v, axes=self.axes, split=split)
+        proj_axes = (*head_axes, "embed")
+        y = Linear("BTNH,NHD->BTD", (*shape, cfg.hidden_size), proj_axes, self.dtype, use_bias=True, name="proj")(y)
+        return constrain(y, "images", None, None, image_axes=self.axes)
 
 
 class Mlp(nn.Module):
@@ -103,16 +107,12 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        width, hidden, split = self.config.hidden_size, self.config.intermediate_size, split_over(self.axes)
-        x = Linear("BTD,DF->BTF", (width, hidden), self.dtype, True, P("fsdp", split), name="fc1")(x)
-        x = ACTIVATIONS[self.config.hidden_act](constrain(x, P(self.axes, None, split)))
-        x = Linear("BTF,FD->BTD", (hidden, width), self.dtype, use_bias=True, name="fc2")(x)
-        return constrain(x, P(self.axes, None, None))
-
-
-def split_over(axes: tuple[str, ...]) -> str | None:
-    """The mesh axis that splits heads and mlp: TENSOR, unless images already lie along it."""
-    return None if TENSOR in axes else TENSOR
+        width, hidden = self.config.hidden_size, self.config.intermediate_size
+        x = Linear("BTD,DF->BTF", (width, hidden), ("embed", "vision_mlp"), self.dtype, True, self.axes, name="fc1")(x)
+        x = constrain(x, "images", None, "vision_mlp", image_axes=self.axes)
+        x = ACTIVATIONS[self.config.hidden_act](x)
+        x = Linear("BTF,FD->BTD", (hidden, width), ("vision_mlp", "embed"), self.dtype, True, self.axes, name="fc2")(x)
+        return constrain(x, "images", None, None, image_axes=self.axes)
 
 
 class Block(nn.Module):
@@ -138,7 +138,8 @@ class Block(nn.Module):
         def add(x: Array, branch: Array, scale_name: str, index: int) -> Array:
             if cfg.layer_scale:
                 init = nn.initializers.constant(LAYER_SCALE_INIT)
-                branch = branch * self.param(scale_name, init, (cfg.hidden_size,)).astype(self.dtype)
+                scale = declare(self, scale_name, init, (cfg.hidden_size,), ("embed_vector",))
+                branch = branch * scale.astype(self.dtype)
             if keep is not None:
                 branch = branch * keep[index][:, None, None].astype(self.dtype)
             return x + branch
@@ -180,10 +181,9 @@ def forward(
     "hidden_states" [1+layers,M,1+P,D], index 0 the embedding output.
     """
     layers = params["layers"]
-    pixel_values = constrain(pixel_values.astype(dtype), P(image_axes, None, None, None))
-    x = constrain(
-        Embeddings(config, dtype).apply({"params": params["embeddings"]}, pixel_values), P(image_axes, None, None)
-    )
+    pixel_values = constrain(pixel_values.astype(dtype), "images", None, None, None, image_axes=image_axes)
+    x = Embeddings(config, dtype).apply({"params": params["embeddings"]}, pixel_values)
+    x = constrain(x, "images", None, None, image_axes=image_axes)
     stored = len(layers) if isinstance(layers, tuple) else layers["norm1"]["scale"].shape[0]
     num_layers = stored if num_layers is None else num_layers
     if num_layers > stored:

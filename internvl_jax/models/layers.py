@@ -21,14 +21,12 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 from qwix import QArray
 
+from internvl_jax.models.declare import declare
+from internvl_jax.parallel.partitioning import AXIS_RULES, BATCH, TENSOR, fit_spec, logical_spec
+
 Array = jax.Array
 Params = dict[str, Any]
 Remat = bool | Callable[..., Any]  # see run_layers
-
-# Axes of the mesh (sharding.py says what they mean): rows of a batch lie along BATCH; heads, mlp hidden and vocabulary
-# along TENSOR.
-BATCH = ("data", "fsdp")
-TENSOR = "tensor"
 
 # Finite, so that a row which may attend to nothing (padding) stays a number; the value is gemma's and big_vision's.
 MASK_VALUE = -2.3819763e38
@@ -42,27 +40,11 @@ def precision_of(dtype: Any) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def fit_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:
-    """A PartitionSpec without the mesh axes that do not divide `shape`; sizes: devices per mesh axis."""
-    return P(*(axes if size % axis_size(axes, sizes) == 0 else None for size, axes in zip(shape, spec)))
-
-
-def axis_size(axes: str | tuple[str, ...] | None, sizes: Any) -> int:
-    """Devices along one entry of a PartitionSpec."""
-    return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-
-
 def on_tpu() -> bool:
     """Whether this is traced for a TPU: the mesh's, which may be a described one, else the default device's kind."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     return (jax.default_backend() if device is None else device.platform) == "tpu"
-
-
-def constrain(x: Array, spec: P) -> Array:
-    """Lay x out over the mesh as `spec` says; without a mesh (jax.set_mesh), x itself."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, fit_spec(spec, x.shape, mesh.shape))
 
 
 def pin_layout(x: Array, spec: P, order: tuple[int, ...]) -> Array:
@@ -176,14 +158,15 @@ class Linear(nn.Module):
 
     The kernel has the axes of the equation's second operand; the bias those of them that reach the output.
     Parameters may be stored in any dtype, or quantized: they are cast to `dtype` where they are used.
-    `split` is the place on the mesh of a kernel whose first axis is summed and whose second is split.
+    `axes` are the logical axes of the kernel, `image_axes` the mesh axes of the images where it is of the vision tower.
     """
 
     eqn: str
     shape: tuple[int, ...]
+    axes: tuple[str, ...]
     dtype: Any
     use_bias: bool = False
-    split: P | None = None
+    image_axes: tuple[str, ...] = BATCH
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -191,16 +174,16 @@ class Linear(nn.Module):
         contracted = tuple(i for i, axis in enumerate(kernel_axes) if axis not in out_axes)
         kept = tuple(i for i, axis in enumerate(kernel_axes) if axis in out_axes)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=contracted, out_axis=kept)
-        kernel = self.get_variable("params", "kernel")
-        if not isinstance(kernel, QArray):  # whose groups may be split: Flax would miss the declared shape
-            kernel = self.param("kernel", init, self.shape)
-        if self.split is not None:
-            kernel = pin_matrix(kernel, self.split)
+        kernel = declare(self, "kernel", init, self.shape, self.axes)
+        if self.axes[0] == "embed" and AXIS_RULES[self.axes[1]] == TENSOR:  # [D,F] or [D,N,H]
+            kernel = pin_matrix(kernel, logical_spec(*self.axes, image_axes=self.image_axes))
         y = product(self.eqn, x, kernel, self.dtype)
         if self.has_variable("params", "lora_a"):
             y = y + self._adapted(x)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), tuple(self.shape[i] for i in kept))
+            zeros = nn.initializers.zeros_init()
+            bias_axes = tuple("embed_vector" if self.axes[i] == "embed" else self.axes[i] for i in kept)
+            bias = declare(self, "bias", zeros, tuple(self.shape[i] for i in kept), bias_axes)
             y = y + bias.astype(self.dtype)
         return y
 
@@ -256,11 +239,12 @@ class RMSNorm(nn.Module):
 
     shape: tuple[int, ...]
     eps: float
+    axes: tuple[str, ...] = ("embed_vector",)
     divisor: int | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones_init(), self.shape)
+        scale = declare(self, "scale", nn.initializers.ones_init(), self.shape, self.axes)
 
         def norm(x: Array, scale: Array) -> Array:
             x32 = x.astype(jnp.float32)
@@ -279,8 +263,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones_init(), (self.width,))
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.width,))
+        scale = declare(self, "scale", nn.initializers.ones_init(), (self.width,), ("embed_vector",))
+        bias = declare(self, "bias", nn.initializers.zeros_init(), (self.width,), ("embed_vector",))
         x32 = x.astype(jnp.float32)
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(centred * centred, axis=-1, keepdims=True)

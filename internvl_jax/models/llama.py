@@ -15,17 +15,15 @@ from jax.sharding import PartitionSpec as P
 
 from internvl_jax.config import TextConfig
 from internvl_jax.models.attention import Mask, attention, cache_mask, self_mask
+from internvl_jax.models.declare import declared
 from internvl_jax.models.layers import (
-    BATCH,
     MASK_VALUE,
-    TENSOR,
     Array,
     Linear,
     Params,
     Remat,
     RMSNorm,
     apply_rope,
-    constrain,
     init_stack,
     made_again,
     pin_layout,
@@ -33,13 +31,9 @@ from internvl_jax.models.layers import (
     rope_angles,
     run_layers,
 )
+from internvl_jax.parallel.partitioning import constrain, logical_spec
 
-HIDDEN = P(BATCH, None, None)  # [B,T,D]
-PER_HEAD = P(BATCH, None, TENSOR, None)  # [B,T,N,H]
-PER_LAYER_CACHE = P(BATCH, TENSOR, None, None)  # [B,K,S,H]
-CACHE = P(None, *PER_LAYER_CACHE)  # [L,B,K,S,H]
-COLUMNS = P("fsdp", TENSOR)  # kernels [D,F]
-HEADS = P("fsdp", TENSOR, None)  # kernels [D,N,H]
+CACHE_AXES = ("layers", "batch", "kv_heads", None, None)  # [L,B,K,S,H]
 
 
 class KeysValues(NamedTuple):
@@ -116,7 +110,7 @@ class KVCache(flax.struct.PyTreeNode):
             return (*stack[:layer], written, *stack[layer + 1 :])
         # The whole stack is carried through the scan and updated in place: as a scanned input and output it would be
         # held twice. For one token at a time the TPU's compiler would have the loop keep slots outermost, and copy it.
-        stack = pin_layout(stack, P(*CACHE[: stack.ndim]), tuple(range(stack.ndim)))
+        stack = pin_layout(stack, logical_spec(*CACHE_AXES[: stack.ndim]), tuple(range(stack.ndim)))
         slot = (0, 0, self.length, 0)[: new.ndim]
         return jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype)[None], (layer, *slot))
 
@@ -162,11 +156,13 @@ class Attention(nn.Module):
         cfg = self.config
         heads = (cfg.num_attention_heads, cfg.head_dim)
         kv_heads = (cfg.num_key_value_heads, cfg.head_dim)
+        axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         bias = cfg.attention_bias
-        q = Linear("BTD,DNH->BTNH", (cfg.hidden_size, *heads), self.dtype, bias, HEADS, name="q_proj")(x)
-        k = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), self.dtype, bias, HEADS, name="k_proj")(x)
-        v = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), self.dtype, bias, HEADS, name="v_proj")(x)
-        q, k, v = (constrain(y, PER_HEAD) for y in (q, k, v))
+        q = Linear("BTD,DNH->BTNH", (cfg.hidden_size, *heads), axes, self.dtype, bias, name="q_proj")(x)
+        k = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), kv_axes, self.dtype, bias, name="k_proj")(x)
+        v = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), kv_axes, self.dtype, bias, name="v_proj")(x)
+        q = constrain(q, "batch", None, "heads", None)
+        k, v = (constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
         q, k = apply_rope(q, angles), apply_rope(k, angles)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         if cache is not None:
@@ -176,8 +172,9 @@ class Attention(nn.Module):
         else:
             keys = cache.read(layer)
             y = attention(q, keys.k, keys.v, mask, keys.layer, scales=keys.scales)
-        y = Linear("BTNH,NHD->BTD", (*heads, cfg.hidden_size), self.dtype, bias, name="o_proj")(y)
-        return constrain(y, HIDDEN), cache
+        axes = ("heads", "head_dim", "embed")
+        y = Linear("BTNH,NHD->BTD", (*heads, cfg.hidden_size), axes, self.dtype, bias, name="o_proj")(y)
+        return constrain(y, "batch", None, None), cache
 
 
 class Mlp(nn.Module):
@@ -190,11 +187,13 @@ class Mlp(nn.Module):
     def __call__(self, x: Array) -> Array:
         cfg = self.config
         wide = (cfg.hidden_size, cfg.intermediate_size)
-        gate = Linear("BTD,DF->BTF", wide, self.dtype, cfg.mlp_bias, COLUMNS, name="gate_proj")(x)
-        up = Linear("BTD,DF->BTF", wide, self.dtype, cfg.mlp_bias, COLUMNS, name="up_proj")(x)
-        x = constrain(made_again(lambda gate, up: jax.nn.silu(gate) * up)(gate, up), P(BATCH, None, TENSOR))
+        gate = Linear("BTD,DF->BTF", wide, ("embed", "mlp"), self.dtype, cfg.mlp_bias, name="gate_proj")(x)
+        up = Linear("BTD,DF->BTF", wide, ("embed", "mlp"), self.dtype, cfg.mlp_bias, name="up_proj")(x)
+        x = made_again(lambda gate, up: jax.nn.silu(gate) * up)(gate, up)
+        x = constrain(x, "batch", None, "mlp")
         narrow = (cfg.intermediate_size, cfg.hidden_size)
-        return constrain(Linear("BTF,FD->BTD", narrow, self.dtype, cfg.mlp_bias, name="down_proj")(x), HIDDEN)
+        y = Linear("BTF,FD->BTD", narrow, ("mlp", "embed"), self.dtype, cfg.mlp_bias, name="down_proj")(x)
+        return constrain(y, "batch", None, None)
 
 
 class Block(nn.Module):
@@ -223,34 +222,38 @@ def init_params(key: Array, config: TextConfig) -> Params:
     mask = self_mask(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
     normal = nn.initializers.normal(0.02)
     params = {
-        "embed_tokens": {"embedding": normal(k_embed, (config.vocab_size, config.hidden_size), jnp.float32)},
+        "embed_tokens": {
+            "embedding": declared(normal(k_embed, (config.vocab_size, config.hidden_size)), "vocab", "embed")
+        },
         "layers": init_stack(Block(config, jnp.float32), k_layers, config.num_hidden_layers, x, angles, mask),
-        "norm": {"scale": jnp.ones(config.hidden_size)},
+        "norm": {"scale": declared(jnp.ones(config.hidden_size), "embed_vector")},
     }
     if not config.tie_word_embeddings:
-        params["lm_head"] = {"kernel": normal(k_head, (config.hidden_size, config.vocab_size), jnp.float32)}
+        kernel = normal(k_head, (config.hidden_size, config.vocab_size))
+        params["lm_head"] = {"kernel": declared(kernel, "embed", "vocab")}
     return params
 
 
 def cache_specs(cache: KVCache) -> KVCache:
     """How a cache lies over the mesh: rows along BATCH, kv heads along TENSOR. A KVCache of PartitionSpecs."""
 
-    def heads(stack: Any, spec: P) -> Any:
-        return tuple(P(*spec[1:]) for _ in stack) if isinstance(stack, tuple) else spec
+    def heads(stack: Any, axes: tuple[str | None, ...]) -> Any:
+        return tuple(logical_spec(*axes[1:]) for _ in stack) if isinstance(stack, tuple) else logical_spec(*axes)
 
     return KVCache(
-        k=heads(cache.k, CACHE),
-        v=heads(cache.v, CACHE),
-        positions=P(BATCH, None),
-        valid=P(BATCH, None),
+        k=heads(cache.k, CACHE_AXES),
+        v=heads(cache.v, CACHE_AXES),
+        positions=logical_spec("batch", None),
+        valid=logical_spec("batch", None),
         length=P(),
-        scales=cache.scales and tuple(heads(stack, P(*CACHE[:-1])) for stack in cache.scales),
+        scales=cache.scales and tuple(heads(stack, CACHE_AXES[:-1]) for stack in cache.scales),
     )
 
 
 def embed(params: Params, token_ids: Array, dtype: Any) -> Array:
     """Token embeddings. token_ids [B,T] int32 -> [B,T,D] in `dtype`."""
-    return constrain(jnp.take(params["embed_tokens"]["embedding"], token_ids, axis=0).astype(dtype), HIDDEN)
+    x = jnp.take(params["embed_tokens"]["embedding"], token_ids, axis=0).astype(dtype)
+    return constrain(x, "batch", None, None)
 
 
 def forward(
@@ -320,7 +323,7 @@ def logits(params: Params, config: TextConfig, hidden: Array) -> Array:
     else:
         kernel, eqn = params["embed_tokens"]["embedding"], "...D,VD->...V"
     y = product(eqn, hidden, kernel, dtype, preferred_element_type=jnp.float32)
-    y = constrain(y, P(BATCH, *[None] * (y.ndim - 2), TENSOR))
+    y = constrain(y, "batch", *[None] * (y.ndim - 2), "vocab")
     vocabulary = y.shape[-1]
     return (
         y if vocabulary == config.vocab_size else jnp.where(jnp.arange(vocabulary) < config.vocab_size, y, MASK_VALUE)

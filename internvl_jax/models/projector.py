@@ -38,9 +38,9 @@ class Projector(nn.Module):
         if cfg.layer_norm:
             x = LayerNorm(cfg.in_features, cfg.layer_norm_eps, name="norm")(x)
         shape = (cfg.in_features, cfg.out_features)
-        x = gelu(Linear("MPE,ED->MPD", shape, self.dtype, use_bias=True, name="fc1")(x))
+        x = gelu(Linear("MPE,ED->MPD", shape, ("features", "projector_mlp"), self.dtype, True, name="fc1")(x))
         square = (cfg.out_features, cfg.out_features)
-        return Linear("MPD,DE->MPE", square, self.dtype, use_bias=True, name="fc2")(x)
+        return Linear("MPD,DE->MPE", square, ("projector_mlp", "embed"), self.dtype, True, name="fc2")(x)
 
 
 def init_params(key: Array, config: ProjectorConfig) -> Params:

@@ -28,9 +28,32 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from internvl_jax.config import ChatConfig
-from internvl_jax.models.layers import axis_size, fit_spec
 
 AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+TENSOR = "tensor"
+
+# The mesh axes that each logical axis of a parameter or an activation is sharded over.
+AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH,
+    "images": BATCH,
+    "layers": None,
+    "embed": "fsdp",
+    "embed_vector": None,  # the width of norms, biases, layer scales and small tables: every device holds them whole
+    "features": "fsdp",  # the input of the projector
+    "heads": TENSOR,
+    "kv_heads": TENSOR,
+    "head_dim": None,
+    "mlp": TENSOR,
+    "vocab": TENSOR,
+    "vision_heads": TENSOR,
+    "vision_mlp": TENSOR,
+    "projector_mlp": TENSOR,
+    "qkv": None,
+    "patch": None,  # the pixels of a patch
+    "position": None,
+}
+VISION_AXES = ("vision_heads", "vision_mlp", "projector_mlp")  # whole on each device in vision mode "data"
 VOCABULARY_TILE = 128  # each device's part of the vocabulary is a multiple of this: whole tiles of a TPU's matrix unit
 
 # How the vision tower is spread, and the mesh axes along which images then lie. "tensor" splits heads and mlp over the
@@ -38,6 +61,47 @@ VOCABULARY_TILE = 128  # each device's part of the vocabulary is a multiple of t
 # "data" keeps images whole: every device along tensor holds the tower (gathered along fsdp, layer by layer) and encodes
 # its own images, with nothing to sum.
 IMAGE_AXES = {"tensor": ("data", "fsdp"), "data": AXES}
+
+
+def logical_spec(*axes: str | None, image_axes: tuple[str, ...] = BATCH) -> P:
+    """The PartitionSpec of an array whose axes have these logical names; None for an axis that is not sharded.
+
+    Args:
+        axes: keys of AXIS_RULES, or None.
+        image_axes: the mesh axes over which images are sharded, a value of IMAGE_AXES.
+
+    Raises:
+        ValueError: there is no rule for an axis.
+    """
+    unknown = [axis for axis in axes if axis is not None and axis not in AXIS_RULES]
+    if unknown:
+        raise ValueError(f"no sharding rule for the logical axis {', '.join(unknown)}: add one to AXIS_RULES")
+    rules = {**AXIS_RULES, "images": image_axes}
+    if TENSOR in image_axes:
+        rules |= dict.fromkeys(VISION_AXES)
+    return P(*(None if axis is None else rules[axis] for axis in axes))
+
+
+def constrain(x: jax.Array, *axes: str | None, image_axes: tuple[str, ...] = BATCH) -> jax.Array:
+    """Shard an activation by the logical names of its axes; mesh axes that do not divide it are left out.
+
+    Without a mesh (jax.set_mesh), x is returned as it is. Arguments as `logical_spec`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = logical_spec(*axes, image_axes=image_axes)
+    return jax.lax.with_sharding_constraint(x, fit_spec(spec, x.shape, mesh.shape))
+
+
+def fit_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:
+    """A PartitionSpec without the mesh axes that do not divide `shape`; sizes: devices per mesh axis."""
+    return P(*(axes if size % axis_size(axes, sizes) == 0 else None for size, axes in zip(shape, spec)))
+
+
+def axis_size(axes: str | tuple[str, ...] | None, sizes: Any) -> int:
+    """Devices along one entry of a PartitionSpec."""
+    return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 class MeshError(ValueError):

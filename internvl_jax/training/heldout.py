@@ -19,8 +19,9 @@ from internvl_jax.data.packing import Layout, assemble
 from internvl_jax.data.samples import SampleError, SampleMaker, image_names, read_entry
 from internvl_jax.inference.chat import Chat
 from internvl_jax.inference.loading import unstack_towers
-from internvl_jax.models.layers import BATCH, Params
+from internvl_jax.models.layers import Params
 from internvl_jax.parallel import distributed, partitioning
+from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER
 from internvl_jax.processing.images import ImageError, ImageProcessor, load_image
 from internvl_jax.processing.tokenizer import Tokenizer

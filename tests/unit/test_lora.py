@@ -105,7 +105,8 @@ def test_dropout_is_the_adapters_alone_and_right_on_average():
         dropped = lora.attach(params, adapters, settings, key)["language_model"]["layers"]["self_attn"]["q_proj"]
         x = jax.random.normal(jax.random.key(9), (1, 3, 128))
         layer = jax.tree.map(lambda leaf: leaf[0], dropped)
-        return Linear("BTD,DNH->BTNH", (128, 4, 32), jnp.float32).apply({"params": layer}, x)
+        axes = ("embed", "heads", "head_dim")
+        return Linear("BTD,DNH->BTNH", (128, 4, 32), axes, jnp.float32).apply({"params": layer}, x)
 
     one, other = hidden(jax.random.key(1)), hidden(jax.random.key(2))
     assert np.abs(one - other).max() > 0.01
@@ -117,8 +118,11 @@ def test_dropout_is_the_adapters_alone_and_right_on_average():
     assert len(losses) == 2
 
 
-@pytest.mark.parametrize(("eqn", "inputs"), [("BTD,DF->BTF", (96,)), ("BTNH,NHD->BTD", (4, 24))])
-def test_dropout_drops_its_share_and_scales_the_rest(eqn, inputs):
+@pytest.mark.parametrize(
+    ("eqn", "axes", "inputs"),
+    [("BTD,DF->BTF", ("embed", "mlp"), (96,)), ("BTNH,NHD->BTD", ("heads", "head_dim", "embed"), (4, 24))],
+)
+def test_dropout_drops_its_share_and_scales_the_rest(eqn, axes, inputs):
     """With identities for matrices and no kernel, the adapter's output is its input after dropout."""
     width, drop = 96, 0.1
     x = 1 + jax.random.uniform(jax.random.key(0), (8, 50, *inputs))  # nowhere zero
@@ -130,7 +134,7 @@ def test_dropout_drops_its_share_and_scales_the_rest(eqn, inputs):
         "lora_key": jax.random.key(5),
         "lora_dropout": np.float32(drop),
     }
-    layer = Linear(eqn, (*inputs, width), jnp.float32)
+    layer = Linear(eqn, (*inputs, width), axes, jnp.float32)
     out = np.asarray(jax.jit(lambda params, x: layer.apply({"params": params}, x))(params, x)).reshape(8, 50, width)
     x = np.asarray(x).reshape(out.shape)
     dropped = out == 0

@@ -101,16 +101,16 @@ def quantized_leaves(tree):
 
 @pytest.mark.parametrize("qtype", [jnp.int8, jnp.int4])
 @pytest.mark.parametrize(
-    ("eqn", "name", "shape"),
+    ("eqn", "name", "axes", "shape"),
     [
-        ("BTD,DNH->BTNH", "self_attn/q_proj/kernel", (256, 3, 4)),
-        ("BTD,DCNH->BTCNH", "attn/qkv/kernel", (256, 3, 5, 4)),
-        ("BTNH,NHD->BTD", "self_attn/o_proj/kernel", (4, 16, 24)),
-        ("BTF,FD->BTD", "mlp/down_proj/kernel", (352, 24)),
-        ("...D,DV->...V", "lm_head/kernel", (256, 31)),
+        ("BTD,DNH->BTNH", "self_attn/q_proj/kernel", ("embed", "heads", "head_dim"), (256, 3, 4)),
+        ("BTD,DCNH->BTCNH", "attn/qkv/kernel", ("embed", "qkv", "vision_heads", "head_dim"), (256, 3, 5, 4)),
+        ("BTNH,NHD->BTD", "self_attn/o_proj/kernel", ("heads", "head_dim", "embed"), (4, 16, 24)),
+        ("BTF,FD->BTD", "mlp/down_proj/kernel", ("mlp", "embed"), (352, 24)),
+        ("...D,DV->...V", "lm_head/kernel", ("embed", "vocab"), (256, 31)),
     ],
 )
-def test_products(eqn, name, shape, qtype):
+def test_products(eqn, name, axes, shape, qtype):
     kernel = quantized_kernel(normal(shape) / 16, name=name, qtype=jnp.dtype(qtype))
     x = normal((2, 3, *(shape[:2] if "NHD" in eqn else shape[:1])), 1)
     expected = np.einsum(eqn, x, np.asarray(dequantized(kernel)))
@@ -121,7 +121,7 @@ def test_products(eqn, name, shape, qtype):
         alone = product(eqn, x, kernel, jnp.float32)
         if "..." in eqn:  # the head is no Linear
             return alone, alone + bias
-        layer = Linear(eqn, shape, jnp.float32, use_bias=True)
+        layer = Linear(eqn, shape, axes, jnp.float32, use_bias=True)
         return alone, layer.apply({"params": {"kernel": split_groups(kernel), "bias": bias}}, x)
 
     y, with_bias = run(x, kernel, bias)
