@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -154,43 +156,73 @@ class Report:
         }
 
     def print(self, console: Console) -> None:
-        """The table, then the verdict."""
-        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-        table.add_column("stage", no_wrap=True)
-        for name in ("local\nmax", "\nrelative", "accum.\nmax", "\nmean", "\nrelative", "\n1-cos"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("limits on\nrelative", no_wrap=True)
-        table.add_column("")
-        for stage in self.stages:
-            local, total = stage.local, stage.accumulated
-            cells = ["", ""] if local is None else [f"{local.max_abs:.1e}", f"{local.relative:.1e}"]
-            cells += ["", "", "", ""] if total is None else [
-                f"{v:.1e}" for v in (total.max_abs, total.mean_abs, total.relative, 1 - total.cosine)
-            ]  # fmt: skip
-            limits = " ".join(f"{limit:.0e}".replace("e-0", "e-") if limit else "    " for limit in LIMITS[stage.kind])
-            table.add_row(stage.name, *cells, limits, "ok" if stage.passed else "[bold red]FAIL[/]")
-        console.print(table)
+        """Print the table, then the verdict.
+
+        On a narrow console the table has the relative errors, their limits and the verdict only.
+        """
+        table = self._table(ALL_COLUMNS)
+        width = console.measure(table, options=console.options.update(width=UNLIMITED)).maximum
+        fits = width <= console.width
+        console.print(table if fits else self._table(MAIN_COLUMNS), soft_wrap=False)
+        if not fits:
+            console.print(f"(a terminal of {width} columns, a pipe or --json shows every error)", style="dim")
         if self.distribution is not None:
             d = self.distribution
             console.print(
-                f"logits: KL max {d.max_kl:.1e}, mean {d.mean_kl:.1e} (limit {KL_LIMIT:.0e}); greedy agreement "
-                f"{d.greedy_agreement:.1%}  {'ok' if d.passed else '[bold red]FAIL[/]'}",
+                f"logits: KL max {d.max_kl:.1e}, mean {d.mean_kl:.1e} (limit {KL_LIMIT:.0e}), greedy agreement "
+                f"{d.greedy_agreement:.1%} ",
+                _verdict(d.passed),
                 soft_wrap=True,
             )
-        asked = "" if self.prompt is None else f", prompt {self.prompt!r}"
+        prompt = "" if self.prompt is None else f", prompt {self.prompt!r}"
         console.print(
-            f"image: {self.image or 'none'}; {self.prompt_tokens} prompt tokens{asked}", markup=False, soft_wrap=True
+            f"image: {self.image or 'none'}; {self.prompt_tokens} prompt tokens{prompt}", markup=False, soft_wrap=True
         )
         versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
         console.print(
             f"float32; {versions}; {self.seconds:.0f} s, peak memory {self.peak_rss / 1e9:.2f} GB", soft_wrap=True
         )
         if self.passed:
-            console.print("[bold green]passed[/]: every stage is within its limits")
-        elif self.culprits:
-            console.print(f"[bold red]FAILED[/]: the difference is made in {', '.join(self.culprits)}", soft_wrap=True)
+            console.print(Text("passed", "bold green") + ": every stage is within its limits")
+            return
+        if self.culprits:
+            reason = f": the error originates in {', '.join(self.culprits)}"
         else:
-            console.print("[bold red]FAILED[/]: no single stage, the error builds up over many")
+            reason = ": no single stage exceeds its own limit, the error accumulates over many"
+        console.print(Text("FAILED", "bold red") + reason, soft_wrap=True)
+
+    def _table(self, columns: Sequence[str]) -> Table:
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("stage", overflow="fold")
+        for name in columns:
+            table.add_column(name.replace(" ", "\n", 1), justify="right", no_wrap=True)
+        table.add_column("limits on\nrelative", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for stage in self.stages:
+            errors = _cells(stage)
+            limits = " ".join(f"{limit:.0e}".replace("e-0", "e-") if limit else "    " for limit in LIMITS[stage.kind])
+            table.add_row(stage.name, *(errors[name] for name in columns), limits, _verdict(stage.passed))
+        return table
+
+
+UNLIMITED = 10_000  # columns
+ALL_COLUMNS = ("local max", "local relative", "accum. max", "accum. mean", "accum. relative", "accum. 1-cos")
+MAIN_COLUMNS = ("local relative", "accum. relative")
+
+
+def _cells(stage: Stage) -> dict[str, str]:
+    """A stage's errors as text, by column; empty where there are none."""
+    values: dict[str, float] = {}
+    if stage.local is not None:
+        values |= {"local max": stage.local.max_abs, "local relative": stage.local.relative}
+    if (total := stage.accumulated) is not None:
+        values |= {"accum. max": total.max_abs, "accum. mean": total.mean_abs}
+        values |= {"accum. relative": total.relative, "accum. 1-cos": 1 - total.cosine}
+    return {name: f"{values[name]:.1e}" if name in values else "" for name in ALL_COLUMNS}
+
+
+def _verdict(passed: bool) -> Text:
+    return Text("ok") if passed else Text("FAIL", "bold red")
 
 
 def rms(x: np.ndarray) -> float:

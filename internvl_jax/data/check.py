@@ -263,26 +263,37 @@ def render(sample: Sample, tokenizer: Tokenizer, image_token_id: int) -> Text:
     return text
 
 
+# The columns of the table, with the keys of SourceStats.to_dict.
+COLUMNS = (
+    ("entries", "entries"),
+    ("per epoch", "samples_per_epoch"),
+    ("checked", "checked"),
+    ("usable", "usable"),
+    ("images", "images"),
+    ("text only", "text_only"),
+    ("median", "tokens_median"),
+    ("longest", "tokens_max"),
+)
+
+
+def statistics(report: Report) -> Table:
+    """The data sets as rows of a table."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("data set", overflow="fold")
+    for title, _ in COLUMNS:
+        shown = f"tokens\n{title}" if title in ("median", "longest") else title.replace(" ", "\n")
+        table.add_column(shown, justify="right", no_wrap=True)
+    table.add_column("super-\nvised", justify="right", no_wrap=True)
+    for stats in report.stats:
+        values = stats.to_dict()
+        share = values["supervised_tokens"] / max(1, values["tokens"])
+        table.add_row(stats.source.name, *(f"{values[key]:,}" for _, key in COLUMNS), f"{share:.1%}")
+    return table
+
+
 def show(report: Report, tokenizer: Tokenizer, console: Console) -> None:
-    """Print a report: a table, warnings, problems by place, rendered samples."""
-    table = Table("", *(stats.source.name for stats in report.stats))
-    facts = [stats.to_dict() for stats in report.stats]
-    for name, title in (
-        ("entries", "entries"),
-        ("samples_per_epoch", "samples an epoch"),
-        ("checked", "checked"),
-        ("usable", "usable"),
-        ("images", "images"),
-        ("text_only", "without an image"),
-        ("tokens_median", "tokens, median"),
-        ("tokens_max", "tokens, longest"),
-    ):
-        table.add_row(title, *(f"{values[name]:,}" for values in facts))
-    shares = (values["supervised_tokens"] / max(1, values["tokens"]) for values in facts)
-    table.add_row("tokens supervised", *(f"{share:.1%}" for share in shares))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    console.print(table)
+    """Print a report: a table, warnings, problems by location, rendered samples."""
+    console.print(statistics(report), soft_wrap=False)
     layout = report.layout
     rows = f"{layout.rows} {'packed ' if layout.packed else ''}rows of {' or '.join(map(str, layout.lengths))} tokens"
     console.print(
