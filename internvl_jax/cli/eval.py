@@ -187,6 +187,8 @@ def _answer(args: argparse.Namespace, made: Plan) -> int:
         asked = f"{done.answered} answered in {done.seconds:.0f} s" if done.answered else "no new answers"
         there = f", {done.found} were already answered" if done.found else ""
         err.print(f"{made.out}: {asked}{there}; {result(json_object(made.out / 'report.json'))}")
+        if (made.out / "wrong.html").exists():
+            err.print(f"wrong answers: {(made.out / 'wrong.html').resolve().as_uri()}")
     return 1 if done.failed else 0
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -14,15 +11,12 @@ from typing import Any
 from internvl_jax.evaluation.benchmark_run import Plan
 from internvl_jax.evaluation.benchmark_table import BENCHMARKS
 from internvl_jax.evaluation.datasets.items import EvaluationError
-from internvl_jax.evaluation.datasets.records import json_object, records
+from internvl_jax.evaluation.datasets.records import json_object
 from internvl_jax.evaluation.published import PUBLISHED, SYSTEMS
-from internvl_jax.evaluation.scoring import Score
-from internvl_jax.processing.images import load_image, to_rgb
+from internvl_jax.evaluation.wrong_page import wrong_page
 from internvl_jax.utils import files
 
-PICTURES = 200  # wrong answers on the page: about 20 kB each
-THUMBNAIL = 320  # pixels
-
+NANO = "nano"  # name of the bundled model
 CODEBASES = {"internvl": "V1-1's evaluation scripts", "llava": "LLaVA's evaluation scripts"}
 
 
@@ -52,7 +46,7 @@ def write_report(
         benchmark.submit(items, said, made.codebase, made.folder, made.out) if benchmark.submit and not failed else []
     )
     if score is not None:
-        files.write_text(made.out / "wrong.html", _wrong_page(made, said, score))
+        files.write_text(made.out / "wrong.html", wrong_page(made, said, score))
     values = {
         "benchmark": made.name,
         "title": benchmark.title,
@@ -106,6 +100,8 @@ def lines(values: Mapping[str, Any]) -> list[str]:
     if score is not None:
         shown += [f"| **{values['model']}, this run** | **{score['value']:.2f}** |"]
     beams = generation.get("num_beams", 1)
+    if values["model"] == NANO and values["published"] and score is not None:
+        shown += ["", "nano is a demonstration model of 2.2M parameters: its score is not comparable with these."]
     shown += [
         "",
         f"{values['questions']} questions, prompts and rules of {CODEBASES[values['codebase']]}, "
@@ -140,55 +136,16 @@ def result(values: Mapping[str, Any]) -> str:
     return f"{values['score']['name']} {values['score']['value']:.2f}"
 
 
-def _wrong_page(made: Plan, answers: Mapping[str, str], score: Score) -> str:
-    """The wrong answers and their pictures on one page without links."""
-    wrong = [item for item in made.items if score.points[item.id] < 1]
-    paths = {}
-    for _, row in records(made.out / "questions.jsonl"):
-        paths[row["id"]] = row["images"]
-    cards = []
-    for item in wrong[:PICTURES]:
-        pictures = "".join(map(_thumbnail, paths[item.id]))
-        cells = (
-            ("question", item.question),
-            ("options", "\n".join(f"{letter}. {text}" for letter, text in item.options.items())),
-            ("answer", answers[item.id]),
-            ("right", " | ".join(dict.fromkeys(item.gold))),
-            ("points", f"{score.points[item.id]:.2f}"),
-        )
-        facts = "".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in cells if text)
-        cards.append(f"<section>{pictures}<dl><dt>id</dt><dd>{html.escape(item.id)}</dd>{facts}</dl></section>")
-    title = html.escape(f"{made.benchmark.title}: {len(wrong)} of {len(made.items)} answers not fully right")
-    more = f"<p>The first {PICTURES}.</p>" if len(wrong) > PICTURES else ""
-    style = (
-        "body{font-family:sans-serif;margin:2em}section{display:flex;gap:1em;margin:1em 0;border-top:1px solid #ccc;"
-        "padding-top:1em}img{max-width:320px;align-self:flex-start}dt{color:#666;font-size:.8em}"
-        "dd{margin:0 0 .5em;white-space:pre-wrap}"
-    )
-    return files.replace_surrogates(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
-        f"<h1>{title}</h1>{more}{''.join(cards)}</html>\n"
-    )
-
-
-def _thumbnail(path: str) -> str:
-    try:
-        image = to_rgb(load_image(path, honour_exif=False))
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=80)
-    except (ValueError, OSError, MemoryError) as error:  # it was read before; the page is not worth the report
-        return f"<p>{html.escape(str(error) or type(error).__name__)}</p>"
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
-
-
 def table(directories: Sequence[Path]) -> list[str]:
     """The results table in Markdown: published figures, then those of these runs, one column per model.
 
-    Runs over a part of a benchmark are left out. Raises EvaluationError for a directory without a report, and for two
-    runs of the same model and benchmark.
+    Further runs of one model and benchmark get columns of their own, "MODEL (2)". Runs over a part of a benchmark are
+    left out.
+
+    Raises:
+        EvaluationError: A directory has no report, or is named twice.
     """
-    measured: dict[str, dict[str, str]] = {}
+    measured: dict[str, dict[str, str]] = {}  # cells by column, then by benchmark
     origin: dict[tuple[str, str], Path] = {}
     notes = []
     for directory in directories:
@@ -199,9 +156,12 @@ def table(directories: Sequence[Path]) -> list[str]:
         if missing := [key for key in ("benchmark", "model", "limit", "score", "generation") if key not in values]:
             raise EvaluationError(f"{directory / 'report.json'} is no report of a run: it has no {missing[0]!r}")
         name, model = values["benchmark"], values["model"]
-        if (name, model) in origin:
-            raise EvaluationError(f"{directory} and {origin[name, model]} are both {model} on {name}: name one of them")
-        origin[name, model] = directory
+        if directory.resolve() in origin.values():
+            raise EvaluationError(f"{directory} is named twice: name each run once")
+        number = 1
+        while (column := model if number == 1 else f"{model} ({number})", name) in origin:
+            number += 1
+        origin[column, name] = directory.resolve()
         if values["limit"] is not None or values["score"] is None:
             why = "no score" if values["score"] is None else f"the first {values['questions']} questions only"
             notes.append(f"{directory}: left out ({why})")
@@ -210,7 +170,7 @@ def table(directories: Sequence[Path]) -> list[str]:
         remarks = [f"{beams} beams"] if beams > 1 else []
         remarks += ["another judge"] if values.get("judge", {}).get("same") is False else []
         cell = f"{values['score']['value']:.1f}" + (f" ({', '.join(remarks)})" if remarks else "")
-        measured.setdefault(model, {})[name] = cell
+        measured.setdefault(column, {})[name] = cell
     rows = [name for name in BENCHMARKS if name in PUBLISHED or any(name in run for run in measured.values())]
     shown = ["| | " + " | ".join([*SYSTEMS, *(f"{model}, here" for model in measured)]) + " |"]
     shown.append("|---" * (1 + len(SYSTEMS) + len(measured)) + "|")

@@ -13,6 +13,7 @@ from internvl_jax.evaluation.benchmark_table import BENCHMARKS
 from internvl_jax.evaluation.datasets.data_folder import DataFolder
 from internvl_jax.evaluation.datasets.items import EvaluationError, Item, distinct
 from internvl_jax.evaluation.predictions import read_predictions
+from internvl_jax.evaluation.wrong_page import wrong_page
 
 
 def read(root, name, codebase="internvl"):
@@ -164,15 +165,22 @@ def test_the_longest_prompts_come_first(made):
 
 def test_answers_that_are_partly_right_are_on_the_page(made):
     score = scoring.Score(50, "accuracy", {"0": 0.0, "1": 0.3, "2": 0.9999, "3": 1.0})
-    page = report._wrong_page(made, dict.fromkeys("0123", "B <b>"), score)
+    page = wrong_page(made, dict.fromkeys("0123", "B <b>"), score)
     assert "3 of 4 answers not fully right" in page
-    assert page.count("<section>") == page.count("B &lt;b&gt;") == page.count('<img src="data:image/jpeg') == 3
-    for text in ("short", "<dd>0.30</dd>", "a longer question", "the longest question of all"):
+    assert page.count("<section ") == page.count("B &lt;b&gt;") == page.count('<img src="data:image/jpeg') == 3
+    for text in (
+        "short",
+        "<dt>expected</dt><dd>A</dd>",
+        "<dt>answered</dt>",
+        "<dd>0.30</dd>",
+        "a longer question",
+        "the longest question of all",
+    ):
         assert text in page
     assert "middling" not in page
     (made.folder.root / "1.png").unlink()  # since it was read
-    page = report._wrong_page(made, dict.fromkeys("0123", "B"), score)
-    assert page.count("<section>") == page.count("1.png does not exist") == 3
+    page = wrong_page(made, dict.fromkeys("0123", "B"), score)
+    assert page.count("<section ") == page.count("1.png does not exist") == 3
 
 
 def test_the_table_says_what_is_not_comparable(tmp_path):

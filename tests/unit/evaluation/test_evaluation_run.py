@@ -135,7 +135,7 @@ def test_from_file_to_report(run, data, name, capsys):
     assert scored["value"] == report["score"]["value"]
     wrong = sum(points < 1 for points in scored["points"].values())
     page = (out / "wrong.html").read_text()
-    assert page.count("<section>") == wrong
+    assert page.count("<section ") == wrong
     assert page.count('<img src="data:image/jpeg;base64,') == wrong
     assert not re.search(r'(src|href)="(?!data:)', page)
 
@@ -280,7 +280,12 @@ def test_table(run, tmp_path, capsys):
     assert "| POPE | 85.9 | 87.1 | 87.2 | 87.1 |  |" in printed
     assert printed[-1] == f"{tmp_path / 'part'}: left out (the first 2 questions only)"
     assert main(["eval", "table", str(tmp_path / "gqa"), str(tmp_path / "gqa")]) == 2
-    assert "are both nano on gqa" in capsys.readouterr().err
+    assert "is named twice" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "gqa", tmp_path / "again")
+    assert main(["eval", "table", str(tmp_path / "gqa"), str(tmp_path / "again")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].endswith(" | nano, here | nano (2), here |")
+    assert f"| GQA test-dev | 63.3 | 63.9 | 64.1 | 62.5 | {value:.1f} | {value:.1f} |" in printed
     assert main(["eval", "table", str(tmp_path)]) == 2
     assert "has no report.json" in capsys.readouterr().err
 
