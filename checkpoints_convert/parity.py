@@ -189,7 +189,7 @@ def _vision_embeddings(params: Params, x: jax.Array, config: VisionConfig) -> ja
 
 @partial(jax.jit, static_argnames="config")
 def _vision_layer(params: Params, x: jax.Array, config: VisionConfig) -> jax.Array:
-    return intern_vit.Block(config, config.num_attention_heads, jnp.float32).apply({"params": params}, x)
+    return intern_vit.Block(config, jnp.float32).apply({"params": params}, x)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -202,15 +202,16 @@ def _features(params: Params, x: jax.Array, config: ChatConfig) -> jax.Array:
 
 @partial(jax.jit, static_argnames="config")
 def _projector(params: Params, x: jax.Array, config: ProjectorConfig) -> jax.Array:
-    return projector.forward(params, config, x)
+    return projector.Projector(config).apply({"params": params}, x)
 
 
 @partial(jax.jit, static_argnames="config")
 def _text_layer(params: Params, x: jax.Array, config: TextConfig) -> jax.Array:
-    # `forward` gives the last layer's output after the final norm only, so two are asked for; XLA drops the second.
+    # Llama returns the last layer's output after the final norm only, so two run; XLA drops the second.
     layers = {"layers": (params, params), "norm": {"scale": jnp.ones(config.hidden_size)}}
     positions = jnp.arange(x.shape[1])[None]
-    _, _, out = llama.forward(layers, config, x, positions, jnp.ones_like(positions, bool), collect=True)
+    valid = jnp.ones_like(positions, bool)
+    _, _, out = llama.Llama(config).apply({"params": layers}, x, positions, valid, collect=True)
     return out["hidden_states"][1]
 
 
@@ -221,7 +222,7 @@ def _text_norm(params: Params, x: jax.Array, config: TextConfig) -> jax.Array:
 
 @partial(jax.jit, static_argnames="config")
 def _logits(params: Params, x: jax.Array, config: TextConfig) -> jax.Array:
-    return llama.logits({_head(config): params}, config, x)
+    return llama.Llama(config).apply({"params": {_head(config): params}}, x, method="logits")
 
 
 def _head(config: TextConfig) -> str:
@@ -257,8 +258,9 @@ class _Ours:
 
     def text_embeddings(self, ids: np.ndarray, image_token_id: int | None) -> Run:
         params = {"language_model": {"embed_tokens": self._source.ours("language_model/embed_tokens")}}
+        model = chat_model.InternVLChat(self._config)
         return lambda features: np.asarray(
-            chat_model.embed_prompt(params, jnp.asarray(ids)[None], features, image_token_id, dtype=jnp.float32)
+            model.apply({"params": params}, jnp.asarray(ids)[None], features, image_token_id, method="embed_prompt")
         )
 
     def text_layer(self, layer: int) -> Run:

@@ -32,9 +32,9 @@ import jax.numpy as jnp
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.inference.sampling import Settings, all_finite, end_tokens, penalize
-from internvl_jax.models import llama
+from internvl_jax.models.kv_cache import KVCache
 from internvl_jax.models.layers import Array, Params
-from internvl_jax.models.llama import KVCache
+from internvl_jax.models.llama import next_logits
 
 EARLY_STOPPING = {False: 0, True: 1, "never": 2}
 
@@ -88,14 +88,11 @@ def beam_search(
         return add_tokens(state, logits, settings, length_penalty, early_stopping, prompt_slots)
 
     def step(state: BeamState) -> BeamState:
-        last = jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=2, keepdims=False).reshape(-1, 1)
+        last = jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=2, keepdims=False).reshape(-1)
         positions = jnp.repeat(prompt_length + state.count - 1, num_beams)[:, None]
-        x = llama.embed(language, last, dtype)
-        hidden, cache, _ = llama.forward(
-            language, config.text, x, positions, jnp.ones(last.shape, bool), state.cache, dtype=dtype
-        )
-        logits = llama.logits(language, config.text, hidden[:, 0]).reshape(batch, num_beams, vocabulary)
-        return add(state.replace(cache=cache), logits)
+        valid = jnp.ones(positions.shape, bool)
+        logits, cache = next_logits(language, last, positions, valid, state.cache, config.text, dtype)
+        return add(state.replace(cache=cache), logits.reshape(batch, num_beams, vocabulary))
 
     state = BeamState(
         cache=widen(cache, num_beams, max_tokens),

@@ -29,10 +29,14 @@ from jax.sharding import PartitionSpec as P
 from internvl_jax.config import ChatConfig
 from internvl_jax.inference.beam_search import EARLY_STOPPING, beam_search
 from internvl_jax.inference.sampling import GenerationConfig, Settings, all_finite, make_settings, select_tokens
-from internvl_jax.models import chat_model, intern_vit, llama
+from internvl_jax.models import cpu
+from internvl_jax.models.chat_model import InternVLChat
+from internvl_jax.models.intern_vit import InternViT
+from internvl_jax.models.kv_cache import KVCache, cache_specs, init_cache
 from internvl_jax.models.layers import Array, Params, positions_from_valid
-from internvl_jax.models.llama import KVCache
-from internvl_jax.parallel.partitioning import BATCH, TENSOR, constrain
+from internvl_jax.models.llama import Llama, next_logits
+from internvl_jax.models.stack import is_stacked
+from internvl_jax.parallel.partitioning import BATCH, TENSOR, constrain, constrain_to
 
 SMALLEST_BUCKET = 64  # tokens; shorter prompts cost about the same
 
@@ -58,12 +62,12 @@ class DecodeState(flax.struct.PyTreeNode):
 def state_specs(state: DecodeState) -> DecodeState:
     """How a state lies over a mesh, as a DecodeState of PartitionSpecs. What the host reads is on every device."""
     specs = jax.tree.map(lambda leaf: P(), state)
-    return specs.replace(cache=llama.cache_specs(state.cache), seen=P(BATCH, TENSOR))
+    return specs.replace(cache=cache_specs(state.cache), seen=P(BATCH, TENSOR))
 
 
 def place(state: DecodeState) -> DecodeState:
     """Lay a state out by `state_specs`, so that what goes in and what comes out is laid out alike."""
-    return jax.tree.map(constrain, state, state_specs(state))
+    return jax.tree.map(constrain_to, state, state_specs(state))
 
 
 def add_token(state: DecodeState, logits: Array) -> DecodeState:
@@ -104,13 +108,15 @@ def read_prompt(
     padding) or None. cache_dtype: int8, or a float type; None: dtype.
     """
     language = params["language_model"]
-    x = chat_model.embed_prompt(params, input_ids, features, image_token_id, dtype=dtype)
-    stacked = not isinstance(language["layers"], tuple)
-    cache = llama.init_cache(config.text, input_ids.shape[0], slots, cache_dtype or dtype, stacked=stacked)
-    cache = jax.tree.map(constrain, cache, llama.cache_specs(cache))
-    positions = positions_from_valid(valid)
-    hidden, cache, _ = llama.forward(language, config.text, x, positions, valid, cache, fresh=True, dtype=dtype)
-    return llama.logits(language, config.text, hidden[:, -1]), cache
+    x = InternVLChat(config, dtype).apply(
+        {"params": params}, input_ids, features, image_token_id, method="embed_prompt"
+    )
+    stacked = is_stacked(language["layers"])
+    cache = init_cache(config.text, input_ids.shape[0], slots, cache_dtype or dtype, stacked=stacked)
+    cache = jax.tree.map(constrain_to, cache, cache_specs(cache))
+    llama = Llama(config.text, dtype)
+    hidden, cache = llama.apply({"params": language}, x, positions_from_valid(valid), valid, cache, fresh=True)
+    return llama.apply({"params": language}, hidden[:, -1], method="logits"), cache
 
 
 def prefill_step(
@@ -156,24 +162,22 @@ def prefill_step(
 
 def decode_loop(params: Params, state: DecodeState, steps: Array, *, config: ChatConfig, dtype: Any) -> DecodeState:
     """Up to `steps` ([] int32) more tokens for every row that runs; ends early when all rows are done."""
-    language = params["language_model"]
 
     def step(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
         state, left = carry
-        x = llama.embed(language, state.last[:, None], dtype)
         positions = (state.prompt_length + state.count - 1)[:, None]
-        hidden, cache, _ = llama.forward(
-            language, config.text, x, positions, ~state.done[:, None], state.cache, dtype=dtype
+        logits, cache = next_logits(
+            params["language_model"], state.last, positions, ~state.done[:, None], state.cache, config.text, dtype
         )
-        return add_token(state.replace(cache=cache), llama.logits(language, config.text, hidden[:, 0])), left - 1
+        return add_token(state.replace(cache=cache), logits), left - 1
 
     def running(carry: tuple[DecodeState, Array]) -> Array:
         state, left = carry
         return (left > 0) & ~jnp.all(state.done)
 
     state = place(state)
-    state = jax.lax.while_loop(running, step, (state.replace(cache=state.cache.fold()), steps))[0]
-    return place(state.replace(cache=state.cache.unfold()))
+    state = jax.lax.while_loop(running, step, (state.replace(cache=cpu.fold_cache(state.cache)), steps))[0]
+    return place(state.replace(cache=cpu.unfold_cache(state.cache)))
 
 
 def score_step(
@@ -188,9 +192,12 @@ def score_step(
 ) -> Array:
     """Logits at every position, [B,T,V] float32. Arguments as for `read_prompt`, with padding on either side."""
     language = params["language_model"]
-    x = chat_model.embed_prompt(params, input_ids, features, image_token_id, dtype=dtype)
-    hidden, _, _ = llama.forward(language, config.text, x, positions_from_valid(valid), valid, dtype=dtype)
-    return llama.logits(language, config.text, hidden)
+    x = InternVLChat(config, dtype).apply(
+        {"params": params}, input_ids, features, image_token_id, method="embed_prompt"
+    )
+    llama = Llama(config.text, dtype)
+    hidden, _ = llama.apply({"params": language}, x, positions_from_valid(valid), valid)
+    return llama.apply({"params": language}, hidden, method="logits")
 
 
 def encode_step(
@@ -200,11 +207,12 @@ def encode_step(
 
     Of a bare tower its last state [M,1+P,D].
     """
-    options = {"dtype": dtype, "image_axes": image_axes}
     if config.projector is None:
-        encoded, _ = intern_vit.forward(params["vision_model"], config.vision, pixel_values, **options)
+        tower = InternViT(config.vision, dtype, image_axes=image_axes)
+        encoded = tower.apply({"params": params["vision_model"]}, pixel_values)
     else:
-        encoded, _ = chat_model.encode_images(params, config, pixel_values, **options)
+        model = InternVLChat(config, dtype, image_axes=image_axes)
+        encoded = model.apply({"params": params}, pixel_values, method="encode_images")
     return constrain(encoded, *[None] * encoded.ndim)
 
 

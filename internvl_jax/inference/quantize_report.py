@@ -33,8 +33,8 @@ from internvl_jax.config import ChatConfig
 from internvl_jax.inference.chat import Chat, Reply, _Asking, answered
 from internvl_jax.inference.generate import read_prompt
 from internvl_jax.inference.loading import load
-from internvl_jax.models import llama
 from internvl_jax.models.layers import Array, Params
+from internvl_jax.models.llama import Llama
 from internvl_jax.nano.render import KINDS, Question, heldout_questions
 from internvl_jax.quantize import Scheme
 
@@ -93,9 +93,10 @@ def answer_logits(
     )
     given = answer[:, :-1]
     positions = valid.sum(axis=1, dtype=jnp.int32)[:, None] + jnp.arange(given.shape[1])
-    x = llama.embed(language, given, dtype)
-    hidden, _, _ = llama.forward(language, config.text, x, positions, jnp.ones(given.shape, bool), cache, dtype=dtype)
-    return jnp.concatenate([first[:, None], llama.logits(language, config.text, hidden)], axis=1)
+    llama, variables = Llama(config.text, dtype), {"params": language}
+    x = llama.apply(variables, given, method="embed")
+    hidden, _ = llama.apply(variables, x, positions, jnp.ones(given.shape, bool), cache)
+    return jnp.concatenate([first[:, None], llama.apply(variables, hidden, method="logits")], axis=1)
 
 
 def divergence(reference: np.ndarray, ours: np.ndarray) -> np.ndarray:

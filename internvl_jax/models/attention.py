@@ -12,8 +12,8 @@ divide over the mesh,
     no mask (the vision tower)       splash attention, from 1024 tokens on (any number; padded)
 
 and XLA everywhere else; on CPUs without a mesh, where a head has 512 x 512 scores or more, for one head at a time
-(attention_by_head). One layer compiled for one v5e chip of tensor=8, in thousands of cycles: XLA's own estimate of its
-fusions; for a kernel its instructions times its steps or, if longer, the time its reads take:
+(cpu.attention_by_head). One layer compiled for one v5e chip of tensor=8, in thousands of cycles: XLA's own estimate of
+its fusions; for a kernel, its instructions times its steps or, if longer, the time of its reads:
 
                                      XLA    kernel, and what prepares its input
     decode, 8 rows x 2048 slots      302    77, and less where fewer slots are in use
@@ -26,12 +26,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from internvl_jax.models import cpu
 from internvl_jax.models.kernels import decode_attention, decode_block, splash_attention
 from internvl_jax.models.layers import LANES, MASK_VALUE, Array, on_tpu, precision_of
 from internvl_jax.parallel.partitioning import BATCH, TENSOR, fit_spec
@@ -43,8 +44,6 @@ implementation = jax.make_user_context("auto")
 DECODE_FROM = 256  # slots
 CAUSAL_FROM = 512  # tokens
 UNMASKED_FROM = 1024
-BY_HEAD_FROM = 512 * 512  # scores per head
-BLOCK = 256  # queries of a head whose scores are made at once, of the keys up to their last
 
 
 class Mask(NamedTuple):
@@ -114,7 +113,7 @@ def attention(
                 lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False), (k, v, scales)
             )
         causal = mask is not None and mask.segments is not None
-        run = partial(attention_by_head, causal=causal) if program == "by_head" else attention_xla
+        run = partial(cpu.attention_by_head, attention_xla, causal=causal) if program == "by_head" else attention_xla
         return run(q, k.astype(q.dtype), v.astype(q.dtype), None if mask is None else mask.allowed, scales)
 
     interpret = not on_tpu()
@@ -145,8 +144,8 @@ def choose(q: Array, k: Array, mask: Mask | None, split: str | None) -> str:
         raise ValueError(f'the attention implementation is "auto", "xla" or "pallas", not {wish!r}')
     length, (kv_heads, slots, head_dim) = q.shape[1], k.shape[-3:]
     mesh = jax.sharding.get_abstract_mesh()
-    if wish == "auto" and mesh.empty and jax.default_backend() == "cpu" and not on_tpu():
-        return "by_head" if length > 1 and length * slots >= BY_HEAD_FROM else "xla"
+    if wish == "auto" and mesh.empty and cpu.on_cpu():
+        return "by_head" if length > 1 and length * slots >= cpu.BY_HEAD_FROM else "xla"
     if wish == "xla" or (wish == "auto" and not (on_tpu() and q.dtype == jnp.bfloat16 and q.shape[-1] % LANES == 0)):
         return "xla"
     if split is not None and not mesh.empty and kv_heads % mesh.shape[split]:
@@ -204,43 +203,3 @@ def attention_xla(
     y = jnp.einsum("BKTS,BKSH->BKTH", weights, v, precision=precision, preferred_element_type=jnp.float32)
     y = (y.reshape(batch, kv_heads, groups, length, head_dim) / total).astype(q.dtype)
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
-
-
-def attention_by_head(
-    q: Array,
-    k: Array,
-    v: Array,
-    allowed: Array | None,
-    scales: tuple[Array, Array] | None = None,
-    *,
-    causal: bool = False,
-) -> Array:
-    """attention_xla of one row and kv head after the other. Arguments and result as there.
-
-    One head's scores stay in the cache of the processor: all heads' would be written to memory and read back by each
-    step of the softmax. At 1025 tokens and 5 heads of 128, 2.3 times faster on two cores, 0.8 of their peak.
-    """
-    batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    groups = heads // kv_heads
-    block = BLOCK if causal else length
-    folded = q.reshape(batch, length, kv_heads, groups, head_dim).transpose(0, 2, 1, 3, 4)
-    per_head = jax.tree.map(lambda leaf: leaf.reshape(batch * kv_heads, *leaf.shape[2:]), (folded, k, v, scales))
-
-    def head(one: tuple[Array, Any]) -> Array:
-        index, leaves = one
-        q, k, v, scales = jax.tree.map(lambda leaf: leaf[None], leaves)
-        k, v, scales = jax.tree.map(lambda leaf: leaf[None], (k, v, scales))
-        mask = None if allowed is None else allowed[index // kv_heads][None]
-        parts = []
-        for start in range(0, length, block):
-            here = slice(start, start + block)
-            seen = slice(min(start + block, length)) if causal else slice(None)
-            part = None if mask is None else mask[:, here, seen]
-            of = None if scales is None else (scales[0][..., seen], scales[1][..., seen])
-            parts.append(attention_xla(q[:, here], k[:, :, seen], v[:, :, seen], part, of)[0])
-        return jnp.concatenate(parts)
-
-    y = jax.lax.map(jax.checkpoint(head), (jnp.arange(batch * kv_heads), per_head))
-    y = y.reshape(batch, kv_heads, length, groups, head_dim).transpose(0, 2, 1, 3, 4)
-    return y.reshape(batch, length, heads, head_dim)

@@ -1,29 +1,142 @@
-"""The chat model: images and tokens in, logits out, as pure functions on one tree of parameters."""
+"""The chat model as a Flax module: images and tokens in, logits out."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from internvl_jax.config import ChatConfig
-from internvl_jax.models import intern_vit, llama, projector
-from internvl_jax.models.layers import Array, Params, Remat, positions_from_valid
+from internvl_jax.models.intern_vit import InternViT
+from internvl_jax.models.layers import Array, Params, positions_from_valid
+from internvl_jax.models.llama import Llama
+from internvl_jax.models.projector import Projector, pixel_unshuffle
+from internvl_jax.models.stack import Remat
+from internvl_jax.parallel.partitioning import BATCH
+
+
+class InternVLChat(nn.Module):
+    """Vision tower, pixel unshuffle, projector and language model; a config may lack parts.
+
+        model = InternVLChat(config, image_token_id=image_token_id)
+        params = model.init(jax.random.key(0), input_ids, pixel_values)["params"]
+        logits = model.apply({"params": params}, input_ids, pixel_values)
+
+    Attributes:
+        config: the model's parts and their sizes.
+        dtype: of computation; parameters are cast where they are used.
+        image_token_id: the id that stands for a visual token in `input_ids`; needed where images are given.
+        remat: what the backward pass recomputes of each layer.
+        image_axes: mesh axes over which the vision tower's images are sharded.
+    """
+
+    config: ChatConfig
+    dtype: Any = jnp.float32
+    image_token_id: int | None = None
+    remat: Remat = False
+    image_axes: tuple[str, ...] = BATCH
+
+    def setup(self) -> None:
+        cfg = self.config
+        if cfg.vision is not None:
+            self.vision_model = InternViT(cfg.vision, self.dtype, self.remat, self.image_axes)
+        if cfg.projector is not None:
+            self.mlp1 = Projector(cfg.projector, self.dtype)
+        if cfg.text is not None:
+            self.language_model = Llama(cfg.text, self.dtype, self.remat)
+
+    def __call__(
+        self,
+        input_ids: Array,
+        pixel_values: Array | None = None,
+        valid: Array | None = None,
+        *,
+        collect: bool = False,
+    ) -> Any:
+        """Compute logits at every position of whole sequences.
+
+        Args:
+            input_ids: [B,T] int32, with image tokens in place.
+            pixel_values: normalized images [M,3,h,w] in prompt order over the batch, or None.
+            valid: [B,T] bool, False for padding, on either side; None for no padding.
+            collect: also return `out`.
+
+        Returns:
+            Logits [B,T,V] float32; with `collect` also a dict with "vision" and "language", each part's own.
+
+        Raises:
+            ValueError: there are images, but the module has no `image_token_id`.
+        """
+        valid = jnp.ones(input_ids.shape, bool) if valid is None else valid
+        features, vision_out = None, {}
+        if pixel_values is not None:
+            if self.image_token_id is None and not self.is_initializing():
+                raise ValueError("pixel_values are given, but InternVLChat(..., image_token_id=...) is not set")
+            features, vision_out = self.encode_images(pixel_values, collect=True)
+        x = self.embed_prompt(input_ids, features, -1 if self.image_token_id is None else self.image_token_id)
+        positions = positions_from_valid(valid)
+        if not collect:
+            hidden, _ = self.language_model(x, positions, valid)
+            return self.language_model.logits(hidden)
+        hidden, _, language_out = self.language_model(x, positions, valid, collect=True)
+        return self.language_model.logits(hidden), {"vision": vision_out, "language": language_out}
+
+    def encode_images(self, pixel_values: Array, *, collect: bool = False) -> Any:
+        """Turn images into visual tokens of the language model's width.
+
+        An rng "drop_path" drops branches of the tower (InternViT).
+
+        Args:
+            pixel_values: normalized images [M,3,h,w].
+            collect: also return `out`.
+
+        Returns:
+            Visual tokens [M,P,D] with P = (h/patch/ratio) * (w/patch/ratio); with `collect` also a dict with
+            "hidden_states", "selected" (patch features [M,patches,D]), "unshuffled" [M,P,E] and "projected" [M,P,D].
+        """
+        cfg = self.config
+        x = self.vision_model(pixel_values, num_layers=cfg.num_vision_layers, collect=collect)
+        x, out = x if collect else (x, {})
+        selected = x[:, 1:]
+        images, _, width = selected.shape
+        rows, columns = (side // cfg.vision.patch_size for side in pixel_values.shape[2:])
+        folded = pixel_unshuffle(selected.reshape(images, rows, columns, width), cfg.unshuffle, cfg.ps_version)
+        folded = folded.reshape(images, -1, folded.shape[-1])
+        projected = self.mlp1(folded)
+        if not collect:
+            return projected
+        return projected, {**out, "selected": selected, "unshuffled": folded, "projected": projected}
+
+    def embed_prompt(
+        self,
+        input_ids: Array,
+        features: Array | None,
+        image_token_id: int | Array,
+        owners: tuple[int, ...] = (0,),
+    ) -> Array:
+        """Embed a prompt and merge its images in. input_ids [B,T], features [M,P,D] or None -> [B,T,D].
+
+        owners: of equal parts of the rows and of the images, as merge_images takes them.
+        """
+        embeddings = self.language_model.embed(input_ids)
+        if features is None:
+            return embeddings
+        return merge_images(embeddings, input_ids == image_token_id, features, owners)
 
 
 def init_params(key: Array, config: ChatConfig, dtype: Any = jnp.float32) -> Params:
-    """Random parameters of the parts that the config has, layers stacked on axis 0."""
-    k_vision, k_projector, k_text = jax.random.split(key, 3)
-    params = {}
-    if config.vision is not None:
-        params["vision_model"] = intern_vit.init_params(k_vision, config.vision)
-    if config.projector is not None:
-        params["mlp1"] = projector.init_params(k_projector, config.projector)
-    if config.text is not None:
-        params["language_model"] = llama.init_params(k_text, config.text)
+    """Random parameters of the parts that the config has, layers stacked on axis 0, in `dtype`."""
+    pixels = None if config.vision is None else jnp.zeros((1, config.vision.num_channels, *[config.image_size] * 2))
+    if config.text is None and config.projector is None:
+        params = {"vision_model": InternViT(config.vision).init(key, pixels)["params"]}
+    elif config.text is None:
+        params = InternVLChat(config).init(key, pixels, method="encode_images")["params"]
+    else:
+        params = InternVLChat(config).init(key, jnp.zeros((1, 2), jnp.int32), pixels)["params"]
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
@@ -35,43 +148,6 @@ def abstract_params(config: ChatConfig, dtype: Any = jnp.float32) -> Params:
 def count_params(tree: Any) -> int:
     """Number of parameters in a tree of arrays or of ShapeDtypeStructs."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def encode_images(
-    params: Params,
-    config: ChatConfig,
-    pixel_values: Array,
-    *,
-    dtype: Any = jnp.float32,
-    collect: bool = False,
-    **vit: Any,
-) -> tuple[Array, dict[str, Array]]:
-    """Images to visual tokens in the language model's width.
-
-    pixel_values [M,3,h,w] float, normalised; `vit` goes to intern_vit.forward (remat, drop_path_key, image_axes).
-    Returns [M,P,D] with P = (h/patch/ratio) * (w/patch/ratio), and `out`: with collect "hidden_states", "selected"
-    (patch features [M,patches,D]), "unshuffled" [M,P,E] and "projected" [M,P,D].
-    """
-    x, out = intern_vit.forward(
-        params["vision_model"],
-        config.vision,
-        pixel_values,
-        num_layers=config.num_vision_layers,
-        dtype=dtype,
-        collect=collect,
-        **vit,
-    )
-    selected = x[:, 1:]
-    images, _, width = selected.shape
-    rows, columns = (side // config.vision.patch_size for side in pixel_values.shape[2:])
-    folded = projector.pixel_unshuffle(
-        selected.reshape(images, rows, columns, width), config.unshuffle, config.ps_version
-    )
-    folded = folded.reshape(images, -1, folded.shape[-1])
-    projected = projector.forward(params["mlp1"], config.projector, folded, dtype=dtype)
-    if collect:
-        out = {**out, "selected": selected, "unshuffled": folded, "projected": projected}
-    return projected, out
 
 
 def merge_images(embeddings: Array, is_image: Array, features: Array, owners: tuple[int, ...] = (0,)) -> Array:
@@ -95,55 +171,3 @@ def merge_images(embeddings: Array, is_image: Array, features: Array, owners: tu
         index = jnp.clip(index, 0, parts.shape[1] * size - 1)
         index = jnp.take_along_axis(jnp.asarray(parts), index // size, axis=1) * size + index % size
     return jnp.where(is_image[..., None], flat[index.reshape(is_image.shape)], embeddings)
-
-
-def embed_prompt(
-    params: Params,
-    input_ids: Array,
-    image_features: Array | None,
-    image_token_id: int | Array,
-    *,
-    dtype: Any,
-    owners: tuple[int, ...] = (0,),
-) -> Array:
-    """Embeddings of a prompt with its images merged in. input_ids [B,T], image_features [M,P,D] or None -> [B,T,D].
-
-    owners: of equal parts of the rows and of the images, as merge_images takes them.
-    """
-    embeddings = llama.embed(params["language_model"], input_ids, dtype)
-    if image_features is None:
-        return embeddings
-    return merge_images(embeddings, input_ids == image_token_id, image_features, owners)
-
-
-def forward(
-    params: Params,
-    config: ChatConfig,
-    input_ids: Array,
-    pixel_values: Array | None = None,
-    valid: Array | None = None,
-    *,
-    image_token_id: int | Array = -1,
-    dtype: Any = jnp.float32,
-    collect: bool = False,
-    remat: Remat = False,
-) -> tuple[Array, dict[str, Any]]:
-    """Logits at every position of whole sequences (training, scoring, parity).
-
-    input_ids [B,T] int32; pixel_values [M,3,h,w] in prompt order over the batch, or None; valid [B,T] bool, all True
-    by default (padding may stand on either side).
-    Returns logits [B,T,V] float32 and `out`: with collect, "vision" and "language" hold each part's own.
-    """
-    valid = jnp.ones(input_ids.shape, bool) if valid is None else valid
-    features = None
-    vision_out: dict[str, Array] = {}
-    if pixel_values is not None:
-        features, vision_out = encode_images(params, config, pixel_values, dtype=dtype, collect=collect, remat=remat)
-    x = embed_prompt(params, input_ids, features, image_token_id, dtype=dtype)
-    positions = positions_from_valid(valid)
-    language = params["language_model"]
-    hidden, _, language_out = llama.forward(
-        language, config.text, x, positions, valid, dtype=dtype, collect=collect, remat=remat
-    )
-    out = {"vision": vision_out, "language": language_out} if collect else {}
-    return llama.logits(language, config.text, hidden), out

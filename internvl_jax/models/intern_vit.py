@@ -1,10 +1,11 @@
-"""The vision tower as pure functions on parameters: InternViT (Chen et al., "InternVL: Scaling up Vision Foundation
-Models", 2023), and CLIP's ViT (Radford et al., 2021), which is the same with other switches of VisionConfig."""
+"""The vision tower as a Flax module: InternViT (Chen et al., "InternVL: Scaling up Vision Foundation Models", 2023) and
+CLIP's ViT (Radford et al., 2021) by other settings of VisionConfig."""
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -19,14 +20,11 @@ from internvl_jax.models.layers import (
     Array,
     LayerNorm,
     Linear,
-    Params,
-    Remat,
     RMSNorm,
     gelu,
-    init_stack,
     quick_gelu,
-    run_layers,
 )
+from internvl_jax.models.stack import LayerStack, Remat
 from internvl_jax.parallel.partitioning import BATCH, constrain, logical_spec
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
@@ -69,19 +67,18 @@ class Embeddings(nn.Module):
 class Attention(nn.Module):
     """Full self-attention, InternViT's with q/k RMSNorm over all heads together. x [M,T,D] -> [M,T,D].
 
-    `heads` may exceed the config's by zero padding (sharding); the norm's divisor stays the true width.
-    `axes` are the mesh axes along which the images lie.
+    Parameters may have more heads than the config, zeros that pad for a mesh; the norm still divides by the true width.
+    `axes` are the mesh axes over which images are sharded.
     """
 
     config: VisionConfig
-    heads: int
     dtype: Any
     axes: tuple[str, ...] = BATCH
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         cfg = self.config
-        shape = (self.heads, cfg.head_dim)
+        shape = (cfg.num_attention_heads, cfg.head_dim)
         head_axes = ("vision_heads", "head_dim")
         qkv_axes = ("embed", "qkv", *head_axes)
         qkv = Linear("BTD,DCNH->BTCNH", (cfg.hidden_size, 3, *shape), qkv_axes, self.dtype, cfg.qkv_bias, name="qkv")(x)
@@ -122,7 +119,6 @@ class Block(nn.Module):
     """
 
     config: VisionConfig
-    heads: int
     dtype: Any
     axes: tuple[str, ...] = BATCH
 
@@ -144,68 +140,70 @@ class Block(nn.Module):
                 branch = branch * keep[index][:, None, None].astype(self.dtype)
             return x + branch
 
-        x = add(x, Attention(cfg, self.heads, self.dtype, self.axes, name="attn")(norm("norm1")(x)), "ls1", 0)
+        x = add(x, Attention(cfg, self.dtype, self.axes, name="attn")(norm("norm1")(x)), "ls1", 0)
         return add(x, Mlp(cfg, self.dtype, self.axes, name="mlp")(norm("norm2")(x)), "ls2", 1)
 
 
-def init_params(key: Array, config: VisionConfig) -> Params:
-    """Random float32 parameters, layers stacked."""
-    k_embeddings, k_layers = jax.random.split(key)
-    pixels = jnp.zeros((1, config.num_channels, config.image_size, config.image_size))
-    tokens = jnp.zeros((1, 2, config.hidden_size))
-    block = Block(config, config.num_attention_heads, jnp.float32)
-    return {
-        "embeddings": Embeddings(config, jnp.float32).init(k_embeddings, pixels)["params"],
-        "layers": init_stack(block, k_layers, config.num_hidden_layers, tokens),
-    }
+class InternViT(nn.Module):
+    """The vision tower. There is no final norm.
 
-
-def forward(
-    params: Params,
-    config: VisionConfig,
-    pixel_values: Array,
-    *,
-    num_layers: int | None = None,
-    dtype: Any = jnp.float32,
-    collect: bool = False,
-    remat: Remat = False,
-    drop_path_key: Array | None = None,
-    image_axes: tuple[str, ...] = BATCH,
-) -> tuple[Array, dict[str, Array]]:
-    """Run the tower: the hidden state after `num_layers` layers (all by default). There is no final norm.
-
-    pixel_values [M,3,h,w] float, normalised; any size of at least one patch (positions are resized bicubically).
-    drop_path_key: training only; drops branches at config.drop_path_rate, linearly growing with depth.
-    image_axes: mesh axes along which the images lie; without TENSOR among them, that axis splits heads and mlp.
-    Returns x [M,1+P,D] in `dtype` (row 0 is the class token, the published pooled output) and `out`: with collect,
-    "hidden_states" [1+layers,M,1+P,D], index 0 the embedding output.
+    Attributes:
+        config: sizes and variants of the tower.
+        dtype: of computation; parameters are cast where they are used.
+        remat: what the backward pass recomputes of each layer.
+        image_axes: mesh axes over which images are sharded; unless TENSOR is among them, it splits heads and mlp.
     """
-    layers = params["layers"]
-    pixel_values = constrain(pixel_values.astype(dtype), "images", None, None, None, image_axes=image_axes)
-    x = Embeddings(config, dtype).apply({"params": params["embeddings"]}, pixel_values)
-    x = constrain(x, "images", None, None, image_axes=image_axes)
-    stored = len(layers) if isinstance(layers, tuple) else layers["norm1"]["scale"].shape[0]
-    num_layers = stored if num_layers is None else num_layers
-    if num_layers > stored:
-        raise ValueError(f"{num_layers} vision layers are asked for, the parameters hold {stored}")
-    heads = (layers[0] if isinstance(layers, tuple) else layers)["attn"]["qkv"]["kernel"].shape[-2]
-    block = Block(config, heads, dtype, image_axes)
-    keep = None if drop_path_key is None else _drop_path_scales(drop_path_key, config, x.shape[0])
 
-    def apply(x: Array, layer: Params, extra: tuple[Any, Array | None]) -> tuple[Array, Array | None]:
-        y = block.apply({"params": layer}, x, extra[1])
-        return y, y if collect else None
+    config: VisionConfig
+    dtype: Any = jnp.float32
+    remat: Remat = False
+    image_axes: tuple[str, ...] = BATCH
 
-    last, states = run_layers(apply, layers, x, num_layers=num_layers, per_layer=keep, remat=remat)
-    if not collect:
-        return last, {}
-    return last, {"hidden_states": x[None] if states is None else jnp.concatenate([x[None], states])}
+    def setup(self) -> None:
+        self.embeddings = Embeddings(self.config, self.dtype)
+        make_block = partial(Block, self.config, self.dtype, self.image_axes)
+        self.stack = LayerStack(make_block, self.config.num_hidden_layers, self.remat)
+        nn.share_scope(self, self.stack)
+
+    def __call__(self, pixel_values: Array, *, num_layers: int | None = None, collect: bool = False) -> Any:
+        """Run the first `num_layers` layers, all by default.
+
+        With an rng "drop_path" (training), each branch of each image is dropped at a rate that grows linearly with
+        depth up to config.drop_path_rate.
+
+        Args:
+            pixel_values: normalized images [M,3,h,w] of at least one patch; positions are resized bicubically.
+            num_layers: the number of layers that run.
+            collect: also return `out`.
+
+        Returns:
+            Hidden states [M,1+P,D] in `dtype`, whose row 0 is the class token (the published pooled output); with
+            `collect` also a dict with "hidden_states" [1+layers,M,1+P,D], where index 0 is the embeddings.
+
+        Raises:
+            ValueError: the parameters hold fewer layers.
+        """
+        axes = self.image_axes
+        pixel_values = constrain(pixel_values.astype(self.dtype), "images", None, None, None, image_axes=axes)
+        x = constrain(self.embeddings(pixel_values), "images", None, None, image_axes=axes)
+        keep = None
+        if self.has_rng("drop_path"):
+            keep = _drop_path_scales(self.make_rng("drop_path"), self.config, x.shape[0])
+
+        def step(block: Callable[..., Array], x: Array, _: Any, keep: Array | None) -> tuple[Array, Array | None]:
+            y = block(x, keep)
+            return y, y if collect else None
+
+        last, states = self.stack(step, x, num_layers=num_layers, per_layer=keep)
+        if not collect:
+            return last
+        return last, {"hidden_states": x[None] if states is None else jnp.concatenate([x[None], states])}
 
 
 def _drop_path_scales(key: Array, config: VisionConfig, images: int) -> Array:
     """Stochastic depth (Huang et al., 2016): 0 or 1/keep per layer, branch and image. -> [L,2,M]."""
     keep = 1.0 - jnp.linspace(0.0, config.drop_path_rate, config.num_hidden_layers)[:, None, None]
-    # Images foremost: slots added at the end change nothing of what the others draw.
+    # Images are the leading axis, so that padding at the end does not change what the others draw.
     drawn = jax.random.uniform(key, (images, config.num_hidden_layers, 2)).transpose(1, 2, 0) < keep
     return drawn / keep
 

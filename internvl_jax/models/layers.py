@@ -10,7 +10,6 @@ Axis letters, here and in every einsum string and shape comment of the project:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -21,12 +20,12 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 from qwix import QArray
 
+from internvl_jax.models import cpu
 from internvl_jax.models.declare import declare
 from internvl_jax.parallel.partitioning import AXIS_RULES, BATCH, TENSOR, fit_spec, logical_spec
 
 Array = jax.Array
 Params = dict[str, Any]
-Remat = bool | Callable[..., Any]  # see run_layers
 
 # Finite, so that a row which may attend to nothing (padding) stays a number; the value is gemma's and big_vision's.
 MASK_VALUE = -2.3819763e38
@@ -94,8 +93,9 @@ def product(eqn: str, x: Array, kernel: Array | QArray, dtype: Any, **options: A
     """
     options = {"precision": precision_of(dtype), **options}
     x = x.astype(dtype)
+    einsum = cpu.einsum if cpu.on_cpu() else jnp.einsum
     if not isinstance(kernel, QArray):
-        return _einsum(eqn, x, kernel.astype(dtype), **options)
+        return einsum(eqn, x, kernel.astype(dtype), **options)
     kernel = split_groups(kernel)
     left, right, out = eqn.replace("->", ",").split(",")
     summed = [axis for axis in right if axis not in out]
@@ -107,34 +107,9 @@ def product(eqn: str, x: Array, kernel: Array | QArray, dtype: Any, **options: A
         right, summed = right.replace(summed[0], f"{summed[0]}g"), [*summed, "g"]
     scale = kernel.scale
     if any(size > 1 for axis, size in zip(right, scale.shape) if axis in summed):
-        return _einsum(eqn, x, kernel.qvalue.astype(dtype) * scale.astype(dtype), **options)
-    y = _einsum(eqn, x, kernel.qvalue.astype(dtype), **options)
+        return einsum(eqn, x, kernel.qvalue.astype(dtype) * scale.astype(dtype), **options)
+    y = einsum(eqn, x, kernel.qvalue.astype(dtype), **options)
     return (y * scale.reshape([size for axis, size in zip(right, scale.shape) if axis not in summed])).astype(y.dtype)
-
-
-def _einsum(eqn: str, x: Array, kernel: Array, **options: Any) -> Array:
-    """jnp.einsum; off the TPU as a product of two matrices where it is one.
-
-    einsum takes axes that are summed by their letters, H before N, and XLA's CPU backend then transposes x and the
-    kernel [N,H,D] to multiply them. The same with a kernel's gradient, which is summed over rows and tokens: of
-    matrices it is one product, of [B,T,D] both operands would be transposed first.
-    A TPU needs none of this, and keeps the programs that its figures come from.
-    """
-    left, right, out = eqn.replace("->", ",").split(",")
-    kept, summed = "".join(a for a in right if a in out), "".join(a for a in right if a not in out)
-    rows = left.removesuffix(summed)
-    if on_tpu() or (left, out) != (rows + summed, rows + kept) or right not in (summed + kept, kept + summed):
-        return jnp.einsum(eqn, x, kernel, **options)
-    first = right == summed + kept
-    before = x.shape[: x.ndim - len(summed)]
-    after = kernel.shape[len(summed) :] if first else kernel.shape[: len(kept)]
-
-    def multiply(x: Array, kernel: Array) -> Array:
-        matrix = kernel.reshape(-1, math.prod(after)) if first else kernel.reshape(math.prod(after), -1)
-        axes = (((1,), (0 if first else 1,)), ((), ()))
-        return jax.lax.dot_general(x.reshape(math.prod(before), -1), matrix, axes, **options).reshape(*before, *after)
-
-    return made_again(multiply)(x, kernel)  # that is the reshapes: the product is not needed again
 
 
 def split_groups(kernel: QArray) -> QArray:
@@ -158,7 +133,7 @@ class Linear(nn.Module):
 
     The kernel has the axes of the equation's second operand; the bias those of them that reach the output.
     Parameters may be stored in any dtype, or quantized: they are cast to `dtype` where they are used.
-    `axes` are the logical axes of the kernel, `image_axes` the mesh axes of the images where it is of the vision tower.
+    `axes` are the kernel's logical axes, `image_axes` the mesh axes over which the vision tower's images are sharded.
     """
 
     eqn: str
@@ -179,7 +154,7 @@ class Linear(nn.Module):
             kernel = pin_matrix(kernel, logical_spec(*self.axes, image_axes=self.image_axes))
         y = product(self.eqn, x, kernel, self.dtype)
         if self.has_variable("params", "lora_a"):
-            y = y + self._adapted(x)
+            y = y + self._lora_delta(x)
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
             bias_axes = tuple("embed_vector" if self.axes[i] == "embed" else self.axes[i] for i in kept)
@@ -187,26 +162,26 @@ class Linear(nn.Module):
             y = y + bias.astype(self.dtype)
         return y
 
-    def _adapted(self, x: Array) -> Array:
-        """What a low-rank adapter beside the kernel adds (lora.py puts it there)."""
+    def _lora_delta(self, x: Array) -> Array:
+        """The output of the low-rank adapter beside the kernel, which lora.attach put there."""
         left, right, out = self.eqn.replace("->", ",").split(",")
         a, b, key = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "key"))
         summed = "".join(axis for axis in right if axis not in out)
         if key is not None:
             keep = 1 - self.get_variable("params", "lora_dropout")
-            # Else XLA for TPU fuses the drawing of the mask into the product below, which takes minutes to compile.
-            kept = jax.lax.optimization_barrier(_kept(key, keep, x.shape, heads=len(summed) > 1))
-            x = jnp.where(kept, x / keep.astype(x.dtype), 0)
-        made = "".join(axis for axis in right if axis in out)
+            # Without the barrier, XLA for TPU fuses the mask's random numbers into the product: minutes to compile.
+            mask = jax.lax.optimization_barrier(_dropout_mask(key, keep, x.shape, heads=len(summed) > 1))
+            x = jnp.where(mask, x / keep.astype(x.dtype), 0)
+        outputs = "".join(axis for axis in right if axis in out)
         rows = "".join(axis for axis in left if axis not in summed)
         narrow = product(f"{left},{summed}R->{rows}R", x, a, self.dtype)
-        return product(f"{rows}R,R{made}->{out}", narrow, b, self.dtype)
+        return product(f"{rows}R,R{outputs}->{out}", narrow, b, self.dtype)
 
 
-def _kept(key: Array, keep: Array, shape: tuple[int, ...], *, heads: bool) -> Array:
-    """What dropout keeps: bool of a shape [B,...], or with heads [B,...,N,H], True with probability `keep`.
+def _dropout_mask(key: Array, keep: Array, shape: tuple[int, ...], *, heads: bool) -> Array:
+    """Bool of shape [B,...], or with heads [B,...,N,H], True (kept) with probability `keep`.
 
-    Rows and heads that are added at the end, to fill a mesh, change nothing of what the others draw.
+    Rows and heads that padding for a mesh adds at the end do not change what the others draw.
     """
     if not heads:
         return jax.random.bernoulli(key, keep, shape)
@@ -214,15 +189,6 @@ def _kept(key: Array, keep: Array, shape: tuple[int, ...], *, heads: bool) -> Ar
     return jax.vmap(lambda key: jax.random.bernoulli(key, keep, (*rows, width)), out_axes=-2)(
         jax.random.split(key, count)
     )
-
-
-def made_again(function: Callable[..., Array]) -> Callable[..., Array]:
-    """`function`, of which a backward pass keeps the arguments alone; for cheap ones, element by element.
-
-    jax would keep every value on the way, six of [B,T,F] of LLaMA's MLP in place of three, and a scan over layers
-    writes them out. On a TPU, where layers are made again as a whole, as it is.
-    """
-    return function if on_tpu() else jax.checkpoint(function)
 
 
 def _inverse_root(mean_square: Array, eps: float) -> Array:
@@ -252,7 +218,40 @@ class RMSNorm(nn.Module):
             mean_square = jnp.sum(x32 * x32, axis=axes, keepdims=True) / (self.divisor or math.prod(self.shape))
             return (x32 * _inverse_root(mean_square, self.eps)).astype(x.dtype) * scale.astype(x.dtype)
 
-        return made_again(norm)(x, scale)
+        return cpu.remat_cheap(norm)(x, scale)
+
+
+class Embedding(nn.Module):
+    """A table of token embeddings [V,D], which may also serve as the language model's head."""
+
+    vocab_size: int
+    width: int
+    dtype: Any
+
+    def setup(self) -> None:
+        init = nn.initializers.normal(0.02)
+        self.embedding = declare(self, "embedding", init, (self.vocab_size, self.width), ("vocab", "embed"))
+
+    def __call__(self, token_ids: Array) -> Array:
+        """Look up token_ids [B,T] int32. Returns [B,T,D] in `dtype`."""
+        return jnp.take(self.embedding, token_ids, axis=0).astype(self.dtype)
+
+    def attend(self, hidden: Array) -> Array:
+        """Logits [...,V] float32 of hidden states [...,D]."""
+        return product("...D,VD->...V", hidden, self.embedding, hidden.dtype, preferred_element_type=jnp.float32)
+
+
+class Head(nn.Module):
+    """The language model's output projection. hidden [...,D] -> logits [...,V] float32."""
+
+    width: int
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self, hidden: Array) -> Array:
+        init = nn.initializers.normal(0.02)
+        kernel = declare(self, "kernel", init, (self.width, self.vocab_size), ("embed", "vocab"))
+        return product("...D,DV->...V", hidden, kernel, hidden.dtype, preferred_element_type=jnp.float32)
 
 
 class LayerNorm(nn.Module):
@@ -273,13 +272,9 @@ class LayerNorm(nn.Module):
 
 
 def gelu(x: Array) -> Array:
-    """Exact (erf) GELU; the tanh form moves the golden model's logits by 5e-3.
-
-    jax writes it with erfc, for which XLA's CPU backend evaluates two polynomials: 2.6 times as long. erf rounds to
-    within 1e-7 of x, enough in float32.
-    """
-    if x.dtype == jnp.float32 and not on_tpu():
-        return made_again(lambda x: 0.5 * x * (1.0 + jax.lax.erf(x * np.float32(math.sqrt(0.5)))))(x)
+    """Exact (erf) GELU; the tanh form moves the golden model's logits by 5e-3."""
+    if x.dtype == jnp.float32 and cpu.on_cpu():
+        return cpu.gelu(x)
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -305,59 +300,7 @@ def apply_rope(x: Array, angles: Array) -> Array:
     """
     cos = jnp.cos(angles)[:, :, None, :].astype(x.dtype)
     sin = jnp.sin(angles)[:, :, None, :].astype(x.dtype)
+    if cpu.on_cpu():
+        return cpu.apply_rope(x, cos, sin)
     first, second = jnp.split(x, 2, axis=-1)
-    if not on_tpu():
-        # The same sums, of tables that are joined: XLA's CPU backend computes those once. cos and sin alone it would
-        # fuse into their uses, and compute for every head of every layer.
-        cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-        return x * cos + jnp.concatenate([second, first], axis=-1) * sin
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def run_layers(
-    apply: Callable[[Any, Params, Any], tuple[Any, Any]],
-    layers: Params | tuple[Params, ...],
-    carry: Any,
-    *,
-    num_layers: int | None = None,
-    per_layer: Any = None,
-    remat: Remat = False,
-) -> tuple[Any, Any]:
-    """Run a stack of equal layers: `apply(carry, layer_params, (index, per_layer_slice)) -> (carry, y)`.
-
-    layers: one tree stacked on axis 0 (lax.scan: compile time that does not grow with depth, no copies on TPU), or a
-        tuple of per-layer trees (a Python loop: on CPU the scan would copy every layer's weights).
-    num_layers: how many run, all by default. per_layer: a tree with a leading layer axis, sliced for each layer.
-    remat: recompute each layer's activations in the backward pass instead of keeping them: all (True), or those that a
-        policy of jax.checkpoint_policies does not save.
-    Returns the last carry and the ys stacked on axis 0 (None where y is None).
-    """
-    if remat:
-        apply = jax.checkpoint(apply, policy=None if remat is True else remat)
-    quantized = lambda leaf: isinstance(leaf, QArray)  # noqa: E731
-    layers = jax.tree.map(lambda leaf: split_groups(leaf) if quantized(leaf) else leaf, layers, is_leaf=quantized)
-    if isinstance(layers, tuple):
-        ys = []
-        for index, layer in enumerate(layers[:num_layers]):
-            carry, y = apply(carry, layer, (index, jax.tree.map(lambda leaf, i=index: leaf[i], per_layer)))
-            ys.append(y)
-        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys) if ys else None
-    stored = jax.tree.leaves(layers)[0].shape[0]
-    count = stored if num_layers is None else num_layers
-    if count == 0:
-        return carry, None
-    if count < stored:
-        layers = jax.tree.map(lambda leaf: leaf[:count], layers)
-    if per_layer is not None:
-        per_layer = jax.tree.map(lambda leaf: leaf[:count], per_layer)
-
-    def step(carry, xs):
-        layer, index, extra = xs
-        return apply(carry, layer, (index, extra))
-
-    return jax.lax.scan(step, carry, (layers, jnp.arange(count), per_layer))
-
-
-def init_stack(block: nn.Module, key: Array, num_layers: int, *args: Any) -> Params:
-    """Parameters of `num_layers` layers stacked on axis 0; `args` are example inputs of one layer."""
-    return jax.vmap(lambda k: block.init(k, *args)["params"])(jax.random.split(key, num_layers))

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from internvl_jax.config import ProjectorConfig
-from internvl_jax.models.layers import Array, LayerNorm, Linear, Params, gelu
+from internvl_jax.models.layers import Array, LayerNorm, Linear, gelu
 
 
 def pixel_unshuffle(x: Array, ratio: int, version: str) -> Array:
@@ -29,7 +29,7 @@ class Projector(nn.Module):
     """LayerNorm -> Linear -> exact GELU -> Linear (mlp1), LLaVA's without the norm. x [M,P,E] -> [M,P,D]."""
 
     config: ProjectorConfig
-    dtype: Any
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -41,13 +41,3 @@ class Projector(nn.Module):
         x = gelu(Linear("MPE,ED->MPD", shape, ("features", "projector_mlp"), self.dtype, True, name="fc1")(x))
         square = (cfg.out_features, cfg.out_features)
         return Linear("MPD,DE->MPE", square, ("projector_mlp", "embed"), self.dtype, True, name="fc2")(x)
-
-
-def init_params(key: Array, config: ProjectorConfig) -> Params:
-    """Random float32 parameters."""
-    return Projector(config, jnp.float32).init(key, jnp.zeros((1, 1, config.in_features)))["params"]
-
-
-def forward(params: Params, config: ProjectorConfig, x: Array, *, dtype: Any = jnp.float32) -> Array:
-    """Project visual tokens into the language model's width. x [M,P,E] -> [M,P,D]."""
-    return Projector(config, dtype).apply({"params": params}, x)

@@ -110,7 +110,7 @@ def seeing(
     z_loss: float, chunk: int, owners: tuple[int, ...], **vit: Any,
 ) -> Sums:  # fmt: skip
     """The first stage's loss, in objective.loss's form: of the labels alone. What is counted are pictures."""
-    features, _ = chat_model.encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
+    features = objective.encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
     loss, right = label_loss(params["labels"], config, features, batch.image_labels)
     pictures = jnp.float32(len(batch.pixel_values))
     return Sums(loss, right, pictures, jnp.sum(batch.segment_ids > 0, dtype=jnp.float32))
@@ -121,7 +121,7 @@ def answering(
     z_loss: float, chunk: int, owners: tuple[int, ...], **vit: Any,
 ) -> Sums:  # fmt: skip
     """The other stages' loss, in objective.loss's form: of the answers, and of the labels a little."""
-    features, _ = chat_model.encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
+    features = objective.encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
     seen, _ = label_loss(params["labels"], config, features, batch.image_labels)
     sums = objective.language_loss(
         params, config, batch, features, weights, image_token_id,

@@ -87,11 +87,13 @@ def constrain(x: jax.Array, *axes: str | None, image_axes: tuple[str, ...] = BAT
 
     Without a mesh (jax.set_mesh), x is returned as it is. Arguments as `logical_spec`.
     """
+    return constrain_to(x, logical_spec(*axes, image_axes=image_axes))
+
+
+def constrain_to(x: jax.Array, spec: P) -> jax.Array:
+    """Shard an activation by a PartitionSpec; mesh axes that do not divide it are left out."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    spec = logical_spec(*axes, image_axes=image_axes)
-    return jax.lax.with_sharding_constraint(x, fit_spec(spec, x.shape, mesh.shape))
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, fit_spec(spec, x.shape, mesh.shape))
 
 
 def fit_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:

@@ -19,8 +19,11 @@ import numpy as np
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.data.batch import IGNORED, Batch
-from internvl_jax.models import chat_model, llama
-from internvl_jax.models.layers import Array, Params, Remat, on_tpu
+from internvl_jax.models import cpu, llama
+from internvl_jax.models.chat_model import InternVLChat
+from internvl_jax.models.layers import Array, Params
+from internvl_jax.models.stack import Remat
+from internvl_jax.parallel.partitioning import BATCH
 
 CHUNK = 256  # tokens of every row whose logits exist at once
 
@@ -84,12 +87,13 @@ def loss(
     weights [B,T] float32 as `loss_weights` makes them.
     z_loss: adds this times the squared log of the softmax's normaliser (Chowdhery et al., "PaLM", 2022), which keeps
         logits from drifting; 0, the reference's, for none.
-    chunk: tokens of each row whose logits exist at once. remat: as run_layers takes it. vit: to intern_vit.forward.
+    chunk: tokens of each row whose logits exist at once. remat: what the backward pass recomputes of each layer.
+    vit: to encode_images.
     owners: who brought each part of the rows and image slots, as chat_model.merge_images takes it (Place.owners).
     """
     features = None
     if batch.pixel_values.shape[0]:
-        features, _ = chat_model.encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
+        features = encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
     return language_loss(
         params,
         config,
@@ -103,6 +107,22 @@ def loss(
         remat=remat,
         owners=owners,
     )
+
+
+def encode_images(
+    params: Params,
+    config: ChatConfig,
+    pixel_values: Array,
+    *,
+    dtype: Any,
+    remat: Remat,
+    drop_path_key: Array | None = None,
+    image_axes: tuple[str, ...] = BATCH,
+) -> Array:
+    """Visual tokens [M,P,D] of images [M,3,h,w]. drop_path_key: drops branches of the vision tower; None: none."""
+    rngs = {} if drop_path_key is None else {"drop_path": drop_path_key}
+    model = InternVLChat(config, dtype, remat=remat, image_axes=image_axes)
+    return model.apply({"params": params}, pixel_values, method="encode_images", rngs=rngs)
 
 
 def language_loss(
@@ -120,11 +140,12 @@ def language_loss(
     owners: tuple[int, ...] = (0,),
 ) -> Sums:
     """As `loss`, of images that are encoded already: features [M,P,D], or None."""
-    x = chat_model.embed_prompt(params, batch.input_ids, features, image_token_id, dtype=dtype, owners=owners)
+    model = InternVLChat(config, dtype)
+    x = model.apply({"params": params}, batch.input_ids, features, image_token_id, owners, method="embed_prompt")
     real = batch.segment_ids > 0
     language = params["language_model"]
-    hidden, _, _ = llama.forward(
-        language, config.text, x, batch.positions, real, segments=batch.segment_ids, dtype=dtype, remat=remat
+    hidden, _ = llama.Llama(config.text, dtype, remat).apply(
+        {"params": language}, x, batch.positions, real, segments=batch.segment_ids
     )
     targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
     total, right = _head_loss(language, config, hidden, targets, weights, z_loss, chunk)
@@ -145,7 +166,7 @@ def _head_loss(
         return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
 
     def one(head: Params, x: Array, wanted: Array, weight: Array) -> tuple[Array, Array]:
-        logits = llama.logits(head, config.text, x)
+        logits = llama.Llama(config.text, x.dtype).apply({"params": head}, x, method="logits")
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         # Not a gather: the vocabulary may lie over several devices, and each has only its part of it.
         is_target = jnp.arange(logits.shape[-1]) == wanted[..., None]
@@ -156,8 +177,8 @@ def _head_loss(
         best = target >= jnp.max(logits, axis=-1)
         return jnp.sum(losses * weight), jnp.sum(best & (weight > 0), dtype=jnp.float32)
 
-    alone = jax.sharding.get_abstract_mesh().empty and not on_tpu()
-    run = _summed_with_gradients(one) if alone else _summed(jax.checkpoint(one))
+    single_cpu = jax.sharding.get_abstract_mesh().empty and cpu.on_cpu()
+    run = _summed_with_gradients(one) if single_cpu else _summed(jax.checkpoint(one))
     return run(llama.head(language), split(hidden), split(targets), split(weights))
 
 

@@ -28,7 +28,8 @@ from jax.sharding import PartitionSpec as P
 from internvl_jax import lora
 from internvl_jax.config import ChatConfig
 from internvl_jax.data.batch import Batch, pad_rows
-from internvl_jax.models.layers import Params, Remat
+from internvl_jax.models.layers import Params
+from internvl_jax.models.stack import Remat
 from internvl_jax.parallel import distributed, partitioning
 from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.training import objective, optimizer

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
+from support import modules
 from support.devices import run_file
 from support.golden import unstack
 
 from internvl_jax.config import PRESETS
-from internvl_jax.models import chat_model, intern_vit
+from internvl_jax.models import chat_model
 from internvl_jax.parallel import partitioning
 from internvl_jax.parallel.partitioning import AXES, MeshError, make_mesh, parse_mesh, validate_mesh
 
@@ -174,6 +175,6 @@ def test_padded_heads_are_exact():
     assert padded["vision_model"]["layers"]["attn"]["proj"]["kernel"].shape[1] == 8
     pixels = jax.random.normal(jax.random.key(1), (1, 3, config.image_size, config.image_size))
     with jax.default_matmul_precision("highest"):
-        outputs = [intern_vit.forward(p["vision_model"], config.vision, pixels)[0] for p in (params, padded)]
+        outputs = [modules.run_tower(p["vision_model"], config.vision, pixels)[0] for p in (params, padded)]
     np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, partitioning.unpad_heads(padded, config), params)

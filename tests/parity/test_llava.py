@@ -9,11 +9,13 @@ import pytest
 
 pytest.importorskip("torch")
 
+from support import modules
 from support.golden import assert_close, kl, leaf, published, spread, torch_tree
 from support.llava_cases import LLAVA, V1_0, encode, expand, facts, forward, llava, llava_hf, loaded, v1_0
 
 from internvl_jax.config import IMAGE_TOKEN_INDEX, PRESETS, ChatConfig
-from internvl_jax.models import chat_model, intern_vit, llama
+from internvl_jax.models import chat_model, intern_vit
+from internvl_jax.models.chat_model import InternVLChat
 from internvl_jax.models.layers import quick_gelu
 
 LOGITS = 2e-4  # what equivalent computations may differ by; they do by about 4e-5
@@ -93,7 +95,7 @@ def test_golden_last_layer_of_clip():
     """The layer past select_layer, which only a whole tower runs."""
     arrays, _ = facts("llava_1_5")
     config, params = loaded(LLAVA / "original")
-    last, _ = intern_vit.forward(params["vision_model"], config.vision, arrays["orig/pixel_values/rgb"][None])
+    last, _ = modules.run_tower(params["vision_model"], config.vision, arrays["orig/pixel_values/rgb"][None])
     assert_close(last[0], arrays["orig/vision/hidden_states"][-1], 1e-4, "last hidden state")
 
 
@@ -254,12 +256,14 @@ def test_image_tokens_outside_the_vocabulary():
     ids, features = jnp.array([[5, IMAGE_TOKEN_INDEX, 7]]), jnp.ones((1, 1, 64))
 
     def total(table):
-        merged = chat_model.embed_prompt({"language_model": table}, ids, features, IMAGE_TOKEN_INDEX, dtype=jnp.float32)
+        merged = InternVLChat(config).apply(
+            {"params": {"language_model": table}}, ids, features, IMAGE_TOKEN_INDEX, method="embed_prompt"
+        )
         return jnp.sum(merged), merged
 
     (_, merged), gradient = jax.value_and_grad(total, has_aux=True)(small)
     assert_close(merged[0, 1], np.ones(64), 0, "image")
-    assert_close(merged[0, ::2], llama.embed(small, jnp.array([[5, 7]]), jnp.float32)[0], 0, "text")
+    assert_close(merged[0, ::2], modules.embed(small, jnp.array([[5, 7]]), jnp.float32)[0], 0, "text")
     rows = np.flatnonzero(np.abs(gradient["embed_tokens"]["embedding"]).sum(axis=1))
     assert rows.tolist() == [5, 7]
     assert config.text.vocab_size == 860

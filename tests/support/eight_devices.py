@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import modules
 
 from internvl_jax.config import ChatConfig, ProjectorConfig, TextConfig, VisionConfig
 from internvl_jax.config.schema import clip_vision
@@ -120,7 +121,7 @@ def test_placing_warns_of_nothing(recwarn):
 
 def loss_of(params, ids, pixels, valid, *, config):
     """Mean cross-entropy of the next tokens, and the logits."""
-    logits, _ = chat_model.forward(params, config, ids, pixels, valid, image_token_id=IMAGE)
+    logits, _ = modules.forward(params, config, ids, pixels, valid, image_token_id=IMAGE)
     log_probabilities = jax.nn.log_softmax(logits[:, :-1])
     picked = jnp.take_along_axis(log_probabilities, ids[:, 1:, None], axis=-1)[..., 0]
     counted = valid[:, :-1] & valid[:, 1:]  # what padding predicts means nothing

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+from support import modules
 from support.golden import DATA, bundle
 
 from internvl_jax.config import IMAGE_TOKEN_INDEX, ChatConfig
@@ -16,8 +17,8 @@ LLAVA = DATA / "llava_1_5"
 # The golden model's images stand for those of 336 pixels, where the tower's positions are resized, and of 448.
 SIZES = {"r1": 84, "r2": 56}
 
-forward = jax.jit(chat_model.forward, static_argnames=("config", "dtype", "collect"))
-encode = jax.jit(chat_model.encode_images, static_argnames=("config", "dtype", "collect"))
+forward = jax.jit(modules.forward, static_argnames=("config", "dtype", "collect"))
+encode = jax.jit(modules.encode_images, static_argnames=("config", "dtype", "collect"))
 
 
 @functools.cache

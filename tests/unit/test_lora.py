@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from support import modules
 from support.golden import assert_close, random_tree, spread, torch_tree, unstack
 from test_objective import IMAGE, batch_of, evaluate, random_params, tiny
 
@@ -15,7 +16,6 @@ from internvl_jax import checkpoint, lora
 from internvl_jax.cli import train
 from internvl_jax.config import ChatConfig
 from internvl_jax.lora import Lora, LoraError
-from internvl_jax.models import chat_model, intern_vit
 from internvl_jax.models.layers import Linear
 from internvl_jax.parallel import partitioning
 from internvl_jax.quantize import quantize_params
@@ -330,7 +330,7 @@ def test_resized_tower_sees_as_the_reference_would_have_it_see():
     assert resized.vision.image_size == resized.image_size == 168
     assert larger["vision_model"]["embeddings"]["position_embedding"].shape == (145, 120)
     pixels = np.random.default_rng(0).standard_normal((1, 3, 168, 168)).astype(np.float32)
-    tower = jax.jit(intern_vit.forward, static_argnames=("config",))
+    tower = jax.jit(modules.run_tower, static_argnames=("config",))
     on_the_fly, _ = tower(params["vision_model"], config.vision, pixels)
     for_good, _ = tower(larger["vision_model"], resized.vision, pixels)
     assert_close(for_good, on_the_fly, 1e-5, "hidden states")
@@ -350,7 +350,7 @@ def llama(transformers):
 
 
 def logits_of(params, config, ids):
-    return jax.device_get(jax.jit(lambda p: chat_model.forward(p, config, ids)[0])(params))
+    return jax.device_get(jax.jit(lambda p: modules.forward(p, config, ids)[0])(params))
 
 
 def test_llama_adapters_equal_pefts_both_ways(tmp_path):

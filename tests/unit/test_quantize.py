@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
+from support import modules
 from support.devices import run_file
 from support.eight_devices import IMAGE, batch_of, config_of, params_of
 from support.golden import assert_close, kl
@@ -19,7 +20,7 @@ from internvl_jax.config import PRESETS, ChatConfig
 from internvl_jax.inference.beam_search import reorder, widen
 from internvl_jax.inference.generate import GenerationConfig, Generator
 from internvl_jax.inference.loading import unstack_towers
-from internvl_jax.models import chat_model, llama
+from internvl_jax.models import chat_model, kv_cache
 from internvl_jax.models.layers import Linear, product, split_groups
 from internvl_jax.quantize import (
     QuantizeError,
@@ -135,7 +136,7 @@ def run(params, config, batch):
 
 
 def logits_of(params, ids, pixels, valid, *, config):
-    return chat_model.forward(params, config, ids, pixels, valid, image_token_id=IMAGE)[0]
+    return modules.forward(params, config, ids, pixels, valid, image_token_id=IMAGE)[0]
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, Scheme("int4", int4_vision=True)], ids=["int8", "int4", "int4 vision"])
@@ -159,13 +160,13 @@ def test_int8_cache_equals_attention_to_what_it_holds():
 
     @partial(jax.jit, static_argnames=("dtype", "stacked"))
     def read(params, dtype, stacked):
-        cache = llama.init_cache(text, 2, 16, dtype, stacked=stacked)
-        return llama.forward(params, text, x, positions, valid, cache, fresh=True)[1]
+        cache = kv_cache.init_cache(text, 2, 16, dtype, stacked=stacked)
+        return modules.run_llama(params, text, x, positions, valid, cache, fresh=True)[1]
 
     @jax.jit
     def decode(params, cache):
-        hidden, cache, _ = llama.forward(params, text, steps, positions[:, -1:] + 1, jnp.ones((2, 1), bool), cache)
-        return llama.logits(params, text, hidden), cache
+        hidden, cache, _ = modules.run_llama(params, text, steps, positions[:, -1:] + 1, jnp.ones((2, 1), bool), cache)
+        return modules.logits(params, text, hidden), cache
 
     @jax.jit
     def in_float32(cache):
@@ -213,7 +214,7 @@ def test_beams_carry_scales_along():
         )
 
     k, v = random((2, 3, 2, 5, 8), 0), random((2, 3, 2, 5, 8), 1)  # [L,B,K,S,H]
-    cache = llama.KVCache(
+    cache = kv_cache.KVCache(
         k=k.qvalue,
         v=v.qvalue,
         scales=(k.scale[..., 0], v.scale[..., 0]),

@@ -14,6 +14,7 @@ from test_objective import random_params, tiny
 
 torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
 from safetensors.torch import load_file, save_file  # noqa: E402
+from support import modules  # noqa: E402
 
 from checkpoints_convert import peft_config  # noqa: E402
 from checkpoints_convert.mapping import ConversionError  # noqa: E402
@@ -66,10 +67,9 @@ def base():
 
 
 def logits(params, config, ids):
-    from internvl_jax.models import chat_model
 
     global _program
-    _program = _program or jax.jit(lambda params, ids: chat_model.forward(params, config, ids)[0])
+    _program = _program or jax.jit(lambda params, ids: modules.forward(params, config, ids)[0])
     return jax.device_get(_program(params, ids))
 
 

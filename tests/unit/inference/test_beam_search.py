@@ -24,7 +24,7 @@ from internvl_jax.config import ChatConfig
 from internvl_jax.inference import beam_search
 from internvl_jax.inference.generate import GenerationConfig, Generator
 from internvl_jax.inference.sampling import make_settings
-from internvl_jax.models import llama
+from internvl_jax.models import kv_cache
 
 CONFIG = ChatConfig.from_hf(LLAMA)
 CASES = beam_cases()
@@ -204,7 +204,7 @@ def test_settings_compile_nothing():
 )
 def test_when_a_search_is_over(early_stopping, length_penalty, worst, over):
     gen = GenerationConfig(10, num_beams=2, length_penalty=length_penalty, early_stopping=early_stopping, **NO_END)
-    cache = llama.init_cache(CONFIG.text, 2, 4, jnp.float32)
+    cache = kv_cache.init_cache(CONFIG.text, 2, 4, jnp.float32)
     state = beam_search.BeamState(
         cache=cache,
         tokens=jnp.zeros((1, 2, 10), jnp.int32),
@@ -229,7 +229,7 @@ def test_an_open_beam_that_wins_at_the_limit():
     """It is the answer in place of one that ended, and did not stop; what it has generated is its parent's and more."""
     gen = GenerationConfig(2, num_beams=2, **NO_END)
     state = beam_search.BeamState(
-        cache=llama.init_cache(CONFIG.text, 2, 4, jnp.float32),
+        cache=kv_cache.init_cache(CONFIG.text, 2, 4, jnp.float32),
         tokens=jnp.asarray([[[0, 0], [1, 0]]], jnp.int32),
         scores=jnp.asarray([[-1.0, -1.5]]),
         seen=jnp.asarray([[[True, False, False, False], [False, True, False, False]]]),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import modules
 from support.generation_cases import IMAGE, LLAMA, NO_END, llama_weights, padded, rows_of, tokens_of
 from support.golden import unstack
 from support.paths import DATA
@@ -14,7 +15,7 @@ from internvl_jax.config import ChatConfig
 from internvl_jax.inference import generate
 from internvl_jax.inference.generate import GenerationConfig, Generator, bucket
 from internvl_jax.inference.sampling import EOS_SLOTS, all_finite
-from internvl_jax.models import chat_model, llama
+from internvl_jax.models import chat_model
 from internvl_jax.models.layers import positions_from_valid
 
 CONFIG = ChatConfig.from_hf(LLAMA)
@@ -47,10 +48,10 @@ def greedy_by_recomputation(weights, rows, steps, features=None):
     @jax.jit
     def logits_at(ids, lengths):
         valid = jnp.arange(longest)[None] < lengths[:, None]
-        x = llama.embed(weights, ids, jnp.float32)
+        x = modules.embed(weights, ids, jnp.float32)
         if features is not None:
             x = chat_model.merge_images(x, jnp.asarray(is_image), jnp.asarray(features))
-        hidden, _, _ = llama.forward(weights, CONFIG.text, x, positions_from_valid(valid), valid)
+        hidden, _, _ = modules.run_llama(weights, CONFIG.text, x, positions_from_valid(valid), valid)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return jnp.dot(last, weights["lm_head"]["kernel"], precision="highest")
 

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import modules
 from support.golden import unstack
 
 from internvl_jax.config import PRESETS
 from internvl_jax.models import attention as seam
-from internvl_jax.models import intern_vit, kernels, llama
+from internvl_jax.models import cpu, kernels, kv_cache
 from internvl_jax.models.attention import (
     attention,
-    attention_by_head,
     attention_xla,
     cache_mask,
     implementation,
@@ -94,14 +94,16 @@ def test_by_head_equals_xla(length, causal, kv_heads, int8, dtype):
         assert y.dtype == dtype
         return [np.asarray(x, np.float32) for x in (y, *gradients)]
 
-    for name, actual, expected in zip(("y", "q", "k", "v"), result(attention_by_head), result(attention_xla)):
+    for name, actual, expected in zip(
+        ("y", "q", "k", "v"), result(partial(cpu.attention_by_head, attention_xla)), result(attention_xla)
+    ):
         tolerance = 1e-5 if dtype == jnp.float32 else 2**-7 * np.abs(expected).max()
         assert_close(actual, expected, tolerance, name)
 
 
 def test_by_head_in_blocks_equals_xla(monkeypatch):
     """Causal rows of samples and padding on either side: a block of queries reads the keys up to its end."""
-    monkeypatch.setattr(seam, "BLOCK", 16)
+    monkeypatch.setattr(cpu, "QUERY_BLOCK", 16)
     q, k, v, weights = random((2, 40, 4, HEAD_DIM), (2, 2, 40, HEAD_DIM), (2, 2, 40, HEAD_DIM), (2, 40, 4, HEAD_DIM))
     segments = jnp.asarray([[0] * 3 + [1] * 20 + [2] * 17, [1] * 9 + [2] * 25 + [0] * 6])
     place = jnp.tile(jnp.arange(40), (2, 1))
@@ -116,7 +118,7 @@ def test_by_head_in_blocks_equals_xla(monkeypatch):
         (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
         return y, *gradients
 
-    blocks = result(partial(attention_by_head, causal=True))
+    blocks = result(partial(cpu.attention_by_head, attention_xla, causal=True))
     for name, actual, expected in zip(("y", "q", "k", "v"), blocks, result(attention_xla)):
         assert_close(actual, expected, 1e-5, name)
 
@@ -203,7 +205,7 @@ def text():
         intermediate_size=48,
         vocab_size=64,
     )
-    abstract = jax.eval_shape(lambda: llama.init_params(jax.random.key(0), config))
+    abstract = jax.eval_shape(lambda: modules.init_llama(jax.random.key(0), config))
     rng = np.random.RandomState(1)
     return config, jax.tree.map(lambda x: (0.3 * rng.standard_normal(x.shape)).astype(np.float32), abstract)
 
@@ -221,13 +223,13 @@ def test_prefill_and_decode_with_kernels(text, stacked):
 
     def run(params, ids, valid, *, program):
         with implementation(program):
-            cache, collected = llama.init_cache(config, 2, 256, jnp.float32, stacked=stacked), []
+            cache, collected = kv_cache.init_cache(config, 2, 256, jnp.float32, stacked=stacked), []
             for start, end in ((0, 128), (128, 129), (129, 130), (130, 131)):
-                x = llama.embed(params, ids[:, start:end], jnp.float32)
-                hidden, cache, _ = llama.forward(
+                x = modules.embed(params, ids[:, start:end], jnp.float32)
+                hidden, cache, _ = modules.run_llama(
                     params, config, x, positions[:, start:end], valid[:, start:end], cache, fresh=start == 0
                 )
-                collected.append(llama.logits(params, config, hidden))
+                collected.append(modules.logits(params, config, hidden))
         return jnp.concatenate(collected, axis=1)
 
     results = [jax.jit(partial(run, program=program))(params, ids, valid) for program in ("xla", "pallas")]
@@ -244,14 +246,14 @@ def test_vision_tower_with_kernels():
         num_hidden_layers=2,
         image_size=56,
     )
-    abstract = jax.eval_shape(lambda: intern_vit.init_params(jax.random.key(0), config))
+    abstract = jax.eval_shape(lambda: modules.init_tower(jax.random.key(0), config))
     rng = np.random.RandomState(1)
     params = jax.tree.map(lambda x: (0.3 * rng.standard_normal(x.shape)).astype(np.float32), abstract)
     (pixels,) = random((2, 3, 56, 56))
 
     def run(params, *, program):
         with implementation(program):
-            x = intern_vit.forward(params, config, pixels)[0]
+            x = modules.run_tower(params, config, pixels)[0]
         return jnp.sum(x[:, 0] ** 2), x
 
     results = [
@@ -312,6 +314,7 @@ def test_rule(length, slots, mask, program, options, monkeypatch):
     with jax.set_mesh(jax.make_mesh((1,), ("tensor",))):
         assert seam.choose(q, k, mask, "tensor") == "xla"
     monkeypatch.setattr(seam, "on_tpu", lambda: True)
+    monkeypatch.setattr(cpu, "on_cpu", lambda: False)
     assert seam.choose(q, k, mask, "tensor") == program
     with implementation("xla"):
         assert seam.choose(q, k, mask, "tensor") == "xla"
@@ -324,6 +327,7 @@ def test_rule(length, slots, mask, program, options, monkeypatch):
 def test_kernels_want_whole_heads_on_every_device(length, slots, mask, program, monkeypatch):
     """Two kv heads do not divide over four devices; over two they do, and so they do where heads are not split."""
     monkeypatch.setattr(seam, "on_tpu", lambda: True)
+    monkeypatch.setattr(cpu, "on_cpu", lambda: False)
     q, k = shapes(length, slots, kv_heads=2)
     mask = masks(length, slots)[mask]
     for devices, split, expected in ((4, "tensor", "xla"), (2, "tensor", program), (4, None, program)):

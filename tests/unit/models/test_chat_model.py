@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import modules
 from support.golden import DATA, assert_close, bundle, kl, leaf, published, random_tree, spread, torch_tree, tree_of
 
 from internvl_jax.config import ChatConfig
-from internvl_jax.models import chat_model, intern_vit, projector
+from internvl_jax.models import chat_model
 from internvl_jax.models.layers import LayerNorm, RMSNorm
 
 BUNDLE = DATA / "internvl_chat_v1_1"
@@ -25,7 +26,7 @@ def on_host(function):
     return lambda *args, **options: jax.device_get(compiled(*args, **options))
 
 
-forward, encode, tower = map(on_host, (chat_model.forward, chat_model.encode_images, intern_vit.forward))
+forward, encode, tower = map(on_host, (modules.forward, modules.encode_images, modules.run_tower))
 
 
 class Golden:
@@ -222,7 +223,7 @@ def gradients(golden):
     @jax.jit
     @jax.value_and_grad
     def loss(params):
-        logits, _ = chat_model.forward(
+        logits, _ = modules.forward(
             params, golden.config, ids, pixels, arrays["train/attention_mask"] > 0,
             image_token_id=golden.image_token, remat=True,
         )  # fmt: skip
@@ -409,7 +410,7 @@ def test_projector_against_transformers():
     with torch.no_grad():
         theirs = module(torch.from_numpy(x)).numpy()
     config = ChatConfig.from_hf(hf.to_dict()).projector
-    assert_close(projector.forward(params, config, x), theirs, 1e-5, "projector")
+    assert_close(modules.project(params, config, x), theirs, 1e-5, "projector")
 
 
 # Merging and selecting, on random parameters.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import modules
 from support.golden import (
     DATA,
     assert_close,
@@ -34,7 +35,7 @@ def golden():
 
 
 # Compiled once per configuration, options and shapes, whichever test comes first.
-compiled = jax.jit(intern_vit.forward, static_argnames=("config", "num_layers", "dtype", "collect"))
+compiled = jax.jit(modules.run_tower, static_argnames=("config", "num_layers", "dtype", "collect"))
 
 
 def run(*args, **options):
@@ -54,7 +55,7 @@ def tiny(layers=3, **changes):
             **changes,
         }
     )
-    return config, random_tree(jax.eval_shape(lambda key: intern_vit.init_params(key, config), jax.random.key(0)))
+    return config, random_tree(jax.eval_shape(lambda key: modules.init_tower(key, config), jax.random.key(0)))
 
 
 def pixels(seed, *shape):
@@ -198,7 +199,7 @@ def test_loop_and_remat_equal_the_scan(norm_type):
     image, weights = pixels(0, 2, 3, 16, 16), pixels(1, 2, 17, 24)
 
     def loss(params, remat):
-        last, _ = intern_vit.forward(params, config, image, remat=remat)
+        last, _ = modules.run_tower(params, config, image, remat=remat)
         return jnp.sum(last * weights), last
 
     gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
@@ -244,15 +245,15 @@ def test_layers_past_the_last_one_that_runs(stacked):
     @jax.jit
     @jax.grad
     def gradient_of(params):
-        return jnp.sum(intern_vit.forward(params, config, image, num_layers=2)[0] ** 2)
+        return jnp.sum(modules.run_tower(params, config, image, num_layers=2)[0] ** 2)
 
     gradient = jax.device_get(gradient_of(params))
     for index in range(4):
         layer = gradient["layers"][index] if not stacked else jax.tree.map(lambda x, i=index: x[i], gradient["layers"])
         used = [np.any(x != 0) for x in jax.tree.leaves(layer)]
         assert all(used) if index < 2 else not any(used), index
-    with pytest.raises(ValueError, match="5 vision layers are asked for, the parameters hold 4"):
-        intern_vit.forward(params, config, image, num_layers=5)
+    with pytest.raises(ValueError, match="5 layers are asked for, but the parameters hold 4"):
+        modules.run_tower(params, config, image, num_layers=5)
 
 
 def test_class_token_comes_first():

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import modules
 from support.generation_cases import LLAMA, llama_weights
 from support.golden import assert_close, kl, spread, torch_tree, unstack
 
 from internvl_jax.config import ChatConfig
-from internvl_jax.models import llama
+from internvl_jax.models import kv_cache, llama
 from internvl_jax.models.layers import positions_from_valid
 
 TOKENS = 497  # a wrong rotary base hides in short prompts
@@ -38,9 +39,9 @@ CASES = {
 def whole(params, config, ids, valid, dtype=jnp.float32, collect=False, positions=None):
     """Logits [B,T,V] of whole sequences, and their hidden states."""
     positions = positions_from_valid(valid) if positions is None else positions
-    x = llama.embed(params, ids, dtype)
-    hidden, _, out = llama.forward(params, config, x, positions, valid, dtype=dtype, collect=collect)
-    return llama.logits(params, config, hidden), out
+    x = modules.embed(params, ids, dtype)
+    hidden, _, out = modules.run_llama(params, config, x, positions, valid, dtype=dtype, collect=collect)
+    return modules.logits(params, config, hidden), out
 
 
 # Compiled once per configuration, options and shapes.
@@ -120,11 +121,11 @@ def test_cache_equals_the_whole_sequence(weights, stacked, fresh):
 
     @partial(jax.jit, static_argnames="fresh")
     def read(params, cache, ids, positions, valid, fresh):
-        x = llama.embed(params, ids, jnp.float32)
-        hidden, cache, _ = llama.forward(params, CONFIG, x, positions, valid, cache, fresh=fresh)
-        return llama.logits(params, CONFIG, hidden), cache
+        x = modules.embed(params, ids, jnp.float32)
+        hidden, cache, _ = modules.run_llama(params, CONFIG, x, positions, valid, cache, fresh=fresh)
+        return modules.logits(params, CONFIG, hidden), cache
 
-    cache = llama.init_cache(CONFIG, 2, 48, jnp.float32, stacked=stacked)
+    cache = kv_cache.init_cache(CONFIG, 2, 48, jnp.float32, stacked=stacked)
     start = 0
     for step in (27, 1, 1, 1, 1, 1, 1, 7):
         now = slice(start, start + step)

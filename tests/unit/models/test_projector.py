@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import modules
 from support.golden import DATA, assert_close, bundle, random_tree
 
 from internvl_jax.config import ChatConfig, ProjectorConfig
@@ -24,7 +25,7 @@ def golden():
     return config.projector, params["mlp1"], bundle("internvl_chat_v1_1")[0]
 
 
-project = jax.jit(projector.forward, static_argnames=("config", "dtype"))
+project = jax.jit(modules.project, static_argnames=("config", "dtype"))
 
 
 def written_out(x, ratio):
@@ -97,7 +98,7 @@ def test_golden_bfloat16(golden):
 
 def test_stored_dtype():
     config = ProjectorConfig(32, 16)
-    params = random_tree(jax.eval_shape(lambda key: projector.init_params(key, config), jax.random.key(0)))
+    params = random_tree(jax.eval_shape(lambda key: modules.init_projector(key, config), jax.random.key(0)))
     stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     widened = jax.tree.map(lambda x: x.astype(np.float32), stored)
     x = np.random.default_rng(1).standard_normal((1, 3, 32)).astype(np.float32)

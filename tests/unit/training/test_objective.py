@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import modules
 from support.golden import DATA, assert_close, bundle, published, random_tree
 
 from internvl_jax.config import PRESETS, ChatConfig
@@ -197,7 +198,7 @@ def test_chunks_and_z_loss_equal_the_plain_formula():
     @jax.jit
     @jax.value_and_grad
     def plain(params):
-        logits, _ = chat_model.forward(
+        logits, _ = modules.forward(
             params, config, batch.input_ids, batch.pixel_values, batch.segment_ids > 0, image_token_id=IMAGE
         )
         normaliser = jax.nn.logsumexp(logits, -1)[:, :-1]
