@@ -9,6 +9,7 @@ that arithmetic and memory allow over the time taken, collectives not counted. B
 from __future__ import annotations
 
 import contextlib
+import logging
 import resource
 import statistics
 import sys
@@ -32,6 +33,8 @@ from internvl_jax.models.layers import Params
 from internvl_jax.parallel import partitioning
 from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.utils import files
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 
@@ -137,12 +140,14 @@ def run(
     else:
         generator, name = _random_model(config, mesh, dtype), preset
     bench = _Bench(generator, prompt, profile)
+    logger.info("%s", HEADER)
     parts = [(part, size) for size in batches for part in bench.parts]
     measurements = []
     for number, (part, size) in enumerate(parts):
         if progress is not None:
             progress(number, len(parts) + 1, f"{part}, batch {size}")
         measurements.append(getattr(bench, part)(size))
+        logger.info("%s", row(measurements[-1]))
     first_token = bench.time_to_first_token()
     peak, memory_of = _memory_peak()
     devices = jax.devices()[:1] if generator.mesh is None else generator.mesh.devices.reshape(-1)
@@ -163,29 +168,29 @@ def run(
     )
 
 
+HEADER = f"{'program':8} {'batch':>5} {'rate':>12} {'unit':16} {'ms':>9} {'compile s':>9} {'MFU':>6} {'roofline':>8}"
+
+
+def row(one: Measurement) -> str:
+    """A measurement as a row below HEADER."""
+    mfu, roofline = ("-" if value is None else f"{100 * value:.1f}%" for value in (one.mfu, one.roofline))
+    return (
+        f"{one.program:8} {one.batch:5} {one.rate:12,.1f} {one.unit:16} {1e3 * one.seconds:9,.2f} "
+        f"{one.compile_seconds:9.2f} {mfu:>6} {roofline:>8}"
+    )
+
+
 def lines(result: Result) -> list[str]:
     """The result as a small table."""
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f}%"
-
-    memory = f"{result.memory_peak_bytes / 2**30:.2f} GiB"
-    where = f"mesh {result.mesh}" if result.mesh else "one device"
-    table = [
+    mesh = f"mesh {result.mesh}" if result.mesh else "one device"
+    return [
         f"{result.model}: {result.parameters / 1e9:.3f}B parameters, {result.dtype}, {result.devices} x "
-        f"{result.device}, {where}, {result.processes} process(es), jax {result.jax}",
-        f"{'program':8} {'batch':>5} {'rate':>12} {'unit':16} {'ms':>9} {'compile s':>9} {'MFU':>6} {'roofline':>8}",
-    ]
-    for one in result.measurements:
-        table.append(
-            f"{one.program:8} {one.batch:5} {one.rate:12.1f} {one.unit:16} {1e3 * one.seconds:9.2f} "
-            f"{one.compile_seconds:9.2f} {percent(one.mfu):>6} {percent(one.roofline):>8}"
-        )
-    table.append(
+        f"{result.device}, {mesh}, {result.processes} process(es), jax {result.jax}",
+        HEADER,
+        *map(row, result.measurements),
         f"prompts of {result.prompt_tokens} tokens; time to first token {1e3 * result.time_to_first_token:.1f} ms; "
-        f"memory peak {memory} ({result.memory_of})"
-    )
-    return table
+        f"memory peak {result.memory_peak_bytes / 2**30:.2f} GiB ({result.memory_of})",
+    ]
 
 
 @dataclass(frozen=True)
