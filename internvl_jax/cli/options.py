@@ -21,7 +21,6 @@ from internvl_jax.utils import files
 logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16")
-SAMPLING = ("top_p", "top_k", "seed")  # generation settings that are ignored at temperature 0
 
 Commands = Any  # what ArgumentParser.add_subparsers returns; argparse has no public name for it
 
@@ -253,7 +252,7 @@ def generation(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: A value is out of range.
     """
-    from internvl_jax.inference.sampling import GenerationConfig
+    from internvl_jax.inference.sampling import SAMPLING, GenerationConfig
 
     names = [*(one.name for one in GENERATION), "stop"]
     given = {name: value for name in names if (value := getattr(args, name)) is not None}

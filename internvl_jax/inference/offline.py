@@ -31,7 +31,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from internvl_jax.cli.options import SAMPLING
 from internvl_jax.inference.chat import Chat, Reply
 from internvl_jax.inference.offline_files import (
     GENERATION,
@@ -42,7 +41,7 @@ from internvl_jax.inference.offline_files import (
     read_answers,
     read_questions,
 )
-from internvl_jax.inference.sampling import GenerationConfig
+from internvl_jax.inference.sampling import SAMPLING, GenerationConfig
 from internvl_jax.parallel import distributed, partitioning
 from internvl_jax.utils import files
 

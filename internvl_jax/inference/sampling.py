@@ -21,6 +21,9 @@ _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float3
 NO_TOKEN = np.iinfo(np.int32).max  # fills the unused room: no token has this id
 
 
+SAMPLING = ("top_p", "top_k", "seed")  # settings that are ignored at temperature 0
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """How to generate; names and meanings are transformers'. Raises ValueError for values that make no sense."""
