@@ -154,59 +154,25 @@ def run(name: str = "full", steps: int = 20) -> Run:
     return Run(theirs, ours, moved, original)
 
 
-def plot(result: Run, name: str) -> str:
-    """Both curves, and below them how far apart they are, as SVG."""
-    width, left, top, height, gap, low = 640, 70, 40, 190, 46, 90
-    steps = len(result.ours)
-    apart = np.abs(np.subtract(result.torch, result.ours))
-    first, last = min(result.torch + result.ours), max(result.torch + result.ours)
-    unit = 10.0 ** np.ceil(np.log10(max(apart.max(), 1e-9)))
-    below = top + height + gap
-    moved = f"PyTorch from weights moved by one rounding: {result.rounding:.1e}"
+def plot(result: Run, name: str, path: Path) -> None:
+    """Draw both curves, and their difference below them."""
+    from matplotlib.figure import Figure  # the extra `report`
 
-    def x(step: int) -> float:
-        return left + step * (width - left - 20) / max(1, steps - 1)
-
-    def y(loss: float) -> float:
-        return top + height * (last - loss) / max(last - first, 1e-9)
-
-    def line(losses: list[float], style: str) -> str:
-        points = " ".join(f"{x(i):.1f},{y(loss):.1f}" for i, loss in enumerate(losses))
-        return f'<polyline points="{points}" fill="none" {style}/>'
-
-    def text(at: float, down: float, words: str, more: str = "") -> str:
-        return f'<text x="{at:.1f}" y="{down:.1f}" {more}>{words}</text>'
-
-    end = 'text-anchor="end"'
-    bars = (
-        f'<rect x="{x(i) - 4:.1f}" y="{below + low * (1 - a / unit):.1f}" width="8" height="{low * a / unit:.1f}" '
-        'fill="#777"/>'
-        for i, a in enumerate(apart)
-    )
-    axis = '<line x1="{0}" x2="{1}" y1="{2}" y2="{2}" stroke="#bbb"/>'
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {below + low + 34}" '
-            'font-family="sans-serif" font-size="12">',
-            '<rect width="100%" height="100%" fill="white"/>',
-            text(left, 20, f"{name}, float32: loss of each step", 'font-weight="bold"'),
-            text(left + 300, 20, "PyTorch", 'fill="#d95f02"'),
-            text(left + 370, 20, "internvl-jax (dashed)", 'fill="#1f4e9c"'),
-            axis.format(left, width - 20, top + height),
-            text(left - 8, top + 4, f"{last:.2f}", end),
-            text(left - 8, top + height + 4, f"{first:.2f}", end),
-            line(result.torch, 'stroke="#d95f02" stroke-width="4" stroke-opacity="0.6"'),
-            line(result.ours, 'stroke="#1f4e9c" stroke-width="1.5" stroke-dasharray="6 4"'),
-            text(left, below - 12, f"difference, at most {apart.max():.1e}; {moved}", 'font-weight="bold"'),
-            axis.format(left, width - 20, below + low),
-            text(left - 8, below + 6, f"{unit:.0e}", end),
-            text(left - 8, below + low + 4, "0", end),
-            *bars,
-            text(x(0), below + low + 18, "1", 'text-anchor="middle"'),
-            text(x(steps - 1), below + low + 18, f"step {steps}", end),
-            "</svg>\n",
-        ]
-    )
+    steps = np.arange(1, len(result.ours) + 1)
+    difference = np.abs(np.subtract(result.torch, result.ours))
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    losses, differences = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    losses.plot(steps, result.torch, color="#d95f02", linewidth=4, alpha=0.6, label="PyTorch", gid="torch")
+    losses.plot(steps, result.ours, color="#1f4e9c", linestyle="--", label="internvl-jax", gid="ours")
+    losses.set(title=f"{name}, float32: loss of each step", ylabel="loss")
+    losses.legend()
+    for step, bar in zip(steps, differences.bar(steps, difference, width=0.3, color="#777")):
+        bar.set_gid(f"difference-{step}")
+    rounding = f"PyTorch with weights moved by one rounding: {result.rounding:.1e}"
+    differences.set_title(f"difference, at most {difference.max():.1e}; {rounding}", fontsize="medium")
+    differences.set(xlabel="step", ylabel="difference")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -221,8 +187,7 @@ def main() -> None:
         parser.error(f"--steps is {args.steps}: it must be at least 1")
     result = run(args.recipe, args.steps)
     if args.plot is not None:
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
-        args.plot.write_text(plot(result, args.recipe), encoding="utf-8")
+        plot(result, args.recipe, args.plot)
     if args.json:
         print(json.dumps({"recipe": args.recipe, "largest_difference": result.apart, **asdict(result)}))
     else:
