@@ -31,6 +31,7 @@ from internvl_jax.chunk_store import not_finite
 from internvl_jax.config import ChatConfig
 from internvl_jax.config.schema import read_json
 from internvl_jax.models import chat_model
+from internvl_jax.models.axes import axes_of
 from internvl_jax.parallel import distributed
 from internvl_jax.quantize import Scheme, is_quantized, quantize_kernel, quantize_params, quantize_while_reading
 from internvl_jax.utils.files import new_directory, resolve
@@ -112,7 +113,8 @@ def convert(
                     values = part.read(weights, dtypes[part.path])
                     place = ... if part.layer is None else part.layer
                     if part.path in kernels:
-                        kernel = _quantize(values, name=part.path, qtype=kernels[part.path].qvalue.dtype)
+                        qtype, inputs = kernels[part.path].qvalue.dtype, axes_of(part.path).inputs
+                        kernel = _quantize(values, inputs=inputs, qtype=qtype, name=part.path)
                         for name, leaf in checkpoint.named_leaves(kernel):
                             writer.write(f"{part.path}/{name}", place, np.asarray(leaf))
                     else:
@@ -127,7 +129,7 @@ def convert(
     return make_report(destination, len(weights.shapes), size, started)
 
 
-_quantize = jax.jit(quantize_kernel, static_argnames=("name", "qtype"))
+_quantize = jax.jit(quantize_kernel, static_argnames=("inputs", "qtype", "name"))
 
 
 def load_hf(directory: str | Path, abstract: Any, *, progress: Progress | None = None) -> Any:

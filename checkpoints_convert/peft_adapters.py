@@ -24,7 +24,8 @@ from checkpoints_convert.mapping import ConversionError, Tensor, canonical, tens
 from checkpoints_convert.peft_config import MERGE_IT, PeftConfig, read_config
 from checkpoints_convert.readers import Weights
 from internvl_jax.config import ChatConfig
-from internvl_jax.lora import REPLACED, TARGETS, Lora, Settings, leaf_at, put_at, sides
+from internvl_jax.lora import ADAPTABLE, REPLACED, Lora, Settings, leaf_at, put_at, sides
+from internvl_jax.models.axes import linear_layers
 from internvl_jax.models.layers import Params
 from internvl_jax.utils import files
 
@@ -149,7 +150,7 @@ def import_peft(directory: str | Path, config: ChatConfig) -> tuple[Params, dict
         OSError: a file cannot be read.
     """
     directory = files.resolve(directory)
-    towers = [tower for tower in TARGETS if (directory / tower / CONFIG).exists()]
+    towers = [tower for tower in ADAPTABLE if (directory / tower / CONFIG).exists()]
     if (directory / CONFIG).exists():
         if towers:
             raise ConversionError(f"{directory} is an adapter, and so is {towers[0]}/ in it: pass one of them")
@@ -183,7 +184,7 @@ def _no_adapter(directory: Path) -> str:
         return f"{directory} {'is a file' if directory.exists() else 'does not exist'}: pass an adapter's directory"
     inside = sorted(str(path.parent) for path in directory.glob(f"*/{CONFIG}"))
     inside += sorted(str(path.parent) for path in directory.glob(f"*/*/{CONFIG}"))
-    names = ", ".join((CONFIG, *(f"{tower}/{CONFIG}" for tower in TARGETS)))
+    names = ", ".join((CONFIG, *(f"{tower}/{CONFIG}" for tower in ADAPTABLE)))
     return f"{directory} has none of {names}" + (f"; pass {' or '.join(inside)}" if inside else "")
 
 
@@ -220,10 +221,10 @@ class _Names:
             target = rest.removesuffix("/kernel")
             if not tensor.index:
                 self.whole[tensor.key] = tensor
-            elif target in TARGETS.get(one, ()) and tower in (None, one):
+            elif target in linear_layers(one) and tower in (None, one):
                 self.kernels[tensor.key.removesuffix(".weight")] = one, target, tensor
         # The language model first: CLIP's layers have names that end like its layers'.
-        self._order = sorted(self.kernels, key=lambda key: list(TARGETS).index(self.kernels[key][0]))
+        self._order = sorted(self.kernels, key=lambda key: ADAPTABLE.index(self.kernels[key][0]))
 
     def kernel(self, name: str) -> str | None:
         """The key of the layer that peft calls `name`."""
@@ -400,10 +401,10 @@ def _stacked(
         if tensor.path.startswith(f"{tower}/layers/") and tensor.path.endswith("/kernel")
     }
     tree: Params = {}
-    targets = tuple(target for target in TARGETS[tower] if any(target == one for one, _ in pairs))
+    targets = tuple(target for target in linear_layers(tower) if any(target == one for one, _ in pairs))
     for target in targets:
         tensor = table[target, 0]
-        ins, outs = sides(target, (0, *tensor.our_shape))
+        ins, outs = sides(f"{tower}/layers/{target}", tensor.our_shape)
         if len(tensor.index) > 1:
             outs = (3, *outs)  # q, k and v
         a, b = np.zeros((depth, *ins, rank), np.float32), np.zeros((depth, rank, *outs), np.float32)
@@ -418,7 +419,7 @@ def _stacked(
         put_at(tree, f"{target}/lora_a", a)
         put_at(tree, f"{target}/lora_b", b)
     alpha = peft.lora_alpha if plain else scale * rank
-    return {"layers": tree}, Lora(rank, alpha, peft.lora_dropout, None if targets == TARGETS[tower] else targets)
+    return {"layers": tree}, Lora(rank, alpha, peft.lora_dropout, None if targets == linear_layers(tower) else targets)
 
 
 def _name_unread(directory: Path, read: set[str]) -> None:

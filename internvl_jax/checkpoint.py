@@ -43,8 +43,9 @@ from internvl_jax.chunk_store import (
     stored_array,
     write_checksums,
 )
+from internvl_jax.models.axes import LAYERS, find_axes
 from internvl_jax.parallel import distributed
-from internvl_jax.parallel.partitioning import PARAM_RULES
+from internvl_jax.parallel.partitioning import logical_spec
 from internvl_jax.quantize import is_quantized, quantize_while_reading
 from internvl_jax.utils import files
 
@@ -363,13 +364,13 @@ def chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, 
 
 
 def _split_axis(name: str, shape: tuple[int, ...], mesh_axis: str) -> int | None:
-    """The axis along which a mesh splits a leaf, as sharding.storage_shardings chooses it."""
-    kernel = re.sub(rf"/kernel/({QVALUE}|scale)$", "/kernel", name)
-    rule = next((rule for rule in PARAM_RULES if re.fullmatch(rule.pattern, kernel)), None)
-    if rule is None or mesh_axis not in rule.spec:
+    """The axis along which a mesh splits a leaf, as param_sharding.storage_shardings chooses it."""
+    axes = find_axes(re.sub(rf"/kernel/({QVALUE}|scale)$", "/kernel", name))
+    spec = () if axes is None else tuple(logical_spec(*axes.names))
+    if mesh_axis not in spec:
         return None
-    axis = tuple(rule.spec).index(mesh_axis)
-    others = range(1 if "/layers/" in name else 0, len(shape))
+    axis = spec.index(mesh_axis)
+    others = range(1 if LAYERS in axes.names else 0, len(shape))
     return next((other for other in (axis, *others) if shape[other] % PARTS[mesh_axis] == 0), axis)
 
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from internvl_jax import checkpoint
+from internvl_jax.models.axes import axes_of, linear_layers
 from internvl_jax.models.layers import Array, Params, precision_of
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel.partitioning import path_of
@@ -35,20 +36,7 @@ Progress = Callable[[int, int, str], None]
 FILE = "adapter.json"
 REPLACED = "replaced"  # beside the towers of a tree of adapters
 
-# The reference's targets (InternVL's wrap_llm_lora and wrap_backbone_lora): every linear layer of the blocks.
-TARGETS = {
-    "language_model": (
-        "self_attn/q_proj",
-        "self_attn/k_proj",
-        "self_attn/v_proj",
-        "self_attn/o_proj",
-        "mlp/gate_proj",
-        "mlp/up_proj",
-        "mlp/down_proj",
-    ),
-    "vision_model": ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2"),
-}
-_SUMMED_OVER_HEADS = ("self_attn/o_proj", "attn/proj")  # kernels [N,H,D]; all others sum over their first axis
+ADAPTABLE = ("language_model", "vision_model")  # the parts that have layers
 
 
 class LoraError(ValueError):
@@ -62,7 +50,7 @@ class Lora:
     rank: int
     alpha: float | None = None
     dropout: float = 0.05
-    targets: tuple[str, ...] | None = None  # of TARGETS; None: all of the tower's
+    targets: tuple[str, ...] | None = None  # of `linear_layers`; None: all of them
 
     def __post_init__(self):
         if self.rank < 1 or not 0 <= self.dropout < 1:
@@ -75,21 +63,21 @@ class Lora:
 
     def targets_of(self, tower: str) -> tuple[str, ...]:
         """The layers that get an adapter. Raises LoraError for names that the tower does not have."""
-        known = TARGETS.get(tower, ())
+        known = linear_layers(tower)
         chosen = known if self.targets is None else self.targets
         if not chosen or set(chosen) - set(known):
             raise LoraError(f"adapters of {tower} go to {', '.join(known) or 'nothing'}, not to {', '.join(chosen)}")
         return chosen
 
 
-Settings = Mapping[str, Lora]  # by tower, a key of TARGETS
+Settings = Mapping[str, Lora]  # by part of the model, "language_model" or "vision_model"
 
 
 def init_adapters(key: Array, params: Params, settings: Settings) -> Params:
     """Fresh float32 adapters for `params`, whose layers are stacked: lora_b is zero, so that they change nothing yet.
 
     lora_a is drawn as peft draws it, uniform in +-1/sqrt(inputs). params: arrays or anything with shapes, in true
-    shapes (pads are added by sharding.pad_params).
+    shapes (pads are added by param_sharding.pad_params).
     """
     adapters: Params = {}
     for tower, lora in settings.items():
@@ -98,7 +86,7 @@ def init_adapters(key: Array, params: Params, settings: Settings) -> Params:
         layers: Params = {}
         for target in lora.targets_of(tower):
             kernel = leaf_at(params[tower]["layers"], target)["kernel"]
-            inputs, outputs = sides(target, kernel.shape)
+            inputs, outputs = sides(f"{tower}/layers/{target}", kernel.shape[1:])
             key, drawn = jax.random.split(key)
             bound = 1 / math.sqrt(math.prod(inputs))
             pair = {
@@ -151,7 +139,8 @@ def _with_replaced(params: Params, adapters: Params) -> Params:
 
 def _in_place_of(old: Any, new: Any, name: str) -> Any:
     if is_quantized(old):
-        new = quantize_kernel(jnp.asarray(new, jnp.float32), name=name, qtype=old.qvalue.dtype)
+        inputs = axes_of(name).inputs
+        new = quantize_kernel(jnp.asarray(new, jnp.float32), inputs=inputs, qtype=old.qvalue.dtype, name=name)
 
     def fit(new: Any, old: Any) -> Any:
         pads = [(0, theirs - ours) for ours, theirs in zip(new.shape, old.shape, strict=True)]
@@ -331,7 +320,7 @@ def check(params: Params, adapters: Params) -> None:
             problems.append(f"{name}: no such layer")
             continue
         stacked = len(kernel) - (0 if isinstance(params[name.split("/")[0]]["layers"], tuple) else 1)
-        inputs, outputs = sides(name.split("/layers/")[1], (0, *kernel[-stacked:]))
+        inputs, outputs = sides(name, kernel[-stacked:])
         expected, found = (inputs, leaf.shape[1:-1]) if kind == "lora_a" else (outputs, leaf.shape[2:])
         if stacked < len(kernel) and leaf.shape[0] > kernel[0]:
             problems.append(f"{name}/{kind} is for {leaf.shape[0]} layers, the model has {kernel[0]}")
@@ -346,10 +335,13 @@ def replaced_names(adapters: Params) -> list[str]:
     return [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(adapters.get(REPLACED, {}))]
 
 
-def sides(target: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of a stacked kernel [L,...] that are summed, and the others."""
-    summed = 2 if target in _SUMMED_OVER_HEADS else 1
-    return tuple(shape[1 : 1 + summed]), tuple(shape[1 + summed :])
+def sides(layer: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Split the shape of a linear layer's kernel, without the axis of layers, into inputs and outputs.
+
+    layer: its path, "language_model/layers/self_attn/q_proj".
+    """
+    inputs = axes_of(f"{layer}/kernel").inputs
+    return tuple(shape[:inputs]), tuple(shape[inputs:])
 
 
 def leaf_at(tree: Params, path: str) -> Any:

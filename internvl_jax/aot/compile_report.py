@@ -27,9 +27,9 @@ from internvl_jax.config import PRESETS, ChatConfig
 from internvl_jax.inference import generate
 from internvl_jax.inference.loading import abstract_for_running
 from internvl_jax.inference.sampling import GenerationConfig, make_settings
-from internvl_jax.models import flops
+from internvl_jax.models import flops, param_sharding
 from internvl_jax.models.layers import Params
-from internvl_jax.parallel import partitioning
+from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.parallel.partitioning import fit_spec
 from internvl_jax.quantize import quantize_params
 from internvl_jax.utils.files import resolve
@@ -44,7 +44,7 @@ class Workload:
     config: ChatConfig
     topology: Topology
     mesh: Mesh
-    vision: str  # how the tower is spread, a key of sharding.IMAGE_AXES
+    vision: str  # how the tower is spread, a key of mesh.IMAGE_AXES
     params: Params  # ShapeDtypeStructs with shardings
     batch: int  # rows, and images: one per row
     length: int  # slots of the cache: tokens of prompt and answer
@@ -55,7 +55,7 @@ class Workload:
 
     @property
     def image_axes(self) -> tuple[str, ...]:
-        return partitioning.IMAGE_AXES[self.vision]
+        return mesh_lib.IMAGE_AXES[self.vision]
 
     @property
     def mesh_name(self) -> str:
@@ -223,7 +223,7 @@ def make_workload(
     """Check what was asked for, and describe the devices.
 
     preset: a name of config.PRESETS, or a directory with a config.json. topology: see chips.parse_topology.
-    mesh: as sharding.make_mesh takes it; None: the largest tensor axis, the rest on data. prompt: None for all of
+    mesh: as mesh.make_mesh takes it; None: the largest tensor axis, the rest on data. prompt: None for all of
         length.
     vision: "tensor" or "data"; None: sharding's default. dtype: of computation; cache_dtype: None for the same.
     quantize: "int8" or "int4" weights.
@@ -240,14 +240,14 @@ def make_workload(
             f"{config.text.max_position_embeddings}, the model's context"
         )
     devices = place.devices()
-    over = partitioning.make_mesh(mesh, devices, config)
+    over = mesh_lib.make_mesh(mesh, devices, config)
     if over.size != len(devices):
-        raise partitioning.MeshError(
+        raise mesh_lib.MeshError(
             f"the mesh {mesh} uses {over.size} of the {len(devices)} devices of {place.name}: name a smaller slice, or "
             f"give the rest to data"
         )
-    partitioning.validate_mesh(config, over, batch)
-    spread = partitioning.default_vision_mode(over) if vision is None else vision
+    mesh_lib.validate_mesh(config, over, batch)
+    spread = mesh_lib.default_vision_mode(over) if vision is None else vision
     kept = jnp.dtype(cache_dtype or dtype)
     params = abstract_params(config, over, spread, jnp.dtype(dtype), quantize)
     return Workload(config, place, over, spread, params, batch, length, prompt, jnp.dtype(dtype), kept, quantize)
@@ -268,8 +268,8 @@ def abstract_params(config: ChatConfig, mesh: Mesh, vision: str, dtype: Any, sch
     params = _running(config, dtype)
     if scheme is not None:
         params = jax.eval_shape(partial(quantize_params, scheme=scheme), params)
-    params = jax.eval_shape(lambda tree: partitioning.pad_params(tree, config, mesh, vision=vision), params)
-    shardings = partitioning.param_shardings(params, mesh, vision=vision)
+    params = jax.eval_shape(lambda tree: param_sharding.pad_params(tree, config, mesh, vision=vision), params)
+    shardings = param_sharding.param_shardings(params, mesh, vision=vision)
     return jax.tree.map(lambda leaf, where: ShapeDtype(leaf.shape, leaf.dtype, sharding=where), params, shardings)
 
 
@@ -394,7 +394,7 @@ def advice(load: Workload, done: Report) -> tuple[str, ...]:
     elif room <= 0:
         lines.append(f"the parameters alone take {memory['parameters'] / GIB:.2f} GiB per chip")
     tensor = load.mesh.shape["tensor"]
-    for size in partitioning.legal_tensor_sizes(load.config, 64):
+    for size in mesh_lib.legal_tensor_sizes(load.config, 64):
         if size > tensor and memory["peak"] * tensor / size < done.hbm_capacity_bytes * 0.95:
             needed = load.topology.chips * size // tensor
             lines.append(f"about {needed} chips of {chip.name} would hold it, with tensor={size}")

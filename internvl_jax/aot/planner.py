@@ -20,7 +20,7 @@ from internvl_jax.aot.compile_report import (
     together,
 )
 from internvl_jax.aot.topology import GIB, parse_topology
-from internvl_jax.parallel import partitioning
+from internvl_jax.parallel import mesh as mesh_lib
 
 # The slices of the table in docs/.
 SLICES = ("v5e-4", "v5e-8", "v5e-16", "v5e-256", "v6e-1", "v6e-4", "v6e-8", "v5p-8", "tpu7x")
@@ -76,7 +76,7 @@ def candidates(asked: dict[str, Any]) -> list[Candidate]:
     place = parse_topology(asked["topology"])
     devices = place.chips * place.chip.devices
     found = []
-    tensors = partitioning.legal_tensor_sizes(config_of(asked["preset"]), devices)
+    tensors = mesh_lib.legal_tensor_sizes(config_of(asked["preset"]), devices)
     for tensor in tensors:
         data = devices // tensor
         batch = asked.get("batch") or data
@@ -84,7 +84,7 @@ def candidates(asked: dict[str, Any]) -> list[Candidate]:
             load = make_workload(**{**asked, "mesh": f"data={data},tensor={tensor}", "batch": batch})
             found.append(_candidate(load, grow=not asked.get("batch")))
     if not found:
-        raise partitioning.MeshError(
+        raise mesh_lib.MeshError(
             f"a batch of {asked['batch']} rows does not divide over {devices} devices, of which {max(tensors)} at most "
             f"can share a row: use a multiple of {devices // max(tensors)} rows, or a smaller slice"
         )
@@ -152,7 +152,7 @@ def _largest(asked: dict[str, Any], candidate: Candidate, say: Say) -> Report | 
     while True:
         try:
             load = make_workload(**{**asked, "mesh": candidate.mesh, "batch": batch})
-        except partitioning.MeshError:  # fewer rows than the mesh has places for
+        except mesh_lib.MeshError:  # fewer rows than the mesh has places for
             return None
         parts: dict[str, Report] = {}
         for name in ("prefill", "encode", "decode"):  # those with large temporaries first

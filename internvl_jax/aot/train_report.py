@@ -21,7 +21,7 @@ from internvl_jax.aot.topology import GIB, Topology, parse_topology
 from internvl_jax.config import ChatConfig
 from internvl_jax.data.batch import Batch
 from internvl_jax.inference.loading import abstract_for_running
-from internvl_jax.parallel import partitioning
+from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.parallel.partitioning import BATCH, fit_spec
 from internvl_jax.training import costs, optimizer
 from internvl_jax.training.recipes import Recipe, recipe_of
@@ -143,11 +143,11 @@ def make_work(
     if not 0 <= images * config.tokens_per_image < length:
         raise ValueError(f"{images} pictures of {config.tokens_per_image} tokens do not leave room in {length} tokens")
     devices = where.devices()
-    over = partitioning.make_mesh(mesh or f"fsdp={len(devices)}", devices, config)
+    over = mesh_lib.make_mesh(mesh or f"fsdp={len(devices)}", devices, config)
     if over.size != len(devices):
-        raise partitioning.MeshError(f"the mesh {mesh} uses {over.size} of the {len(devices)} devices of {where.name}")
+        raise mesh_lib.MeshError(f"the mesh {mesh} uses {over.size} of the {len(devices)} devices of {where.name}")
     rows = over.shape["data"] * over.shape["fsdp"] if batch is None else batch
-    partitioning.validate_mesh(config, over, rows)
+    mesh_lib.validate_mesh(config, over, rows)
     if rows < 1:
         raise ValueError(f"a batch has at least one row, not {rows}")
     place = Place(config, over, vision)

@@ -29,8 +29,9 @@ from internvl_jax.aot.topology import CHIPS, Chip
 from internvl_jax.config import PRESETS, ChatConfig
 from internvl_jax.inference.generate import GenerationConfig, Generator, bucket
 from internvl_jax.inference.loading import abstract_for_running, load, unstack_towers
+from internvl_jax.models import param_sharding
 from internvl_jax.models.layers import Params
-from internvl_jax.parallel import partitioning
+from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.utils import files
 
@@ -345,8 +346,8 @@ def _random_model(config: ChatConfig, mesh: str | None, dtype: str | None) -> Ge
     on_cpu = jax.default_backend() == "cpu"
     number = jnp.dtype((jnp.float32 if on_cpu else jnp.bfloat16) if dtype is None else dtype)
     abstract = abstract_for_running(config, number)
-    over = None if mesh is None else partitioning.make_mesh(mesh, config=config)
-    vision = None if over is None else partitioning.default_vision_mode(over)
+    over = None if mesh is None else mesh_lib.make_mesh(mesh, config=config)
+    vision = None if over is None else mesh_lib.default_vision_mode(over)
     params = _random_params(abstract, config, over, vision)
     return Generator(
         config,
@@ -354,7 +355,7 @@ def _random_model(config: ChatConfig, mesh: str | None, dtype: str | None) -> Ge
         dtype=number,
         image_token_id=None if config.projector is None else config.text.vocab_size - 1,
         mesh=over,
-        image_axes=BATCH if over is None else partitioning.IMAGE_AXES[vision],
+        image_axes=BATCH if over is None else mesh_lib.IMAGE_AXES[vision],
     )
 
 
@@ -363,7 +364,7 @@ def _random_params(abstract: Params, config: ChatConfig, mesh: Mesh | None, visi
     if mesh is None:
         places = [None] * len(leaves)
     else:
-        places = jax.tree.leaves(partitioning.storage_shardings(abstract, mesh, vision=vision))
+        places = jax.tree.leaves(param_sharding.storage_shardings(abstract, mesh, vision=vision))
 
     def make(number: int) -> jax.Array:
         leaf = leaves[number]
@@ -371,7 +372,7 @@ def _random_params(abstract: Params, config: ChatConfig, mesh: Mesh | None, visi
         return draw(jax.random.key(number))
 
     params = jax.tree.unflatten(tree, [make(number) for number in range(len(leaves))])
-    return params if mesh is None else partitioning.place_params(params, config, mesh, vision=vision)
+    return params if mesh is None else param_sharding.place_params(params, config, mesh, vision=vision)
 
 
 def _memory_peak() -> tuple[int, str]:

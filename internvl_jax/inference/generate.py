@@ -255,9 +255,9 @@ class Generator:
     params: chat_model's tree, layers stacked or as tuples of per-layer trees. dtype: of computation.
     cache_dtype: of the cache, int8 or a float type; None: dtype.
     image_token_id: the token that stands where images are merged in; None where there is none.
-    mesh: the devices over which params lie (sharding.place_params); None: one device. Batches of any size are accepted:
+    mesh: the devices over which params are sharded (place_params); None: one device. Batches of any size are accepted:
         they are padded to what divides the mesh.
-    image_axes: mesh axes along which images lie in the vision tower (sharding.IMAGE_AXES).
+    image_axes: mesh axes along which the vision tower's images are sharded (mesh.IMAGE_AXES).
     known: [vocab_size] bool, tokens that may be generated; None: all. End tokens always may.
     """
 

@@ -18,9 +18,9 @@ from internvl_jax import checkpoint, lora
 from internvl_jax.config import ChatConfig, ConfigError
 from internvl_jax.config.schema import read_json
 from internvl_jax.inference.chat import Chat
-from internvl_jax.models import chat_model
+from internvl_jax.models import chat_model, param_sharding
 from internvl_jax.models.layers import Params
-from internvl_jax.parallel import partitioning
+from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.processing.chat_template import template_of
 from internvl_jax.processing.conversation import TEMPLATES
@@ -53,12 +53,12 @@ def load(
 
     path: a directory that `internvl-jax convert` wrote, or a published Hugging Face directory as it is (extra
         `convert`). None: the small model "nano" that ships with the project.
-    mesh: devices to spread the model over: a mesh of sharding.make_mesh, or what it makes one of, "data=2,tensor=4".
+    mesh: devices to spread the model over: a mesh of mesh.make_mesh, or what it makes one of, "data=2,tensor=4".
         Each device reads and holds its share only. None: one device.
     dtype: of parameters and compute, "bfloat16" or "float32". None: bfloat16 on TPU and GPU, float32 on CPU, whose XLA
         backend has no bfloat16 kernels.
-    vision: how the vision tower lies on the mesh, "tensor" or "data" (sharding.IMAGE_AXES). None:
-        sharding.default_vision_mode.
+    vision: how the vision tower lies on the mesh, "tensor" or "data" (mesh.IMAGE_AXES). None:
+        mesh.default_vision_mode.
     quantize: "int8" or "int4" weights (quantize.py says which), quantized while they are read, so that no device ever
         holds more than one layer as it was. None: as they are stored, which may be quantized already.
     cache_dtype: of keys and values of what was read, "int8" for half the memory of bfloat16. None: dtype.
@@ -96,7 +96,7 @@ def load(
             raise ValueError(f"vision={vision!r} says how the tower lies on a mesh: pass a mesh too")
     else:
         mesh = _mesh(mesh, config)
-        vision = partitioning.default_vision_mode(mesh) if vision is None else vision
+        vision = mesh_lib.default_vision_mode(mesh) if vision is None else vision
     has_tokenizer = any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
     tokenizer = load_tokenizer(directory) if has_tokenizer and config.text is not None else None
     processor = load_processor(directory, config)
@@ -109,7 +109,7 @@ def load(
         pairs = jax.device_get(pairs)
         if mesh is not None:
             replaced = {name: pairs.pop(name) for name in (lora.REPLACED,) if name in pairs}
-            pairs = {**partitioning.place_adapters(pairs, config, mesh, vision=vision), **replaced}
+            pairs = {**param_sharding.place_adapters(pairs, config, mesh, vision=vision), **replaced}
         params = lora.attach(params, pairs, settings)
     return Chat(
         config,
@@ -121,7 +121,7 @@ def load(
         eos_token_ids=eos_token_ids,
         name="nano" if path is None else directory.resolve().name,
         mesh=mesh,
-        image_axes=BATCH if mesh is None else partitioning.IMAGE_AXES[vision],
+        image_axes=BATCH if mesh is None else mesh_lib.IMAGE_AXES[vision],
     )
 
 
@@ -176,8 +176,8 @@ def _dtype(dtype: Any, what: str = "dtype", names: tuple[str, ...] = DTYPES) -> 
 def _mesh(mesh: Mesh | str | Mapping[str, int], config: ChatConfig) -> Mesh:
     """The mesh that is meant, checked against the model's sizes."""
     if not isinstance(mesh, Mesh):
-        return partitioning.make_mesh(mesh, config=config)
-    partitioning.validate_mesh(config, mesh)
+        return mesh_lib.make_mesh(mesh, config=config)
+    mesh_lib.validate_mesh(config, mesh)
     return mesh
 
 
@@ -194,11 +194,11 @@ def _load_params(
     if mesh is None:
         params = _read(directory, abstract, progress)
         return unstack_towers(params) if jax.default_backend() == "cpu" else params
-    shardings = partitioning.storage_shardings(abstract, mesh, vision=vision)
+    shardings = param_sharding.storage_shardings(abstract, mesh, vision=vision)
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
     )
-    return partitioning.place_params(_read(directory, abstract, progress), config, mesh, vision=vision)
+    return param_sharding.place_params(_read(directory, abstract, progress), config, mesh, vision=vision)
 
 
 def _quantized(abstract: Params, directory: Path, scheme: Scheme | str | None) -> Params:

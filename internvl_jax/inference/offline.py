@@ -42,7 +42,8 @@ from internvl_jax.inference.offline_files import (
     read_questions,
 )
 from internvl_jax.inference.sampling import SAMPLING, GenerationConfig
-from internvl_jax.parallel import distributed, partitioning
+from internvl_jax.parallel import distributed
+from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.utils import files
 
 __all__ = ["BatchError", "Question", "Summary", "Work", "opened", "prepare", "read_questions", "run"]
@@ -97,7 +98,7 @@ def opened(questions: Path, out: Path, mesh: str | None = None, *, images: Path 
 def prepare(questions: Path, out: Path, mesh: str | None = None, *, images: Path | None = None) -> Work:
     """Read the questions and the answers that there are. Nothing is loaded or written.
 
-    mesh: as sharding.make_mesh reads it, "tensor=4"; None: one device per process.
+    mesh: as mesh.make_mesh reads it, "tensor=4"; None: one device per process.
     images: where relative image paths start; None: at the questions' own directory.
     Raises BatchError for malformed lines, all listed, and for a file `out` that holds anything but answers to these
     questions; MeshError for a mesh that neither one process nor all of them together can hold. All processes must call
@@ -192,7 +193,7 @@ def _work(
             known = {"pending": found.pending, "models": found.models}
             content, state = found.content, found.state
     known = json.loads(distributed.from_first(json.dumps(known).encode()))
-    made = None if mesh is None else partitioning.make_mesh(mesh, devices)
+    made = None if mesh is None else mesh_lib.make_mesh(mesh, devices)
     return Work(rows, known["pending"], out, made, replicas, frozenset(known["models"]), content, state)
 
 
@@ -257,12 +258,12 @@ def _check_generation(work: Work, generation: Mapping[str, Any]) -> None:
 def _devices(mesh: str | None) -> tuple[list[jax.Device], int]:
     """The devices that one model may use, and how many models there are."""
     own, everywhere = jax.local_devices(), jax.devices()
-    needed = 1 if mesh is None else math.prod(partitioning.parse_mesh(mesh).values())
+    needed = 1 if mesh is None else math.prod(mesh_lib.parse_mesh(mesh).values())
     if needed <= len(own):  # with -1 too: the rest of this process's devices
         return own, jax.process_count()
     if needed != len(everywhere):
         choices = f"at most {len(own)} (a model on every process) or all {len(everywhere)}"
-        raise partitioning.MeshError(
+        raise mesh_lib.MeshError(
             f"the mesh {mesh} needs {needed} devices: use {choices if len(everywhere) > len(own) else f'{len(own)}'}"
         )
     return everywhere, 1

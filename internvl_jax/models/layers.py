@@ -149,7 +149,7 @@ class Linear(nn.Module):
         contracted = tuple(i for i, axis in enumerate(kernel_axes) if axis not in out_axes)
         kept = tuple(i for i, axis in enumerate(kernel_axes) if axis in out_axes)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=contracted, out_axis=kept)
-        kernel = declare(self, "kernel", init, self.shape, self.axes)
+        kernel = declare(self, "kernel", init, self.shape, self.axes, inputs=len(contracted))
         if self.axes[0] == "embed" and AXIS_RULES[self.axes[1]] == TENSOR:  # [D,F] or [D,N,H]
             kernel = pin_matrix(kernel, logical_spec(*self.axes, image_axes=self.image_axes))
         y = product(self.eqn, x, kernel, self.dtype)
@@ -250,7 +250,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, hidden: Array) -> Array:
         init = nn.initializers.normal(0.02)
-        kernel = declare(self, "kernel", init, (self.width, self.vocab_size), ("embed", "vocab"))
+        kernel = declare(self, "kernel", init, (self.width, self.vocab_size), ("embed", "vocab"), inputs=1)
         return product("...D,DV->...V", hidden, kernel, hidden.dtype, preferred_element_type=jnp.float32)
 
 

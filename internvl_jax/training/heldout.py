@@ -20,7 +20,8 @@ from internvl_jax.data.samples import SampleError, SampleMaker, image_names, rea
 from internvl_jax.inference.chat import Chat
 from internvl_jax.inference.loading import unstack_towers
 from internvl_jax.models.layers import Params
-from internvl_jax.parallel import distributed, partitioning
+from internvl_jax.parallel import distributed
+from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER
 from internvl_jax.processing.images import ImageError, ImageProcessor, load_image
@@ -84,7 +85,7 @@ class HeldOut:
         self._loader, self._layout, self._batches = loader, layout, batches
         self._recipe, self._place, self._processor = recipe, place, processor
         self._questions, self._tell, self._directory = questions, tell, directory
-        axes = BATCH if place.mesh is None else partitioning.IMAGE_AXES[place.vision]
+        axes = BATCH if place.mesh is None else mesh_lib.IMAGE_AXES[place.vision]
         self._chat = Chat(
             config,
             {},

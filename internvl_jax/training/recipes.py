@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from internvl_jax.lora import TARGETS, Lora, LoraError
+from internvl_jax.lora import Lora, LoraError
+from internvl_jax.models.axes import linear_layers
 from internvl_jax.training.optimizer import AdamW
 
 
@@ -155,7 +156,7 @@ def override(
     """A recipe with other numbers; None leaves a field as it is.
 
     optimizer: fields of AdamW. lora_*: of every tower that has adapters; another rank without an alpha has the
-    reference's, twice the rank. lora_targets: whole names of lora.TARGETS or their last parts, q_proj.
+    reference's, twice the rank. lora_targets: names of `linear_layers` or their last parts, q_proj.
     fields: others of Recipe. Raises ValueError or LoraError for values that mean nothing.
     """
     asked: dict[str, Any] = {"rank": lora_rank, "alpha": lora_alpha, "dropout": lora_dropout, "targets": lora_targets}
@@ -166,7 +167,7 @@ def override(
     if "rank" in changes:
         changes.setdefault("alpha", None)
     if lora_targets is not None:
-        known = [target for tower in recipe.lora for target in TARGETS[tower]]
+        known = [target for tower in recipe.lora for target in linear_layers(tower)]
         unknown = [name for name in lora_targets if not any(_names(name, target) for target in known)]
         if unknown:
             raise LoraError(f"no layer {', '.join(unknown)} can have adapters: there are {', '.join(known)}")
@@ -174,7 +175,7 @@ def override(
     for tower, lora in recipe.lora.items():
         own = dict(changes)
         if lora_targets is not None:
-            own["targets"] = tuple(t for t in TARGETS[tower] if any(_names(name, t) for name in lora_targets))
+            own["targets"] = tuple(t for t in linear_layers(tower) if any(_names(name, t) for name in lora_targets))
         adapters[tower] = replace(lora, **own)
     adapters = {tower: lora for tower, lora in adapters.items() if lora.targets != ()}
     numbers = {name: value for name, value in (optimizer or {}).items() if value is not None}

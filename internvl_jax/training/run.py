@@ -31,7 +31,8 @@ from internvl_jax.data.packing import Layout
 from internvl_jax.data.samples import Problem
 from internvl_jax.inference.loading import NANO, enable_compilation_cache
 from internvl_jax.models.layers import Params
-from internvl_jax.parallel import distributed, partitioning
+from internvl_jax.parallel import distributed
+from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.processing.images import ImageProcessor, load_processor
 from internvl_jax.processing.tokenizer import Tokenizer, load_tokenizer
 from internvl_jax.quantize import scheme_of
@@ -149,7 +150,7 @@ def _prepared(options: Options, report: Callable[[Problem], None] | None, progre
     before = _before(options.output)
     if options.from_scratch and (options.output / MODEL).exists():
         raise RunError(f"{options.output / MODEL} exists: the run has ended. Choose another directory for another run")
-    mesh = None if options.mesh is None else partitioning.make_mesh(options.mesh, config=config)
+    mesh = None if options.mesh is None else mesh_lib.make_mesh(options.mesh, config=config)
     if mesh is None and options.vision is not None:
         raise RunError("--vision-mode says how the tower lies on a mesh: give --mesh too")
     if mesh is None and jax.process_count() > 1:
@@ -466,7 +467,7 @@ def _rows(recipe: Recipe, place: Place, processes: int, accumulate: int) -> int:
             "choose --global-batch-size, --gradient-accumulation-steps"
         )
     if place.mesh is not None:
-        partitioning.validate_mesh(place.config, place.mesh, recipe.rows // accumulate)
+        mesh_lib.validate_mesh(place.config, place.mesh, recipe.rows // accumulate)
     return recipe.rows // (accumulate * processes)
 
 
@@ -489,7 +490,7 @@ def _image_slots(
     wanted = found.image_slots(rows, length, packed)
     if place.mesh is None:
         return wanted
-    along = math.prod(place.mesh.shape[axis] for axis in partitioning.IMAGE_AXES[place.vision])
+    along = math.prod(place.mesh.shape[axis] for axis in mesh_lib.IMAGE_AXES[place.vision])
     each = max(1, along // processes)
     return -(-wanted // each) * each
 

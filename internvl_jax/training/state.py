@@ -1,6 +1,6 @@
 """What changes while a model is trained: parameters, optimizer and randomness, on a mesh and in true shapes.
 
-On a mesh some shapes are padded (sharding.pad_params); what is saved never is, so that any mesh can go on from it.
+On a mesh some shapes are padded (param_sharding.pad_params). What is saved never is, so any mesh can resume from it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from jax.sharding import PartitionSpec as P
 from internvl_jax import checkpoint, lora
 from internvl_jax.config import ChatConfig
 from internvl_jax.inference.loading import abstract_for_running
+from internvl_jax.models import param_sharding
 from internvl_jax.models.layers import Array, Params
-from internvl_jax.parallel import distributed, partitioning
+from internvl_jax.parallel import distributed
+from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.training import optimizer, resizing
 from internvl_jax.training.recipes import Recipe
 from internvl_jax.utils import files
@@ -50,14 +52,14 @@ class Place:
 
     def __init__(self, config: ChatConfig, mesh: Mesh | None = None, vision: str | None = None):
         self.config, self.mesh = config, mesh
-        self.vision = vision if vision is not None or mesh is None else partitioning.default_vision_mode(mesh)
+        self.vision = vision if vision is not None or mesh is None else mesh_lib.default_vision_mode(mesh)
         # The data are shared out to this many, of which this process is number `share`; owners: see merge_images.
         self.shares, self.share = 1, 0
         self.owners: tuple[int, ...] = (0,)
         if mesh is not None:
-            owners, shares = partitioning.row_owners(mesh)
+            owners, shares = mesh_lib.data_shards(mesh)
             if jax.process_index() not in shares:
-                raise partitioning.MeshError(
+                raise mesh_lib.MeshError(
                     f"process {jax.process_index()} has no device in the mesh {dict(mesh.shape)}: it must take in all "
                     f"{jax.device_count()} devices"
                 )
@@ -69,25 +71,25 @@ class Place:
         if self.mesh is None:
             return jax.tree.map(lambda _: None, params)
         adapters, own = params.get(ADAPTERS), {name: part for name, part in params.items() if name != ADAPTERS}
-        of = partitioning.storage_shardings if storage else partitioning.param_shardings
+        of = param_sharding.storage_shardings if storage else param_sharding.param_shardings
         placed = dict(of(own, self.mesh, vision=self.vision)) if own else {}
         if adapters is not None:
-            placed[ADAPTERS] = partitioning.adapter_shardings(adapters, self.mesh, vision=self.vision)
+            placed[ADAPTERS] = param_sharding.adapter_shardings(adapters, self.mesh, vision=self.vision)
         return placed
 
     def pad(self, params: Params) -> Params:
         """True shapes to the mesh's. Under jit or eval_shape."""
         if self.mesh is None:
             return params
-        fit = partial(partitioning.pad_params, config=self.config, mesh=self.mesh, vision=self.vision)
+        fit = partial(param_sharding.pad_params, config=self.config, mesh=self.mesh, vision=self.vision)
         own = fit({name: part for name, part in params.items() if name != ADAPTERS})
         return {**own, ADAPTERS: fit(params[ADAPTERS])} if ADAPTERS in params else own
 
     def unpad(self, params: Params) -> Params:
         """The mesh's shapes to true ones."""
-        own = partitioning.unpad_params({n: part for n, part in params.items() if n != ADAPTERS}, self.config)
+        own = param_sharding.unpad_params({n: part for n, part in params.items() if n != ADAPTERS}, self.config)
         return (
-            {**own, ADAPTERS: partitioning.unpad_params(params[ADAPTERS], self.config)} if ADAPTERS in params else own
+            {**own, ADAPTERS: param_sharding.unpad_params(params[ADAPTERS], self.config)} if ADAPTERS in params else own
         )
 
     def true_params(self, params: Params) -> Params:
@@ -203,7 +205,7 @@ def read_params(
         place.specs(abstract, storage=True),
     )
     params = checkpoint.load(directory, abstract, progress=progress)
-    return partitioning.place_params(params, config, place.mesh, vision=place.vision)
+    return param_sharding.place_params(params, config, place.mesh, vision=place.vision)
 
 
 def init_state(

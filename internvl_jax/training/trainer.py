@@ -30,7 +30,8 @@ from internvl_jax.config import ChatConfig
 from internvl_jax.data.batch import Batch, pad_rows
 from internvl_jax.models.layers import Params
 from internvl_jax.models.stack import Remat
-from internvl_jax.parallel import distributed, partitioning
+from internvl_jax.parallel import distributed
+from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.training import objective, optimizer
 from internvl_jax.training.recipes import Recipe
@@ -143,7 +144,7 @@ def make_step(
             remat=REMAT[settings.remat],
             owners=place.owners,
             drop_path_key=jax.random.fold_in(key, 1) if dropping else None,
-            image_axes=BATCH if place.mesh is None else partitioning.IMAGE_AXES[place.vision],
+            image_axes=BATCH if place.mesh is None else mesh_lib.IMAGE_AXES[place.vision],
         )
         return sums.loss, sums
 
@@ -219,7 +220,7 @@ def put_batch(batch: Batch, place: Place) -> Batch:
     """
     if place.mesh is None:
         return jax.device_put(batch)
-    partitioning.validate_mesh(place.config, place.mesh, batch.labels.shape[1] * place.shares)
+    mesh_lib.validate_mesh(place.config, place.mesh, batch.labels.shape[1] * place.shares)
     parts = place.mesh.shape["data"] * place.mesh.shape["fsdp"] // place.shares
     where = NamedSharding(place.mesh, P(None, BATCH))
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from internvl_jax.parallel import partitioning
+from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.utils import entry
 
 START = "import sys, time\nfrom internvl_jax.utils import entry\n"
@@ -156,5 +156,5 @@ def test_meshes_of_a_slice(spec, words):
     from internvl_jax.aot.topology import parse_topology
     from internvl_jax.config import PRESETS
 
-    with pytest.raises(partitioning.MeshError, match=words):
-        partitioning.make_mesh(spec, parse_topology("v5e-8").devices(), PRESETS["internvl_chat_v1_1"]())
+    with pytest.raises(mesh_lib.MeshError, match=words):
+        mesh_lib.make_mesh(spec, parse_topology("v5e-8").devices(), PRESETS["internvl_chat_v1_1"]())

@@ -15,10 +15,10 @@ from internvl_jax.config import ChatConfig, ProjectorConfig, TextConfig, VisionC
 from internvl_jax.config.schema import clip_vision
 from internvl_jax.inference import generate
 from internvl_jax.inference.generate import GenerationConfig, Generator
-from internvl_jax.models import chat_model
+from internvl_jax.models import chat_model, param_sharding
 from internvl_jax.models.attention import implementation
 from internvl_jax.parallel import partitioning
-from internvl_jax.parallel.partitioning import IMAGE_AXES, make_mesh
+from internvl_jax.parallel.mesh import IMAGE_AXES, make_mesh
 
 IMAGE = 3  # the token at which images stand
 MESHES = (
@@ -93,7 +93,7 @@ def params_of(config: ChatConfig):
 
 def place(config: ChatConfig, mesh, **options):
     """The same on a mesh: of a copy, since placing may use up what it is given."""
-    return partitioning.place_params(jax.tree.map(jnp.copy, params_of(config)), config, mesh, **options)
+    return param_sharding.place_params(jax.tree.map(jnp.copy, params_of(config)), config, mesh, **options)
 
 
 @cache
@@ -111,10 +111,10 @@ def test_placing_warns_of_nothing(recwarn):
     """jax warns of arrays that are donated and cannot be reused."""
     config = config_of(25, 8)  # on tensor=8 heads and vocabulary grow
     given = jax.tree.map(jnp.copy, params_of(config))
-    placed = partitioning.place_params(given, config, make_mesh("tensor=8", config=config))
+    placed = param_sharding.place_params(given, config, make_mesh("tensor=8", config=config))
     assert not list(recwarn)
     assert 0 < sum(leaf.is_deleted() for leaf in jax.tree.leaves(given)) < len(jax.tree.leaves(given))  # donated
-    back = partitioning.unpad_params(jax.tree.map(np.asarray, placed), config)
+    back = param_sharding.unpad_params(jax.tree.map(np.asarray, placed), config)
     for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(params_of(config))):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -176,11 +176,11 @@ def test_mesh_equals_one_device(system, mesh_spec):
     assert_close(mesh_logits[..., :vocabulary][valid], logits[valid], 1e-3, "logits")
     assert (np.asarray(mesh_logits)[..., vocabulary:] < -1e30).all()
     assert_close(mesh_loss, loss, 1e-4, "loss")
-    true = partitioning.unpad_params(mesh_gradients, config)
+    true = param_sharding.unpad_params(mesh_gradients, config)
     for (path, leaf), expected in zip(jax.tree_util.tree_leaves_with_path(true), jax.tree.leaves(gradients)):
         assert_close(leaf, expected, 1e-4, f"gradient of {partitioning.path_of(path)}")
     # Nothing but zeros was cropped: pads do not learn.
-    padded_again = partitioning.pad_params(true, config, mesh)
+    padded_again = param_sharding.pad_params(true, config, mesh)
     for leaf, expected in zip(jax.tree.leaves(mesh_gradients), jax.tree.leaves(padded_again)):
         np.testing.assert_array_equal(leaf, expected)
 
@@ -227,7 +227,7 @@ def test_kernels_on_a_mesh():
         with implementation(program):
             state = generator.prefill(ids, valid.astype(int), generator.encode(pixels), gen)
             tokens, _, _ = generator.read(generator.decode(state, 3))
-        results.append((value, partitioning.unpad_params(gradients, config), tokens))
+        results.append((value, param_sharding.unpad_params(gradients, config), tokens))
     (expected_loss, expected_gradients, expected_tokens), (value, gradients, tokens) = results
     assert_close(value, expected_loss, 1e-4, "loss")
     leaves = jax.tree_util.tree_leaves_with_path(gradients)
@@ -286,9 +286,9 @@ def test_parameters_come_back_unchanged():
     assert kernel.shape[-2] == 28
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 50, 3, 7, 4)
     assert placed["language_model"]["embed_tokens"]["embedding"].shape == (512, 64)
-    back = partitioning.unpad_params(placed, config)
+    back = param_sharding.unpad_params(placed, config)
     jax.tree.map(np.testing.assert_array_equal, back, params_of(config))
-    stored = partitioning.storage_shardings(back, mesh)
+    stored = param_sharding.storage_shardings(back, mesh)
     shard = stored["vision_model"]["layers"]["attn"]["qkv"]["kernel"].shard_shape((2, 100, 3, 25, 4))
     assert np.prod(shard) * 8 == 2 * 100 * 3 * 25 * 4  # 25 heads do not divide: the head's own axis does
 
@@ -332,7 +332,7 @@ def test_rows_that_fail_and_tokens_that_nobody_knows(num_beams):
     params["language_model"]["embed_tokens"] = {"embedding": embedding.at[token].set(jnp.nan)}
     gen = GenerationConfig(max_new_tokens=6, num_beams=num_beams, eos_token_ids=())
     results = []
-    placed = partitioning.place_params(jax.tree.map(jnp.copy, params), config, mesh)
+    placed = param_sharding.place_params(jax.tree.map(jnp.copy, params), config, mesh)
     for given, where in ((params, None), (placed, mesh)):
         generator = Generator(config, given, dtype=jnp.float32, image_token_id=IMAGE, mesh=where, known=known)
         tokens, reasons = generator.generate(ids, None, generator.encode(pixels), gen)

@@ -14,8 +14,9 @@ import internvl_jax
 from internvl_jax import checkpoint
 from internvl_jax.cli import main
 from internvl_jax.inference import loading
-from internvl_jax.parallel import partitioning
-from internvl_jax.parallel.partitioning import make_mesh
+from internvl_jax.models import param_sharding
+from internvl_jax.parallel import mesh as mesh_lib
+from internvl_jax.parallel.mesh import make_mesh
 
 CHECKPOINT = DATA / "internvl_chat_v1_1" / "checkpoint"
 ARRAYS, FACTS = bundle("internvl_chat_v1_1")
@@ -52,9 +53,9 @@ def converted(tmp_path_factory):
 )
 def test_answers_and_shares(source, spec, vision, converted, monkeypatch):
     read = []
-    place = partitioning.place_params
+    place = param_sharding.place_params
     monkeypatch.setattr(
-        partitioning, "place_params", lambda params, *a, **k: place(read.append(shares(params)) or params, *a, **k)
+        param_sharding, "place_params", lambda params, *a, **k: place(read.append(shares(params)) or params, *a, **k)
     )
     directory = converted if source == "converted" else CHECKPOINT
     chat = internvl_jax.load(directory, mesh=spec, vision=vision)
@@ -64,7 +65,7 @@ def test_answers_and_shares(source, spec, vision, converted, monkeypatch):
 
     # What was read lay on its storage shardings from the first byte on: no device ever held more.
     abstract = loading.abstract_for_running(chat.config, np.float32)
-    expected = partitioning.storage_shardings(abstract, mesh, vision=mode)
+    expected = param_sharding.storage_shardings(abstract, mesh, vision=mode)
     jax.tree.map(
         lambda leaf, place, share: np.testing.assert_array_equal(share, place.shard_shape(leaf.shape)),
         abstract,
@@ -137,7 +138,7 @@ def test_illegal_meshes_are_refused_before_anything_is_read(monkeypatch):
         (make_mesh("tensor=8"), "tensor=8 does not divide"),
         (jax.make_mesh((8,), ("tensor",)), "make it with make_mesh"),
     ):
-        with pytest.raises(partitioning.MeshError, match=message):
+        with pytest.raises(mesh_lib.MeshError, match=message):
             internvl_jax.load(CHECKPOINT, mesh=spec)
     with pytest.raises(ValueError, match="vision mode 'both' is not one of tensor, data"):
         internvl_jax.load(CHECKPOINT, mesh="tensor=4", vision="both")

@@ -11,8 +11,8 @@ from test_quantize import V1_1, quantized, run
 from internvl_jax import checkpoint
 from internvl_jax.inference.loading import load
 from internvl_jax.inference.quantize_report import answer_logits, divergence
-from internvl_jax.parallel import partitioning
-from internvl_jax.parallel.partitioning import make_mesh
+from internvl_jax.models import param_sharding
+from internvl_jax.parallel.mesh import make_mesh
 from internvl_jax.quantize import is_quantized
 
 CONFIG = config_of(5, 2)
@@ -24,7 +24,7 @@ def test_mesh_equals_one_device(scheme, spec):
     batch = batch_of(CONFIG, 8)
     expected, decoded = run(params, CONFIG, batch), forced(params)
     mesh = make_mesh(spec, config=CONFIG)
-    placed = partitioning.place_params(jax.tree.map(jnp.copy, params), CONFIG, mesh)  # which it may use up
+    placed = param_sharding.place_params(jax.tree.map(jnp.copy, params), CONFIG, mesh)  # which it may use up
     with jax.set_mesh(mesh):
         ours = run(placed, CONFIG, batch)[..., : CONFIG.text.vocab_size]
         through_cache = forced(placed)
@@ -35,7 +35,7 @@ def test_mesh_equals_one_device(scheme, spec):
         tokens, ours = (answers(p, CONFIG, 3, mesh=m, cache_dtype="int8") for p, m in ((params, None), (placed, mesh)))
         assert np.mean(ours == tokens) >= 0.9, (ours, tokens)
     check_shards(placed)
-    restored = partitioning.unpad_params(placed, CONFIG)
+    restored = param_sharding.unpad_params(placed, CONFIG)
     for (name, ours), (_, theirs) in zip(checkpoint.named_leaves(restored), checkpoint.named_leaves(params)):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs), err_msg=name)
 
@@ -79,7 +79,7 @@ def test_loading_onto_a_mesh_quantizes_as_converting_does(tmp_path):
         load(tmp_path / "plain", mesh="data=2,tensor=4", quantize="int4"),
         load(V1_1, mesh="fsdp=2,tensor=4", quantize="int4"),
     ]
-    trees = [partitioning.unpad_params(chat.params, chat.config) for chat in chats]
+    trees = [param_sharding.unpad_params(chat.params, chat.config) for chat in chats]
     for tree in trees[1:]:
         for (name, ours), (_, theirs) in zip(checkpoint.named_leaves(tree), checkpoint.named_leaves(trees[0])):
             assert ours.dtype == theirs.dtype

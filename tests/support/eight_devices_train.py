@@ -19,7 +19,8 @@ from support.training_cases import RECIPES, Batches, run
 from test_objective import tiny
 
 from internvl_jax.lora import Lora
-from internvl_jax.parallel.partitioning import make_mesh, path_of
+from internvl_jax.parallel.mesh import make_mesh
+from internvl_jax.parallel.partitioning import path_of
 from internvl_jax.training.optimizer import AdamW
 from internvl_jax.training.recipes import Recipe
 from internvl_jax.training.state import Place

@@ -15,7 +15,7 @@ import pytest
 from test_objective import IMAGE, batch_of, random_params, tiny
 
 from internvl_jax.lora import Lora
-from internvl_jax.parallel import partitioning
+from internvl_jax.models import param_sharding
 from internvl_jax.training import trainer
 from internvl_jax.training.optimizer import AdamW
 from internvl_jax.training.recipes import Recipe
@@ -117,7 +117,7 @@ def run(
     if params is None:
         params = jax.tree.map(jax.numpy.asarray, random_params(config))
         if place.mesh is not None:
-            params = partitioning.place_params(params, config, place.mesh, vision=place.vision)
+            params = param_sharding.place_params(params, config, place.mesh, vision=place.vision)
     options = {"log": log, "evaluate": evaluate, "from_scratch": settings.pop("from_scratch", False)}
     settings = Settings(**{"steps": steps, "save_every": 2, "log_every": 1, "remat": "none", **settings})
     batches = Batches(config) if batches is None else batches

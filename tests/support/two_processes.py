@@ -17,7 +17,9 @@ from support.paths import DATA
 from internvl_jax import checkpoint
 from internvl_jax.inference import offline
 from internvl_jax.inference.loading import load
-from internvl_jax.parallel import distributed, partitioning
+from internvl_jax.models import param_sharding
+from internvl_jax.parallel import distributed
+from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.training.recipes import Recipe
 from internvl_jax.training.state import Place
 
@@ -38,8 +40,8 @@ def meshes():
     devices = np.array(jax.devices()).reshape(2, 2, 2)  # process, pair, device
     crossed = list(devices.transpose(1, 0, 2).reshape(-1))
     return {
-        "fsdp": partitioning.make_mesh("fsdp=2,tensor=4"),
-        "tensor": partitioning.make_mesh("data=2,tensor=4", crossed),
+        "fsdp": mesh_lib.make_mesh("fsdp=2,tensor=4"),
+        "tensor": mesh_lib.make_mesh("data=2,tensor=4", crossed),
     }
 
 
@@ -50,8 +52,8 @@ def chat(directory):
         before, announced = checkpoint.bytes_read(), []
         model = load(directory / "model", mesh, "float32", progress=partial(report, announced))
         results[name] = {"read": checkpoint.bytes_read() - before, "announced": announced[-1]}
-        unpad = partial(partitioning.unpad_params, config=model.config)
-        places = partitioning.storage_shardings(jax.eval_shape(unpad, model.params), mesh)
+        unpad = partial(param_sharding.unpad_params, config=model.config)
+        places = param_sharding.storage_shardings(jax.eval_shape(unpad, model.params), mesh)
         true_shapes = jax.jit(unpad, out_shardings=places)(model.params)
         checkpoint.save(directory / name, true_shapes)
         results[name]["whole"] = any(leaf.is_fully_addressable for leaf in jax.tree.leaves(true_shapes))
@@ -121,13 +123,13 @@ def train(directory):
 
     process = jax.process_index()
     results = {
-        "straight": go("straight", partitioning.make_mesh("fsdp=4", turns), process),
-        "stopped": go("parts", partitioning.make_mesh("fsdp=4", turns), process, stop_at=None if first else 1),
-        "resumed": go("parts", partitioning.make_mesh("data=2,tensor=2"), process),
-        "tensor": go("tensor", partitioning.make_mesh("data=2,tensor=2", turns), None),
+        "straight": go("straight", mesh_lib.make_mesh("fsdp=4", turns), process),
+        "stopped": go("parts", mesh_lib.make_mesh("fsdp=4", turns), process, stop_at=None if first else 1),
+        "resumed": go("parts", mesh_lib.make_mesh("data=2,tensor=2"), process),
+        "tensor": go("tensor", mesh_lib.make_mesh("data=2,tensor=2", turns), None),
     }
     try:
-        go("parts", partitioning.make_mesh("data=2,tensor=2", turns), None)
+        go("parts", mesh_lib.make_mesh("data=2,tensor=2", turns), None)
     except ValueError as error:
         results["refused"] = str(error)
     return results

@@ -434,7 +434,8 @@ ON_EIGHT_DEVICES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from internvl_jax import checkpoint
-from internvl_jax.parallel import partitioning as sharding
+from internvl_jax.models import param_sharding
+from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.config import ChatConfig
 from internvl_jax.models import chat_model
 
@@ -443,8 +444,8 @@ config = ChatConfig.from_file(published)
 plain = chat_model.abstract_params(config, jnp.float32)
 expected = checkpoint.load(converted, plain)
 for spec in ("tensor=4", "fsdp=4,tensor=2", "data=8"):
-    mesh = sharding.make_mesh(spec)
-    shardings = sharding.storage_shardings(plain, mesh)
+    mesh = mesh_lib.make_mesh(spec)
+    shardings = param_sharding.storage_shardings(plain, mesh)
     wanted = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), plain, shardings
     )

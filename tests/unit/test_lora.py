@@ -16,6 +16,8 @@ from internvl_jax import checkpoint, lora
 from internvl_jax.cli import train
 from internvl_jax.config import ChatConfig
 from internvl_jax.lora import Lora, LoraError
+from internvl_jax.models import param_sharding
+from internvl_jax.models.axes import linear_layers
 from internvl_jax.models.layers import Linear
 from internvl_jax.parallel import partitioning
 from internvl_jax.quantize import quantize_params
@@ -86,7 +88,7 @@ def test_every_target_matters():
     params, batch = random_params(config), batch_of(config, [[40]], 48)
     adapters = adapters_of(params)
     whole = evaluate(lora.attach(params, adapters, BOTH), config, batch).loss
-    for tower, targets in lora.TARGETS.items():
+    for tower, targets in {tower: linear_layers(tower) for tower in lora.ADAPTABLE}.items():
         for target in targets:
             without = {**BOTH, tower: dataclasses.replace(BOTH[tower], targets=(target,))}
             zeroed = jax.tree.map(jnp.copy, adapters)
@@ -151,7 +153,7 @@ def test_layers_targets_and_towers_drop_apart():
     attached = lora.attach(params, adapters_of(params, settings), settings, jax.random.key(3))
     keys = []
     for tower, one in settings.items():
-        for target in lora.TARGETS[tower]:
+        for target in linear_layers(tower):
             layer = lora.leaf_at(attached[tower]["layers"], target)
             assert set(np.asarray(layer["lora_dropout"])) == {np.float32(one.dropout)}
             keys += [tuple(key) for key in np.asarray(jax.random.key_data(layer["lora_key"]))]
@@ -175,7 +177,7 @@ def test_fresh_adapters_are_drawn_within_pefts_bounds():
     }
     drawn = []
     for tower, width in (("language_model", text.hidden_size), ("vision_model", vision.hidden_size)):
-        for target in lora.TARGETS[tower]:
+        for target in linear_layers(tower):
             values = np.asarray(lora.leaf_at(fresh[tower]["layers"], target)["lora_a"])
             bound = 1 / np.sqrt(inputs.get(target, width))
             assert bound * 0.98 < np.abs(values).max() <= bound, target
@@ -296,7 +298,7 @@ def fails_as_full(*_):
 
 def test_layouts_follow_the_kernels():
     config = tiny()
-    specs = partitioning.adapter_specs(adapters_of(random_params(config)))
+    specs = param_sharding.param_specs(adapters_of(random_params(config)))
     attention = specs["language_model"]["layers"]["self_attn"]
     assert attention["q_proj"] == {"lora_a": P(None, "fsdp", None), "lora_b": P(None, None, "tensor", None)}
     assert attention["o_proj"] == {"lora_a": P(None, "tensor", None, None), "lora_b": P(None, None, "fsdp")}

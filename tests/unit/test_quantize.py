@@ -53,19 +53,18 @@ def dequantized(params):
 
 # Compiled as a whole: one operation at a time is a program each.
 quantized = jax.jit(quantize_params, static_argnames="scheme")
-quantized_kernel = jax.jit(quantize_kernel, static_argnames=("name", "qtype"))
+quantized_kernel = jax.jit(quantize_kernel, static_argnames=("inputs", "qtype"))
 
 
 def normal(shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-@pytest.mark.parametrize("name", ["mlp/up_proj/kernel", "self_attn/q_proj/kernel", "self_attn/o_proj/kernel"])
+@pytest.mark.parametrize(("shape", "inputs"), [((256, 6), 1), ((256, 3, 4), 1), ((3, 16, 6), 2)], ids=["up", "q", "o"])
 @pytest.mark.parametrize("qtype", [jnp.int8, jnp.int4])
-def test_rounding_is_at_most_half_a_step(qtype, name):
-    shape = {"mlp/up_proj/kernel": (256, 6), "self_attn/q_proj/kernel": (256, 3, 4)}.get(name, (3, 16, 6))
+def test_rounding_is_at_most_half_a_step(qtype, shape, inputs):
     kernel = normal(shape) * np.exp(normal(shape[-1:], 1))  # columns of different size
-    ours = quantized_kernel(kernel, name=name, qtype=jnp.dtype(qtype))
+    ours = quantized_kernel(kernel, inputs=inputs, qtype=jnp.dtype(qtype))
     step = dequantized(ours.replace(qvalue=np.ones(shape, np.int8)))
     bound = 0.5 if qtype == jnp.int8 else 0.54  # int4's scales are bfloat16: off by 1/256 of up to 7.5 steps
     assert ours.qvalue.dtype == qtype
@@ -102,18 +101,19 @@ def quantized_leaves(tree):
 
 @pytest.mark.parametrize("qtype", [jnp.int8, jnp.int4])
 @pytest.mark.parametrize(
-    ("eqn", "name", "axes", "shape"),
+    ("eqn", "axes", "shape"),
     [
-        ("BTD,DNH->BTNH", "self_attn/q_proj/kernel", ("embed", "heads", "head_dim"), (256, 3, 4)),
-        ("BTD,DCNH->BTCNH", "attn/qkv/kernel", ("embed", "qkv", "vision_heads", "head_dim"), (256, 3, 5, 4)),
-        ("BTNH,NHD->BTD", "self_attn/o_proj/kernel", ("heads", "head_dim", "embed"), (4, 16, 24)),
-        ("BTF,FD->BTD", "mlp/down_proj/kernel", ("mlp", "embed"), (352, 24)),
-        ("...D,DV->...V", "lm_head/kernel", ("embed", "vocab"), (256, 31)),
+        ("BTD,DNH->BTNH", ("embed", "heads", "head_dim"), (256, 3, 4)),
+        ("BTD,DCNH->BTCNH", ("embed", "qkv", "vision_heads", "head_dim"), (256, 3, 5, 4)),
+        ("BTNH,NHD->BTD", ("heads", "head_dim", "embed"), (4, 16, 24)),
+        ("BTF,FD->BTD", ("mlp", "embed"), (352, 24)),
+        ("...D,DV->...V", ("embed", "vocab"), (256, 31)),
     ],
 )
-def test_products(eqn, name, axes, shape, qtype):
-    kernel = quantized_kernel(normal(shape) / 16, name=name, qtype=jnp.dtype(qtype))
-    x = normal((2, 3, *(shape[:2] if "NHD" in eqn else shape[:1])), 1)
+def test_products(eqn, axes, shape, qtype):
+    inputs = 2 if "NHD" in eqn else 1
+    kernel = quantized_kernel(normal(shape) / 16, inputs=inputs, qtype=jnp.dtype(qtype))
+    x = normal((2, 3, *shape[:inputs]), 1)
     expected = np.einsum(eqn, x, np.asarray(dequantized(kernel)))
     bias = normal(expected.shape[2:], 2)
 

@@ -11,7 +11,7 @@ from internvl_jax.aot.topology import CHIPS, GIB, Topology, TopologyError, parse
 from internvl_jax.cli.main import main
 from internvl_jax.config import PRESETS
 from internvl_jax.config.schema import tower_name
-from internvl_jax.parallel.partitioning import MeshError
+from internvl_jax.parallel.mesh import MeshError
 
 LAYERS, WIDTH, HIDDEN, HEADS, HEAD_DIM, VOCABULARY = 4, 512, 768, 8, 128, 1000
 

@@ -16,7 +16,7 @@ from internvl_jax.aot import hlo
 from internvl_jax.aot.topology import parse_topology
 from internvl_jax.config import PRESETS
 from internvl_jax.models.attention import attention, cache_mask, self_mask
-from internvl_jax.parallel.partitioning import make_mesh
+from internvl_jax.parallel.mesh import make_mesh
 
 pytest.importorskip("libtpu")
 

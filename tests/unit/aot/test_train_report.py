@@ -9,7 +9,7 @@ from support.golden import DATA
 from internvl_jax.cli.main import main
 from internvl_jax.config import PRESETS
 from internvl_jax.models.chat_model import count_params
-from internvl_jax.parallel.partitioning import MeshError
+from internvl_jax.parallel.mesh import MeshError
 
 pytest.importorskip("libtpu")
 

@@ -18,7 +18,7 @@ from internvl_jax.cli import main
 from internvl_jax.inference import offline, offline_files
 from internvl_jax.inference.offline import BatchError
 from internvl_jax.parallel import distributed
-from internvl_jax.parallel.partitioning import MeshError
+from internvl_jax.parallel.mesh import MeshError
 from internvl_jax.utils import files
 
 IMAGES = DATA / "internvl_chat_v1_1" / "images"

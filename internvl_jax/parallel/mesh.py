@@ -1,0 +1,201 @@
+"""Meshes of devices: which sizes a model allows, and how the rows of a batch are shared out to processes.
+
+Mesh axes, always all three, so that every rule means something on every mesh:
+    data      rows of the batch; parameters are replicated along it
+    fsdp      rows of the batch too, and one axis of every large parameter, which is gathered where it is used
+    tensor    heads, mlp hidden and vocabulary: each device computes its part, and two all-reduces per layer sum them
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.experimental.mesh_utils import create_device_mesh
+from jax.sharding import AxisType, Mesh
+
+from internvl_jax.config import ChatConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the mesh axes over which the rows of a batch are sharded
+TENSOR = "tensor"
+
+# Vision modes, and the mesh axes over which each shards images. "tensor" splits the vision tower's heads and mlp over
+# the tensor axis, as the language model's: each device holds its share, and all encode one image together. "data" keeps
+# images whole: every device along tensor holds the tower (gathered along fsdp, layer by layer) and encodes images of
+# its own without collectives.
+IMAGE_AXES = {"tensor": BATCH, "data": AXES}
+
+
+class MeshError(ValueError):
+    """A mesh that this model, batch or machine cannot use; the message lists what can be used."""
+
+
+def parse_mesh(spec: str | Mapping[str, int]) -> dict[str, int]:
+    """Sizes of all three axes from "data=2,tensor=8" or a mapping; axes not named are 1, one may be -1 (the rest)."""
+    if isinstance(spec, str):
+        pairs = [part.split("=") for part in spec.replace(" ", "").split(",") if part]
+        if not all(len(pair) == 2 and re.fullmatch(r"-?\d+", pair[1]) for pair in pairs):
+            raise MeshError(f'mesh {spec!r} is not understood: write for example "data=2,tensor=8"')
+        sizes = {name: int(size) for name, size in pairs}
+        if len(sizes) < len(pairs):
+            raise MeshError(f"mesh {spec!r} names an axis twice")
+    else:
+        sizes = dict(spec)
+    unknown = sorted(set(sizes) - set(AXES))
+    if unknown:
+        raise MeshError(f"mesh {spec!r} has the axis {', '.join(unknown)}; there are {', '.join(AXES)}")
+    if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise MeshError(f"mesh {spec!r}: sizes are positive, and one of them may be -1 for the remaining devices")
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def make_mesh(
+    spec: str | Mapping[str, int] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    config: ChatConfig | None = None,
+) -> Mesh:
+    """A mesh over the first devices that `spec` needs.
+
+    spec: "data=2,tensor=8" or a mapping. None: the largest tensor axis that the config's sizes (if given) and the
+        number of devices allow, the rest on data.
+    Raises MeshError where there are too few devices, or, with a config, where its sizes do not divide.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if spec is None:
+        tensor = max(legal_tensor_sizes(config, len(devices))) if config else len(devices)
+        sizes = parse_mesh({"data": len(devices) // tensor, "tensor": tensor})
+    else:
+        sizes = parse_mesh(spec)
+    if -1 in sizes.values():
+        others = math.prod(size for size in sizes.values() if size != -1)
+        sizes = {axis: len(devices) // others if size == -1 else size for axis, size in sizes.items()}
+    needed = math.prod(sizes.values())
+    if not 1 <= needed <= len(devices):
+        tensors = legal_tensor_sizes(config, len(devices)) if config else _divisors(len(devices))
+        raise MeshError(
+            f"the mesh {_named(sizes)} needs {needed or 'more'} devices, there are {len(devices)}: data * fsdp * "
+            f"tensor must be at most {len(devices)}; legal tensor sizes are {_listed(tensors)}"
+        )
+    if config is not None:
+        _check_sizes(config, sizes)
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(tuple(sizes.values()), AXES, types, devices=devices[:needed])
+    except NotImplementedError:  # an axis that is no product of the torus's own: jax splits these on v5e alone
+        split = create_device_mesh(tuple(sizes.values()), devices[:needed], allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=types)
+    except AssertionError:  # of a TPU slice jax takes what forms a block
+        raise MeshError(
+            f"the mesh {_named(sizes)} takes {needed} of the slice's {len(devices)} devices, and the first {needed} "
+            f"form no block: use all {len(devices)}, or fewer that do (the powers of 2)"
+        ) from None
+
+
+def validate_mesh(config: ChatConfig, mesh: Mesh, batch: int | None = None) -> None:
+    """Refuse, before anything is read or compiled, a mesh that the model (or a batch of rows) does not divide over.
+
+    Raises MeshError with the legal choices.
+    """
+    if tuple(mesh.axis_names) != AXES:
+        raise MeshError(f"the mesh has the axes {tuple(mesh.axis_names)}, not {AXES}: make it with make_mesh")
+    _check_sizes(config, mesh.shape)
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    if batch is not None and batch % (data * fsdp):
+        raise MeshError(
+            f"a batch of {batch} rows does not divide over data={data} x fsdp={fsdp}: use a multiple of {data * fsdp} "
+            f"rows, or data * fsdp one of {_listed(_divisors(batch))}"
+        )
+
+
+def _check_sizes(config: ChatConfig, mesh: Mapping[str, int]) -> None:
+    devices = math.prod(mesh.values())
+    for axis, sizes in (("tensor", _tensor_sizes(config)), ("fsdp", _fsdp_sizes(config))):
+        wrong = [f"{what} ({number})" for what, number in sizes.items() if number % mesh[axis]]
+        if wrong:
+            legal = [n for n in _divisors(math.gcd(*sizes.values())) if n <= devices]
+            raise MeshError(
+                f"{axis}={mesh[axis]} does not divide {', '.join(wrong)}; legal sizes of {axis} on {devices} devices "
+                f"are {_listed(legal)}; other devices can go to the other axes"
+            )
+
+
+def _named(sizes: Mapping[str, int]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def data_shards(mesh: Mesh) -> tuple[tuple[int, ...], dict[int, int]]:
+    """Which process loads which rows of a batch.
+
+    The rows are split into equal parts over data and fsdp, in order. A shard is the parts of one process, or of several
+    that tensor spans: these hold the same parts and load the same rows. The parts of a shard need not be contiguous,
+    because a mesh follows the wires of a TPU, not its hosts.
+
+    Returns:
+        The shard of every part, and the shard of every process.
+
+    Raises:
+        MeshError: processes share some parts but not all, or hold different numbers of them.
+    """
+    held: dict[int, list[int]] = {}
+    for part, devices in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
+        for process in {device.process_index for device in devices}:
+            held.setdefault(process, []).append(part)
+    shards = sorted({tuple(parts) for parts in held.values()})
+    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    if len({len(parts) for parts in shards}) > 1 or sum(map(len, shards)) != count:
+        raise MeshError(
+            f"the mesh {dict(mesh.shape)} shares out {count} parts of a batch to {len(held)} processes unevenly: "
+            f"{'; '.join(f'process {process} has {parts}' for process, parts in sorted(held.items())[:8])}. Along data "
+            "and fsdp each process needs parts of its own, as many as the others, or the same as others on tensor"
+        )
+    shard_of = {part: number for number, parts in enumerate(shards) for part in parts}
+    return tuple(shard_of[part] for part in range(count)), {
+        process: shard_of[parts[0]] for process, parts in held.items()
+    }
+
+
+def default_vision_mode(mesh: Mesh) -> str:
+    """ "data" where the tensor axis is 1 and there is nothing to split, else "tensor".
+
+    "tensor" is the rule because the tower is 11 GB in bfloat16, and because a chat encodes one image at a time. "data"
+    is worth choosing where many images come at once and every device has room for the tower.
+    """
+    return "data" if mesh.shape["tensor"] == 1 else "tensor"
+
+
+def legal_tensor_sizes(config: ChatConfig, devices: int) -> list[int]:
+    """Sizes of the tensor axis that divide both the model and the number of devices, ascending."""
+    return _divisors(math.gcd(devices, *_tensor_sizes(config).values()))
+
+
+def _tensor_sizes(config: ChatConfig) -> dict[str, int]:
+    """What the tensor axis must divide. Vision heads and vocabulary are padded instead, few kv heads repeated."""
+    sizes = {}
+    if config.vision is not None:
+        sizes["the vision tower's intermediate_size"] = config.vision.intermediate_size
+    if config.text is not None:
+        sizes["the language model's heads"] = config.text.num_attention_heads
+        sizes["the language model's intermediate_size"] = config.text.intermediate_size
+    if config.projector is not None:
+        sizes["the projector's width"] = config.projector.out_features
+    return sizes
+
+
+def _fsdp_sizes(config: ChatConfig) -> dict[str, int]:
+    sizes = {}
+    if config.vision is not None:
+        sizes["the vision tower's hidden_size"] = config.vision.hidden_size
+    if config.text is not None:
+        sizes["the language model's hidden_size"] = config.text.hidden_size
+    return sizes
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
