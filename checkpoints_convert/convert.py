@@ -142,7 +142,7 @@ def load_hf(directory: str | Path, abstract: Any, *, progress: Progress | None =
     Raises ConversionError, ConfigError or CheckpointError that list all that is wrong, before a tensor is read; and
     ConversionError for a tensor that holds numbers that are not finite.
     """
-    with distributed.all_or_none():
+    with distributed.barrier():
         return _load_hf(resolve(directory), abstract, progress)
 
 

@@ -77,12 +77,12 @@ class Writer:
         self._stack = ExitStack()
         self._temporary = self._stack.enter_context(new_directory(directory / PARAMS))
         try:
-            with distributed.first_alone() as first:
+            with distributed.process_0_first() as first:
                 if first:
                     self._stores = {name: self._create(name, leaf) for name, leaf in leaves.items()}
                     for name, value in _orbax_metadata(leaves).items():
                         (self._temporary / name).write_text(json.dumps(value))
-            with distributed.all_or_none():
+            with distributed.barrier():
                 if not first:
                     self._stores = {name: LeafFile(self._temporary / _directory(name), name) for name in leaves}
         except BaseException:
@@ -102,8 +102,8 @@ class Writer:
     def commit(self) -> None:
         """Everything is written: sum what is not summed yet and give the directory its name."""
         known = {_directory(name): leaf.checksums for name, leaf in self._stores.items()}
-        everyones = [json.loads(message) for message in distributed.exchange(json.dumps(known).encode())]
-        with distributed.first_alone() as first:
+        everyones = [json.loads(message) for message in distributed.all_gather(json.dumps(known).encode())]
+        with distributed.process_0_first() as first:
             if first:
                 for name, leaf in self._stores.items():
                     for other in everyones:
@@ -143,7 +143,7 @@ def save(directory: str | Path, params: Any) -> None:
     Arrays may lie over the devices of several processes, which then all call this.
     """
     with Writer(Path(directory), params) as writer:
-        with distributed.all_or_none():
+        with distributed.barrier():
             for name, leaf in named_leaves(params):
                 for index, values in _own_pieces(name, leaf):
                     writer.write(name, index, np.asarray(values))
@@ -171,12 +171,12 @@ def write_changed(
     shapes = {name: new[name].shape if name in reshaped else shape for name, (shape, _) in source.leaves.items()}
     check_shapes(base, new, shapes)
     with _copied(directory, base, shapes, files or {}) as writer:
-        with distributed.all_or_none():
+        with distributed.barrier():
             for name, leaf in new.items():
                 dtype = source.leaves[name][1]
                 for index, values in _own_pieces(name, leaf):
                     writer.write(name, index, np.asarray(values).astype(dtype))
-            if distributed.is_first():
+            if distributed.is_process_0():
                 for name, (shape, _) in source.leaves.items():
                     for layer in (
                         range(new[name].shape[0] if name in new else 0, shape[0]) if "/layers/" in name else ()
@@ -225,7 +225,7 @@ def _copied(
     abstract = _nested({name: (shapes[name], dtype) for name, (_, dtype) in _stored(base).items()})
     needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     with new_directory(directory, needed) as temporary:
-        with distributed.first_alone() as first:
+        with distributed.process_0_first() as first:
             if first:
                 for path in base.iterdir():
                     if path.is_file() and path.name not in files:
@@ -249,19 +249,19 @@ def new_directory(destination: str | Path, needed: int | None = None) -> Iterato
     check_place(destination)
     with ExitStack() as stack:
         made = b""
-        with distributed.first_alone() as first:
+        with distributed.process_0_first() as first:
             if first:
                 context = files.new_directory(destination, needed, error=CheckpointError)
                 made = os.fsencode(stack.enter_context(context))
-        temporary = Path(os.fsdecode(distributed.from_first(made)))
-        with distributed.all_or_none():
+        temporary = Path(os.fsdecode(distributed.broadcast_from_process_0(made)))
+        with distributed.barrier():
             if not temporary.is_dir():
                 raise CheckpointError(
                     f"{temporary} is on process 0 but not here: several processes write to a directory that all of "
                     "them see (a mounted bucket, NFS)"
                 )
         yield temporary
-        with distributed.first_alone() as first:
+        with distributed.process_0_first() as first:
             if first:
                 stack.close()
 
@@ -301,7 +301,7 @@ def load(directory: str | Path, abstract: Any, *, progress: Progress | None = No
     """
     directory = Path(directory)
     done, leaves = 0, []
-    with distributed.all_or_none():
+    with distributed.barrier():
         stored = _stored(directory)
         whole = None if any(name.endswith(f"/{QVALUE}") for name in stored) else is_quantized
         wanted = dict(named_leaves(abstract, is_leaf=whole))

@@ -244,7 +244,7 @@ def save(directory: str | Path, adapters: Params, settings: Settings) -> None:
     Raises CheckpointError where `directory` exists, OutputInUseError where another process is writing it.
     """
     with checkpoint.new_directory(directory) as temporary:
-        with distributed.first_alone() as first:
+        with distributed.process_0_first() as first:
             if first:
                 text = json.dumps({tower: asdict(lora) for tower, lora in settings.items()}, indent=2) + "\n"
                 (temporary / FILE).write_text(text, encoding="utf-8")

@@ -79,12 +79,12 @@ def _run(args: argparse.Namespace) -> int:
 
     from internvl_jax.cli import session
     from internvl_jax.inference.loading import load
-    from internvl_jax.parallel.distributed import several
+    from internvl_jax.parallel.distributed import is_multi_process
 
     images = [session.read_image(path) for path in args.image]  # before the model is loaded for them
     settings = options.question_options(args)
     options.start_processes(args)
-    if prompt is None and several():
+    if prompt is None and is_multi_process():
         args.parser.error("a session runs in one process: give a PROMPT, which all processes then answer")
     with progress_bar() as progress:
         chat = load(args.checkpoint, mesh=args.mesh, progress=progress, **options.load_options(args))

@@ -152,15 +152,15 @@ def _run(args: argparse.Namespace, name: str) -> int:
     model = "nano" if args.checkpoint is None else directory.resolve().name
     options.start_processes(args)
     out = (args.output or files.resolve(f"runs/{name}-{model}")).resolve()  # two names of one directory have one claim
-    first = distributed.is_first()
+    first = distributed.is_process_0()
     with ExitStack() as held:
-        with distributed.all_or_none():
+        with distributed.barrier():
             if first:
                 held.enter_context(files.claim(out))
         asked = {name: getattr(args, name) for name in ("limit", "resume", "num_beams", "max_new_tokens")}
         precision = {key: getattr(args, key) for key in ("dtype", "quantize", "cache_dtype")}
         for turn in (True, False):  # process 0 first: where all write to one disk, the others find its files
-            with distributed.all_or_none():
+            with distributed.barrier():
                 if first == turn:
                     made = plan(name, codebase, args.data, out, model=model, precision=precision, first=first, **asked)
         return _answer(args, made)
@@ -182,7 +182,7 @@ def _answer(args: argparse.Namespace, made: Plan) -> int:
     except KeyboardInterrupt:
         err.print(f"{made.out} keeps its answers: --resume continues")
         raise
-    if distributed.is_first():
+    if distributed.is_process_0():
         print((made.out / "report.md").read_text(encoding="utf-8"), end="")
         asked = f"{done.answered} answered in {done.seconds:.0f} s" if done.answered else "no new answers"
         there = f", {done.found} were already answered" if done.found else ""

@@ -309,7 +309,7 @@ def start_processes(args: argparse.Namespace) -> None:
     from internvl_jax.parallel import distributed
 
     distributed.start(args.coordinator, args.num_processes, args.process_id, wait_seconds=args.initialization_timeout)
-    if not distributed.is_first():
+    if not distributed.is_process_0():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 

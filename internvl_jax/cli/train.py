@@ -230,7 +230,7 @@ def _run(args: argparse.Namespace) -> int:
         with counting() as progress:
             made = run.prepare(asked, report=skipped, progress=progress if err.is_terminal else None)
         with run.log_file(made):
-            if distributed.is_first():
+            if distributed.is_process_0():
                 for line in run.summary(made):
                     logger.info("%s", line)
             board = args.output / run.TENSORBOARD if args.tensorboard else None
@@ -240,7 +240,7 @@ def _run(args: argparse.Namespace) -> int:
                     logger.info("compiling the training step")
                 with reporting.reporting(made.settings.steps, args.log_every, board) as reporter:
                     outcome = run.start(made, log=reporter.log, tell=reporter.answer, progress=reporter.progress)
-            if distributed.is_first():
+            if distributed.is_process_0():
                 for line in (*skipped.lines(), *run.result(made, outcome)):
                     logger.info("%s", line)
     return 0 if outcome is None or outcome.finished else 1

@@ -48,7 +48,7 @@ def answer(
 
     with Ahead(chat, work, size) as ahead:
         done = offline.run(ahead, work, size=size, progress=report, **REFERENCE, **made.generation)  # type: ignore[arg-type]
-    if distributed.is_first():
+    if distributed.is_process_0():
         timing = Timing(done.answered, done.seconds, done.new_tokens, size)
         write_report(made, chat.name, _numbers(chat), read_answers(made), timing)
     return done
@@ -69,7 +69,7 @@ class _Running:
 
     def note(self) -> str:
         score = self._made.benchmark.score
-        if score is not None and distributed.is_first() and time.monotonic() > self._next:
+        if score is not None and distributed.is_process_0() and time.monotonic() > self._next:
             started = time.monotonic()
             with suppress(OSError):  # a note is not worth the run
                 answers = {key: text for key, text in read_answers(self._made).items() if text is not None}

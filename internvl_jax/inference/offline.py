@@ -129,35 +129,39 @@ def run(chat: Chat, work: Work, *, size: int = SIZE, progress: Progress | None =
     place = jax.process_index() if work.replicas > 1 else 0
     done, failed, tokens = len(work.questions) - len(work.pending), 0, 0
     # Where one model spans the processes, what fails on one of them alone cannot be a question's error.
-    mine_alone = work.replicas > 1 or not distributed.several()
+    mine_alone = work.replicas > 1 or not distributed.is_multi_process()
     with ExitStack() as held:
         if not work.claimed:
             held.enter_context(_claimed(work.out))
-        with distributed.all_or_none():
-            if distributed.is_first():
+        with distributed.barrier():
+            if distributed.is_process_0():
                 _begin(work)
         for first in range(0, len(work.pending), size * work.replicas):
             mine = work.pending[first + place * size : first + (place + 1) * size]
-            with distributed.all_or_none():
+            with distributed.barrier():
                 answers = _answer(chat, [work.questions[number] for number in mine], size, generation, mine_alone)
             if work.replicas > 1:
-                parts = distributed.exchange(json.dumps(answers).encode())
+                parts = distributed.all_gather(json.dumps(answers).encode())
                 answers = [answer for part in parts for answer in json.loads(part)]
-            with distributed.all_or_none():
-                if distributed.is_first():
+            with distributed.barrier():
+                if distributed.is_process_0():
                     _append(work.out, answers)
             done += len(answers)
             for answer in answers:
                 failed += "error" in answer
-                if "error" in answer and failed <= _TOLD and distributed.is_first():
+                if "error" in answer and failed <= _TOLD and distributed.is_process_0():
                     logger.warning("%s", answer["error"])
             tokens += sum(answer.get("new_tokens", 0) for answer in answers)
             if progress is not None:
                 progress(done, len(work.questions), "answering")
-        with distributed.all_or_none():
-            if distributed.is_first() and work.ordered and (content := in_order(work.out, work.questions)) is not None:
+        with distributed.barrier():
+            if (
+                distributed.is_process_0()
+                and work.ordered
+                and (content := in_order(work.out, work.questions)) is not None
+            ):
                 files.write_bytes(work.out, content)
-    if failed > _TOLD and distributed.is_first():
+    if failed > _TOLD and distributed.is_process_0():
         logger.warning("%d more errors are in %s", failed - _TOLD, work.out)
     found = len(work.questions) - len(work.pending)
     return Summary(len(work.pending), found, failed, tokens, time.perf_counter() - start)
@@ -165,12 +169,12 @@ def run(chat: Chat, work: Work, *, size: int = SIZE, progress: Progress | None =
 
 def _asked(questions: Path, mesh: str | None, images: Path | None) -> tuple[list[Question], list[jax.Device], int]:
     questions = files.resolve(questions)
-    with distributed.all_or_none():
+    with distributed.barrier():
         devices, replicas = _devices(mesh)
         rows = read_questions(questions, questions.parent if images is None else files.resolve(images))
-    with distributed.all_or_none():
+    with distributed.barrier():
         asked = repr([(row.id, row.question, row.history, row.system, dict(row.generation)) for row in rows])
-        if len(set(distributed.exchange(hashlib.sha256(asked.encode()).digest()))) > 1:
+        if len(set(distributed.all_gather(hashlib.sha256(asked.encode()).digest()))) > 1:
             raise BatchError(f"{questions} differs between the processes: copy the same file to every host")
     return rows, devices, replicas
 
@@ -185,14 +189,14 @@ def _work(
 ) -> Work:
     known: dict[str, Any] = {}
     content = state = None
-    with distributed.all_or_none():
-        if distributed.is_first():
+    with distributed.barrier():
+        if distributed.is_process_0():
             if out.exists() and questions.exists() and out.samefile(questions):
                 raise BatchError(f"{out} is the file of questions: name another one for the answers")
             found = read_answers(out, rows)
             known = {"pending": found.pending, "models": found.models}
             content, state = found.content, found.state
-    known = json.loads(distributed.from_first(json.dumps(known).encode()))
+    known = json.loads(distributed.broadcast_from_process_0(json.dumps(known).encode()))
     made = None if mesh is None else mesh_lib.make_mesh(mesh, devices)
     return Work(rows, known["pending"], out, made, replicas, frozenset(known["models"]), content, state)
 
@@ -205,8 +209,8 @@ def _target(out: Path) -> Path:
 @contextmanager
 def _claimed(out: Path) -> Iterator[None]:
     with ExitStack() as held:
-        with distributed.all_or_none():
-            if distributed.is_first():
+        with distributed.barrier():
+            if distributed.is_process_0():
                 held.enter_context(files.claim(out))
                 files.remove_leftovers(out)
         yield
@@ -242,7 +246,7 @@ def _check_generation(work: Work, generation: Mapping[str, Any]) -> None:
             continue
         if made.temperature == 0 and row.generation.keys() & set(SAMPLING):
             idle.append(row)
-    if idle and distributed.is_first():
+    if idle and distributed.is_process_0():
         more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
         logger.warning(
             "%s%s: %s are without effect, because nothing is sampled at temperature 0",

@@ -77,7 +77,7 @@ def read_questions(path: Path, images: Path) -> list[Question]:
         raise BatchError("nothing was started:\n  " + "\n  ".join(problems[:_SHOWN]) + more)
     if not rows:
         raise BatchError(f"{path} has no questions")
-    if ignored and distributed.is_first():
+    if ignored and distributed.is_process_0():
         named = (
             f"{name!r} (line {where[0]}{f' and {len(where) - 1} more' if len(where) > 1 else ''})"
             for name, where in sorted(ignored.items())

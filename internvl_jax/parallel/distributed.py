@@ -1,8 +1,9 @@
-"""Several processes, one program: who takes part, and a readable answer when somebody is missing.
+"""Runs of several processes: how they find each other, and what they exchange on the host.
 
-A pod slice is several hosts, and the same command must start on all of them. jax.distributed waits for the others for
-five minutes, and then ends the process from C++ with a stack trace that names nobody. So a roll call comes first: the
-processes meet on the coordinator's port, process 0 says who is there, and only when all are does jax.distributed start.
+A pod slice is several hosts, and the same command must start on all of them. jax.distributed waits five minutes for
+missing processes, then ends from C++ with a stack trace that names none of them. So a roll call comes first: the
+processes connect to the coordinator's port, process 0 reports which are missing, and jax.distributed starts only when
+all are present.
 """
 
 from __future__ import annotations
@@ -32,18 +33,26 @@ _GREETING = "internvl-jax"
 
 
 class DistributedError(ValueError):
-    """Processes that did not find each other; the message says which are missing and what was detected."""
+    """Processes did not find each other; the message says which are missing and what was detected."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Which process this is, of how many, and where they meet."""
+    """The processes of a run.
 
-    source: str  # what said so, for people
-    coordinator: str  # host:port of process 0
+    Attributes:
+        source: where this was detected, for messages.
+        coordinator: host:port of process 0.
+        num_processes: their number.
+        process_id: the number of this one, from 0.
+        hosts: host names by process id, as far as they are known.
+    """
+
+    source: str
+    coordinator: str
     num_processes: int
     process_id: int
-    hosts: Mapping[int, str]  # names by process id, as far as they are known
+    hosts: Mapping[int, str]
 
     def describe(self) -> str:
         return (
@@ -63,13 +72,24 @@ def detect(
     environ: Mapping[str, str] = os.environ,
     metadata: Callable[[str], str | None] | None = None,
 ) -> Cluster | None:
-    """What the arguments, else the environment, say about this process. None: it is alone.
+    """Detect the processes of this run from the arguments, else from the environment.
 
-    Looked at in this order: the three arguments (all or none); GKE (TPU_WORKER_ID with TPU_WORKER_HOSTNAMES or
-    TPU_PROCESS_ADDRESSES); the metadata server of a Cloud TPU VM, where there are TPU chips and no TPU_SKIP_MDS_QUERY;
-    Slurm's srun. MEGASCALE_* adds the slices of a multislice job to both of Google's.
-    metadata: reads an attribute of the metadata server (for tests).
-    Raises DistributedError for arguments or variables that do not go together.
+    In this order: the three arguments; GKE (TPU_WORKER_ID with TPU_WORKER_HOSTNAMES or TPU_PROCESS_ADDRESSES); the
+    metadata server of a Cloud TPU VM, where there are TPU chips and no TPU_SKIP_MDS_QUERY; Slurm's srun. MEGASCALE_*
+    adds the slices of a multislice job to both of Google's.
+
+    Args:
+        coordinator: host:port of process 0. The three arguments are given together or not at all.
+        num_processes: the number of processes.
+        process_id: the number of this process.
+        environ: environment variables.
+        metadata: reads an attribute of the metadata server (for tests).
+
+    Returns:
+        The cluster; None for a single process.
+
+    Raises:
+        DistributedError: arguments or variables contradict each other.
     """
     given = {"coordinator": coordinator, "num-processes": num_processes, "process-id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -79,7 +99,7 @@ def detect(
                 f"--{', --'.join(missing)} must be given too: the coordinator's host:port (the same on every process), "
                 "the number of processes, and this one's number from 0"
             )
-        return _checked("--coordinator, --num-processes and --process-id", coordinator, num_processes, process_id, {})
+        return _cluster("--coordinator, --num-processes and --process-id", coordinator, num_processes, process_id, {})
     workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
     if workers and "TPU_WORKER_ID" in environ:
         hosts = [worker.strip().rsplit(":", 1)[0] for worker in workers.split(",")]
@@ -100,7 +120,7 @@ def detect(
         first = re.match(r"([^,\[]+)(?:\[(\w+))?", environ["SLURM_STEP_NODELIST"])
         host = first.group(1) + (first.group(2) or "")
         port = 61440 + _number("SLURM_JOB_ID", environ["SLURM_JOB_ID"]) % 4096  # jobs that share a node do not collide
-        return _checked(
+        return _cluster(
             "Slurm (SLURM_PROCID, SLURM_STEP_NODELIST)",
             f"{host}:{port}",
             count,
@@ -124,7 +144,7 @@ def _tpu_slices(source: str, worker_id: str, hosts: list[str], get: Callable[[st
             raise DistributedError(f"{source}: MEGASCALE_COORDINATOR_ADDRESS is not set, so the slices cannot meet")
         coordinator = coordinator.split(":")[0]
     first = slice_id * len(hosts)
-    return _checked(
+    return _cluster(
         source,
         f"{coordinator}:{PORT}",
         len(hosts) * slices,
@@ -133,7 +153,7 @@ def _tpu_slices(source: str, worker_id: str, hosts: list[str], get: Callable[[st
     )
 
 
-def _checked(source: str, coordinator: str, count: int, process_id: int, hosts: Mapping[int, str]) -> Cluster:
+def _cluster(source: str, coordinator: str, count: int, process_id: int, hosts: Mapping[int, str]) -> Cluster:
     if not re.fullmatch(r".+:\d+", coordinator):
         raise DistributedError(f"{source}: the coordinator {coordinator!r} must be HOST:PORT")
     if not 0 <= process_id < count:
@@ -173,10 +193,18 @@ def start(
     *,
     wait_seconds: float = WAIT_SECONDS,
 ) -> Cluster | None:
-    """Join the other processes, where there are any. Call it before anything touches a device; arguments as `detect`'s.
+    """Join the other processes, if there are any. Call it before anything uses a device.
 
-    Raises DistributedError after `wait_seconds` with the processes that are missing, and at once where two processes
-    have the same number, expect different numbers of processes or run different versions of jax.
+    Args:
+        coordinator, num_processes, process_id: as `detect` takes them.
+        wait_seconds: how long to wait for the others.
+
+    Returns:
+        The cluster; None for a single process.
+
+    Raises:
+        DistributedError: some processes are missing after `wait_seconds`; or two have the same number, expect different
+            numbers of processes, or run different versions of jax.
     """
     cluster = detect(coordinator, num_processes, process_id)
     if cluster is None:
@@ -187,22 +215,22 @@ def start(
         cluster.coordinator,
         cluster.num_processes,
         cluster.process_id,
-        cluster_detection_method="deactivate",  # nothing that we did not detect
+        cluster_detection_method="deactivate",  # only what `detect` found
         initialization_timeout=max(30, int(deadline - time.monotonic())),
     )
-    _take_back(signal.SIGTERM)  # jax's preemption service has put a handler of its own there
+    restore_handler(signal.SIGTERM)  # which jax's preemption service has replaced
     return cluster
 
 
-def _take_back(number: int) -> None:
-    """Put Python's handler of a signal, the command line's or training's, in the place of one that C++ put there."""
+def restore_handler(number: int) -> None:
+    """Install Python's handler of a signal again, after C++ code has replaced it."""
     handler = signal.getsignal(number)
     if threading.current_thread() is threading.main_thread() and callable(handler):
         signal.signal(number, handler)
 
 
 def roll_call(cluster: Cluster, wait_seconds: float) -> None:
-    """Return on every process once all are there; raise DistributedError on every process that is, if some are not."""
+    """Return once all processes are present; raise DistributedError on those present if some are missing."""
     deadline = time.monotonic() + wait_seconds
     hello = {
         "greeting": _GREETING,
@@ -212,15 +240,15 @@ def roll_call(cluster: Cluster, wait_seconds: float) -> None:
         "jax": jax.__version__,
     }
     if cluster.process_id == 0:
-        problem = _call_the_roll(cluster, hello, deadline, wait_seconds)
+        problem = _collect_processes(cluster, hello, deadline, wait_seconds)
     else:
-        problem = _answer_the_roll(cluster, hello, deadline, wait_seconds)
+        problem = _report_to_process_0(cluster, hello, deadline, wait_seconds)
     if problem:
         raise DistributedError(f"{problem}\n{cluster.describe()}")
 
 
-def _call_the_roll(cluster: Cluster, hello: dict[str, Any], deadline: float, wait_seconds: float) -> str:
-    """Process 0: wait until all have said hello, tell them all how it went. Returns the problem, or ""."""
+def _collect_processes(cluster: Cluster, hello: dict[str, Any], deadline: float, wait_seconds: float) -> str:
+    """Process 0: wait for all others and send them the verdict. Returns the problem, or ""."""
     port = int(cluster.coordinator.rsplit(":", 1)[1])
     present, problem = {0: hello}, ""
     answers: list[socket.socket] = []
@@ -288,8 +316,8 @@ def _disagreement(present: Mapping[int, Mapping[str, Any]], mine: Mapping[str, A
     return ""
 
 
-def _answer_the_roll(cluster: Cluster, hello: dict[str, Any], deadline: float, wait_seconds: float) -> str:
-    """Another process: find process 0, say hello, hear how it went. Returns the problem, or ""."""
+def _report_to_process_0(cluster: Cluster, hello: dict[str, Any], deadline: float, wait_seconds: float) -> str:
+    """Another process: connect to process 0 and receive the verdict. Returns the problem, or ""."""
     host, port = cluster.coordinator.rsplit(":", 1)
     failure = "nothing was tried"
     while time.monotonic() < deadline:
@@ -316,22 +344,25 @@ def _read_line(connection: socket.socket) -> str:
     return line
 
 
-# Together.
+# Collectives of the host.
 
 
-def several() -> bool:
-    """Whether other processes take part. Does not start a backend where there are none."""
+def is_multi_process() -> bool:
+    """Whether other processes take part. Starts no backend where there are none."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def is_first() -> bool:
-    """Whether this is process 0, the one that prints, and that writes what all share."""
-    return not several() or jax.process_index() == 0
+def is_process_0() -> bool:
+    """Whether this is process 0, which prints, and writes what all processes share."""
+    return not is_multi_process() or jax.process_index() == 0
 
 
-def exchange(message: bytes) -> list[bytes]:
-    """Every process's message, in the order of processes. All processes must call it: it is a barrier too."""
-    if not several():
+def all_gather(message: bytes) -> list[bytes]:
+    """Gather the messages of all processes, in the order of processes.
+
+    All processes must call it. It is a barrier too.
+    """
+    if not is_multi_process():
         return [message]
     lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(message)))).reshape(-1)
     padded = np.zeros(max(1, lengths.max()), np.uint8)
@@ -340,21 +371,25 @@ def exchange(message: bytes) -> list[bytes]:
     return [row[:length].tobytes() for row, length in zip(gathered, lengths)]
 
 
-def from_first(message: bytes) -> bytes:
-    """Process 0's message. All processes must call it."""
-    return exchange(message if is_first() else b"")[0]
+def broadcast_from_process_0(message: bytes) -> bytes:
+    """Return process 0's message on all processes, which must all call it."""
+    return all_gather(message if is_process_0() else b"")[0]
 
 
 @contextmanager
-def all_or_none() -> Iterator[None]:
-    """Leave the block together: an error on one process is raised on all, so that none waits for it for ever."""
+def barrier() -> Iterator[None]:
+    """Wait for all processes at the end of the block; an error on one is raised on all, so that none waits forever.
+
+    Raises:
+        DistributedError: on a process without an error, where others have one.
+    """
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    if several():
-        problems = exchange(str(error or "").encode(errors="backslashreplace") or (b"error" if error else b""))
+    if is_multi_process():
+        problems = all_gather(str(error or "").encode(errors="backslashreplace") or (b"error" if error else b""))
         failed = [f"process {number}: {text.decode()}" for number, text in enumerate(problems) if text]
         if error is None and failed:
             raise DistributedError("stopped here because of an error elsewhere: " + "; ".join(failed[:3]))
@@ -363,9 +398,9 @@ def all_or_none() -> Iterator[None]:
 
 
 @contextmanager
-def first_alone() -> Iterator[bool]:
-    """Wait for all, let process 0 (which gets True) do something, then go on together."""
-    with all_or_none():
+def process_0_first() -> Iterator[bool]:
+    """Run a block between two barriers, with True on process 0, which does the work that the others wait for."""
+    with barrier():
         pass
-    with all_or_none():
-        yield is_first()
+    with barrier():
+        yield is_process_0()

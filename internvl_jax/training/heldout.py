@@ -133,7 +133,7 @@ class HeldOut:
         try:
             for _ in range(self._batches):
                 batch = next(iterator, None)
-                if not any(distributed.exchange(b"" if batch is None else b"one")):
+                if not any(distributed.all_gather(b"" if batch is None else b"one")):
                     return
                 yield assemble([], self._layout, self._processor.image_size) if batch is None else batch
         finally:
@@ -149,7 +149,7 @@ class HeldOut:
             replies = [self._chat.batch_chat([q.text], [q.images], **options)[0] for q in self._questions]
         finally:
             self._chat.generator.params = {}
-        if not distributed.is_first():
+        if not distributed.is_process_0():
             return
         said = [
             Answered(step, question.text, question.expected, reply.text)

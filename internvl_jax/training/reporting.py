@@ -141,7 +141,7 @@ def reporting(steps: int, every: int, board: Path | None) -> Iterator[Reporter]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
         console=err,
-        disable=not err.is_terminal or not distributed.is_first(),
+        disable=not err.is_terminal or not distributed.is_process_0(),
         transient=True,
     )
     reporter = Reporter(steps, every, bar, board)

@@ -124,7 +124,7 @@ def prepare(
     RunError), each saying what would be right.
     """
     named = ("data", "output", "checkpoint", "base", "eval_data")
-    with distributed.all_or_none():
+    with distributed.barrier():
         paths: dict[str, Any] = {
             name: files.resolve(path) for name in named if (path := getattr(options, name)) is not None
         }
@@ -253,7 +253,7 @@ def log_file(made: Run) -> Iterator[None]:
     On all processes; process 0 writes.
     """
     begin(made.output, facts(made.recipe, made.settings, made.identity))
-    if not distributed.is_first():
+    if not distributed.is_process_0():
         yield
         return
     with logs.to_file(made.output / LOG):

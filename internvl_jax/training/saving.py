@@ -51,7 +51,7 @@ class Steps:
         self._place = place
         self._keep = keep
         self._unrecorded: int | None = None
-        with distributed.first_alone() as first:
+        with distributed.process_0_first() as first:
             if first:
                 if from_scratch and self.directory.is_dir() and any(self.directory.iterdir()):
                     aside = _unused(self.directory.with_name(f"{STEPS}-before"))
@@ -84,7 +84,7 @@ class Steps:
         It is what a later command knows of steps that are no longer there.
         """
         step = self._unrecorded
-        if step is None or not distributed.is_first() or not (self.directory / str(step)).is_dir():
+        if step is None or not distributed.is_process_0() or not (self.directory / str(step)).is_dir():
             return
         self._unrecorded = None
         with suppress(OSError):  # a full disk: the step itself is there
@@ -103,7 +103,7 @@ class Steps:
         step = int(jax.device_get(state.step))
         if step in self._manager.all_steps():
             return
-        told = distributed.exchange(json.dumps([self._place.share, _encode(data)]).encode())
+        told = distributed.all_gather(json.dumps([self._place.share, _encode(data)]).encode())
         shares = dict(json.loads(message) for message in told)  # processes of one share are at one place
         places = [shares[number] for number in sorted(shares)]
         true = self._place.resized(state, self._place.unpad, storage=True)
@@ -153,7 +153,7 @@ class Steps:
             self._unrecorded = step
             self.record()
             return restored
-        with distributed.all_or_none():
+        with distributed.barrier():
             self._check_never_saved(damaged)
         return None
 
@@ -168,16 +168,16 @@ class Steps:
             )
         except Exception as caught:  # Orbax and TensorStore raise anything, for any reason
             error = caught
-        answers = distributed.exchange(json.dumps([_describe(error), _is_external(error)]).encode() if error else b"")
+        answers = distributed.all_gather(json.dumps([_describe(error), _is_external(error)]).encode() if error else b"")
         problems = [json.loads(answer) for answer in answers if answer]
         if not problems:
             return _altered(found, self._place) or found
         text = next((text for text, external in problems if external), problems[0][0])
         damage = None
         if not any(external for _, external in problems):
-            with distributed.first_alone() as first:
+            with distributed.process_0_first() as first:
                 verdict: list[Any] = self._examined(step) if first else []
-            damage, unread = json.loads(distributed.from_first(json.dumps(verdict).encode()))
+            damage, unread = json.loads(distributed.broadcast_from_process_0(json.dumps(verdict).encode()))
             text = unread or text
         if damage is None:
             raise RunError(
@@ -225,7 +225,7 @@ class Steps:
         if not damaged:
             return
         self._manager.close()
-        with distributed.first_alone() as first:
+        with distributed.process_0_first() as first:
             for step, problem in damaged.items() if first else ():
                 aside = _unused(self.directory / f"{ASIDE}{step}")
                 (self.directory / str(step)).rename(aside)
@@ -284,9 +284,9 @@ def begin(directory: str | Path, settings: dict[str, Any]) -> bool:
     Raises RunError as `is_there` does.
     """
     path = Path(directory) / RUN
-    with distributed.all_or_none():
+    with distributed.barrier():
         there = is_there(directory, settings)
-    with distributed.first_alone() as first:
+    with distributed.process_0_first() as first:
         if first and not there:
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_text(path, json.dumps(settings, indent=2) + "\n")
@@ -310,8 +310,8 @@ def claimed(directory: str | Path) -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
-        with distributed.all_or_none():
-            if distributed.is_first():
+        with distributed.barrier():
+            if distributed.is_process_0():
                 stack.enter_context(files.claim(directory))
                 for name in (RUN, MODEL):
                     files.remove_leftovers(directory / name)

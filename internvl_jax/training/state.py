@@ -266,10 +266,10 @@ def write_model(directory: str | Path, base: str | Path, trained: Params, place:
     if adapters is None:
         write(directory)
         return
-    number = distributed.from_first(str(os.getpid()).encode()).decode()
+    number = distributed.broadcast_from_process_0(str(os.getpid()).encode()).decode()
     within = files.temporary_path(directory, number)  # a model without its adapters must never stand at `directory`
     try:
-        with distributed.first_alone() as first:
+        with distributed.process_0_first() as first:
             if first and os.path.lexists(directory):
                 raise checkpoint.CheckpointError(f"{directory} exists already: remove it, or write somewhere else")
             if first:
@@ -277,9 +277,9 @@ def write_model(directory: str | Path, base: str | Path, trained: Params, place:
                 within.mkdir(parents=True)
         write(within / directory.name)
         lora.save(within / directory.name / ADAPTERS, adapters, recipe.lora)
-        with distributed.first_alone() as first:
+        with distributed.process_0_first() as first:
             if first:
                 (within / directory.name).rename(directory)
     finally:
-        if distributed.is_first():
+        if distributed.is_process_0():
             shutil.rmtree(within, ignore_errors=True)

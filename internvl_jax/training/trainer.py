@@ -358,9 +358,9 @@ class _Run:
         """The batch of the next step, or that all processes stop here. Rows have the same length on all of them."""
         stop = asked()
         batch = None if stop else stack_batches([next(self.batches) for _ in range(self.settings.accumulate)])
-        if distributed.several():
+        if distributed.is_multi_process():
             length = 0 if batch is None else batch.labels.shape[-1]
-            told = [int(message) for message in distributed.exchange(str(length).encode())]
+            told = [int(message) for message in distributed.all_gather(str(length).encode())]
             stop = 0 in told
             if not stop:
                 batch = jax.tree.map(lambda *x: np.stack(x), *[pad_rows(b, max(told)) for b in _parts(batch)])
@@ -401,7 +401,7 @@ class _Run:
         self.ended = time.perf_counter()
 
     def write(self, entry: dict[str, Any], told: bool) -> None:
-        if not distributed.is_first():
+        if not distributed.is_process_0():
             return
         files.append_text(self.directory / "metrics.jsonl", json.dumps(entry) + "\n", sync=False)
         if self.log is not None and told:

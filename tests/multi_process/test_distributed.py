@@ -274,7 +274,7 @@ def test_a_handler_that_cpp_has_replaced_comes_back():
         ctypes.CDLL(None).signal(signal.SIGUSR1, 1)  # SIG_IGN, behind Python's back
         os.kill(os.getpid(), signal.SIGUSR1)
         assert seen == []
-        distributed._take_back(signal.SIGUSR1)
+        distributed.restore_handler(signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert seen == ["python"]
     finally:
@@ -283,9 +283,9 @@ def test_a_handler_that_cpp_has_replaced_comes_back():
 
 def test_errors_of_any_text_reach_the_others(monkeypatch):
     sent = []
-    monkeypatch.setattr(distributed, "several", lambda: True)
-    monkeypatch.setattr(distributed, "exchange", lambda message: sent.append(message) or [message, b""])
-    with pytest.raises(ValueError, match="\ud800"), distributed.all_or_none():
+    monkeypatch.setattr(distributed, "is_multi_process", lambda: True)
+    monkeypatch.setattr(distributed, "all_gather", lambda message: sent.append(message) or [message, b""])
+    with pytest.raises(ValueError, match="\ud800"), distributed.barrier():
         raise ValueError("\ud800")
     assert len(sent) == 1
     assert b"ud800" in sent[0]

@@ -316,7 +316,7 @@ def test_one_process_claims_a_run_for_all_of_its(tmp_path, monkeypatch):
         with pytest.raises(files.OutputInUseError, match=r"is being written by process"):
             with saving.claimed(tmp_path / "run"):
                 pass
-        monkeypatch.setattr(saving.distributed, "is_first", lambda: False)
+        monkeypatch.setattr(saving.distributed, "is_process_0", lambda: False)
         with saving.claimed(tmp_path / "run"):
             pass
     monkeypatch.undo()
