@@ -275,7 +275,7 @@ def _collect_processes(cluster: Cluster, hello: dict[str, Any], deadline: float,
                 connection.close()  # a port scanner, or a process that gave up
                 continue
             answers.append(connection)
-            problem = _disagreement(present, hello, other)
+            problem = disagreement(present, hello, other)
             present[other["id"]] = other
         verdict = json.dumps({"problem": problem}) + "\n"
         for connection in answers:
@@ -300,7 +300,8 @@ def _missing(cluster: Cluster, present: Mapping[int, Mapping[str, Any]], wait_se
     )
 
 
-def _disagreement(present: Mapping[int, Mapping[str, Any]], mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def disagreement(present: Mapping[int, Mapping[str, Any]], mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Why two processes cannot run together, as their greetings show; "" if they can."""
     if other["count"] != mine["count"]:
         return (
             f"{other['host']} was started as process {other['id']} of {other['count']}, {mine['host']} as one of "

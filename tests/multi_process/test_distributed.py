@@ -238,7 +238,7 @@ def test_processes_that_do_not_fit_together():
         assert "one of 3" in message
     mine = {"id": 0, "count": 2, "host": "a", "jax": "1"}
     other = {"id": 1, "count": 2, "host": "b", "jax": "2"}
-    assert "b runs jax 2, a jax 1: install the same" in distributed._disagreement({0: mine}, mine, other)
+    assert "b runs jax 2, a jax 1: install the same" in distributed.disagreement({0: mine}, mine, other)
 
 
 def test_strangers_are_ignored():
