@@ -236,7 +236,7 @@ def _run(args: argparse.Namespace) -> int:
             board = args.output / run.TENSORBOARD if args.tensorboard else None
             outcome = None
             if not made.done:
-                if distributed.is_first():
+                if distributed.is_process_0():
                     logger.info("compiling the training step")
                 with reporting.reporting(made.settings.steps, args.log_every, board) as reporter:
                     outcome = run.start(made, log=reporter.log, tell=reporter.answer, progress=reporter.progress)
