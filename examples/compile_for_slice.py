@@ -6,7 +6,8 @@ python examples/compile_for_slice.py --preset internvl_chat_v1_1 --topology v5e-
 
 import argparse
 
-from internvl_jax.aot.compile_report import make_workload, report
+from internvl_jax.aot.compile_report import make_report
+from internvl_jax.aot.workload import WorkloadRequest, make_workload
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--preset", default="nano")
@@ -15,9 +16,9 @@ parser.add_argument("--batch-size", type=int, default=4)
 parser.add_argument("--max-seq-length", type=int, default=256)
 args = parser.parse_args()
 
-workload = make_workload(args.preset, topology=args.topology, batch=args.batch_size, length=args.max_seq_length)
+workload = make_workload(WorkloadRequest(args.topology, args.preset, batch=args.batch_size, length=args.max_seq_length))
 for program in ("encode", "prefill", "decode"):
-    result = report(workload, program).to_dict()
+    result = make_report(workload, program).to_dict()
     memory = {name: size for name, size in result["hbm_bytes"].items() if size is not None}
     print(f"{program}: peak {memory['peak'] / 2**20:.1f} MiB per chip, {result['flops_per_chip']:.3g} FLOPs per chip,")
     print(f"    mesh {result['mesh']}, {len(result['collectives'])} kinds of collectives")

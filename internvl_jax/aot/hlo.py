@@ -1,11 +1,11 @@
-"""What a compiled program does, read from its optimized HLO text (`compiled.as_text()`).
+"""FLOPs, collectives and copies of a compiled program, from its optimized HLO text (`compiled.as_text()`).
 
-XLA's own cost_analysis counts every loop body once, the loop over layers included. Here each instruction is counted as
-often as it runs: a while loop by its trip count where its condition compares a counter with a constant, once otherwise
-(decoding ends when the answers do: its figures are those of one step). Of a conditional's branches the first counts,
-the one for "false": greedy decoding in this project.
+XLA's cost_analysis counts every loop body once, the layer scan included. Here each instruction is counted as often as
+it runs: the body of a while loop by the trip count, where the condition compares a counter with a constant, and once
+otherwise (the decode loop ends when all answers do, so its figures are those of one step). Of a conditional, the first
+branch is counted, the one for "false", which is greedy decoding in this project.
 
-Pure text analysis: no jax, no device.
+This is text analysis only: it uses neither jax nor a device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]((?:\{[^{}]*\})?)")
 
 @dataclass(frozen=True)
 class Shape:
-    """One array. `on_chip`: kept in the core's own memory (VMEM), not in HBM."""
+    """Shape of one array. `on_chip` is True for arrays in VMEM, memory space S(1), instead of HBM."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -35,23 +35,24 @@ class Shape:
 
     @property
     def bytes(self) -> int:
+        """Size in bytes."""
         width = _BYTES.get(self.dtype, 1 if re.match(r"f8|s8|u8|s2|u2", self.dtype) else 4)
         return math.ceil(math.prod(self.dims) * width)
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: `name = shapes opcode(operands), attributes`."""
+    """One instruction: `name = shapes opcode(operands), attributes`. `shapes` has several entries for a tuple."""
 
     name: str
     opcode: str
-    shapes: tuple[Shape, ...]  # of the result; several where it is a tuple
+    shapes: tuple[Shape, ...]
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
 
     def called(self, *keys: str) -> list[str]:
-        """Names of the computations in attributes like `calls=%name` or `branch_computations={%a, %b}`."""
+        """Return the names of computations in attributes like `calls=%name` or `branch_computations={%a, %b}`."""
         found = []
         for key in keys:
             match = re.search(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.$-]+)", self.attributes)
@@ -60,38 +61,59 @@ class Instruction:
 
 
 @dataclass(frozen=True)
-class Program:
-    """Computations by name; `entry` is where it starts."""
+class HloModule:
+    """Computations by name, and the name of the entry computation."""
 
     computations: dict[str, tuple[Instruction, ...]]
     entry: str
 
 
 @dataclass(frozen=True)
-class Run:
-    """An instruction and how often it runs; `loop` is the innermost while's name and `trips` its count."""
+class Execution:
+    """An instruction and how often it runs.
+
+    Attributes:
+        instruction: The instruction.
+        computation: Name of the computation that contains it.
+        count: Number of times that it runs.
+        loop: Name of the innermost while loop around it, or None.
+        trip_count: Trip count of that loop, or None where it is not known.
+    """
 
     instruction: Instruction
     computation: str
-    times: int
+    count: int
     loop: str | None
-    trips: int | None
+    trip_count: int | None
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One communication. `times`: how often it runs in all; once per pass of `loop`, which makes `trips` passes."""
+    """One collective operation.
+
+    Attributes:
+        kind: One of `COLLECTIVES`.
+        bytes: Bytes of the result on one device.
+        count: Number of times that it runs.
+        loop: Name of the innermost while loop around it, or None.
+        trip_count: Trip count of that loop, or None where it is not known.
+        group: Indices into the mesh of the first group of devices that take part; () for all devices.
+    """
 
     kind: str
-    bytes: int  # of its result on one device
-    times: int
+    bytes: int
+    count: int
     loop: str | None
-    trips: int | None
-    group: tuple[int, ...]  # places in the mesh of the devices that take part, of the first group; () for all
+    trip_count: int | None
+    group: tuple[int, ...]
 
 
-def parse(text: str) -> Program:
-    """Read HLO text. Raises ValueError where there is no entry computation."""
+def parse(text: str) -> HloModule:
+    """Parse HLO text.
+
+    Raises:
+        ValueError: There is no entry computation.
+    """
     computations: dict[str, list[Instruction]] = {}
     entry, current = None, None
     for line in _whole_lines(text):
@@ -112,11 +134,11 @@ def parse(text: str) -> Program:
             current.append(Instruction(match[2], match[4], shapes, names, attributes, bool(match[1])))
     if entry is None:
         raise ValueError("no ENTRY computation: this is not the text of an HLO module")
-    return Program({name: tuple(lines) for name, lines in computations.items()}, entry)
+    return HloModule({name: tuple(lines) for name, lines in computations.items()}, entry)
 
 
 def _whole_lines(text: str) -> Iterator[str]:
-    """Lines of HLO; attributes of Pallas kernels, which XLA spreads over several, are put together again."""
+    """Lines of HLO, with the attributes of Pallas kernels, which XLA breaks over several lines, joined."""
     whole = ""
     for line in text.splitlines():
         ends = line == "}" or line.startswith("}, execution_thread")
@@ -138,38 +160,38 @@ def _split_operands(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def runs(program: Program) -> Iterator[Run]:
-    """Every instruction that runs, in the computation where it stands, with its number of times."""
+def executions(module: HloModule) -> Iterator[Execution]:
+    """Yield every instruction that runs, with the number of times that it does."""
 
-    def visit(name: str, times: int, loop: str | None, trips: int | None) -> Iterator[Run]:
-        for instruction in program.computations.get(name, ()):
-            yield Run(instruction, name, times, loop, trips)
+    def visit(name: str, count: int, loop: str | None, trips: int | None) -> Iterator[Execution]:
+        for instruction in module.computations.get(name, ()):
+            yield Execution(instruction, name, count, loop, trips)
             if instruction.opcode == "while":
-                count = trip_count(program, instruction)
+                inner = trip_count(module, instruction)
                 for body in instruction.called("body"):
-                    yield from visit(body, times * (count or 1), instruction.name, count)
+                    yield from visit(body, count * (inner or 1), instruction.name, inner)
             elif instruction.opcode == "conditional":
                 branches = instruction.called("branch_computations") or instruction.called("false_computation")
-                yield from visit(branches[0], times, loop, trips)
+                yield from visit(branches[0], count, loop, trips)
             else:
                 for called in instruction.called("calls") + (
                     instruction.called("to_apply") if instruction.opcode == "call" else []
                 ):
-                    yield from visit(called, times, loop, trips)
+                    yield from visit(called, count, loop, trips)
 
-    return visit(program.entry, 1, None, None)
+    return visit(module.entry, 1, None, None)
 
 
-def trip_count(program: Program, loop: Instruction) -> int | None:
-    """How often a while loop runs: known where its condition is counter < constant, as a scan's is; else None."""
+def trip_count(module: HloModule, loop: Instruction) -> int | None:
+    """Return the trip count of a while loop, or None where its condition is not `counter < constant`."""
     stated = re.search(r"known_trip_count\D*(\d+)", loop.attributes)
     if stated:
         return int(stated[1])
     (condition,) = loop.called("condition")
-    lines = {line.name: line for line in program.computations[condition]}
+    lines = {line.name: line for line in module.computations[condition]}
     root = next(line for line in lines.values() if line.is_root)
-    if root.opcode == "fusion":  # the comparison alone, wrapped
-        inner = {line.name: line for line in program.computations[root.called("calls")[0]]}
+    if root.opcode == "fusion":  # of the comparison alone
+        inner = {line.name: line for line in module.computations[root.called("calls")[0]]}
         parameters = [line for line in inner.values() if line.opcode == "parameter"]
         lines |= inner | {p.name: lines[root.operands[int(p.operands[0])]] for p in parameters}
         root = next(line for line in inner.values() if line.is_root)
@@ -177,58 +199,58 @@ def trip_count(program: Program, loop: Instruction) -> int | None:
         return None
     bound = _constant(lines, root.operands[1])
     counter = lines.get(root.operands[0])
-    place = counter and re.search(r"\bindex=(\d+)", counter.attributes)
-    return None if bound is None else -(-bound // (_increment(program, loop, int(place[1])) if place else 1))
+    index = counter and re.search(r"\bindex=(\d+)", counter.attributes)
+    return None if bound is None else -(-bound // (_increment(module, loop, int(index[1])) if index else 1))
 
 
 def _constant(lines: dict[str, Instruction], name: str) -> int | None:
-    """The value of a constant, also through what only passes it on."""
+    """The value of a constant, also behind copies, bitcasts and conversions."""
     line = lines.get(name)
     while line is not None and line.opcode in ("copy", "bitcast", "convert"):
         line = lines.get(line.operands[0])
     return int(line.operands[0]) if line is not None and line.opcode == "constant" else None
 
 
-def _increment(program: Program, loop: Instruction, place: int) -> int:
-    """By how much a loop's body raises the counter at that place of what it carries: 1 unless it plainly adds more.
+def _increment(module: HloModule, loop: Instruction, index: int) -> int:
+    """The increment of the loop counter at that index of the carry: 1 unless the body adds another constant.
 
-    XLA's rings that gather a matrix while it is multiplied count by two, a step in each direction.
+    Windowed-einsum loops count by two: one step in each direction of the ring.
     """
     (body,) = loop.called("body")
-    lines = {line.name: line for line in program.computations[body]}
+    lines = {line.name: line for line in module.computations[body]}
     result = next(line for line in lines.values() if line.is_root)
-    added = lines.get(result.operands[place]) if result.opcode == "tuple" else None
+    added = lines.get(result.operands[index]) if result.opcode == "tuple" else None
     if added is None or added.opcode != "add":
         return 1
     constants = [_constant(lines, name) for name in added.operands]
     return next((value for value in constants if value), 1)
 
 
-def collectives(program: Program) -> list[Collective]:
-    """All communication between devices; the pieces of one that XLA spread over several fusions count once."""
+def collectives(module: HloModule) -> list[Collective]:
+    """Return all collectives. One that XLA splits over several fusions is counted once."""
     found, seen = [], set()
-    for run in runs(program):
-        kind = run.instruction.opcode.removesuffix("-start")
+    for one in executions(module):
+        kind = one.instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
-        if run.computation.startswith(("async_collective", "fused_computation")):
-            channel = re.search(r"channel_id=(\d+)", run.instruction.attributes)
-            if channel and (channel[1], run.loop) in seen:
+        if one.computation.startswith(("async_collective", "fused_computation")):
+            channel = re.search(r"channel_id=(\d+)", one.instruction.attributes)
+            if channel and (channel[1], one.loop) in seen:
                 continue
-            seen.add((channel and channel[1], run.loop))
-        shapes = run.instruction.shapes
-        if run.instruction.opcode in ("all-gather-start", "collective-permute-start"):
-            shapes = shapes[1:2]  # (operand, result, bookkeeping)
+            seen.add((channel and channel[1], one.loop))
+        shapes = one.instruction.shapes
+        if one.instruction.opcode in ("all-gather-start", "collective-permute-start"):
+            shapes = shapes[1:2]  # (operand, result, context)
         size = sum(shape.bytes for shape in shapes)
-        group = replica_group(run.instruction.attributes)
-        found.append(Collective(kind, size, run.times, run.loop, run.trips, group))
+        group = replica_group(one.instruction.attributes)
+        found.append(Collective(kind, size, one.count, one.loop, one.trip_count, group))
     return found
 
 
 def replica_group(attributes: str) -> tuple[int, ...]:
-    """The first group of devices that a collective joins, () where all take part or none are named.
+    """Return the first replica group of a collective; () where all devices take part or none are named.
 
-    XLA writes groups as lists {{0,1},{2,3}}, as iotas [2,4]<=[4,2]T(1,0), as axes of a mesh, or as pairs of a permute.
+    XLA writes groups as lists {{0,1},{2,3}}, as iotas [2,4]<=[4,2]T(1,0), as mesh axes, or as the pairs of a permute.
     """
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
     if pairs:
@@ -254,23 +276,33 @@ def replica_group(attributes: str) -> tuple[int, ...]:
     return ()
 
 
-def flops(program: Program) -> int:
-    """Floating point operations of all matrix products on one device, 2 per multiply-add: XLA's, those included that it
-    turned into sums on the vector unit (one query against the cache), and those of Pallas kernels."""
+def flops(module: HloModule) -> int:
+    """Return the FLOPs of all matrix products on one device, 2 per multiply-add.
+
+    Products that XLA rewrites as reductions on the vector unit (one query against the KV cache) and Pallas kernels are
+    included.
+    """
     return sum(
-        run.times * (flops_of(run.instruction, program.computations[run.computation]) + kernel_flops(run.instruction))
-        for run in runs(program)
+        one.count
+        * (instruction_flops(one.instruction, module.computations[one.computation]) + kernel_flops(one.instruction))
+        for one in executions(module)
     )
 
 
-# Matrix products of each splash attention kernel, by its name: scores and weighted sum; scores, dp and dq; scores, dp,
-# dk and dv (and dq, where one kernel does both).
+# Number of matrix products of each splash attention kernel: scores and weighted sum; scores, dp and dq; scores, dp, dk
+# and dv (and dq in the fused backward kernel).
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def kernel_flops(instruction: Instruction) -> int:
-    """Floating point operations of one Pallas kernel: as it states them (cost_estimate), or, where splash attention
-    does not, of the blocks that its mask leaves. 0 for anything else; ValueError for a kernel that is not known."""
+    """Return the FLOPs of one Pallas kernel; 0 for any other instruction.
+
+    They are the kernel's own cost_estimate. Splash attention has none: its FLOPs are those of the blocks that the mask
+    does not skip.
+
+    Raises:
+        ValueError: Another kernel has no cost_estimate.
+    """
     if instruction.opcode != "custom-call" or '"tpu_custom_call"' not in instruction.attributes:
         return 0
     stated = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.attributes)
@@ -278,7 +310,7 @@ def kernel_flops(instruction: Instruction) -> int:
         return int(stated[1])
     kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.name)
     if not kind:
-        raise ValueError(f"the kernel {instruction.name} does not say how much it computes: give it a cost_estimate")
+        raise ValueError(f"the kernel {instruction.name} has no cost_estimate: pass one to pallas_call")
     settings = {name: int(size) for name, size in re.findall(r"(block_\w+)\W+(\d+)", instruction.attributes)}
     suffix = "" if kind[1] == "fwd" else f"_{kind[1]}"
     fused = kind[1] == "dkv" and re.search(r"use_fused_bwd_kernel\W+true", instruction.attributes)
@@ -289,9 +321,9 @@ def kernel_flops(instruction: Instruction) -> int:
     queries, keys = [dims for dtype, dims in operands if dtype in ("bf16", "f32")][:2]
     length, slots, heads = queries[-2], keys[-2], math.prod(queries[:-2])
     rows, columns = settings[f"block_q{suffix}"], settings[f"block_kv{suffix}"]
-    # A causal mask is computed in the kernel from the queries' places, one more operand of integers; blocks above the
+    # A causal mask is computed in the kernel from the query positions, one more integer operand; blocks above the
     # diagonal are skipped.
-    first = next(place for place, (dtype, _) in enumerate(operands) if dtype in ("bf16", "f32"))
+    first = next(index for index, (dtype, _) in enumerate(operands) if dtype in ("bf16", "f32"))
     integers = sum(dtype == "s32" for dtype, _ in operands[first:])
     causal = integers > (2 if "segmented" in instruction.name else 0)
     blocks = sum(
@@ -302,8 +334,13 @@ def kernel_flops(instruction: Instruction) -> int:
     return 2 * products * heads * queries[-1] * blocks * rows * columns
 
 
-def flops_of(instruction: Instruction, computation: tuple[Instruction, ...]) -> int:
-    """Floating point operations of one `dot`, `convolution` or sum of products that was a dot; 0 for anything else."""
+def instruction_flops(instruction: Instruction, computation: tuple[Instruction, ...]) -> int:
+    """Return the FLOPs of one `dot`, `convolution` or reduction that was a dot; 0 for any other instruction.
+
+    Args:
+        instruction: The instruction.
+        computation: All instructions of the computation that contains it.
+    """
     shapes = {line.name: line.shapes[0] for line in computation if line.shapes}
     if instruction.opcode == "reduce" and "dot_general" in instruction.attributes:
         summed = next((line for line in computation if line.name == instruction.operands[0]), None)
@@ -318,14 +355,19 @@ def flops_of(instruction: Instruction, computation: tuple[Instruction, ...]) -> 
     if instruction.opcode == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
         return 2 * math.prod(result) * math.prod(left[int(d)] for d in contracted[1].split(",") if d)
+    return _convolution_flops(instruction, left, right)
+
+
+def _convolution_flops(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> int:
     # dim_labels name each axis: b batch, f features, digits are window axes; i and o of the kernel.
+    result = instruction.shapes[0].dims
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     window = dict(re.findall(r"(\w+)=([\dx_-]+)", re.search(r"window=\{([^}]*)\}|$", instruction.attributes)[1] or ""))
     pairs = 1
     for axis in (letter for letter in labels[3] if letter.isdigit()):
-        place = int(axis)
-        stride, dilate, spread = (_entry(window, key, place, 1) for key in ("stride", "lhs_dilate", "rhs_dilate"))
-        low = int(window["pad"].split("x")[place].split("_")[0]) if "pad" in window else 0
+        dim = int(axis)
+        stride, dilate, spread = (_window_entry(window, key, dim) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+        low = int(window["pad"].split("x")[dim].split("_")[0]) if "pad" in window else 0
         size, taps = left[labels[1].index(axis)], right[labels[2].index(axis)]
         pairs *= sum(
             0 <= p <= (size - 1) * dilate and p % dilate == 0
@@ -336,30 +378,30 @@ def flops_of(instruction: Instruction, computation: tuple[Instruction, ...]) -> 
     return 2 * outputs * right[labels[2].index("i")] * pairs
 
 
-def _entry(window: dict[str, str], key: str, place: int, default: int) -> int:
-    return int(window[key].split("x")[place]) if key in window else default
+def _window_entry(window: dict[str, str], key: str, dim: int) -> int:
+    return int(window[key].split("x")[dim]) if key in window else 1
 
 
-def copies(program: Program, at_least: int) -> list[tuple[Run, int]]:
-    """Copies in HBM of arrays of at least that many bytes, with their bytes. In a good program there are none."""
-    # Inside a fusion a copy is how the fusion reads its operand; a fusion that is nothing but a copy is one, unless its
-    # result lies where its operand lay.
+def copies(module: HloModule, at_least: int) -> list[tuple[Execution, int]]:
+    """Return the copies in HBM of arrays of at least that many bytes, with their bytes. A good program has none."""
+    # A copy inside a fusion is how the fusion reads its operand. A fusion that consists of a copy counts, unless its
+    # result aliases its operand.
     inside = {
         name
-        for lines in program.computations.values()
+        for lines in module.computations.values()
         for line in lines
         if line.opcode == "fusion"
         for name in line.called("calls")
     }
     found = []
-    for run in runs(program):
-        line = run.instruction
-        if run.computation in inside or not line.shapes or line.shapes[0].on_chip:
+    for one in executions(module):
+        line = one.instruction
+        if one.computation in inside or not line.shapes or line.shapes[0].on_chip:
             continue
         opcode = line.opcode
         if opcode == "fusion" and "output_to_operand_aliasing" not in line.attributes:
-            fused = program.computations[line.called("calls")[0]]
+            fused = module.computations[line.called("calls")[0]]
             opcode = next(inner.opcode for inner in fused if inner.is_root)
         if opcode in ("copy", "copy-start", "transpose") and line.shapes[0].bytes >= at_least:
-            found.append((run, line.shapes[0].bytes))
+            found.append((one, line.shapes[0].bytes))
     return found

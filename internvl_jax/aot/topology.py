@@ -1,4 +1,4 @@
-"""TPU generations: published figures, names of slices, and device descriptions for slices that this machine lacks.
+"""TPU generations: published figures, slice names, and device descriptions for ahead-of-time compilation.
 
 Figures per chip are from Google's pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (August 2026). The usable
 HBM is what libtpu's compiler states when a program does not fit; the rest of the chip's memory is reserved.
@@ -19,30 +19,45 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One generation. FLOP/s and bytes/s per chip; `link_bandwidth` is one direction of one link to a neighbour."""
+    """One TPU generation. Figures are per chip.
+
+    Attributes:
+        name: Name of the generation, for example "v5e".
+        bf16_flops: Peak bfloat16 FLOP/s.
+        int8_ops: Peak int8 operations/s.
+        hbm_bytes: Usable HBM, as the compiler reports it.
+        hbm_bandwidth: HBM bandwidth in bytes/s.
+        link_bandwidth: Bandwidth of one direction of one ICI link in bytes/s.
+        dimensions: Dimensions of the interconnect.
+        devices: JAX devices per chip.
+        cores_in_name: Cores per chip that the N of "v5p-N" counts.
+        smallest: Chips of the smallest slice.
+        chip_config: Compiler configuration; v4 runs both cores of a chip as one device.
+    """
 
     name: str
     bf16_flops: float
     int8_ops: float
-    hbm_bytes: int  # usable, as the compiler states it
+    hbm_bytes: int
     hbm_bandwidth: float
     link_bandwidth: float
-    dimensions: int  # of the interconnect
-    devices: int = 1  # that JAX sees per chip
-    cores_in_name: int = 1  # what the N of "v5p-N" counts, per chip
-    smallest: int = 1  # chips of the smallest slice
-    chip_config: str | None = None  # v4: both cores of a chip as one device, as JAX runs it
+    dimensions: int
+    devices: int = 1
+    cores_in_name: int = 1
+    smallest: int = 1
+    chip_config: str | None = None
 
     @property
     def full_torus(self) -> int:
-        """Chips along a dimension from which on its ends are linked too."""
+        """Number of chips along a dimension at which wraparound links close it to a ring."""
         return 16 if self.dimensions == 2 else 4
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        # Bidirectional ICI per chip, over its links, over two directions: 2400 Gbps / 6, 400 GB/s / 4, 1200 GB/s / 6,
+        # link_bandwidth is the bidirectional ICI bandwidth per chip over links and directions: 2400 Gbps / 6,
+        # 400 GB/s / 4, 1200 GB/s / 6,
         # 800 GB/s / 4, 1200 GB/s / 6. v4 has no int8 figure (its page: bf16 or int8, 275), TPU7x none but fp8.
         Chip("v4", 275e12, 275e12, int(30.75 * GIB), 1228e9, 50e9, 3, 1, 2, 4, "megacore"),
         Chip("v5e", 197e12, 393e12, int(15.75 * GIB), 819e9, 50e9, 2),
@@ -62,38 +77,42 @@ _SHAPES = {
 
 
 class TopologyError(ValueError):
-    """A slice that does not exist; the message lists those that do."""
+    """The slice does not exist; the message lists those that do."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: a chip and how many of them stand along each dimension."""
+    """A slice: the generation and the number of chips along each dimension."""
 
     chip: Chip
     shape: tuple[int, ...]
 
     @property
     def chips(self) -> int:
+        """Number of chips."""
         return math.prod(self.shape)
 
     @property
     def name(self) -> str:
-        """As the compiler names it, for example "v5e:2x4"."""
+        """Name as the compiler writes it, for example "v5e:2x4"."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def slice_name(self) -> str:
-        """As people say it, for example "v5e-8" or, counting cores, "v5p-8" for four chips."""
+        """Name as Cloud TPU writes it, for example "v5e-8" or, counting cores, "v5p-8" for four chips."""
         return f"{self.chip.name}-{self.chips * self.chip.cores_in_name}"
 
-    def links(self, places: Iterable[Sequence[int]]) -> int:
-        """Links to neighbours that the worst placed of these chips (their coordinates) has among them; 0 for one chip.
+    def links(self, coords: Iterable[Sequence[int]]) -> int:
+        """Return the number of links within a group of chips that the chip with the fewest has; 0 for one chip.
 
-        A dimension gives one link (the chips at its ends have no more), two where it is closed to a ring.
+        A dimension contributes one link (a chip at its end has no more), or two where it is closed to a ring.
+
+        Args:
+            coords: Coordinates of the chips in the slice.
         """
         total = 0
-        for place, along in zip(zip(*places), self.shape):
-            extent = max(place) - min(place) + 1
+        for positions, along in zip(zip(*coords), self.shape):
+            extent = max(positions) - min(positions) + 1
             closed = extent == along and along % self.chip.full_torus == 0 and self._torus
             total += 0 if extent == 1 else 2 if closed else 1
         return total
@@ -104,11 +123,13 @@ class Topology:
         return self.chip.dimensions == 2 or all(n % self.chip.full_torus == 0 for n in self.shape)
 
     def devices(self) -> list[Any]:
-        """Descriptions of the slice's devices, for which XLA compiles; their coordinates are in `coords`.
+        """Return descriptions of the slice's devices, for which XLA compiles; `coords` has their coordinates.
 
-        Raises ImportError without libtpu, TopologyError where the compiler knows no such slice.
+        Raises:
+            ImportError: libtpu is not installed.
+            TopologyError: The compiler does not support the slice.
         """
-        prepare()
+        _configure_jax()
         from jax.experimental import topologies
 
         options: dict[str, Any] = {"chip_config_name": self.chip.chip_config} if self.chip.chip_config else {}
@@ -119,19 +140,19 @@ class Topology:
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise TopologyError(
-                f"the TPU compiler does not know the slice {self.name} ({reason}); {legal(self.chip)}"
+                f"the TPU compiler does not know the slice {self.name} ({reason}); {_slices_text(self.chip)}"
             ) from None
         return list(described.devices)
 
 
-def prepare() -> None:
-    """Make jax compile for TPUs without looking for one: call before anything touches jax's devices."""
+def _configure_jax() -> None:
+    """Let jax compile for TPUs without looking for one. Must run before jax initializes its backends."""
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
             "compiling for TPUs needs libtpu, which is not installed: pip install 'internvl-jax[tpu]' (on Linux; it "
             "needs no TPU)"
         )
-    # No metadata server, several reports at once, and the machine's own TPU, if it has one, left alone.
+    # Do not query the metadata server, allow several processes with libtpu, and do not use a local TPU.
     settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
     os.environ.update(settings)
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -143,9 +164,12 @@ def prepare() -> None:
 
 
 def parse_topology(text: str) -> Topology:
-    """Read the name of a slice: "v5e-8", "v6e-1", "v5p-8" (8 cores, 4 chips), "tpu7x" or "v5e:2x4".
+    """Parse the name of a slice: "v5e-8", "v6e-1", "v5p-8" (8 cores, 4 chips), "tpu7x" or "v5e:2x4".
 
-    A bare generation is its smallest slice. Raises TopologyError listing the names that exist.
+    A generation without a number is its smallest slice.
+
+    Raises:
+        TopologyError: There is no such slice; the message lists the names that exist.
     """
     match = re.fullmatch(r"([a-z0-9]+?)(?:-(\d+)|:(\d+(?:x\d+)*))?", text.strip().lower().removeprefix("tpu-"))
     generation = _ALIASES.get(match[1], match[1]) if match else None
@@ -158,22 +182,24 @@ def parse_topology(text: str) -> Topology:
     if match[3]:
         shape = tuple(int(size) for size in match[3].split("x"))
         if len(shape) != chip.dimensions or 0 in shape:
-            raise TopologyError(f"a {chip.name} slice has {chip.dimensions} dimensions, not {match[3]}; {legal(chip)}")
+            raise TopologyError(
+                f"a {chip.name} slice has {chip.dimensions} dimensions, not {match[3]}; {_slices_text(chip)}"
+            )
         return Topology(chip, shape)
     number = int(match[2]) if match[2] else chip.smallest * chip.cores_in_name
     for topology in slices(chip):
         if topology.chips * chip.cores_in_name == number:
             return topology
-    raise TopologyError(f"there is no slice {text!r}; {legal(chip)}")
+    raise TopologyError(f"there is no slice {text!r}; {_slices_text(chip)}")
 
 
 def slices(chip: Chip) -> list[Topology]:
-    """The usual slices of a generation, smallest first."""
+    """Return the standard slices of a generation, smallest first."""
     return [Topology(chip, tuple(int(size) for size in shape.split("x"))) for shape in _SHAPES[chip.dimensions]]
 
 
-def legal(chip: Chip) -> str:
-    """The slices of a generation, as a sentence."""
+def _slices_text(chip: Chip) -> str:
+    """The slices of a generation, as a sentence for error messages."""
     names = ", ".join(f"{topology.slice_name} ({topology.name})" for topology in slices(chip))
     counts = f"; the number counts cores, {chip.cores_in_name} per chip" if chip.cores_in_name > 1 else ""
     return f"{chip.name} has {names}{counts}"

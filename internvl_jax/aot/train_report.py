@@ -1,6 +1,6 @@
-"""What a training step becomes on a TPU: the trainer's own step of a recipe, compiled for a slice that is not here.
+"""Memory, FLOPs, collectives and rooflines of a training step, compiled ahead of time for a TPU slice.
 
-As compile_report.py, which see: memory is the compiler's account, FLOPs and collectives are counted in its program.
+The step is the trainer's own, lowered for a recipe; see `compile_report` for where each figure comes from.
 """
 
 from __future__ import annotations
@@ -15,9 +15,16 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from internvl_jax.aot.compile_report import config_of
-from internvl_jax.aot.measure import compile_for, gib, memory_lines, mesh_name, work_lines
+from internvl_jax.aot.compiled_program import (
+    compile_program,
+    format_gib,
+    format_memory,
+    format_work,
+    mesh_name,
+    roofline_seconds,
+)
 from internvl_jax.aot.topology import GIB, Topology, parse_topology
+from internvl_jax.aot.workload import mesh_over, read_config
 from internvl_jax.config import ChatConfig
 from internvl_jax.data.batch import Batch
 from internvl_jax.inference.loading import abstract_for_running
@@ -28,295 +35,381 @@ from internvl_jax.training.recipes import Recipe, recipe_of
 from internvl_jax.training.state import Place, State, init_state
 from internvl_jax.training.trainer import REMAT, Settings, make_step
 
+# The slices and recipes of the table in docs/training.md.
 SLICES = ("v5e-8", "v5e-16", "v5e-32", "v5e-64", "v6e-8", "v6e-16", "v5p-8", "v5p-16")
 RECIPES = ("stage1", "stage2", "full", "lora")
-STEPS = 1000  # of the schedule; any number compiles to the same program
+STEPS = 1000  # length of the learning rate schedule; any number compiles to the same program
 
-# Ways to hold a step, in the order in which they are wished for: what is trained in float32, and little computed twice.
-WAYS = (("float32", "dots"), ("float32", "full"), ("bfloat16", "full"))
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Work:
-    """A recipe on a slice: `internvl-jax train`'s step with its micro-batch."""
+class MemoryConfiguration:
+    """Where a training step trades memory for precision or compute: dtype of trained parameters, remat policy."""
 
+    param_dtype: str
+    remat: str
+
+
+# In order of preference: trained parameters in float32, and little recomputation.
+MEMORY_CONFIGURATIONS = (
+    MemoryConfiguration("float32", "dots"),
+    MemoryConfiguration("float32", "full"),
+    MemoryConfiguration("bfloat16", "full"),
+)
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What a report on a training step is asked for, as a user writes it.
+
+    Attributes:
+        topology: TPU slice as `parse_topology` reads it.
+        preset: Name in `config.PRESETS`, or a directory with a config.json.
+        recipe: Name in `training.recipes.RECIPES`.
+        mesh: Mesh as `mesh_lib.make_mesh` reads it. None puts all devices on the fsdp axis.
+        batch: Rows of a micro-batch over all devices. None is one row per device of the data and fsdp axes.
+        length: Tokens per row.
+        images: Images per row.
+        remat: Rematerialization policy: "full", "dots" or "none".
+        param_dtype: Dtype of trained parameters. Optimizer moments are float32; frozen parameters are in `dtype`.
+        dtype: Computation dtype.
+        vision: How the vision tower is partitioned, as in `WorkloadRequest`.
+    """
+
+    topology: str
+    preset: str = "internvl_chat_v1_1"
+    recipe: str = "stage2"
+    mesh: str | None = None
+    batch: int | None = None
+    length: int = 2048
+    images: int = 1
+    remat: str = "full"
+    param_dtype: str = "float32"
+    dtype: str = "bfloat16"
+    vision: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainWorkload:
+    """A validated request: the training step of a recipe on the mesh of a slice."""
+
+    request: TrainRequest
     config: ChatConfig
     topology: Topology
     place: Place
     recipe: Recipe
-    rows: int  # of a micro-batch, over all devices
-    length: int
-    images: int  # slots for pictures in a row
-    remat: str
-    param_dtype: str  # of what is trained; moments are float32, what is frozen is stored as it is computed
-    dtype: str  # of computation
+    batch: int
 
     @property
     def settings(self) -> Settings:
-        return Settings(STEPS, dtype=self.dtype, remat=self.remat)
+        """Settings of the trainer."""
+        return Settings(STEPS, dtype=self.request.dtype, remat=self.request.remat)
 
     @property
     def ideal_flops(self) -> float:
-        """Of all devices; what is computed again is not counted."""
-        return costs.step_flops(self.config, self.recipe, self.rows, self.length, self.rows * self.images)
+        """FLOPs of a step on all devices; rematerialized computation is not counted."""
+        num_images = self.batch * self.request.images
+        return costs.step_flops(self.config, self.recipe, self.batch, self.request.length, num_images)
 
     @property
-    def estimate(self) -> int:
-        """Bytes per chip by arithmetic."""
-        held, activations = costs.memory_per_device(
+    def estimated_bytes(self) -> int:
+        """Estimate of the bytes per chip, by arithmetic."""
+        state, activations = costs.memory_per_device(
             self.recipe,
             self.place,
-            rows=self.rows,
-            length=self.length,
-            images=self.rows * self.images,
-            trained_dtype=self.param_dtype,
-            dtype=self.dtype,
-            remat=self.remat,
+            rows=self.batch,
+            length=self.request.length,
+            images=self.batch * self.request.images,
+            trained_dtype=self.request.param_dtype,
+            dtype=self.request.dtype,
+            remat=self.request.remat,
             chunk=self.settings.chunk,
         )
-        return self.topology.chip.devices * (held + activations)
+        return self.topology.chip.devices * (state + activations)
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """One step on one mesh. Figures are per chip; None: not known, because it does not fit."""
+    """A training step compiled for one mesh. Figures are per chip; None where the step does not fit.
+
+    Attributes:
+        topology: Slice as the compiler names it.
+        chips: Number of chips.
+        recipe: Name of the recipe.
+        mesh: Mesh as the option --mesh takes it.
+        vision: How the vision tower is partitioned.
+        batch: Rows of a micro-batch over all devices.
+        length: Tokens per row.
+        images: Images per row.
+        remat: Rematerialization policy.
+        param_dtype: Dtype of trained parameters.
+        dtype: Computation dtype.
+        hbm_bytes: Bytes of arguments, outputs, temporaries, aliased and peak.
+        hbm_capacity_bytes: HBM that a program can use.
+        fits: Whether the step compiles within that.
+        flops_per_chip: FLOPs of all matrix products in the compiled step.
+        ideal_flops_per_chip: FLOPs that the step needs.
+        collectives: Per kind: kind, count_per_layer, bytes_per_layer, count and bytes (of the results).
+        roofline_seconds: Lower bounds by compute, hbm and network.
+        compile_seconds: Time that compilation took.
+    """
 
     topology: str
     chips: int
     recipe: str
     mesh: str
     vision: str
-    rows: int
+    batch: int
     length: int
     images: int
     remat: str
     param_dtype: str
     dtype: str
-    hbm_bytes: dict[str, int | None]  # as compile_report.Report's
+    hbm_bytes: dict[str, int | None]
     hbm_capacity_bytes: int
     fits: bool
     flops_per_chip: float | None
     ideal_flops_per_chip: float
     collectives: list[dict[str, Any]]
-    roofline_seconds: dict[str, float | None]  # compute, hbm, network
+    roofline_seconds: dict[str, float | None]
     compile_seconds: float
 
     @property
     def step_seconds(self) -> float | None:
-        """The least that a step takes, everything overlapping everything."""
+        """Lower bound on the time of a step, with perfect overlap of compute, HBM and network."""
         return max(self.roofline_seconds.values()) if self.fits else None  # type: ignore[type-var]
 
+    @property
+    def collective_bytes(self) -> int:
+        """Bytes of the results of all collectives."""
+        return sum(one["bytes"] for one in self.collectives)
+
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report as JSON values."""
         return asdict(self)
 
 
-def make_work(
-    preset: str = "internvl_chat_v1_1",
-    *,
-    topology: str,
-    recipe: str = "stage2",
-    mesh: str | None = None,
-    batch: int | None = None,
-    length: int = 2048,
-    images: int = 1,
-    remat: str = "full",
-    param_dtype: str = "float32",
-    dtype: str = "bfloat16",
-    vision: str | None = None,
-) -> Work:
-    """Check what was asked for, and describe the devices.
+def make_train_workload(request: TrainRequest) -> TrainWorkload:
+    """Validate a request and describe the devices and the mesh.
 
-    preset, topology: as compile_report.make_workload takes them. recipe: a name of training.recipes.RECIPES.
-    mesh: None for all devices along fsdp. batch: rows of a micro-batch; None: one for each device along data and fsdp.
-    Raises ValueErrors that list the legal choices, ImportError without libtpu.
+    Raises:
+        ValueError: A value is not legal; the message lists the legal ones. `TopologyError` and `MeshError` are
+            ValueErrors.
+        ImportError: libtpu is not installed.
     """
-    where, config, chosen = parse_topology(topology), config_of(preset), recipe_of(recipe)
+    topology, config = parse_topology(request.topology), read_config(request.preset)
+    recipe = recipe_of(request.recipe)
     if config.text is None or config.vision is None or config.projector is None:
         raise ValueError(
-            f"{preset} is not a chat model: --program train needs a vision tower, a projector and a language model"
+            f"{request.preset} is not a chat model: --program train needs a vision tower, a projector and a language "
+            "model"
         )
-    if remat not in REMAT:
-        raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT)}")
-    if length < 2 or length > config.text.max_position_embeddings:
-        raise ValueError(f"a row has 2 to {config.text.max_position_embeddings} tokens, not {length}")
-    if not 0 <= images * config.tokens_per_image < length:
-        raise ValueError(f"{images} pictures of {config.tokens_per_image} tokens do not leave room in {length} tokens")
-    devices = where.devices()
-    over = mesh_lib.make_mesh(mesh or f"fsdp={len(devices)}", devices, config)
-    if over.size != len(devices):
-        raise mesh_lib.MeshError(f"the mesh {mesh} uses {over.size} of the {len(devices)} devices of {where.name}")
-    rows = over.shape["data"] * over.shape["fsdp"] if batch is None else batch
-    mesh_lib.validate_mesh(config, over, rows)
-    if rows < 1:
-        raise ValueError(f"a batch has at least one row, not {rows}")
-    place = Place(config, over, vision)
-    return Work(config, where, place, chosen, rows, length, images, remat, param_dtype, dtype)
+    if request.remat not in REMAT:
+        raise ValueError(f"remat {request.remat!r} is not one of {', '.join(REMAT)}")
+    if not 2 <= request.length <= config.text.max_position_embeddings:
+        raise ValueError(f"a row has 2 to {config.text.max_position_embeddings} tokens, not {request.length}")
+    if not 0 <= request.images * config.tokens_per_image < request.length:
+        raise ValueError(
+            f"{request.images} images of {config.tokens_per_image} tokens do not leave room for text in a row of "
+            f"{request.length} tokens"
+        )
+    num_devices = topology.chips * topology.chip.devices
+    mesh = mesh_over(topology, request.mesh or f"fsdp={num_devices}", config)
+    batch = mesh.shape["data"] * mesh.shape["fsdp"] if request.batch is None else request.batch
+    mesh_lib.validate_mesh(config, mesh, batch)
+    if batch < 1:
+        raise ValueError(f"a batch has at least one row, not {batch}")
+    return TrainWorkload(request, config, topology, Place(config, mesh, request.vision), recipe, batch)
 
 
-def arguments(work: Work) -> tuple[State, Any, Batch]:
-    """What the step is given, as ShapeDtypeStructs with shardings."""
-    place, recipe = work.place, work.recipe
+def abstract_arguments(workload: TrainWorkload) -> tuple[State, Any, Batch]:
+    """Return the arguments of the step (state, frozen parameters, batch) as ShapeDtypeStructs with shardings."""
+    place, recipe, request = workload.place, workload.recipe, workload.request
 
     def stored(name: str, part: Any) -> Any:
-        dtype = jnp.dtype(work.param_dtype if name in recipe.train else work.dtype)
+        dtype = jnp.dtype(request.param_dtype if name in recipe.train else request.dtype)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), part)
 
-    params = {name: stored(name, part) for name, part in abstract_for_running(work.config, jnp.float32).items()}
+    params = {name: stored(name, part) for name, part in abstract_for_running(workload.config, jnp.float32).items()}
     params = jax.eval_shape(place.pad, params)
-    adamw = optimizer.make_optimizer(recipe.optimizer, STEPS, work.config)
+    adamw = optimizer.make_optimizer(recipe.optimizer, STEPS, workload.config)
     state, frozen = jax.eval_shape(partial(init_state, recipe=recipe, adamw=adamw, place=place, seed=0), params)
 
-    def put(leaf: Any, sharding: Any) -> Any:
+    def with_sharding(leaf: Any, sharding: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    def values(shape: tuple[int, ...], dtype: Any) -> Any:
-        spec = fit_spec(P(None, BATCH, *[None] * (len(shape) - 2)), shape, place.mesh.shape)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(place.mesh, spec))
+    frozen = jax.tree.map(with_sharding, frozen, place.specs(frozen)) if frozen else {}
+    return jax.tree.map(with_sharding, state, place.shardings(state)), frozen, _abstract_batch(workload)
 
-    tokens = values((1, work.rows, work.length), jnp.int32)
-    pixels = (work.config.vision.num_channels, *[work.config.image_size] * 2)
-    batch = Batch(
+
+def _abstract_batch(workload: TrainWorkload) -> Batch:
+    config, request, mesh = workload.config, workload.request, workload.place.mesh
+
+    def abstract(shape: tuple[int, ...], dtype: Any) -> Any:
+        spec = fit_spec(P(None, BATCH, *[None] * (len(shape) - 2)), shape, mesh.shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    tokens = abstract((1, workload.batch, request.length), jnp.int32)
+    pixels = (config.vision.num_channels, *[config.image_size] * 2)
+    return Batch(
         input_ids=tokens,
         labels=tokens,
         segment_ids=tokens,
         positions=tokens,
-        pixel_values=values((1, work.rows * work.images, *pixels), jnp.float32),
+        pixel_values=abstract((1, workload.batch * request.images, *pixels), jnp.float32),
     )
-    frozen = jax.tree.map(put, frozen, place.specs(frozen)) if frozen else {}
-    return jax.tree.map(put, state, place.shardings(state)), frozen, batch
 
 
-def report(work: Work) -> TrainReport:
-    """Compile the step and measure it."""
-    chip, mesh = work.topology.chip, work.place.mesh
-    adamw = optimizer.make_optimizer(work.recipe.optimizer, STEPS, work.config)
-    step = make_step(work.config, work.recipe, work.settings, adamw, 0, work.place)
+def make_train_report(workload: TrainWorkload) -> TrainReport:
+    """Compile the training step and analyze it."""
+    chip, mesh, request = workload.topology.chip, workload.place.mesh, workload.request
+    adamw = optimizer.make_optimizer(workload.recipe.optimizer, STEPS, workload.config)
+    step = make_step(workload.config, workload.recipe, workload.settings, adamw, 0, workload.place)
+    num_layers = workload.config.text.num_hidden_layers
     with jax.set_mesh(mesh):
-        measured = compile_for(
-            work.topology, mesh, step.lower(*arguments(work)), work.config.text.num_hidden_layers
-        )  # fmt: skip
-    memory = measured.memory
-    roofline: dict[str, float | None] = dict.fromkeys(("compute", "hbm", "network"))
-    if measured.fits:
-        roofline = {
-            "compute": measured.flops / chip.bf16_flops,
-            "hbm": (memory["arguments"] + memory["outputs"]) / chip.hbm_bandwidth,  # the state is read and written
-            "network": measured.network_seconds,
-        }
+        compiled = compile_program(workload.topology, mesh, step.lower(*abstract_arguments(workload)), num_layers)
+    memory = compiled.memory
+    traffic = memory["arguments"] + memory["outputs"] if compiled.fits else None  # the state is read and written
     return TrainReport(
-        topology=work.topology.name,
-        chips=work.topology.chips,
-        recipe=work.recipe.name,
+        topology=workload.topology.name,
+        chips=workload.topology.chips,
+        recipe=workload.recipe.name,
         mesh=mesh_name(mesh),
-        vision=work.place.vision,
-        rows=work.rows,
-        length=work.length,
-        images=work.images,
-        remat=work.remat,
-        param_dtype=work.param_dtype,
-        dtype=work.dtype,
+        vision=workload.place.vision,
+        batch=workload.batch,
+        length=request.length,
+        images=request.images,
+        remat=request.remat,
+        param_dtype=request.param_dtype,
+        dtype=request.dtype,
         hbm_bytes=memory,
         hbm_capacity_bytes=chip.hbm_bytes,
-        fits=measured.fits,
-        flops_per_chip=measured.flops,
-        ideal_flops_per_chip=work.ideal_flops / work.topology.chips,
-        collectives=measured.collectives,
-        roofline_seconds=roofline,
-        compile_seconds=measured.compile_seconds,
+        fits=compiled.fits,
+        flops_per_chip=compiled.flops,
+        ideal_flops_per_chip=workload.ideal_flops / workload.topology.chips,
+        collectives=compiled.collectives,
+        roofline_seconds=roofline_seconds(compiled, chip, traffic),
+        compile_seconds=compiled.compile_seconds,
     )
 
 
-def lines(done: TrainReport) -> list[str]:
-    """A report for people."""
-    text = [
-        f"train {done.recipe}: {done.topology} ({done.chips} chips), {done.mesh}, {done.rows} rows of {done.length} "
-        f"tokens with {done.images} pictures, remat {done.remat}, {done.param_dtype} parameters, {done.dtype} compute"
+def format_train_report(report: TrainReport) -> list[str]:
+    """Return the lines of a report for the terminal."""
+    images = "1 image" if report.images == 1 else f"{report.images} images"
+    lines = [
+        f"train {report.recipe}: {report.topology} ({report.chips} chips), {report.mesh}, {report.batch} rows of "
+        f"{report.length} tokens with {images} each, remat {report.remat}, {report.param_dtype} parameters, "
+        f"{report.dtype} compute"
     ]
-    over = (done.hbm_bytes["peak"] or 0) - done.hbm_capacity_bytes
-    advice = () if done.fits else (f"{gib(over)} GiB more than there are: see --plan",)
-    text += memory_lines(done.hbm_bytes, done.hbm_capacity_bytes, done.fits, advice)
-    text += work_lines(done.flops_per_chip, done.ideal_flops_per_chip, done.collectives)
-    if done.fits:
-        times = ", ".join(f"{name} {1e3 * (seconds or 0):.4g}" for name, seconds in done.roofline_seconds.items())
-        tokens = done.rows * done.length / done.step_seconds
-        text.append(f"  roofline ms  {times}: at most {tokens:,.0f} tokens/s")
-    return [*text, f"  compiled in  {done.compile_seconds:.1f} s"]
+    excess = (report.hbm_bytes["peak"] or 0) - report.hbm_capacity_bytes
+    advice = () if report.fits else (f"{format_gib(excess)} GiB more than there are: see --plan",)
+    lines += format_memory(report.hbm_bytes, report.hbm_capacity_bytes, report.fits, advice)
+    lines += format_work(report.flops_per_chip, report.ideal_flops_per_chip, report.collectives)
+    if report.fits:
+        times = ", ".join(f"{name} {1e3 * (seconds or 0):.4g}" for name, seconds in report.roofline_seconds.items())
+        tokens = report.batch * report.length / report.step_seconds
+        lines.append(f"  roofline ms  {times}: at most {tokens:,.0f} tokens/s")
+    return [*lines, f"  compiled in  {report.compile_seconds:.1f} s"]
 
 
-def plan(asked: dict[str, Any], say: Callable[[str], None] = lambda text: None) -> TrainReport | None:
-    """The first of WAYS that fits with a row on every device, and then as many rows as fit, in powers of two.
+def plan_training(
+    request: TrainRequest,
+    log: Log = lambda line: None,
+    compile_step: Callable[[TrainWorkload], TrainReport] = make_train_report,
+) -> TrainReport | None:
+    """Find a memory configuration and a micro-batch that fit.
 
-    asked: make_work's arguments but batch, remat and param_dtype. Arithmetic (training/costs.py) proposes, the compiler
-    decides. None: nothing fits.
+    The first of `MEMORY_CONFIGURATIONS` that fits with one row per device is chosen, then the largest power of two of
+    rows that fits. Arithmetic (`training.costs`) proposes, the compiler decides.
+
+    Args:
+        request: Its batch, remat and param_dtype are ignored.
+        log: Called with a line before each compilation.
+        compile_step: Compiles and analyzes a step.
+
+    Returns:
+        The report of the largest micro-batch, or None where nothing fits.
     """
 
-    def compiled(work: Work) -> TrainReport:
-        say(
-            f"compiling {work.recipe.name} for {work.topology.name}, {mesh_name(work.place.mesh)}, {work.rows} rows of "
-            f"{work.length}, remat {work.remat}, {work.param_dtype}"
+    def compiled(workload: TrainWorkload) -> TrainReport:
+        asked = workload.request
+        log(
+            f"compiling {asked.recipe} for {workload.topology.name}, {mesh_name(workload.place.mesh)}, "
+            f"{workload.batch} rows of {asked.length}, remat {asked.remat}, {asked.param_dtype}"
         )
-        return report(work)
+        return compile_step(workload)
 
-    for param_dtype, remat in WAYS:
-        work = make_work(**asked, param_dtype=param_dtype, remat=remat)
-        capacity = work.topology.chip.hbm_bytes
-        last = (param_dtype, remat) == WAYS[-1]
-        if work.estimate > (1.3 if last or remat == "full" else 1) * capacity:
-            continue  # arithmetic is no closer than that
-        done = compiled(work)
-        if not done.fits:
+    for memory in MEMORY_CONFIGURATIONS:
+        asked = replace(request, batch=None, param_dtype=memory.param_dtype, remat=memory.remat)
+        workload = make_train_workload(asked)
+        capacity = workload.topology.chip.hbm_bytes
+        # The estimate of remat "full" may be 30% too high.
+        if workload.estimated_bytes > (1.3 if memory.remat == "full" else 1) * capacity:
             continue
-        per_row = max(work.estimate - replace(work, rows=0).estimate, 1)
+        report = compiled(workload)
+        if not report.fits:
+            continue
+        per_batch = max(workload.estimated_bytes - replace(workload, batch=0).estimated_bytes, 1)
         factor = 1
-        while done.hbm_bytes["peak"] + (2 * factor - 1) * per_row <= capacity:
+        while report.hbm_bytes["peak"] + (2 * factor - 1) * per_batch <= capacity:
             factor *= 2
         while factor > 1:
-            more = compiled(replace(work, rows=factor * work.rows))
-            if more.fits:
-                return more
+            larger = compiled(replace(workload, batch=factor * workload.batch))
+            if larger.fits:
+                return larger
             factor //= 2
-        return done
+        return report
     return None
 
 
-def table(
-    asked: dict[str, Any],
-    topologies: Sequence[str] = SLICES,
+_COLUMNS = (
+    "slice",
+    "recipe",
+    "mesh",
+    "parameters",
+    "remat",
+    "rows",
+    "peak",
+    "FLOPs / ideal",
+    "collective bytes",
+    "step-time lower bound",
+)
+
+
+def train_table(
+    request: TrainRequest,
+    slices: Sequence[str] = SLICES,
     recipes: Sequence[str] = RECIPES,
-    say: Callable[[str], None] = lambda text: None,
+    log: Log = lambda line: None,
+    compile_step: Callable[[TrainWorkload], TrainReport] = make_train_report,
 ) -> Iterator[str]:
-    """Markdown lines: what of each recipe fits on each slice, compiled."""
-    columns = [
-        "slice",
-        "recipe",
-        "mesh",
-        "parameters",
-        "remat",
-        "rows",
-        "peak",
-        "FLOPs / ideal",
-        "sent",
-        "step at least",
-    ]
-    yield "| " + " | ".join(columns) + " |"
-    yield "|---" * len(columns) + "|"
-    for topology in topologies:
+    """Yield a Markdown table: what of each recipe fits on each slice, compiled.
+
+    Args:
+        request: Its topology, recipe, batch, remat and param_dtype are ignored.
+        slices: Names of slices.
+        recipes: Names of recipes.
+        log: Called with a line before each compilation.
+        compile_step: Compiles and analyzes a step.
+    """
+    yield "| " + " | ".join(_COLUMNS) + " |"
+    yield "|---" * len(_COLUMNS) + "|"
+    for topology in slices:
         for recipe in recipes:
-            done = plan({**asked, "topology": topology, "recipe": recipe}, say)
+            report = plan_training(replace(request, topology=topology, recipe=recipe), log, compile_step)
             cells = [topology, recipe, *["-"] * 3, "does not fit", *["-"] * 4]
-            if done is not None:
-                moved = sum(one["bytes"] for one in done.collectives)
+            if report is not None:
                 cells = [
                     topology,
                     recipe,
-                    done.mesh,
-                    done.param_dtype,
-                    done.remat,
-                    str(done.rows),
-                    f"{gib(done.hbm_bytes['peak'])} of {gib(done.hbm_capacity_bytes)} GiB",
-                    f"{done.flops_per_chip / done.ideal_flops_per_chip:.2f}",
-                    f"{moved / GIB:.0f} GiB",
-                    f"{done.step_seconds:.2f} s",
+                    report.mesh,
+                    report.param_dtype,
+                    report.remat,
+                    str(report.batch),
+                    f"{format_gib(report.hbm_bytes['peak'])} of {format_gib(report.hbm_capacity_bytes)} GiB",
+                    f"{report.flops_per_chip / report.ideal_flops_per_chip:.2f}",
+                    f"{report.collective_bytes / GIB:.0f} GiB",
+                    f"{report.step_seconds:.2f} s",
                 ]
             yield "| " + " | ".join(cells) + " |"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from internvl_jax.cli import options
@@ -96,49 +97,48 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _arguments(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The arguments of these names that have a value, under their names in internvl_jax.aot."""
-    return {ARGUMENTS.get(name, name): value for name, value in options.given(args, names).items()}
+def _request(args: argparse.Namespace, kind: Any) -> Any:
+    """A WorkloadRequest or TrainRequest from the options that have a value."""
+    names = {ARGUMENTS.get(name, name): value for name, value in vars(args).items() if value is not None}
+    given = {field.name: names[field.name] for field in fields(kind) if field.name in names}
+    return kind(**{"topology": ""} | given)
 
 
 def _inference(args: argparse.Namespace) -> int:
     from internvl_jax.aot import compile_report, planner
+    from internvl_jax.aot.workload import WorkloadRequest, make_workload
 
-    asked = _arguments(
-        args, "preset", "topology", "batch_size", "max_seq_length", "prompt_tokens", "vision", "dtype", "quantize",
-        "cache_dtype",
-    )  # fmt: skip
+    request = _request(args, WorkloadRequest)
     if args.table:
         slices = args.topology.split(",") if args.topology else planner.SLICES
-        for line in planner.table(asked, slices, say=err.print):
+        for line in planner.plan_table(request, slices, log=err.print):
             print(line, flush=True)
     elif args.plan:
-        _show(planner.plan(asked, say=err.print), args.json, planner.lines)
+        _show(planner.plan_mesh(request, log=err.print), args.json, planner.format_plan)
     else:
-        report = compile_report.report(compile_report.make_workload(**asked, mesh=args.mesh), args.program)
-        _show(report, args.json, compile_report.lines)
+        report = compile_report.make_report(make_workload(request), args.program)
+        _show(report, args.json, compile_report.format_report)
     return 0
 
 
 def _train(args: argparse.Namespace) -> int:
     from internvl_jax.aot import train_report
 
-    asked = _arguments(
-        args, "preset", "topology", "recipe", "mesh", "max_seq_length", "images_per_row", "vision", "dtype",
-        *CHOSEN_BY_PLAN,
-    )  # fmt: skip
+    request = _request(args, train_report.TrainRequest)
     if args.table:
-        slices = asked.pop("topology", ",".join(train_report.SLICES)).split(",")
-        recipes = asked.pop("recipe", ",".join(train_report.RECIPES)).split(",")
-        for line in train_report.table(asked, slices, recipes, say=err.print):
+        slices = args.topology.split(",") if args.topology else train_report.SLICES
+        recipes = args.recipe.split(",") if args.recipe else train_report.RECIPES
+        for line in train_report.train_table(request, slices, recipes, log=err.print):
             print(line, flush=True)
         return 0
-    plan = args.plan
-    done = train_report.plan(asked, say=err.print) if plan else train_report.report(train_report.make_work(**asked))
-    if done is None:
-        print("nothing fits: take a larger slice, shorter rows or adapters (--recipe lora)")
+    if args.plan:
+        report = train_report.plan_training(request, log=err.print)
+    else:
+        report = train_report.make_train_report(train_report.make_train_workload(request))
+    if report is None:
+        print("nothing fits: choose a larger slice, shorter rows or adapters (--recipe lora)")
         return 0
-    _show(done, args.json, train_report.lines)
+    _show(report, args.json, train_report.format_train_report)
     return 0
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from internvl_jax.aot.compile_report import PROGRAMS
+from internvl_jax.aot.programs import PROGRAMS
 from internvl_jax.aot.topology import CHIPS, Chip
 from internvl_jax.config import PRESETS, ChatConfig
 from internvl_jax.inference.generate import GenerationConfig, Generator, bucket

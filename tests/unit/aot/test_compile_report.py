@@ -1,4 +1,4 @@
-"""Reports of a small model compiled for TPU slices that are not here, against figures by hand."""
+"""Reports of a small model compiled ahead of time for TPU slices, against figures computed by hand."""
 
 import importlib.util
 import json
@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from internvl_jax.aot import hlo, measure, planner
+from internvl_jax.aot import compiled_program, hlo, planner
+from internvl_jax.aot.programs import PROGRAMS, decode_state_bytes
 from internvl_jax.aot.topology import CHIPS, GIB, Topology, TopologyError, parse_topology
+from internvl_jax.aot.workload import WorkloadRequest, make_workload
 from internvl_jax.cli.main import main
 from internvl_jax.config import PRESETS
 from internvl_jax.config.schema import tower_name
@@ -22,6 +24,10 @@ def compile_report():
     from internvl_jax.aot import compile_report
 
     return compile_report
+
+
+def workload(preset="internvl_chat_v1_1", **options):
+    return make_workload(WorkloadRequest(preset=preset, **options))
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +56,8 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="module")
 def generated(compile_report, small):
     """encode, prefill, decode and all of them, once: batch 2, 1024 tokens, on 4 chips."""
-    load = compile_report.make_workload(small, topology="v5e-4", mesh="tensor=4", batch=2, length=1024)
-    done = compile_report.report(load, "generate")
+    load = workload(small, topology="v5e-4", mesh="tensor=4", batch=2, length=1024)
+    done = compile_report.make_report(load, "generate")
     return load, done, {part.program: part for part in done.parts}
 
 
@@ -105,19 +111,19 @@ def test_prefill_and_encode_figures(generated):
 
 def test_generate_keeps_all_parameters_beside_each_program(generated, compile_report):
     load, done, parts = generated
-    everything = compile_report.param_bytes(load, tuple(load.params))
+    everything = load.param_bytes()
     assert done.hbm_bytes["parameters"] == everything
     peaks = [part.hbm_bytes["peak"] - part.hbm_bytes["parameters"] + everything for part in parts.values()]
     assert done.hbm_bytes["peak"] == max(peaks)
     assert done.fits
     assert done.throughput_bound == parts["decode"].throughput_bound
     assert json.loads(json.dumps(done.to_dict()))["parts"][0]["program"] == "encode"
-    assert len([line for line in compile_report.lines(done) if "fits" in line]) == 4
+    assert len([line for line in compile_report.format_report(done) if "fits" in line]) == 4
 
 
 def test_what_does_not_fit_is_a_result_with_advice_that_holds(compile_report, small):
-    load = compile_report.make_workload(small, topology="v5e-4", mesh="tensor=4", batch=2048, length=4096)
-    done = compile_report.report(load, "decode")
+    load = workload(small, topology="v5e-4", mesh="tensor=4", batch=2048, length=4096)
+    done = compile_report.make_report(load, "decode")
     assert not done.fits
     assert done.hbm_bytes["peak"] > done.hbm_capacity_bytes == int(15.75 * GIB)
     assert done.flops_per_chip is None
@@ -127,28 +133,26 @@ def test_what_does_not_fit_is_a_result_with_advice_that_holds(compile_report, sm
     number = int(rows.split()[1])
     assert 256 < number < 2048
     again = replace(load, batch=number * 98 // 100)
-    assert compile_report.report(again, "decode").fits
-    assert not compile_report.report(replace(load, batch=number * 103 // 100), "decode").fits
+    assert compile_report.make_report(again, "decode").fits
+    assert not compile_report.make_report(replace(load, batch=number * 103 // 100), "decode").fits
 
 
 def test_quantized_weights_and_cache(compile_report, small, generated):
     plain, _, parts = generated
-    load = compile_report.make_workload(
-        small, topology="v5e-4", mesh="tensor=4", batch=2, length=1024, quantize="int8", cache_dtype="int8"
-    )
-    done = compile_report.report(load, "decode")
+    load = workload(small, topology="v5e-4", mesh="tensor=4", batch=2, length=1024, quantize="int8", cache_dtype="int8")
+    done = compile_report.make_report(load, "decode")
     assert (done.quantize, done.cache_dtype) == ("int8", "int8")
     # Bytes instead of pairs of bytes, and scales: one per output channel, one per token and head.
     assert 0.5 < done.hbm_bytes["parameters"] / parts["decode"].hbm_bytes["parameters"] < 0.65
-    assert 0.5 < compile_report.state_bytes(load) / compile_report.state_bytes(plain) < 0.55
+    assert 0.5 < decode_state_bytes(load) / decode_state_bytes(plain) < 0.55
     assert done.hbm_bytes["peak"] < 0.75 * parts["decode"].hbm_bytes["peak"]
     assert done.flops_per_chip == parts["decode"].flops_per_chip
-    assert any("int8 weights, int8 cache" in line for line in compile_report.lines(done))
+    assert any("int8 weights, int8 cache" in line for line in compile_report.format_report(done))
 
 
 def test_images_over_all_chips_need_no_sums(compile_report, small):
-    load = compile_report.make_workload(small, topology="v5e-4", mesh="tensor=4", batch=4, vision="data")
-    done = compile_report.report(load, "encode")
+    load = workload(small, topology="v5e-4", mesh="tensor=4", batch=4, vision="data")
+    done = compile_report.make_report(load, "encode")
     assert not any(one["count_per_layer"] for one in done.collectives)
     assert done.flops_per_chip == done.ideal_flops_per_chip  # no padded heads
 
@@ -165,33 +169,33 @@ def test_the_other_systems(compile_report, tmp_path, preset, tokens, tower):
     inside = tmp_path / tower_name(config.to_hf())
     inside.mkdir()
     (inside / "config.json").write_text(json.dumps(config.tower_to_hf()))
-    load = compile_report.make_workload(str(tmp_path), topology="v5e-1", batch=1, length=1024)
+    load = workload(str(tmp_path), topology="v5e-1", batch=1, length=1024)
     assert load.config == config
-    encode = compile_report.report(load, "encode")
+    encode = compile_report.make_report(load, "encode")
     assert encode.fits
     hidden, projected = full.vision.intermediate_size, 2 * (tokens - 1) * (tower + 5120) * 5120
     layer = 2 * tokens * (4 * tower**2 + 2 * tower * hidden) + 4 * tokens**2 * tower
     patches = 2 * (tokens - 1) * 3 * 14**2 * tower
     assert encode.ideal_flops_per_chip == layer + patches + projected
-    assert encode.hbm_bytes["parameters"] == compile_report.param_bytes(load, ("vision_model", "mlp1"))
+    assert encode.hbm_bytes["parameters"] == load.param_bytes(("vision_model", "mlp1"))
 
 
 def test_two_devices_of_a_chip_count_together(compile_report, small):
-    load = compile_report.make_workload(small, topology="tpu7x", batch=2, length=1024)
-    done = compile_report.report(load, "decode")
+    load = workload(small, topology="tpu7x", batch=2, length=1024)
+    done = compile_report.make_report(load, "decode")
     assert (done.topology, done.chips, done.mesh) == ("tpu7x:2x2x1", 4, "tensor=8")
     assert done.ideal_flops_per_chip <= done.flops_per_chip < 1.05 * done.ideal_flops_per_chip
-    assert done.hbm_bytes["parameters"] == 2 * compile_report.param_bytes(load, ("language_model",))
+    assert done.hbm_bytes["parameters"] == load.param_bytes(("language_model",))
 
 
 def test_network_time_counts_links(compile_report, small, generated):
     load, _, _ = generated
     sums = hlo.Collective("all-reduce", 10**6, 3, None, None, ())
     # 2x2 chips: each sends 2 * 3/4 of the sum over its two links.
-    assert measure.network_seconds(load.topology, load.mesh, sums) == pytest.approx(3 * 1.5e6 / (2 * 50e9))
+    assert compiled_program.network_seconds(load.topology, load.mesh, sums) == pytest.approx(3 * 1.5e6 / (2 * 50e9))
     pair = replace(sums, kind="all-gather", group=(0, 1))
-    assert measure.network_seconds(load.topology, load.mesh, pair) == pytest.approx(3 * 0.5e6 / 50e9)
-    assert measure.network_seconds(load.topology, load.mesh, replace(sums, group=(2,))) == 0
+    assert compiled_program.network_seconds(load.topology, load.mesh, pair) == pytest.approx(3 * 0.5e6 / 50e9)
+    assert compiled_program.network_seconds(load.topology, load.mesh, replace(sums, group=(2,))) == 0
 
 
 def test_links():
@@ -264,68 +268,68 @@ def test_every_slice_is_known_to_the_compiler():
 )
 def test_what_cannot_be_compiled_is_refused(compile_report, small, asked, message):
     with pytest.raises(ValueError, match=message):
-        compile_report.make_workload(**{"preset": small, "topology": "v5e-4", **asked})
+        workload(**{"preset": small, "topology": "v5e-4", **asked})
 
 
 def test_heads_that_do_not_divide(compile_report):
     with pytest.raises(MeshError, match=r"heads \(40\); legal sizes of tensor on 16 devices are 1, 2, 4, 8"):
-        compile_report.make_workload(topology="v5e-16", mesh="tensor=16")
+        workload(topology="v5e-16", mesh="tensor=16")
 
 
 def test_messages_of_the_compiler():
     temporaries = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (28.06G) "
     )
-    assert measure.exhausted(temporaries + "exceeds available HBM (15.75G).") == int(28.06 * GIB)
+    assert compiled_program.exhausted_bytes(temporaries + "exceeds available HBM (15.75G).") == int(28.06 * GIB)
     used = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded by 1.75G."
-    assert measure.exhausted(used) == int(17.5 * GIB)
-    assert measure.exhausted("INVALID_ARGUMENT: Used 17.50G of 15.75G hbm") is None
+    assert compiled_program.exhausted_bytes(used) == int(17.5 * GIB)
+    assert compiled_program.exhausted_bytes("INVALID_ARGUMENT: Used 17.50G of 15.75G hbm") is None
 
 
 def test_full_size_ideals(compile_report):
     """Counts that others arrive at too, for LLaMA2-13B with 32000 tokens of vocabulary on 8 chips."""
-    load = compile_report.make_workload(topology="v5e-8", mesh="tensor=8", batch=8, length=2048, prompt=512)
+    load = workload(topology="v5e-8", mesh="tensor=8", batch=8, length=2048, prompt=512)
     config = replace(load.config, text=replace(load.config.text, vocab_size=32000))
     load = replace(load, config=config)
-    assert compile_report.PROGRAMS["prefill"].ideal_flops(load) / 8 == pytest.approx(1.30999e13, rel=1e-5)
+    assert PROGRAMS["prefill"].ideal_flops(load) / 8 == pytest.approx(1.30999e13, rel=1e-5)
     attention = 4 * 8 * 2048 * 5120 * 40 / 8
-    assert compile_report.PROGRAMS["decode"].ideal_flops(load) / 8 - attention == pytest.approx(2.5703e10, rel=1e-4)
-    assert compile_report.PROGRAMS["encode"].ideal_flops(load) / 8 == pytest.approx(11.99e12, rel=1e-3)
+    assert PROGRAMS["decode"].ideal_flops(load) / 8 - attention == pytest.approx(2.5703e10, rel=1e-4)
+    assert PROGRAMS["encode"].ideal_flops(load) / 8 == pytest.approx(11.99e12, rel=1e-3)
 
 
 def test_plan(compile_report, small):
-    asked = {"preset": small, "topology": "v5e-4", "length": 4096, "batch": 4}
-    ranked = planner.candidates(asked)
+    request = WorkloadRequest("v5e-4", small, length=4096, batch=4)
+    ranked = planner.rank_candidates(request)
     assert {one.mesh for one in ranked} == {"tensor=4", "data=2,tensor=2", "data=4"}
     assert ranked[0].mesh == "tensor=4"  # every chip reads its share of the weights only
     assert all(one.batch == 4 and one.parameter_bytes < one.resident_bytes for one in ranked)
 
-    free = planner.candidates({**asked, "batch": None})[0]
-    load = compile_report.make_workload(**{**asked, "mesh": free.mesh, "batch": free.batch})
-    assert free.resident_bytes == compile_report.param_bytes(load, load.params) + compile_report.state_bytes(load)
+    free = planner.rank_candidates(replace(request, batch=None))[0]
+    load = make_workload(replace(request, mesh=free.mesh, batch=free.batch))
+    assert free.resident_bytes == load.param_bytes() + decode_state_bytes(load)
     assert free.resident_bytes <= 15.75 * GIB < free.parameter_bytes + 2 * (free.resident_bytes - free.parameter_bytes)
 
 
 def test_plan_compiles_what_it_recommends(compile_report):
     said = []
-    made = planner.plan({"preset": "nano", "topology": "v5e-4", "length": 128, "batch": 4}, said.append)
+    made = planner.plan_mesh(WorkloadRequest("v5e-4", "nano", length=128, batch=4), said.append)
     assert made.recommended.fits
     assert (made.recommended.batch, made.recommended.program) == (4, "generate")
     assert any("compiling prefill" in line for line in said)
-    assert f"--mesh {made.recommended.mesh} --batch-size 4" in planner.lines(made)[-1]
+    assert f"--mesh {made.recommended.mesh} --batch-size 4" in planner.format_plan(made)[-1]
 
 
 def test_plan_where_nothing_fits(compile_report):
-    full = {"preset": "internvl_chat_v1_1", "topology": "v6e-1", "length": 2048}
-    made = planner.plan({**full, "quantize": None})
+    full = WorkloadRequest("v6e-1")
+    made = planner.plan_mesh(full, precisions=[planner.Precision()])
     assert made.recommended is None
-    assert "34.92 GiB of parameters: too large" in planner.lines(made)[1]
-    assert "larger slice" in planner.lines(made)[-1]
+    assert "34.92 GiB of parameters: too large" in planner.format_plan(made)[1]
+    assert "larger slice" in planner.format_plan(made)[-1]
     # In 8 bits the parameters leave room for half a dozen rows and more.
-    (quantized,) = planner.candidates({**full, "quantize": "int8", "cache_dtype": "int8"})
+    (quantized,) = planner.rank_candidates(replace(full, quantize="int8", cache_dtype="int8"))
     assert quantized.batch >= 8
     with pytest.raises(MeshError, match="use a multiple of 32 rows"):
-        planner.candidates({**full, "topology": "v5e-256", "batch": 8})
+        planner.rank_candidates(replace(full, topology="v5e-256", batch=8))
 
 
 def test_command(compile_report, small, capsys):

@@ -13,7 +13,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from internvl_jax.aot import hlo
+from internvl_jax.aot.programs import PROGRAMS
 from internvl_jax.aot.topology import parse_topology
+from internvl_jax.aot.workload import WorkloadRequest, make_workload
 from internvl_jax.config import PRESETS
 from internvl_jax.models.attention import attention, cache_mask, self_mask
 from internvl_jax.parallel.mesh import make_mesh
@@ -26,27 +28,25 @@ V1_1 = PRESETS["internvl_chat_v1_1"]()
 
 def compiled(directory, program, *, config, **options):
     """One program of the compile report: its memory, its HLO and the workload."""
-    from internvl_jax.aot import compile_report
-
     (directory / "config.json").write_text(json.dumps(config.to_hf()))
-    load = compile_report.make_workload(str(directory), **options)
+    load = make_workload(WorkloadRequest(preset=str(directory), **options))
     with jax.set_mesh(load.mesh):
-        done = compile_report.PROGRAMS[program].lower(load).compile()
+        done = PROGRAMS[program].lower(load).compile()
     return done.memory_analysis(), hlo.parse(done.as_text()), load
 
 
 def inside_layers(program, layers):
     """What runs in every layer: pairs of an instruction and how often a layer runs it, with its computation's lines."""
     return [
-        (run.instruction, run.times // layers, program.computations[run.computation])
-        for run in hlo.runs(program)
-        if run.times % layers == 0
+        (run.instruction, run.count // layers, program.computations[run.computation])
+        for run in hlo.executions(program)
+        if run.count % layers == 0
     ]
 
 
 def flops_per_layer(program, layers):
     inside = inside_layers(program, layers)
-    return sum(times * (hlo.flops_of(one, lines) + hlo.kernel_flops(one)) for one, times, lines in inside)
+    return sum(times * (hlo.instruction_flops(one, lines) + hlo.kernel_flops(one)) for one, times, lines in inside)
 
 
 def kernels_per_layer(program, layers):
@@ -57,8 +57,8 @@ def kernels_per_layer(program, layers):
 
 def collectives_per_layer(program, layers):
     """(kind, bytes) of what every layer sends, largest first."""
-    found = [one for one in hlo.collectives(program) if one.times % layers == 0]
-    pairs = [(one.kind, one.bytes) for one in found for _ in range(one.times // layers)]
+    found = [one for one in hlo.collectives(program) if one.count % layers == 0]
+    pairs = [(one.kind, one.bytes) for one in found for _ in range(one.count // layers)]
     return sorted(pairs, key=lambda pair: -pair[1])
 
 
@@ -162,7 +162,7 @@ def test_kernels_compile(chip):
         training = jax.jit(jax.grad(loss, (0, 1))).lower(queries, keys, valid).compile()
 
     def kernels(done):
-        lines = [run.instruction for run in hlo.runs(hlo.parse(done.as_text()))]
+        lines = [run.instruction for run in hlo.executions(hlo.parse(done.as_text()))]
         return sorted(line.name.split(".")[0] for line in lines if hlo.kernel_flops(line))
 
     assert kernels(decoding) == ["decode_attention"] * len(stacks)
@@ -204,12 +204,10 @@ def test_int8_decode_at_full_size(llama2_13b, tmp_path):
 @pytest.mark.slow
 def test_prefill_at_full_size(llama2_13b, tmp_path):
     """8 prompts of 512 tokens at once: at most 1.02 of the layers, the causal half of attention, the last logits."""
-    from internvl_jax.aot import compile_report
-
     config = layers_of(llama2_13b, text=40)
     options = {"topology": "v5e-8", "batch": 8, "length": 2048, "prompt": 512}
     memory, program, load = compiled(tmp_path, "prefill", config=config, **options)
-    ideal = compile_report.PROGRAMS["prefill"].ideal_flops(load) / load.mesh.size
+    ideal = PROGRAMS["prefill"].ideal_flops(load) / load.mesh.size
     assert 1 <= hlo.flops(program) / ideal <= 1.02
     assert collectives_per_layer(program, 40) == [("all-reduce", 8 * 512 * 5120 * 2)] * 2
     assert memory.peak_memory_in_bytes < 5 * 2**30

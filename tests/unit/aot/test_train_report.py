@@ -1,4 +1,4 @@
-"""A training step of a small model compiled for TPU slices that are not here, against figures by hand."""
+"""A training step of a small model compiled ahead of time for TPU slices, against figures computed by hand."""
 
 import json
 from dataclasses import replace
@@ -14,8 +14,8 @@ from internvl_jax.parallel.mesh import MeshError
 pytest.importorskip("libtpu")
 
 from internvl_jax.aot import train_report
-from internvl_jax.aot.measure import bytes_on_device, mesh_name
-from internvl_jax.aot.train_report import TrainReport, make_work
+from internvl_jax.aot.compiled_program import bytes_per_device, mesh_name
+from internvl_jax.aot.train_report import TrainReport, TrainRequest, make_train_workload
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,14 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled(small):
-    work = make_work(small, topology="v5e-4", recipe="stage2", length=512, batch=8)
-    return work, train_report.report(work)
+    work = make_train_workload(TrainRequest("v5e-4", small, length=512, batch=8))
+    return work, train_report.make_train_report(work)
 
 
 def test_figures_of_a_step(compiled):
     work, done = compiled
-    state, frozen, _ = train_report.arguments(work)
-    assert (done.mesh, done.vision, done.rows, done.chips) == ("fsdp=4", "data", 8, 4)
+    state, frozen, _ = train_report.abstract_arguments(work)
+    assert (done.mesh, done.vision, done.batch, done.chips) == ("fsdp=4", "data", 8, 4)
     assert done.fits
     trained = count_params(state.trained)
     assert set(state.trained) == {"mlp1", "language_model"}
@@ -58,14 +58,14 @@ def test_figures_of_a_step(compiled):
     assert any(one["count"] for one in done.collectives)
     assert max(done.roofline_seconds.values()) == done.step_seconds > 0
     assert json.loads(json.dumps(done.to_dict()))["recipe"] == "stage2"
-    text = "\n".join(train_report.lines(done))
-    assert "train stage2: v5e:2x2 (4 chips), fsdp=4, 8 rows of 512 tokens with 1 pictures, remat full" in text
+    text = "\n".join(train_report.format_train_report(done))
+    assert "train stage2: v5e:2x2 (4 chips), fsdp=4, 8 rows of 512 tokens with 1 image each, remat full" in text
 
 
 def test_storing_in_bfloat16_takes_less(compiled):
     work, done = compiled
-    state, *rest = train_report.arguments(replace(work, param_dtype="bfloat16"))
-    held = bytes_on_device((state, rest))
+    state, *rest = train_report.abstract_arguments(replace(work, request=replace(work.request, param_dtype="bfloat16")))
+    held = bytes_per_device((state, rest))
     # Two bytes of four for what is trained, of which norms and biases are whole on every chip; moments stay float32.
     assert done.hbm_bytes["arguments"] - held == pytest.approx(2 * count_params(state.trained) / 4, rel=0.05)
 
@@ -73,7 +73,7 @@ def test_storing_in_bfloat16_takes_less(compiled):
 def by_arithmetic(work):
     """A report as if the compiler needed a tenth more than arithmetic says."""
     chip = work.topology.chip
-    peak = int(1.1 * work.estimate)
+    peak = int(1.1 * work.estimated_bytes)
     fits = peak <= chip.hbm_bytes
     flops = work.ideal_flops / work.topology.chips
     return TrainReport(
@@ -82,12 +82,12 @@ def by_arithmetic(work):
         recipe=work.recipe.name,
         mesh=mesh_name(work.place.mesh),
         vision=work.place.vision,
-        rows=work.rows,
-        length=work.length,
-        images=work.images,
-        remat=work.remat,
-        param_dtype=work.param_dtype,
-        dtype=work.dtype,
+        batch=work.batch,
+        length=work.request.length,
+        images=work.request.images,
+        remat=work.request.remat,
+        param_dtype=work.request.param_dtype,
+        dtype=work.request.dtype,
         hbm_bytes={"peak": peak},
         hbm_capacity_bytes=chip.hbm_bytes,
         fits=fits,
@@ -99,33 +99,30 @@ def by_arithmetic(work):
     )
 
 
-def test_plan_chooses_what_fits_at_full_size(monkeypatch):
-    monkeypatch.setattr(train_report, "report", by_arithmetic)
+def test_plan_chooses_what_fits_at_full_size():
     said = []
-    done = train_report.plan({"topology": "v5e-16", "recipe": "stage2"}, said.append)
+    done = train_report.plan_training(TrainRequest("v5e-16"), said.append, by_arithmetic)
     assert (done.param_dtype, done.remat, done.fits) == ("bfloat16", "full", True)
     assert any("remat full, float32" in line for line in said)  # close enough that the compiler was asked
-    most = make_work(topology="v5e-16", recipe="stage2", param_dtype="bfloat16", batch=2 * done.rows)
+    most = make_train_workload(TrainRequest("v5e-16", param_dtype="bfloat16", batch=2 * done.batch))
     assert not by_arithmetic(most).fits
-    roomy = train_report.plan({"topology": "v5p-16", "recipe": "lora"})
+    roomy = train_report.plan_training(TrainRequest("v5p-16", recipe="lora"), compile_step=by_arithmetic)
     assert (roomy.param_dtype, roomy.remat) == ("float32", "dots")
-    assert roomy.rows > 8
-    assert train_report.plan({"topology": "v5e-8", "recipe": "full"}) is None
+    assert roomy.batch > 8
+    assert train_report.plan_training(TrainRequest("v5e-8", recipe="full"), compile_step=by_arithmetic) is None
 
 
-def test_table(monkeypatch, capsys):
-    monkeypatch.setattr(train_report, "report", by_arithmetic)
-    asked = ["compile-report", "--program", "train", "--table", "--topology", "v5e-8,v5e-16", "--recipe", "full,stage2"]
-    assert main(asked) == 0
-    head, rule, *rows = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
+def test_table():
+    lines = train_report.train_table(
+        TrainRequest(""), ["v5e-8", "v5e-16"], ["full", "stage2"], compile_step=by_arithmetic
     )
+    head, rule, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     assert {len(row) for row in rows} == {len(head)} == {len(rule)}
     found = {(row[0], row[1]): dict(zip(head, row)) for row in rows}
     assert list(found) == [(t, r) for t in ("v5e-8", "v5e-16") for r in ("full", "stage2")]
     assert found["v5e-8", "full"]["rows"] == "does not fit"
     assert found["v5e-16", "stage2"]["mesh"] == "fsdp=16"
-    assert found["v5e-16", "stage2"]["sent"] == "1 GiB"
+    assert found["v5e-16", "stage2"]["collective bytes"] == "1 GiB"
 
 
 @pytest.mark.parametrize(
@@ -134,14 +131,14 @@ def test_table(monkeypatch, capsys):
         ({"recipe": "stage3"}, "recipe 'stage3' is not known"),
         ({"remat": "some"}, "remat 'some' is not one of full, dots, none"),
         ({"length": 9000}, "a row has 2 to 4096 tokens"),
-        ({"images": 9}, "9 pictures of 64 tokens do not leave room in 512"),
+        ({"images": 9}, "9 images of 64 tokens do not leave room for text in a row of 512"),
         ({"batch": 6}, "a batch of 6 rows does not divide"),
         ({"mesh": "fsdp=2"}, "uses 2 of the 4 devices"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(small, asked, message):
     with pytest.raises((ValueError, MeshError), match=message):
-        make_work(small, **{"topology": "v5e-4", "length": 512, **asked})
+        make_train_workload(TrainRequest(**{"preset": small, "topology": "v5e-4", "length": 512, **asked}))
 
 
 LLAMA = {

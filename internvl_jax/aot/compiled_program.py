@@ -1,0 +1,200 @@
+"""Compiling a program for a TPU topology, and its memory, FLOPs and collectives per chip."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from internvl_jax.aot import hlo
+from internvl_jax.aot.topology import DIE_TO_DIE, GIB, Chip, Topology
+
+
+@dataclass(frozen=True)
+class CompiledStats:
+    """What is known of a compiled program. Figures are per chip; None where the program does not fit.
+
+    Attributes:
+        memory: Bytes of arguments, outputs, temporaries, aliased (outputs in the buffers of donated arguments) and
+            peak.
+        flops: FLOPs of all matrix products.
+        collectives: Per kind: kind, count_per_layer, bytes_per_layer, count and bytes (of the results).
+        network_seconds: Lower bound on the time of all collectives.
+        compile_seconds: Time that compilation took.
+    """
+
+    memory: dict[str, Any]
+    flops: float | None
+    collectives: list[dict[str, Any]]
+    network_seconds: float | None
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program fits into the chip's HBM."""
+        return self.flops is not None
+
+
+def compile_program(topology: Topology, mesh: Mesh, lowered: jax.stages.Lowered, num_layers: int) -> CompiledStats:
+    """Compile a lowered program and analyze it.
+
+    Args:
+        topology: Slice that the program was lowered for.
+        mesh: Mesh over the slice's devices.
+        lowered: The program.
+        num_layers: Length of the layer scan. Collectives that run a multiple of it are attributed to the layers.
+
+    Returns:
+        The figures; of a program that does not fit only the peak memory is known.
+    """
+    devices = topology.chip.devices
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = exhausted_bytes(str(error))
+        if needed is None:
+            raise
+        memory: dict[str, Any] = dict.fromkeys(("arguments", "outputs", "temporaries", "aliased"))
+        return CompiledStats(memory | {"peak": devices * needed}, None, [], None, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    stats = compiled.memory_analysis()
+    memory = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "aliased": stats.alias_size_in_bytes,
+        "peak": stats.peak_memory_in_bytes,
+    }
+    module = hlo.parse(compiled.as_text())
+    collectives = hlo.collectives(module)
+    return CompiledStats(
+        memory={name: devices * size for name, size in memory.items()},
+        flops=devices * hlo.flops(module),
+        collectives=_by_kind(collectives, num_layers),
+        network_seconds=sum(network_seconds(topology, mesh, one) for one in collectives),
+        compile_seconds=seconds,
+    )
+
+
+def roofline_seconds(compiled: CompiledStats, chip: Chip, hbm_traffic: int | None) -> dict[str, float | None]:
+    """Return lower bounds on a program's time by compute, HBM bandwidth and network; None where it does not fit.
+
+    Args:
+        compiled: The program.
+        chip: TPU generation.
+        hbm_traffic: Bytes per chip that must pass between HBM and the chip.
+    """
+    if not compiled.fits:
+        return dict.fromkeys(("compute", "hbm", "network"))
+    return {
+        "compute": compiled.flops / chip.bf16_flops,
+        "hbm": hbm_traffic / chip.hbm_bandwidth,
+        "network": compiled.network_seconds,
+    }
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Return the bytes on one device of a pytree of ShapeDtypeStructs with shardings."""
+
+    def size(leaf: Any) -> int:
+        width = 0.5 if leaf.dtype.name in ("int4", "uint4") else leaf.dtype.itemsize
+        return math.ceil(math.prod(leaf.sharding.shard_shape(leaf.shape)) * width)
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def exhausted_bytes(message: str) -> int | None:
+    """Return the bytes per device that a program needs, from the compiler's RESOURCE_EXHAUSTED message.
+
+    None for any other message.
+    """
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    needed = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)i?B?\)", message) or re.search(
+        r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", message
+    )
+    return int(float(needed[1]) * _UNITS[needed[2]]) if needed else None
+
+
+def _by_kind(collectives: list[hlo.Collective], num_layers: int) -> list[dict[str, Any]]:
+    """Counts and bytes of collectives by kind."""
+    summary = []
+    for kind in dict.fromkeys(one.kind for one in collectives):
+        same = [one for one in collectives if one.kind == kind]
+        in_layers = [one for one in same if one.count % num_layers == 0]
+        summary.append(
+            {
+                "kind": kind,
+                "count_per_layer": sum(one.count for one in in_layers) // num_layers,
+                "bytes_per_layer": sum(one.count * one.bytes for one in in_layers) // num_layers,
+                "count": sum(one.count for one in same),
+                "bytes": sum(one.count * one.bytes for one in same),
+            }
+        )
+    return summary
+
+
+def network_seconds(topology: Topology, mesh: Mesh, collective: hlo.Collective) -> float:
+    """Return a lower bound on the time of a collective: bytes that a chip sends over the bandwidth of its links.
+
+    The formulas are those of bandwidth-optimal rings, without latency.
+    """
+    devices = list(mesh.devices.flat)
+    group = [devices[index] for index in collective.group] if collective.group else devices
+    coords = {tuple(device.coords) for device in group}
+    num_chips, chip = len(coords), topology.chip
+    on_one_chip = num_chips == 1
+    size = len(group) if on_one_chip else num_chips
+    if size == 1:
+        return 0.0
+    sent = {
+        "all-reduce": 2 * (size - 1) / size,
+        "all-gather": (size - 1) / size,
+        "reduce-scatter": size - 1,
+        "all-to-all": (size - 1) / size,
+        "collective-permute": 1,
+    }[collective.kind] * collective.bytes
+    links = DIE_TO_DIE if on_one_chip else topology.links(coords)
+    return collective.count * sent / (links * chip.link_bandwidth)
+
+
+def mesh_name(mesh: Mesh) -> str:
+    """Return a mesh as the option --mesh takes it, for example "data=2,tensor=4"."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "tensor=1"
+
+
+def format_gib(size: int | None) -> str:
+    """Format bytes in GiB with two decimals; "?" for None."""
+    return "?" if size is None else f"{size / GIB:.2f}"
+
+
+def format_memory(memory: Mapping[str, Any], capacity: int, fits: bool, advice: tuple[str, ...]) -> list[str]:
+    """Return the report lines about memory: whether the program fits, what would, and what HBM holds."""
+    used = f"{format_gib(memory['peak'])} of {format_gib(capacity)} GiB per chip"
+    sizes = ", ".join(f"{kind} {format_gib(memory[kind])}" for kind in memory if kind != "peak")
+    return [
+        f"  fits         {'yes' if fits else 'NO'}: {used}",
+        *(f"               {line}" for line in advice),
+        f"  HBM          {sizes} GiB",
+    ]
+
+
+def format_work(flops: float | None, ideal: float, collectives: list[dict[str, Any]]) -> list[str]:
+    """Return the report lines about FLOPs, beside the ideal, and collectives."""
+    if flops is None:
+        return [f"  FLOPs        not known, ideal {ideal:.4g} per chip"]
+    return [f"  FLOPs        {flops:.4g} per chip, {flops / ideal:.3f} x the ideal {ideal:.4g}"] + [
+        f"  {'collectives' if index == 0 else '':<13}{one['count_per_layer']:g} {one['kind']} per layer "
+        f"({one['bytes_per_layer'] / 2**20:.3g} MiB), {one['count']} in total ({one['bytes'] / 2**20:.3g} MiB)"
+        for index, one in enumerate(collectives)
+    ]

@@ -1,0 +1,162 @@
+"""The inference programs: how each is lowered for a workload, and the FLOPs that it cannot do without.
+
+The jitted functions of `inference.generate` are lowered themselves, donation included, with ShapeDtypeStructs that
+carry the shardings of `parallel.partitioning`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from internvl_jax.aot.compiled_program import bytes_per_device
+from internvl_jax.aot.workload import Workload
+from internvl_jax.config import ChatConfig
+from internvl_jax.inference import generate
+from internvl_jax.inference.sampling import GenerationConfig, make_settings
+from internvl_jax.models import flops
+from internvl_jax.parallel.partitioning import fit_spec
+
+ShapeDtype = jax.ShapeDtypeStruct
+
+
+@dataclass(frozen=True)
+class InferenceProgram:
+    """One jitted inference function.
+
+    Attributes:
+        lower: Lowers the function for a workload.
+        parts: Parts of the parameter tree that the function reads.
+        num_layers: Number of layers that run.
+        ideal_flops: FLOPs of matrix products on all devices together, with the true number of heads and tokens and the
+            true vocabulary size.
+        items_per_call: Number of items, in `unit`, that one call yields.
+        unit: Unit of the throughput.
+    """
+
+    lower: Callable[[Workload], jax.stages.Lowered]
+    parts: tuple[str, ...]
+    num_layers: Callable[[ChatConfig], int]
+    ideal_flops: Callable[[Workload], float]
+    items_per_call: Callable[[Workload], int]
+    unit: str
+
+
+def decode_state_bytes(workload: Workload) -> int:
+    """Return the bytes per chip of the decode state, most of which is the KV cache."""
+    with jax.set_mesh(workload.mesh):
+        return workload.topology.chip.devices * bytes_per_device(_abstract_decode_state(workload))
+
+
+def _lower_encode(workload: Workload) -> jax.stages.Lowered:
+    config = workload.config
+    pixels = ShapeDtype((workload.batch, config.vision.num_channels, *[config.image_size] * 2), jnp.float32)
+    multiple = math.prod(workload.mesh.shape[axis] for axis in workload.image_axes)
+    pixels = jax.eval_shape(partial(generate._pad_images, multiple=multiple), pixels)
+    return generate._encode.lower(
+        workload.params, pixels, config=config, dtype=workload.dtype, image_axes=workload.image_axes
+    )
+
+
+def _prefill_arguments(workload: Workload) -> tuple[Any, ...]:
+    config, shape = workload.config, (workload.batch, workload.prompt)
+    features = None
+    if config.projector is not None and workload.prompt > config.tokens_per_image:
+        features = ShapeDtype((workload.batch, config.tokens_per_image, config.text.hidden_size), workload.dtype)
+        features = jax.eval_shape(generate._pad_images, features)
+        features = ShapeDtype(features.shape, features.dtype, sharding=NamedSharding(workload.mesh, P()))
+    settings = make_settings(GenerationConfig(), workload.batch, config.text.eos_token_ids)
+    settings = jax.tree.map(lambda row: ShapeDtype(row.shape, row.dtype), settings)
+    token = ShapeDtype((), jnp.int32)
+    return workload.params, ShapeDtype(shape, jnp.int32), ShapeDtype(shape, bool), features, token, settings
+
+
+def _prefill_options(workload: Workload) -> dict[str, Any]:
+    return {
+        "config": workload.config,
+        "slots": workload.length,
+        "dtype": workload.dtype,
+        "cache_dtype": workload.cache_dtype,
+    }
+
+
+def _lower_prefill(workload: Workload) -> jax.stages.Lowered:
+    return generate._prefill.lower(*_prefill_arguments(workload), **_prefill_options(workload))
+
+
+def _abstract_decode_state(workload: Workload) -> generate.DecodeState:
+    """The decode state that prefill returns, with the shardings that prefill gives it."""
+    prefill = partial(generate.prefill_step, **_prefill_options(workload))
+    state = jax.eval_shape(prefill, *_prefill_arguments(workload))
+
+    def with_sharding(leaf: Any, spec: P) -> Any:
+        sharding = NamedSharding(workload.mesh, fit_spec(spec, leaf.shape, workload.mesh.shape))
+        return ShapeDtype(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(with_sharding, state, generate.state_specs(state))
+
+
+def _lower_decode(workload: Workload) -> jax.stages.Lowered:
+    steps = ShapeDtype((), jnp.int32)
+    return generate._decode.lower(
+        workload.params, _abstract_decode_state(workload), steps, config=workload.config, dtype=workload.dtype
+    )
+
+
+def _encode_flops(workload: Workload) -> float:
+    config = workload.config
+    return workload.batch * (flops.tower_products(config) + flops.tower_attention(config) + flops.projector(config))
+
+
+def _prefill_flops(workload: Workload) -> float:
+    """Layers, the causal half of attention, and the logits of the last position."""
+    config, length = workload.config, workload.prompt
+    layers = 2 * length * flops.text_weights(config) + flops.causal_attention(config, length)
+    return workload.batch * (layers + flops.head(config))
+
+
+def _decode_flops(workload: Workload) -> float:
+    """One step: layers, attention over every cache slot, logits."""
+    text = workload.config.text
+    attention = 4 * workload.length * text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    return workload.batch * (2 * flops.text_weights(workload.config) + attention + flops.head(workload.config))
+
+
+def _num_text_layers(config: ChatConfig) -> int:
+    return config.text.num_hidden_layers
+
+
+PROGRAMS = {
+    "encode": InferenceProgram(
+        lower=_lower_encode,
+        parts=("vision_model", "mlp1"),
+        num_layers=lambda config: config.num_vision_layers,
+        ideal_flops=_encode_flops,
+        items_per_call=lambda workload: workload.batch,
+        unit="images/s",
+    ),
+    "prefill": InferenceProgram(
+        lower=_lower_prefill,
+        parts=("language_model",),
+        num_layers=_num_text_layers,
+        ideal_flops=_prefill_flops,
+        items_per_call=lambda workload: workload.batch * workload.prompt,
+        unit="prompt tokens/s",
+    ),
+    "decode": InferenceProgram(
+        lower=_lower_decode,
+        parts=("language_model",),
+        num_layers=_num_text_layers,
+        ideal_flops=_decode_flops,
+        items_per_call=lambda workload: workload.batch,
+        unit="tokens/s",
+    ),
+}
