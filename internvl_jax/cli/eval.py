@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from internvl_jax.cli import options
@@ -20,7 +21,7 @@ from internvl_jax.utils import files
 from internvl_jax.utils.progress import counting, err, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from internvl_jax.evaluation.benchmark_run import Plan
+    from internvl_jax.evaluation.benchmark_run import BenchmarkRun
 
 DATA_HELP = "directory of the benchmark's files, or the reference's data directory around it"
 
@@ -138,7 +139,7 @@ def _add_judge(parts: options.Commands) -> None:
 
 def _run(args: argparse.Namespace, name: str) -> int:
     from internvl_jax.config import ChatConfig
-    from internvl_jax.evaluation.benchmark_run import plan
+    from internvl_jax.evaluation.benchmark_run import EvaluationOptions, RunInputs, prepare_run
     from internvl_jax.inference.loading import NANO
     from internvl_jax.parallel import distributed
     from internvl_jax.processing.images import load_processor
@@ -157,38 +158,38 @@ def _run(args: argparse.Namespace, name: str) -> int:
         with distributed.barrier():
             if first:
                 held.enter_context(files.claim(out))
-        asked = {name: getattr(args, name) for name in ("limit", "resume", "num_beams", "max_new_tokens")}
-        precision = {key: getattr(args, key) for key in ("dtype", "quantize", "cache_dtype")}
+        inputs = RunInputs(name, codebase, args.data, out, model)
+        evaluation = EvaluationOptions(**{field.name: getattr(args, field.name) for field in fields(EvaluationOptions)})
         for turn in (True, False):  # process 0 first: where all write to one disk, the others find its files
             with distributed.barrier():
                 if first == turn:
-                    made = plan(name, codebase, args.data, out, model=model, precision=precision, first=first, **asked)
-        return _answer(args, made)
+                    run = prepare_run(inputs, evaluation, is_main_process=first)
+        return _answer(args, run)
 
 
-def _answer(args: argparse.Namespace, made: Plan) -> int:
-    from internvl_jax.evaluation.answering import answer, prepare
+def _answer(args: argparse.Namespace, run: BenchmarkRun) -> int:
+    from internvl_jax.evaluation.answering import answer_benchmark, pending_work
     from internvl_jax.evaluation.run_report import result
     from internvl_jax.inference.loading import load
     from internvl_jax.parallel import distributed
 
-    work = prepare(made, args.mesh)
+    work = pending_work(run, args.mesh)
     with progress_bar() as progress:
         chat = load(args.checkpoint, mesh=work.mesh, progress=progress, **options.load_options(args))
     chat.check_ready()
     try:
         with counting() as progress:
-            done = answer(chat, made, work, size=args.batch_size, progress=progress)
+            done = answer_benchmark(chat, run, work, size=args.batch_size, progress=progress)
     except KeyboardInterrupt:
-        err.print(f"{made.out} keeps its answers: --resume continues")
+        err.print(f"{run.output} keeps its answers: --resume continues")
         raise
     if distributed.is_process_0():
-        print((made.out / "report.md").read_text(encoding="utf-8"), end="")
+        print((run.output / "report.md").read_text(encoding="utf-8"), end="")
         asked = f"{done.answered} answered in {done.seconds:.0f} s" if done.answered else "no new answers"
         there = f", {done.found} were already answered" if done.found else ""
-        err.print(f"{made.out}: {asked}{there}; {result(json_object(made.out / 'report.json'))}")
-        if (made.out / "wrong.html").exists():
-            err.print(f"wrong answers: {(made.out / 'wrong.html').resolve().as_uri()}")
+        err.print(f"{run.output}: {asked}{there}; {result(json_object(run.output / 'report.json'))}")
+        if (run.output / "wrong.html").exists():
+            err.print(f"wrong answers: {(run.output / 'wrong.html').resolve().as_uri()}")
     return 1 if done.failed else 0
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks: which files, which prompt for whose model, how many tokens, which scorer."""
+"""The benchmark table: data files, prompts, generation settings and scorer of each benchmark."""
 
 from __future__ import annotations
 
@@ -14,31 +14,51 @@ from internvl_jax.evaluation.datasets.items import LETTER, LETTER_ZH, SHORT, UNA
 from internvl_jax.evaluation.scoring import Answers, Score
 from internvl_jax.evaluation.submissions import Submit
 
-BEAMS = 5  # with which V1-1's published figures were made (the scripts' default until November 2024)
+BEAMS = 5  # of V1-1's published scores (the scripts' default until November 2024)
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One row of the results."""
+    """One benchmark.
+
+    Attributes:
+        title: Name in the results table.
+        folder: Folder of its files in the reference's data folder.
+        read: Reads the items.
+        prompt: Makes the prompt of an item.
+        score: Scores the answers; None where a server or a judge does.
+        new_tokens: Maximum number of tokens per answer in V1-1's scripts.
+        llava_new_tokens: Maximum number of tokens per answer in LLaVA's scripts.
+        min_new_tokens: Minimum number of tokens per answer in V1-1's scripts.
+        pad: Whether LLaVA's script pads images to a square.
+        images: Folders that may contain the images.
+        submit: Writes the file that a server, a judge or the official script reads.
+    """
 
     title: str
-    folder: str  # of its files in the reference's data folder
+    folder: str
     read: Callable[[DataFolder, Codebase], list[Item]]
     prompt: Callable[[Item, Codebase], str]
-    score: Callable[[Sequence[Item], Answers, Codebase], Score] | None  # None: a server or a judge scores it
-    new_tokens: int  # V1-1's limit
+    score: Callable[[Sequence[Item], Answers, Codebase], Score] | None
+    new_tokens: int
     llava_new_tokens: int = 128
-    min_new_tokens: int = 1  # V1-1's
-    pad: bool = True  # whether LLaVA's script pads pictures to a square
-    images: tuple[str, ...] = ()  # folders to look for pictures in
-    submit: Submit | None = None  # writes what a server, a judge or the official script reads
+    min_new_tokens: int = 1
+    pad: bool = True
+    images: tuple[str, ...] = ()
+    submit: Submit | None = None
 
     @property
     def needs_xlsx(self) -> bool:
+        """Whether the submission is an .xlsx file."""
         return self.submit in (submissions.mmbench, submissions.ccbench)
 
     def generation(self, codebase: Codebase, num_beams: int | None = None) -> dict[str, int]:
-        """Settings of GenerationConfig with which the published figures were made; never sampled."""
+        """Return arguments of GenerationConfig as for the published scores; decoding is never sampled.
+
+        Args:
+            codebase: Whose settings.
+            num_beams: Beam search width in place of theirs.
+        """
         if codebase == "llava":
             return {"max_new_tokens": self.llava_new_tokens, "num_beams": 1 if num_beams is None else num_beams}
         beams = BEAMS if num_beams is None else num_beams
@@ -94,7 +114,7 @@ def _vqa(
     images: tuple[str, ...],
     submit: Submit | None = None,
 ) -> Benchmark:
-    """One of the rows whose answers are compared with ten people's or, without annotations, handed in to a server."""
+    """A benchmark with ten annotators' answers or, without annotations, one that a server scores."""
     read = partial(
         short_answer_readers.short_answers,
         questions=questions,

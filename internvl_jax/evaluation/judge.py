@@ -1,4 +1,4 @@
-"""A judge for MM-Vet behind any OpenAI-compatible server, and the grades that it gives, kept as they come."""
+"""Grading MM-Vet answers with a judge model behind an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -19,20 +19,30 @@ from internvl_jax.evaluation.run_report import save
 from internvl_jax.evaluation.scorers import mmvet
 from internvl_jax.utils import files
 
-TRIES = 6  # at a server that is busy, each after twice the pause of the one before
-PAUSE = 2.0  # seconds
+TRIES = 6  # with exponential backoff
+PAUSE = 2.0  # seconds before the first retry
 TIMEOUT = 120.0
 
 
 class Judge:
-    """Asks one model of a server. `models` collects what the server says it is."""
+    """A judge model. `models` collects the model names that the server reports.
+
+    Args:
+        url: The server's address, up to /v1.
+        model: Name of the model.
+        key: API key, or None.
+    """
 
     def __init__(self, url: str, model: str, key: str | None):
         self.url, self.model, self.key = f"{url.rstrip('/')}/chat/completions", model, key
         self.models: set[str] = set()
 
     def __call__(self, message: str, temperature: float, max_tokens: int) -> str:
-        """The reply to one message. Raises EvaluationError when the server refuses, or stays busy."""
+        """Return the reply to one message.
+
+        Raises:
+            EvaluationError: The server refuses the request, or stays busy.
+        """
         body = {
             "model": self.model,
             "max_tokens": max_tokens,
@@ -48,19 +58,19 @@ class Judge:
             except urllib.error.HTTPError as error:
                 reason = f"{error.code} {error.reason}"
                 if error.code != 429 and error.code < 500:
-                    raise EvaluationError(f"{self.url} refuses: {reason}, {error.read()[:300]!r}") from None
-            except (OSError, http.client.HTTPException) as error:  # refused, too late, or cut off
+                    raise EvaluationError(f"{self.url} refuses the request: {reason}, {error.read()[:300]!r}") from None
+            except (OSError, http.client.HTTPException) as error:  # refused, timed out, or truncated
                 reason = str(error) or type(error).__name__
             if number + 1 < TRIES:
                 time.sleep(PAUSE * 2**number)
-        raise EvaluationError(f"{self.url} does not answer ({reason}); the grades so far are kept: begin again later")
+        raise EvaluationError(f"{self.url} does not answer ({reason}); the grades so far are kept: start again later")
 
     def _read(self, answer: bytes) -> str:
         try:
             values = json.loads(answer)
             reply = values["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError):
-            raise EvaluationError(f"{self.url} sent no chat completion: {answer[:300]!r}") from None
+            raise EvaluationError(f"{self.url} did not send a chat completion: {answer[:300]!r}") from None
         self.models.add(str(values.get("model", self.model)))
         return reply or ""
 
@@ -74,11 +84,24 @@ def judge_run(
     runs: int = 1,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
-    """Grade the answers of an MM-Vet run and put the score into its report, which is returned.
+    """Grade the answers of an MM-Vet run and write the score into its report.
 
-    prompt: mm-vet_evaluator.py, or a text with its few-shot prompt. Grades are appended to grades.jsonl as they come:
-    an interrupted grading goes on where it was. Those of another model are refused. The run's directory belongs to this
-    process meanwhile.
+    Grades are appended to grades.jsonl one by one, so an interrupted grading can be resumed. The run's directory is
+    locked meanwhile.
+
+    Args:
+        directory: The run's directory.
+        data: Folder with mm-vet.json.
+        prompt: mm-vet_evaluator.py, or a text file with its few-shot prompt.
+        judge: The judge.
+        runs: Number of gradings of each answer.
+        progress: Called as progress(done, total, "grading").
+
+    Returns:
+        The values of report.json.
+
+    Raises:
+        EvaluationError: The directory is not a finished run of mm-vet, or has grades by another model.
     """
     with files.claim(directory.resolve()):  # two names of one directory have one claim
         return _judge_run(directory, data, prompt, judge, runs, progress)
@@ -97,7 +120,7 @@ def _judge_run(
     except (FileNotFoundError, NotADirectoryError):
         values, answers = {}, {}
     if values.get("benchmark") != "mm-vet":
-        raise EvaluationError(f"{directory} is no finished run of mm-vet: only its answers are graded by a judge")
+        raise EvaluationError(f"{directory} is not a finished run of mm-vet, the only benchmark with a judge")
     few_shot = mmvet.read_prompt(prompt)
     facts = json_object(DataFolder(data, "mm-vet").find("mm-vet.json"))
     missing = [name for name in answers if name not in facts]
@@ -126,29 +149,33 @@ def _judge_run(
     }
     models = _models(path)
     same = models == {mmvet.PUBLISHED_JUDGE}
-    told = "the judge of the published figures" if same else f"not by {mmvet.PUBLISHED_JUDGE}: no figure to compare"
-    graded = f"Graded by {', '.join(sorted(models))}, {told}."
+    comparable = (
+        "the judge of the published scores"
+        if same
+        else f"not by {mmvet.PUBLISHED_JUDGE}: not comparable with published scores"
+    )
+    graded = f"Graded by {', '.join(sorted(models))}, {comparable}."
     values["judge"] = {"models": sorted(models), "same": same, "comparable": graded}
     save(directory, values)
     return values
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Grades so far; a last line that was cut off is forgotten, and removed."""
+    """The grades so far. A truncated last line is removed."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
     end = data.rfind(b"\n") + 1
     if not data[end:].startswith(_BEGINNING[: len(data) - end]):
-        raise EvaluationError(f"{path}: its last line is not a grade: is it another program's file?")
+        raise EvaluationError(f"{path}: its last line is not a grade: another program may have written this file")
     rows = [row for _, row in records(path, files.decode_text(data[:end], path))] if end else []
     if end < len(data):
         os.truncate(path, end)
     return rows
 
 
-_BEGINNING = b'{"id": '  # of every line that is written here
+_BEGINNING = b'{"id": '  # of every line of grades.jsonl
 
 
 def _read_grades(path: Path, model: str) -> dict[tuple[str, int], float]:
@@ -157,7 +184,7 @@ def _read_grades(path: Path, model: str) -> dict[tuple[str, int], float]:
         where = f"{path}:{number}"
         other = need(row, where, "asked")
         if other != model:
-            raise EvaluationError(f"{path} has grades by {other}, not {model}: remove it to grade anew")
+            raise EvaluationError(f"{path} has grades by {other}, not {model}: remove it to grade again")
         name, run = need(row, where, "id"), need(row, where, "run", kind=int)
         grades[name, run] = need(row, where, "score", kind=(int, float))
     return grades

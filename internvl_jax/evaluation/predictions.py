@@ -1,4 +1,4 @@
-"""Predictions that somebody made, matched with the items that they are about."""
+"""Prediction files, matched with a benchmark's items."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_jax.evaluation.datasets.items import SHORT, YES_NO, EvaluationError, Item
-from internvl_jax.evaluation.datasets.records import need, read_text, records, refuse
+from internvl_jax.evaluation.datasets.records import need, raise_problems, read_text, records
 
 IDS = ("id", "question_id", "questionId", "index", "image")
 TEXTS = ("answer", "text", "prediction")
@@ -16,12 +16,21 @@ QUESTIONS = ("question", "prompt")
 
 
 def read_predictions(path: Path, items: Sequence[Item]) -> dict[str, str]:
-    """Item's id -> answer.
+    """Read a file of predictions.
 
-    The file holds JSON lines or a JSON list of records with an id ("id", "question_id", "questionId", "index" or
+    The file contains JSON lines or a JSON list of records with an id ("id", "question_id", "questionId", "index" or
     "image") and an answer ("answer", "text" or "prediction"), or one JSON object {id: answer}. Where several items
-    share an id, the record's "question" or "prompt" tells them apart.
-    Raises EvaluationError listing what is malformed, unknown, there twice, or missing.
+    share an id, the record's "question" or "prompt" distinguishes them.
+
+    Args:
+        path: The file.
+        items: The benchmark's items.
+
+    Returns:
+        Item id -> answer.
+
+    Raises:
+        EvaluationError: Records are malformed, unknown, duplicate or missing; all are listed.
     """
     by_id: dict[str, list[Item]] = {}
     by_alias: dict[str, list[Item]] = {}
@@ -41,13 +50,13 @@ def read_predictions(path: Path, items: Sequence[Item]) -> dict[str, str]:
             problems.append(str(error))
             continue
         if item.id in answers:
-            problems.append(f"{where} answers {item.id!r}, which {first[item.id]} has answered")
+            problems.append(f"{where} answers {item.id!r}, which {first[item.id]} also answers")
         answers[item.id], first[item.id] = answer, where
     missing = [item.id for item in items if item.id not in answers]
     if missing:
         shown = ", ".join(repr(name) for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
         problems.insert(0, f"{path} has no answer to {len(missing)} of {len(items)} questions: {shown}")
-    refuse(problems)
+    raise_problems(problems)
     return answers
 
 
@@ -74,18 +83,18 @@ def _match(record: dict[str, Any], where: str, by_id: dict[str, list[Item]]) -> 
     if isinstance(record.get("error"), str):
         raise EvaluationError(f"{where}: {name!r} has an error in place of an answer: {record['error']}")
     answer = need(record, where, *TEXTS)
-    found = by_id.get(name) or by_id.get(name.replace("/images/", "/"), [])  # LLaVA's MME: the picture's whole path
+    found = by_id.get(name) or by_id.get(name.replace("/images/", "/"), [])  # LLaVA's MME: the image's whole path
     if len(found) > 1:
         asked = _question(need(record, where, *QUESTIONS))
         found = [item for item in found if _question(item.question) == asked]
         if len(found) > 1:
             raise EvaluationError(f"{where}: several items have the id {name!r} and this question")
     if not found:
-        raise EvaluationError(f"{where}: {name!r} is no question of the data")
+        raise EvaluationError(f"{where}: {name!r} is not a question of the benchmark")
     return found[0], answer
 
 
 def _question(text: str) -> str:
-    """The question itself: its first line without the instructions that prompts add, in one writing."""
+    """The normalized question: its first line, in lower case, without the instructions that prompts add."""
     line = text.partition("\n")[0].replace(SHORT, "").replace(YES_NO, "")
     return " ".join(line.split()).lower()

@@ -1,4 +1,4 @@
-"""Pictures opened and scaled in threads while the device is busy with the batch before."""
+"""Loading and resizing images in threads while the device computes the previous batch."""
 
 from __future__ import annotations
 
@@ -15,50 +15,66 @@ from internvl_jax.inference.chat import Chat, Reply
 from internvl_jax.processing.images import load_image
 
 THREADS = 8
-ROUNDS = 2  # batches whose pictures are made ready beside the one that is asked about
+BATCHES_AHEAD = 2
 
 
-class Ahead:
-    """Answers as its Chat does, with the pictures of `work` made ready in the order in which they will be asked for.
+class PrefetchingChat:
+    """A Chat that takes images by path and loads them in the order in which a run will need them.
 
-    An image that could not be made ready is tried again, without the others, where it is asked for: there it raises as
-    from Chat.
+    An image that failed to load is loaded again when it is needed, without others at the same time; then its error is
+    raised as from Chat.
+
+    Args:
+        chat: The model.
+        work: The questions, in the order in which they will be asked.
+        size: Questions per batch.
     """
 
     def __init__(self, chat: Chat, work: offline.Work, size: int):
         self.name = chat.name
         self._chat = chat
-        place = jax.process_index() if work.replicas > 1 else 0
+        shard = jax.process_index() if work.replicas > 1 else 0
         rounds = range(0, len(work.pending), size * work.replicas)
-        mine = [n for first in rounds for n in work.pending[first + place * size : first + (place + 1) * size]]
-        self._order = [path for number in mine for path in work.questions[number].images]
-        self._done, self._window = 0, size * ROUNDS
-        self._ready: dict[Path, Future[Image.Image]] = {}
+        own = [n for first in rounds for n in work.pending[first + shard * size : first + (shard + 1) * size]]
+        self._order = [path for number in own for path in work.questions[number].images]
+        self._done, self._window = 0, size * BATCHES_AHEAD
+        self._loading: dict[Path, Future[Image.Image]] = {}
         self._pool = ThreadPoolExecutor(THREADS)
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> PrefetchingChat:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
+    @property
+    def num_loading(self) -> int:
+        """Number of images that are loaded, or being loaded, for later batches."""
+        return len(self._loading)
+
     def batch_chat(self, questions: Sequence[str], images: Sequence[Sequence[Path]], **options: Any) -> list[Reply]:
-        """As Chat.batch_chat, with pictures by path."""
+        """Answer a batch as `Chat.batch_chat` does.
+
+        Args:
+            questions: One question per row.
+            images: Paths of each row's images.
+            **options: As for `Chat.batch_chat`.
+        """
         wanted = dict.fromkeys(path for row in images for path in row)
         while self._done < len(self._order) and self._order[self._done] in wanted:
             self._done += 1
-        coming = self._order[self._done : self._done + self._window]
-        for path in dict.fromkeys((*wanted, *coming)):
-            if path not in self._ready:
-                self._ready[path] = self._pool.submit(self._load, path)
-        pictures = {path: self._image(path) for path in wanted}
-        self._ready = {path: self._ready[path] for path in coming}
-        return self._chat.batch_chat(questions, [[pictures[path] for path in row] for row in images], **options)
+        upcoming = self._order[self._done : self._done + self._window]
+        for path in dict.fromkeys((*wanted, *upcoming)):
+            if path not in self._loading:
+                self._loading[path] = self._pool.submit(self._load, path)
+        loaded = {path: self._result(path) for path in wanted}
+        self._loading = {path: self._loading[path] for path in upcoming}
+        return self._chat.batch_chat(questions, [[loaded[path] for path in row] for row in images], **options)
 
-    def _image(self, path: Path) -> Image.Image:
+    def _result(self, path: Path) -> Image.Image:
         try:
-            return self._ready[path].result()
-        except (ValueError, OSError, MemoryError):  # several at once may have been too much for the memory
+            return self._loading[path].result()
+        except (ValueError, OSError, MemoryError):  # several at once may have exhausted the memory
             return self._load(path)
 
     def _load(self, path: Path) -> Image.Image:

@@ -1,9 +1,9 @@
-"""The figures that were published for the four systems, by benchmark.
+"""Published scores of the four systems, by benchmark.
 
-Sources: the results table that InternVL-Chat-V1-1 was published with, for the rows it has; InternVL's evaluation
-documentation of 2024-07-28 for V1-1's other figures. The table labels MMBench's first three columns "test", but they
+Sources: the results table that InternVL-Chat-V1-1 was published with; InternVL's evaluation documentation of
+2024-07-28 for V1-1's other scores. The table labels MMBench's first three columns "test", but they
 are scores of the dev files (LLaVA-1.5's 67.7 is what its stored dev predictions give; V1-0's scripts read the dev
-files), so here they stand with dev, and V1-1's dev figures are the documentation's.
+files), so they are listed here as dev, and V1-1's dev scores come from the documentation.
 """
 
 from __future__ import annotations

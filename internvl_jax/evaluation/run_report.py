@@ -1,4 +1,4 @@
-"""What a run came to: figures beside the published ones (JSON and Markdown), and wrong answers with their pictures."""
+"""A run's report: scores beside the published ones (JSON and Markdown), and wrong answers with their images (HTML)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_jax.evaluation.benchmark_run import Plan
+from internvl_jax.evaluation.benchmark_run import BenchmarkRun
 from internvl_jax.evaluation.benchmark_table import BENCHMARKS
 from internvl_jax.evaluation.datasets.items import EvaluationError
 from internvl_jax.evaluation.datasets.records import json_object
@@ -22,7 +22,14 @@ CODEBASES = {"internvl": "V1-1's evaluation scripts", "llava": "LLaVA's evaluati
 
 @dataclass(frozen=True)
 class Timing:
-    """Of the last part of a run that was resumed; nothing was answered where all answers were there."""
+    """Time that a run took; of a resumed run, its last part.
+
+    Attributes:
+        answered: Number of answers.
+        seconds: Seconds that they took.
+        new_tokens: Generated tokens.
+        batch: Questions per batch and model.
+    """
 
     answered: int
     seconds: float
@@ -31,38 +38,45 @@ class Timing:
 
 
 def write_report(
-    made: Plan, model: str, numbers: str, answers: Mapping[str, str | None], timing: Timing
+    run: BenchmarkRun, model: str, numbers: str, answers: Mapping[str, str | None], timing: Timing
 ) -> dict[str, Any]:
-    """Score the answers and write report.json, report.md, wrong.html and what is to be handed in; returns the first.
+    """Score the answers and write report.json, report.md, wrong.html and the submission.
 
-    numbers: what was computed with, as "bfloat16, int8 weights". Where a question could not be answered there is no
-    score: the report lists those questions.
+    Args:
+        run: The benchmark run.
+        model: Name of the model.
+        numbers: What was computed with, for example "bfloat16, int8 weights".
+        answers: Answer to each item by its id; None where the question failed. Then there is no score.
+        timing: Time that the answers took.
+
+    Returns:
+        The values of report.json.
     """
-    items, benchmark = made.items, made.benchmark
+    items, benchmark = run.items, run.benchmark
     failed = [item.id for item in items if answers.get(item.id) is None]
     said = {item.id: text for item in items if (text := answers.get(item.id)) is not None}
-    score = benchmark.score(items, said, made.codebase) if benchmark.score and not failed else None
+    score = benchmark.score(items, said, run.codebase) if benchmark.score and not failed else None
     written = (
-        benchmark.submit(items, said, made.codebase, made.folder, made.out) if benchmark.submit and not failed else []
+        benchmark.submit(items, said, run.codebase, run.folder, run.output) if benchmark.submit and not failed else []
     )
     if score is not None:
-        files.write_text(made.out / "wrong.html", wrong_page(made, said, score))
+        files.write_text(run.output / "wrong.html", wrong_page(run, said, score))
     values = {
-        "benchmark": made.name,
+        "benchmark": run.inputs.benchmark,
         "title": benchmark.title,
         "model": model,
         "numbers": numbers,
-        "codebase": made.codebase,
-        "generation": made.generation,
+        "codebase": run.codebase,
+        "generation": run.generation,
         "questions": len(items),
-        "limit": made.limit,
+        "limit": run.options.limit,
         "failed": failed,
         "score": None if score is None else {name: value for name, value in asdict(score).items() if name != "points"},
         "submission": [path.name for path in written],
-        "timing": _timing(made.out, timing),
-        "published": PUBLISHED.get(made.name, {}),
+        "timing": _timing(run.output, timing),
+        "published": PUBLISHED.get(run.inputs.benchmark, {}),
     }
-    save(made.out, values)
+    save(run.output, values)
     return values
 
 

@@ -1,4 +1,4 @@
-"""From a data set's items and a model's answers to its score. Scores are percent, but for MME's points."""
+"""Scores of benchmarks from items and answers. Scores are percentages, except for MME's points."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from statistics import fmean
 from internvl_jax.evaluation.datasets.items import Codebase, Item
 from internvl_jax.evaluation.scorers import choices, documents, gqa, mmmu, vqa, yes_no
 
-Answers = Mapping[str, str]  # item's id -> what the model said
+Answers = Mapping[str, str]  # item id -> answer
 
 
 @dataclass(frozen=True)
 class Score:
-    """`value` is the figure of the results table, called `name`; `points` is what each item got, from 0 to 1."""
+    """The score of a benchmark.
+
+    Attributes:
+        value: Score of the results table.
+        name: Name of the score.
+        points: Item id -> points, from 0 to 1.
+        figures: Further scores by name.
+        categories: Score by category.
+    """
 
     value: float
     name: str
@@ -42,7 +50,7 @@ def _plain(name: str, point: Callable[[Item, str], float], items: Sequence[Item]
 
 
 def score_vqa(items: Sequence[Item], answers: Answers, codebase: Codebase) -> Score:
-    """The reference's local scorer, and beside it the challenge's."""
+    """Score by the reference's local scorer, with the score by the VQA challenge's rules as a further figure."""
     official = []
 
     def point(item: Item, text: str) -> float:
@@ -55,27 +63,30 @@ def score_vqa(items: Sequence[Item], answers: Answers, codebase: Codebase) -> Sc
 
 
 def score_anls(items: Sequence[Item], answers: Answers, codebase: Codebase) -> Score:
+    """Score by ANLS: DocVQA and InfographicsVQA."""
     return _plain("ANLS", lambda item, text: documents.anls(text, item.gold), items, answers)
 
 
 def score_exact(items: Sequence[Item], answers: Answers, codebase: Codebase) -> Score:
+    """Score by equality up to case: AI2D."""
     return _plain("accuracy", lambda item, text: documents.exact_match(text, item.gold), items, answers)
 
 
 def score_chartqa(items: Sequence[Item], answers: Answers, codebase: Codebase) -> Score:
-    """The mean of the two halves, of whatever sizes."""
+    """Score ChartQA: relaxed accuracy, the unweighted mean of both halves."""
     score = _plain("relaxed accuracy", lambda item, text: documents.relaxed_match(text, item.gold), items, answers)
     return Score(fmean(score.categories.values()), score.name, score.points, score.figures, score.categories)
 
 
 def score_gqa(items: Sequence[Item], answers: Answers, codebase: Codebase) -> Score:
+    """Score GQA by exact match, with open and binary questions as further figures."""
     score = _plain("accuracy", lambda item, text: gqa.gqa_answer(text) == item.gold[0], items, answers)
     kinds = _mean_by(items, score.points, lambda item: "open" if gqa.is_open(item.category) else "binary")
     return Score(score.value, score.name, score.points, kinds, score.categories)
 
 
 def score_scienceqa(items: Sequence[Item], answers: Answers, codebase: Codebase) -> Score:
-    """Of the questions with a picture; LLaVA's file has the others too, whose accuracy is told beside."""
+    """Score ScienceQA on questions with an image; for LLaVA's file, accuracy on all of them is a figure."""
 
     def point(item: Item, text: str) -> float:
         if codebase == "llava":
@@ -91,7 +102,7 @@ def score_scienceqa(items: Sequence[Item], answers: Answers, codebase: Codebase)
 
 
 def score_pope(items: Sequence[Item], answers: Answers, codebase: Codebase) -> Score:
-    """The mean F1 of the three categories."""
+    """Score POPE: the mean F1 of the three categories."""
     parsed: dict[str, list[tuple[str, str]]] = {}
     points = {}
     for item in items:
@@ -109,7 +120,7 @@ def score_pope(items: Sequence[Item], answers: Answers, codebase: Codebase) -> S
 
 
 def score_mme(items: Sequence[Item], answers: Answers, codebase: Codebase) -> Score:
-    """Points of perception; those of cognition are told beside. A picture counts with both of its questions."""
+    """Score MME: points of perception, with those of cognition as a further figure."""
     clean = yes_no.mme_clean if codebase == "internvl" else str
     parsed: dict[tuple[str, int], list[tuple[str, str]]] = {}
     points = {}
@@ -128,15 +139,15 @@ def score_mme(items: Sequence[Item], answers: Answers, codebase: Codebase) -> Sc
 
 
 def choice_cell(item: Item, text: str, codebase: Codebase) -> str:
-    """What is handed in as prediction: V1-1's script writes the letter that it finds, LLaVA's the answer."""
+    """Return the submitted prediction: V1-1's script submits the letter that it parses, LLaVA's the whole answer."""
     return choices.first_letter(text, item.options) if codebase == "internvl" else text
 
 
 def score_mmbench(items: Sequence[Item], answers: Answers, codebase: Codebase) -> Score:
-    """A question counts when it is answered rightly in every rotation of its options.
+    """Score MMBench: a question counts if it is answered correctly in every rotation of its options.
 
-    Right is equality of the predicted letter, as in LLaVA-1.5's published figure; beside it what the rules of
-    VLMEvalKit make of the prediction, as the server's judge starts with them, and accuracy without rotations.
+    Letters are compared for equality, as for LLaVA-1.5's published score. Further figures are the score by VLMEvalKit's
+    rules, with which the server's judge begins, and the accuracy without rotations.
     """
     strict, matched, first = [], [], []
     points = {}
@@ -162,21 +173,25 @@ def score_mmbench(items: Sequence[Item], answers: Answers, codebase: Codebase) -
 
 
 def score_ccbench(items: Sequence[Item], answers: Answers, codebase: Codebase) -> Score:
+    """Score CCBench by equality of the letter."""
     return _plain(
         "accuracy", lambda item, text: choice_cell(item, text, codebase).strip() == item.gold[0], items, answers
     )
 
 
 def score_seed(items: Sequence[Item], answers: Answers, codebase: Codebase) -> Score:
+    """Score SEED-Bench by the first character."""
     return _plain("accuracy", lambda item, text: choices.seed_letter(text) == item.gold[0], items, answers)
 
 
 def mmmu_answer(item: Item, text: str) -> str:
-    """What is handed in: the letter of a multiple choice, else the answer."""
+    """Return the submitted prediction: the letter for a multiple-choice question, else the answer."""
     return choices.first_letter(text, item.options) if item.options else text
 
 
 def score_mmmu(items: Sequence[Item], answers: Answers, codebase: Codebase) -> Score:
+    """Score MMMU, with disciplines as further figures."""
+
     def point(item: Item, text: str) -> float:
         answer = mmmu_answer(item, text)
         return answer in item.gold if item.options else mmmu.open_match(answer, item.gold)

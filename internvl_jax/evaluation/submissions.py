@@ -1,4 +1,4 @@
-"""The files that servers and judges score, as the reference's scripts write them."""
+"""Submissions: the files that servers and judges score, as the reference's scripts write them."""
 
 from __future__ import annotations
 
@@ -29,9 +29,21 @@ _TABLE_DROPPED = ("hint", "category", "source", "image", "comment", "l2-category
 def write_apart(
     submit: Submit, items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path
 ) -> list[Path]:
-    """Write what is to be handed in into a directory that may hold other files; returns the files.
+    """Write a submission into a directory that may contain other files; no file is replaced.
 
-    Raises EvaluationError where one of them is there already with other content: nothing is replaced.
+    Args:
+        submit: Writes the submission.
+        items: The benchmark's items.
+        answers: Item id -> answer.
+        codebase: Whose rules apply.
+        folder: The benchmark's files.
+        out: Directory to write to.
+
+    Returns:
+        The files.
+
+    Raises:
+        EvaluationError: One of the files exists with other content.
     """
     out = files.resolve(out).resolve()  # two names of one directory have one claim
     with files.claim(out):
@@ -44,7 +56,7 @@ def write_apart(
             for path in written:
                 if _content(out / path.name) not in (None, path.read_bytes()):
                     raise EvaluationError(
-                        f"{out / path.name} is there already, with other answers: --output DIR names another directory"
+                        f"{out / path.name} already exists with other answers: --output DIR names another directory"
                     )
             out.mkdir(exist_ok=True)
             return [path.replace(out / path.name) for path in written]
@@ -64,25 +76,25 @@ def _json(path: Path, value: Any) -> Path:
 
 
 def _said(item: Item, answers: Answers, codebase: Codebase) -> str:
-    """LLaVA's scripts hand in cleaned answers, V1-1's hand them in as they are."""
+    """LLaVA's scripts submit normalized answers, V1-1's the answers as they are."""
     return normalize_m4c(answers[item.id]) if codebase == "llava" else answers[item.id]
 
 
 def vqav2(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path) -> list[Path]:
-    """[{question_id, answer}], for EvalAI's challenge 830; also with all answers cleaned, which can only score higher.
+    """Write [{question_id, answer}] for EvalAI's challenge 830, with answers as they are and normalized.
 
-    The server wants every question of test2015: those without an answer are filled up with empty ones where the data
-    folder has a file that lists them.
+    Normalized answers never score lower. The server expects every question of test2015: if the data folder has a file
+    that lists them, the others get empty answers.
     """
     said = {_number(item.source_id, item.id): _said(item, answers, codebase) for item in items}
     clean = {int(item.source_id): normalize_m4c(answers[item.id]) for item in items}
-    path = folder.look("v2_OpenEnded_mscoco_test2015_questions.json", "llava_vqav2_mscoco_test2015.jsonl")
+    path = folder.find_optional("v2_OpenEnded_mscoco_test2015_questions.json", "llava_vqav2_mscoco_test2015.jsonl")
     listed = [] if path is None else records(path)
     every = [_number(need(record, where, "question_id", kind=(int, str)), where) for where, record in listed]
     every = every or list(said)
     unknown = said.keys() - set(every)
     if unknown:
-        raise EvaluationError(f"{path} has no question {min(unknown)}, which was answered")
+        raise EvaluationError(f"{path} has no question {min(unknown)}, for which there is an answer")
     return [
         _json(out / name, [{"question_id": number, "answer": texts.get(number, "")} for number in every])
         for name, texts in (("submission.json", said), ("submission_normalized.json", clean))
@@ -93,45 +105,45 @@ def _number(text: str | int, where: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise EvaluationError(f"{where}: the question's id is {text!r}, and the server wants a number") from None
+        raise EvaluationError(f"{where}: the question's id is {text!r}, but the server expects a number") from None
 
 
 def vizwiz(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path) -> list[Path]:
-    """[{image, answer}], for EvalAI's challenge 2185."""
+    """Write [{image, answer}] for EvalAI's challenge 2185."""
     rows = [{"image": _vizwiz_name(item), "answer": _said(item, answers, codebase)} for item in items]
     return [_json(out / "submission.json", rows)]
 
 
 def _vizwiz_name(item: Item) -> str:
-    """V1-1's file has the picture's path as id; LLaVA's has a number, and the name as picture."""
+    """The id in V1-1's file is the image's path; LLaVA's file has a number as id, and the image's name."""
     path = item.source_id if isinstance(item.source_id, str) else item.image
     return Path(str(path)).name
 
 
 def gqa(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path) -> list[Path]:
-    """[{questionId, prediction}], which GQA's own script reads."""
+    """Write [{questionId, prediction}] for GQA's own script."""
     rows = [{"questionId": item.id, "prediction": gqa_answer(answers[item.id])} for item in items]
     return [_json(out / "submission.json", rows)]
 
 
 def documents(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path) -> list[Path]:
-    """[{questionId, answer}], for the Robust Reading Competition."""
+    """Write [{questionId, answer}] for the Robust Reading Competition."""
     rows = [{"questionId": item.source_id, "answer": answers[item.id]} for item in items]
     return [_json(out / "submission.json", rows)]
 
 
 def by_id(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path) -> list[Path]:
-    """{id: answer}: MM-Vet's result file; MMMU's, in which a multiple choice is a letter."""
+    """Write {id: answer}: the result file of MM-Vet, and of MMMU, where multiple-choice answers are letters."""
     return [_json(out / "submission.json", {item.id: mmmu_answer(item, answers[item.id]) for item in items})]
 
 
 def mmbench(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path) -> list[Path]:
-    """A table for OpenCompass: the columns that are not dropped, with the prediction as the seventh."""
+    """Write a table for OpenCompass, with the prediction as the seventh column."""
     return [_table(items, answers, codebase, out, _TABLE_DROPPED, 6)]
 
 
 def ccbench(items: Sequence[Item], answers: Answers, codebase: Codebase, folder: DataFolder, out: Path) -> list[Path]:
-    """As MMBench's, with the prediction as the ninth column."""
+    """Write a table for OpenCompass, with the prediction as the ninth column."""
     return [_table(items, answers, codebase, out, ("category", "image"), 8)]
 
 
@@ -152,14 +164,14 @@ def _table(
                 value = _NOT_IN_XML.sub("", value)
             cell = sheet.cell(number, column, value)
             if isinstance(value, str):
-                cell.data_type = "s"  # an answer that begins with "=" is no formula
+                cell.data_type = "s"  # an answer that begins with "=" is not a formula
     file = io.BytesIO()
     book.save(file)
     return files.write_bytes(out / "submission.xlsx", _without_dates(file))
 
 
 def _without_dates(file: io.BytesIO) -> bytes:
-    """A workbook without the time at which it was written: the same answers make the same file."""
+    """A workbook without time stamps, so that the same answers give the same bytes."""
     made = io.BytesIO()
     with zipfile.ZipFile(file) as old, zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
@@ -171,15 +183,19 @@ def _without_dates(file: io.BytesIO) -> bytes:
 
 
 def _cells(item: Item, prediction: str) -> Mapping[str, Any]:
-    """What pandas writes back of a row: it has read the texts that spell a missing value as empty cells."""
+    """The cells as pandas writes them, with texts that it reads as missing values left empty."""
     cells: dict[str, Any] = {name: None if is_missing(text) else text for name, text in item.record.items()}
     return cells | {"index": int(item.source_id), "prediction": prediction}
 
 
 def import_openpyxl() -> Any:
-    """openpyxl, or an ImportError that says how to get it."""
+    """Import openpyxl.
+
+    Raises:
+        ImportError: It is not installed; the message says how to install it.
+    """
     try:
         import openpyxl
     except ImportError:
-        raise ImportError("tables to hand in need openpyxl: pip install 'internvl-jax[eval]'") from None
+        raise ImportError(".xlsx submissions need openpyxl: pip install 'internvl-jax[eval]'") from None
     return openpyxl

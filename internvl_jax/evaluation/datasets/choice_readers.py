@@ -16,27 +16,29 @@ from internvl_jax.evaluation.datasets.items import (
 )
 from internvl_jax.evaluation.datasets.records import (
     ID,
+    collecting,
     image_field,
     json_object,
     need,
-    noting,
+    raise_problems,
     records,
-    refuse,
 )
 from internvl_jax.evaluation.scorers.choices import LETTERS
 
-SEED_IMAGE_TYPES = 9  # the first of twelve; the others are about videos
+SEED_IMAGE_TYPES = 9  # of twelve; the others are about videos
 
 
 def scienceqa(folder: DataFolder, codebase: Codebase) -> list[Item]:
-    """Internvl: scienceqa_test_img.jsonl. LLaVA: all questions of llava_test_CQM-A.json, of which some have no picture;
-    problems.json has their answers."""
+    """Read scienceqa_test_img.jsonl or, for LLaVA's prompts, llava_test_CQM-A.json with answers from problems.json.
+
+    LLaVA's file also has questions without an image.
+    """
     if codebase == "llava":
         return _scienceqa_llava(folder)
     items = []
     problems: list[str] = []
     for where, record in records(folder.find("scienceqa_test_img.jsonl")):
-        with noting(problems):
+        with collecting(problems):
             texts, right = need(record, where, "choices", kind=list), need(record, where, "answer", kind=int)
             options = _options(texts, right, where)
             hint = f"{record['hint']}\n" if record.get("hint") else ""
@@ -44,7 +46,7 @@ def scienceqa(folder: DataFolder, codebase: Codebase) -> list[Item]:
             image = need(record, where, "image")
             source_id = image if record.get("id") is None else need(record, where, "id", kind=ID)
             items.append(Item("", source_id, question, image, (LETTERS[right],), options=options))
-    refuse(problems)
+    raise_problems(problems)
     return distinct(items)
 
 
@@ -54,7 +56,7 @@ def _scienceqa_llava(folder: DataFolder) -> list[Item]:
     items = []
     wrong: list[str] = []
     for where, record in records(folder.find("llava_test_CQM-A.json")):
-        with noting(wrong):
+        with collecting(wrong):
             source_id = str(need(record, where, "id", kind=ID))
             if source_id not in problems:
                 raise EvaluationError(f"{where}: problems.json has no question {source_id!r}")
@@ -67,7 +69,7 @@ def _scienceqa_llava(folder: DataFolder) -> list[Item]:
             image = image_field(record, where, "image")
             kind = "image" if image else "text"
             items.append(Item("", source_id, question, image, (LETTERS[right],), kind, options))
-    refuse(wrong)
+    raise_problems(wrong)
     return distinct(items)
 
 
@@ -78,7 +80,7 @@ def _options(texts: Sequence[Any], right: int, where: str) -> dict[str, str]:
 
 
 def seed(folder: DataFolder, codebase: Codebase) -> list[Item]:
-    """seed.jsonl, the questions about images; SEED-Bench.json has their types and answers."""
+    """Read the questions about images of seed.jsonl, with types and answers from SEED-Bench.json."""
     path = folder.find("SEED-Bench.json")
     whole = json_object(path)
     types = {str(number): name for name, number in need(whole, str(path), "question_type", kind=dict).items()}
@@ -86,7 +88,7 @@ def seed(folder: DataFolder, codebase: Codebase) -> list[Item]:
     items = []
     problems: list[str] = []
     for where, record in records(folder.find("seed.jsonl", "llava-seed-bench.jsonl")):
-        with noting(problems):
+        with collecting(problems):
             source_id = need(record, where, "question_id", kind=ID)
             if str(source_id) not in known:
                 raise EvaluationError(f"{where}: SEED-Bench.json has no question {source_id!r}")
@@ -96,12 +98,17 @@ def seed(folder: DataFolder, codebase: Codebase) -> list[Item]:
                 category, answer = types.get(str(number), str(number)), need(truth, place, "answer")
                 image = need(record, where, "image")
                 items.append(Item("", source_id, need(record, where, "text", "question"), image, (answer,), category))
-    refuse(problems)
+    raise_problems(problems)
     return distinct(items)
 
 
 def mmmu(folder: DataFolder, codebase: Codebase, *, split: str) -> list[Item]:
-    """The parquet files of MMMU/MMMU, one per subject; only the first picture is shown, as in the reference."""
+    """Read the parquet files of MMMU/MMMU, one per subject. Only the first image is used, as in the reference.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+        EvaluationError: There are no files, or rows are malformed.
+    """
     try:
         from pyarrow import parquet
     except ImportError:
@@ -121,9 +128,9 @@ def mmmu(folder: DataFolder, codebase: Codebase, *, split: str) -> list[Item]:
         except ValueError as error:  # ArrowInvalid, which does not say where
             raise EvaluationError(f"{path} is not a readable parquet file ({error})") from None
         for number, record in enumerate(rows, 1):
-            with noting(problems):
+            with collecting(problems):
                 items.append(_mmmu_item(record, f"{path}, row {number}", path.parent.name, split))
-    refuse(problems)
+    raise_problems(problems)
     return distinct(items)
 
 
@@ -145,7 +152,7 @@ def _mmmu_item(record: Mapping[str, Any], where: str, subject: str, split: str) 
 
 
 def _literal(text: str) -> list[Any] | None:
-    """The list that a text writes out as Python does, None where it is something else."""
+    """The list that a Python literal contains, or None."""
     try:
         values = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -154,5 +161,5 @@ def _literal(text: str) -> list[Any] | None:
 
 
 def lettered(item: Item, instruction: str = LETTER) -> str:
-    """Question, options and instruction on lines of their own."""
+    """Return the prompt of a multiple-choice question: question, options and instruction, one per line."""
     return "\n".join((item.question, *(f"{letter}. {text}" for letter, text in item.options.items()), instruction))

@@ -15,30 +15,43 @@ from internvl_jax.evaluation.datasets.items import EvaluationError
 
 @dataclass(frozen=True)
 class DataFolder:
-    """Where a benchmark's files lie: in `root`, or in its subfolder `name`, as in the reference's data folder."""
+    """A benchmark's files: in `root`, or in its subfolder `name`, as in the reference's data folder."""
 
     root: Path
     name: str
 
     def find(self, *names: str) -> Path:
-        """The first of these files that is there. Raises EvaluationError naming all places looked at."""
-        found = self.look(*names)
+        """Return the first of these files that exists.
+
+        Raises:
+            EvaluationError: None of them exists; the message names all of them.
+        """
+        found = self.find_optional(*names)
         if found is None:
             raise EvaluationError(
-                f"{self.root} has no {' or '.join(names)}, neither itself nor in its subfolder {self.name}: "
-                "docs/evaluation.md says where to get it"
+                f"neither {self.root} nor its subfolder {self.name} has {' or '.join(names)}: docs/evaluation.md says "
+                "where to get it"
             )
         return found
 
-    def look(self, *names: str) -> Path | None:
-        """As `find`, None where none is there."""
+    def find_optional(self, *names: str) -> Path | None:
+        """Return the first of these files that exists, or None.
+
+        Raises:
+            EvaluationError: `root` is not a directory.
+        """
         if not _has_kind(self.root, stat.S_ISDIR):
             raise EvaluationError(f"{self.root} is not a directory: --data names the one with the benchmark's files")
-        places = (self.root / self.name / name for name in names)
-        return next((path for path in (*places, *(self.root / name for name in names)) if is_file(path)), None)
+        paths = (*(self.root / self.name / name for name in names), *(self.root / name for name in names))
+        return next((path for path in paths if is_file(path)), None)
 
-    def picture(self, name: str, folders: Sequence[str]) -> Path | None:
-        """A picture by its path in the data file (from the data folder or above it), or by its name in `folders`."""
+    def find_image(self, name: str, folders: Sequence[str]) -> Path | None:
+        """Return an image's path, or None where there is none.
+
+        Args:
+            name: Path in the data file, relative to the data folder or to the folder above it.
+            folders: Folders in which an image of that file name may also be.
+        """
         inside = name.removeprefix("data/")
         roots = (self.root, self.root / self.name, self.root.parent)
         paths = [root / part for part in (name, inside) for root in roots]
@@ -47,7 +60,11 @@ class DataFolder:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file of that name. Raises OSError where the system does not say; Path.is_file says no then."""
+    """Return whether a regular file of that name exists.
+
+    Raises:
+        OSError: The file system does not say, in which case Path.is_file returns False.
+    """
     return _has_kind(path, stat.S_ISREG)
 
 
@@ -60,5 +77,5 @@ def _has_kind(path: Path, kind: Any) -> bool:
         if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
         return False
-    except ValueError:  # a NUL, or a surrogate, which no name on disk has
+    except ValueError:  # a NUL or a surrogate, which no file name contains
         return False

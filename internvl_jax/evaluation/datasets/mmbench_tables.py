@@ -20,14 +20,14 @@ from internvl_jax.evaluation.datasets.items import (
     distinct,
 )
 from internvl_jax.evaluation.datasets.records import (
-    noting,
+    collecting,
+    raise_problems,
     read_text,
-    refuse,
 )
 from internvl_jax.evaluation.scorers.choices import LETTERS
 
 logger = logging.getLogger(__name__)
-# What pandas, with which the reference reads tables, takes for a missing value.
+# What pandas, with which the reference reads tables, treats as a missing value.
 MISSING = frozenset(
     ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA")
     + ("NULL", "NaN", "None", "n/a", "nan", "null")
@@ -39,11 +39,20 @@ _NEEDED = ("index", "question", "A", "B", "image")
 def multiple_choice(
     folder: DataFolder, codebase: Codebase, *, files: Sequence[str], server: bool = False
 ) -> list[Item]:
-    """A table of MMBench's or CCBench's, whose images are in base64.
+    """Read a table of MMBench or CCBench.
 
-    Options that are missing, or whose text pandas takes for a missing value ("None", "N/A", "nan", ...), are not shown,
-    as in the reference, which asks such a row nevertheless, even where that option is the right one. LLaVA's script
-    stops at the first one that is missing, of A to D, and also takes "None" in any case for missing.
+    As in the reference, options are left out of the prompt if pandas reads their text as a missing value ("None",
+    "N/A", "nan", ...), even if one of them is the right answer; a warning names the rows. LLaVA's script stops at the
+    first missing option of A to D, and compares "None" and "nan" regardless of case.
+
+    Args:
+        folder: The benchmark's files.
+        codebase: Whose rules for missing options apply.
+        files: Names of tables; the first that exists is read.
+        server: Whether only a server has the answers.
+
+    Raises:
+        EvaluationError: Rows are malformed; all are listed.
     """
     path = folder.find(*files)
     rows = list(_table(path))
@@ -52,7 +61,7 @@ def multiple_choice(
     problems: list[str] = []
     hidden: list[str] = []
     for where, row in rows:
-        with noting(problems):
+        with collecting(problems):
             if not _INDEX.fullmatch(row["index"]):
                 raise EvaluationError(f"{where}: the index is {row['index']!r}, not a number")
             options = _cells(row, codebase)
@@ -70,10 +79,10 @@ def multiple_choice(
                 for letter in LETTERS
                 if letter in row and letter not in options and (row[letter] or letter == answer)
             ]
-    refuse(problems)
+    raise_problems(problems)
     if hidden:
         logger.warning(
-            "options that the reference reads as missing are not shown: %s",
+            "options that the reference reads as missing values are left out of the prompts: %s",
             "; ".join(hidden[:5]) + (f"; and {len(hidden) - 5} more" if len(hidden) > 5 else ""),
         )
     duplicate = next((item.id for item in distinct(items) if "#" in item.id), None)
@@ -90,22 +99,22 @@ def _table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         columns = list(reader.fieldnames or ())
         lacking = [name for name in _NEEDED if name not in columns]
         if lacking:
-            raise EvaluationError(f"{path} has no column {', '.join(lacking)}: it is not one of MMBench's tables")
+            raise EvaluationError(f"{path} has no column {', '.join(lacking)}: it is not a table of MMBench")
         for number, row in enumerate(reader, 1):
             where = f"{path}, row {number}"
             present = [name for name in columns if row[name] is not None]
-            # Editors drop the tabs of empty fields at a line's end; a row that ends in its image may be cut off there.
+            # Editors remove trailing tabs, so last fields may be missing. A row ending in its image may be truncated.
             if None in row or set(_NEEDED) - set(present) or (present != columns and present[-1] == "image"):
-                raise EvaluationError(f"{where} has more or fewer fields than the head of the table: is it cut off?")
+                raise EvaluationError(f"{where} does not have as many fields as the header: is the file truncated?")
             yield where, {name: row[name] or "" for name in columns}
     except csv.Error as error:
-        raise EvaluationError(f"{path}, row {number + 1} is not a row of a table ({error})") from None
+        raise EvaluationError(f"{path}, row {number + 1} is malformed ({error})") from None
     if not number:
         raise EvaluationError(f"{path} is empty")
 
 
 def is_missing(text: str) -> bool:
-    """Whether pandas, with which the reference reads tables, takes the text of a cell for a missing value."""
+    """Return whether pandas, with which the reference reads tables, treats the text as a missing value."""
     return text in MISSING
 
 

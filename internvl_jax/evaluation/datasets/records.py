@@ -12,11 +12,16 @@ from typing import Any
 from internvl_jax.evaluation.datasets.items import EvaluationError
 from internvl_jax.utils import files
 
-SHOWN = 10  # problems listed in an error
+MAX_LISTED = 10  # problems listed in an error
 
 
 def read_text(path: Path) -> str:
-    """The text of a file with or without a byte order mark. Raises OSError, and EvaluationError where it is no text."""
+    """Return the text of a file, without its byte order mark.
+
+    Raises:
+        OSError: The file cannot be read.
+        EvaluationError: The file is not text.
+    """
     try:
         return files.read_text(path)
     except files.TextError as error:
@@ -24,11 +29,20 @@ def read_text(path: Path) -> str:
 
 
 def records(path: Path, text: str | None = None) -> list[tuple[str, dict[str, Any]]]:
-    """("FILE:LINE" or "FILE, record N", record) of a JSONL file or a JSON list.
+    """Read the records of a JSONL file or a JSON list.
 
-    A JSON object may hold the list as "questions", "annotations" or "data", or be a mapping of ids to records, which
-    then get theirs as "id". text: of the file, where it was read already.
-    Raises EvaluationError listing every line that is malformed.
+    A JSON object may contain the list as "questions", "annotations" or "data", or be a mapping of ids to records, to
+    which the id is then added as "id".
+
+    Args:
+        path: The file.
+        text: Its text, if it has been read already.
+
+    Returns:
+        Pairs of the record's location ("FILE:LINE" or "FILE, record N") and the record.
+
+    Raises:
+        EvaluationError: Lines are malformed (all are listed), or the file is empty.
     """
     text = read_text(path) if text is None else text
     whole = None
@@ -52,14 +66,18 @@ def records(path: Path, text: str | None = None) -> list[tuple[str, dict[str, An
             found.append((where, record))
         else:
             problems.append(f"{where}: not a JSON object, but {type(record).__name__}")
-    refuse(problems)
+    raise_problems(problems)
     if not found:
         raise EvaluationError(f"{path} is empty")
     return found
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises EvaluationError where it is something else."""
+    """Return the object in a JSON file.
+
+    Raises:
+        EvaluationError: The file is not JSON, or contains something else.
+    """
     try:
         whole = json.loads(read_text(path))
     except EvaluationError:
@@ -67,7 +85,7 @@ def json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{path} is not JSON ({error})") from None
     if not isinstance(whole, dict):
-        raise EvaluationError(f"{path} should hold an object, not {type(whole).__name__}")
+        raise EvaluationError(f"{path} must contain an object, not {type(whole).__name__}")
     return whole
 
 
@@ -79,15 +97,25 @@ def _entries(path: Path, whole: Any) -> Iterator[tuple[str, Any]]:
             return
         whole = [whole] if inner is None else inner
     if not isinstance(whole, list):
-        raise EvaluationError(f"{path} should hold a list of records, not {type(whole).__name__}")
+        raise EvaluationError(f"{path} must contain a list of records, not {type(whole).__name__}")
     for number, row in enumerate(whole, 1):
         if isinstance(row, str):  # which would be parsed as a line
-            raise EvaluationError(f"{path}, record {number} is a text where an object is needed")
+            raise EvaluationError(f"{path}, record {number} is a string, not an object")
         yield f"{path}, record {number}", row
 
 
 def need(record: Mapping[str, Any], where: str, *names: str, kind: type | tuple[type, ...] = str) -> Any:
-    """The first of these fields that the record has. Raises EvaluationError where there is none of that kind."""
+    """Return the first of these fields that the record has.
+
+    Args:
+        record: The record.
+        where: Its location, for error messages.
+        *names: Names of fields.
+        kind: Required type or types; bool does not count as int.
+
+    Raises:
+        EvaluationError: There is none, or it has another type.
+    """
     name = next((name for name in names if record.get(name) is not None), None)
     if name is None:
         raise EvaluationError(f"{where} has no {' or '.join(map(repr, names))}")
@@ -99,19 +127,21 @@ def need(record: Mapping[str, Any], where: str, *names: str, kind: type | tuple[
 
 
 @contextmanager
-def noting(problems: list[str]) -> Iterator[None]:
-    """Add an EvaluationError of the block to `problems`, so that all of them can be told at once."""
+def collecting(problems: list[str]) -> Iterator[None]:
+    """Collect an EvaluationError of the block in `problems`, so that all errors are reported at once."""
     try:
         yield
     except EvaluationError as error:
         problems.append(str(error))
 
 
-def refuse(problems: Sequence[str]) -> None:
+def raise_problems(problems: Sequence[str]) -> None:
     """Raise an EvaluationError that lists the problems, if there are any."""
     if problems:
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        listed = problems[0] if len(problems) == 1 else f"{len(problems)} problems:\n  " + "\n  ".join(problems[:SHOWN])
+        more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        listed = (
+            problems[0] if len(problems) == 1 else f"{len(problems)} problems:\n  " + "\n  ".join(problems[:MAX_LISTED])
+        )
         raise EvaluationError(listed + more)
 
 
@@ -122,18 +152,18 @@ SOURCE_IDS = ("question_id", "questionId", "id")
 
 
 def image_field(record: Mapping[str, Any], where: str, *names: str) -> str | None:
-    """The path in the first of these fields that has one. Raises EvaluationError where it is no text."""
+    """Return the image path in the first of these fields that is not empty; EvaluationError if it is not a string."""
     name = next((name for name in names if record.get(name)), None)
     return None if name is None else need(record, where, name)
 
 
 def accepted_answers(answers: Any, where: str) -> tuple[str, ...]:
-    """Accepted answers, of which a file may have some as numbers."""
+    """Return accepted answers as strings; files may contain numbers, or records with an "answer"."""
     given = answers if isinstance(answers, list) else [answers]
     values = [answer.get("answer") if isinstance(answer, dict) else answer for answer in given]
     wrong = next((value for value in values if not _is_answer(value)), None) if values else "an empty list"
     if wrong is not None or None in values:
-        raise EvaluationError(f"{where}: the answers must be texts, or records with an 'answer', not {wrong!r:.80}")
+        raise EvaluationError(f"{where}: the answers must be strings, or records with an 'answer', not {wrong!r:.80}")
     return tuple(map(str, values))
 
 

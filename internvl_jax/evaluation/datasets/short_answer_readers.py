@@ -19,11 +19,11 @@ from internvl_jax.evaluation.datasets.records import (
     ID,
     SOURCE_IDS,
     accepted_answers,
+    collecting,
     image_field,
     need,
-    noting,
+    raise_problems,
     records,
-    refuse,
 )
 from internvl_jax.evaluation.scorers.vqa import PEOPLE
 
@@ -38,17 +38,26 @@ def short_answers(
     people: bool = False,
     server: bool = False,
 ) -> list[Item]:
-    """Questions with a short answer: records of V1-1's, LLaVA's or the official file, whichever is there.
+    """Read questions with a short answer from V1-1's, LLaVA's or the official file, whichever exists.
 
-    annotations: files with the accepted answers, where the questions do not bring them.
-    coco: "val2014" where official files have numbers for pictures. people: ten answers are needed. server: none are.
+    Args:
+        folder: The benchmark's files.
+        codebase: Not used.
+        questions: Names of files with questions; the first that exists is read.
+        annotations: Names of files with the accepted answers, if the questions' file has none.
+        coco: COCO split, for example "val2014", where official files identify images by number.
+        people: Whether ten annotators' answers are required.
+        server: Whether only a server has the answers.
+
+    Raises:
+        EvaluationError: Records are malformed; all are listed.
     """
     path = folder.find(*questions)
     known = _annotations(folder.find(*annotations)) if annotations and not server else {}
     items = []
     problems: list[str] = []
     for where, record in records(path):
-        with noting(problems):
+        with collecting(problems):
             question = _bare(need(record, where, "text", "question"))
             image = image_field(record, where, "image_local_name", "image") or _image_name(record, where, coco)
             given = any(record.get(name) is not None for name in SOURCE_IDS)
@@ -56,16 +65,16 @@ def short_answers(
             gold, category = ((), "") if server else _gold(record, source_id, question, known, where)
             if people and len(gold) != PEOPLE:
                 raise EvaluationError(
-                    f"{where}: question {source_id!r} has {len(gold)} answers by people, not {PEOPLE}"
+                    f"{where}: question {source_id!r} has {len(gold)} annotators' answers, not {PEOPLE}"
                 )
             aliases = (Path(image).name,)
             items.append(Item("", source_id, question, image, gold, category, record=record, aliases=aliases))
-    refuse(problems)
+    raise_problems(problems)
     return distinct(items)
 
 
 def _bare(text: str) -> str:
-    """LLaVA's files hold whole prompts; the instruction is put back when the prompt is made."""
+    """Remove the instruction from a prompt of LLaVA's files; the benchmark's prompt function adds it again."""
     return text.removesuffix(f"\n{SHORT}").removesuffix(f"\n{UNANSWERABLE}")
 
 
@@ -78,17 +87,17 @@ Known = dict[Any, tuple[tuple[str, ...], str]]
 
 
 def _annotations(path: Path) -> Known:
-    """(accepted answers, category) by question id, and by (picture's id, lower-case question) where files have both."""
+    """(accepted answers, category) by question id, and by (image id, lower-case question) if the file has both."""
     known: Known = {}
     problems: list[str] = []
     for where, record in records(path):
-        with noting(problems):
+        with collecting(problems):
             answers = accepted_answers(need(record, where, "answers", "answer", kind=(list, str, int, float)), where)
             value = answers, str(record.get("answer_type", ""))
             known[_id(record, where)] = value
             if "image_id" in record and "question" in record:
                 known[str(record["image_id"]), str(record["question"]).lower()] = value
-    refuse(problems)
+    raise_problems(problems)
     return known
 
 
@@ -113,45 +122,45 @@ def _gold(
 
 
 def gqa(folder: DataFolder, codebase: Codebase) -> list[Item]:
-    """testdev_balanced_questions.json: the balanced questions, with their structural type as category."""
+    """Read the balanced questions of testdev_balanced_questions.json; the category is the structural type."""
     items = []
     problems: list[str] = []
     for where, record in records(folder.find("testdev_balanced_questions.json", "testdev_balanced_all_questions.json")):
         if not record.get("isBalanced", True):
             continue
-        with noting(problems):
+        with collecting(problems):
             types = need(record, where, "types", kind=dict)
             answer, image = need(record, where, "answer"), need(record, where, "imageId")
             question, structural = need(record, where, "question"), need(types, where, "structural")
             source_id = need(record, where, "id", kind=ID)
             items.append(Item("", source_id, question, f"{image}.jpg", (answer,), structural, record=record))
-    refuse(problems)
+    raise_problems(problems)
     return distinct(items)
 
 
 def chartqa(folder: DataFolder, codebase: Codebase) -> list[Item]:
-    """Both halves, whose names are the categories."""
+    """Read both halves of ChartQA's test set; the category is the name of the half."""
     items = []
     problems: list[str] = []
     for half in ("human", "augmented"):
         for where, record in records(folder.find(f"test_{half}.jsonl")):
-            with noting(problems):
+            with collecting(problems):
                 answers = accepted_answers(need(record, where, "answer", kind=(list, str, int, float)), where)
                 number = need(record, where, "question_id", kind=ID)
                 question, image = need(record, where, "question"), need(record, where, "image")
                 items.append(Item("", f"{half}/{number}", question, image, answers, half, aliases=(str(number),)))
-    refuse(problems)
+    raise_problems(problems)
     return distinct(items)
 
 
 def mmvet(folder: DataFolder, codebase: Codebase) -> list[Item]:
-    """llava-mm-vet.jsonl; the judge's answers and capabilities are in mm-vet.json (`judge`)."""
+    """Read llava-mm-vet.jsonl. Answers and capabilities, which the judge needs, are in mm-vet.json."""
     items = []
     problems: list[str] = []
     for where, record in records(folder.find("llava-mm-vet.jsonl")):
-        with noting(problems):
+        with collecting(problems):
             number = need(record, where, "question_id", kind=int)
             question, image = need(record, where, "text"), need(record, where, "image")
             items.append(Item("", f"v1_{number}", question, image, aliases=(str(number),)))
-    refuse(problems)
+    raise_problems(problems)
     return distinct(items)

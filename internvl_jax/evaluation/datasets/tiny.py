@@ -1,9 +1,9 @@
-"""Small data sets in the benchmarks' official formats, with nano's held-out pictures and questions.
+"""Small data sets in the benchmarks' official file formats, with nano's held-out images and questions.
 
     python -m internvl_jax.evaluation.datasets.tiny DIR
 
-They show what `internvl-jax eval` does without a download, and take every protocol from file to report in the tests.
-Figures on them mean nothing.
+With them `internvl-jax eval` can be tried without a download, and tests run every benchmark from files to report.
+Scores on them say nothing about a model.
 """
 
 from __future__ import annotations
@@ -30,17 +30,23 @@ from internvl_jax.evaluation.scorers.yes_no import COGNITION, PERCEPTION
 from internvl_jax.nano.render import COLOURS, Question, heldout_questions
 from internvl_jax.utils import files
 
-MARKER = ".internvl-jax-tiny.json"  # what was written here, with digests
-COUNT = 24  # questions of each data set
+MARKER = ".internvl-jax-tiny.json"  # digests of the files that were written
+COUNT = 24  # questions per data set
 
 Asked = Sequence[tuple[np.ndarray, Question]]
 
 
 def write(root: Path, count: int = COUNT) -> None:
-    """Write every data set below `root`, as the reference's data folder has them. MMMU's takes pyarrow.
+    """Write every data set, laid out as in the reference's data folder. MMMU's is written if pyarrow is installed.
 
-    Nothing that is there is replaced but what an earlier call wrote, and nobody has changed since: real data has the
-    same names. Raises ValueError naming the file, or the directory, and then nothing is written.
+    Real data has the same file names, so only files that an earlier call wrote, and that are unchanged, are replaced.
+
+    Args:
+        root: Directory to write to.
+        count: Questions per data set.
+
+    Raises:
+        ValueError: `root` contains other files, or changed ones; nothing is written then.
     """
     root = files.resolve(root).resolve()  # two names of one directory have one claim
     with files.claim(root):
@@ -53,7 +59,7 @@ def write(root: Path, count: int = COUNT) -> None:
             digests = {path.relative_to(made).as_posix(): _digest(path) for path in made.rglob("*") if path.is_file()}
             for name, digest in digests.items():
                 if _digest(root / name) not in (None, digest, before.get(name)):
-                    raise ValueError(f"{root / name} has been changed since it was written: name another directory")
+                    raise ValueError(f"{root / name} has been changed since it was written: choose another directory")
             files.write_text(_make(root / MARKER), json.dumps(before | digests, indent=0))
             for name in digests:
                 shutil.move(made / name, _make(root / name))  # `root` may be a link to another disk
@@ -62,7 +68,7 @@ def write(root: Path, count: int = COUNT) -> None:
 
 
 def _written(root: Path) -> dict[str, str]:
-    """Digests of what an earlier call wrote. Raises ValueError for a directory that holds something else."""
+    """Digests of the files that an earlier call wrote. Raises ValueError if the directory has other files."""
     try:
         if not os.listdir(root):
             return {}
@@ -71,17 +77,17 @@ def _written(root: Path) -> dict[str, str]:
         if not root.exists():
             return {}
         raise ValueError(
-            f"{root} holds files that this command did not write, which real data might be: name a new directory"
+            f"{root} has files that this command did not write, and they may be real data: choose a new directory"
         ) from None
     except NotADirectoryError:
-        raise ValueError(f"{root} is a file: name a directory") from None
+        raise ValueError(f"{root} is a file: choose a directory") from None
     if not isinstance(marker, dict):
-        raise ValueError(f"{root / MARKER} is not from this command: name a new directory")
+        raise ValueError(f"{root / MARKER} is not from this command: choose a new directory")
     return marker
 
 
 def _digest(path: Path) -> str | None:
-    """Of a file's content; None where there is none, "" where something else is."""
+    """Digest of a file; None if it does not exist, "" if it is not a regular file."""
     try:
         return "" if path.is_symlink() else hashlib.sha256(path.read_bytes()).hexdigest()
     except FileNotFoundError:
@@ -115,7 +121,7 @@ def _write(root: Path, count: int) -> None:
     _mmmu(root / "MMMU", colours)
 
 
-def _picture(path: Path, pixels: np.ndarray) -> str:
+def _save_image(path: Path, pixels: np.ndarray) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, quality=95)
     return path.name
@@ -143,7 +149,7 @@ def _people(number: int, question: Question) -> dict[str, Any]:
 
 
 def _vqa(root: Path, colours: Asked, words: Asked) -> None:
-    """VQAv2 and OKVQA in the challenge's own format, in which pictures are numbers."""
+    """VQAv2 and OKVQA in the challenge's format, in which images are numbers."""
     for part, name, asked in (
         ("val2014", "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", colours),
         ("test2015", "vqav2/v2_OpenEnded_mscoco_test-dev2015_questions.json", words),
@@ -151,7 +157,7 @@ def _vqa(root: Path, colours: Asked, words: Asked) -> None:
     ):
         rows = []
         for number, (pixels, question) in enumerate(asked, 1):
-            _picture(root / f"coco/{part}/COCO_{part}_{number:012d}.jpg", pixels)
+            _save_image(root / f"coco/{part}/COCO_{part}_{number:012d}.jpg", pixels)
             rows.append({"image_id": number, "question": question.text, "question_id": 1000 * number})
         _json(root / name, {"questions": rows, "data_subtype": part})
     people = [_people(1000 * number, question) for number, (_, question) in enumerate(colours, 1)]
@@ -164,7 +170,7 @@ def _vqa(root: Path, colours: Asked, words: Asked) -> None:
 def _gqa(folder: Path, asked: Asked) -> None:
     questions = {}
     for number, (pixels, question) in enumerate(asked):
-        _picture(folder / f"images/n{number}.jpg", pixels)
+        _save_image(folder / f"images/n{number}.jpg", pixels)
         questions[f"20{number:06d}"] = {
             "question": question.text,
             "imageId": f"n{number}",
@@ -178,8 +184,8 @@ def _gqa(folder: Path, asked: Asked) -> None:
 def _vizwiz(folder: Path, asked: Asked) -> None:
     rows, tests = [], []
     for number, (pixels, question) in enumerate(asked):
-        name = _picture(folder / f"val/VizWiz_val_{number:08d}.jpg", pixels)
-        test = _picture(folder / f"test/VizWiz_test_{number:08d}.jpg", pixels)
+        name = _save_image(folder / f"val/VizWiz_val_{number:08d}.jpg", pixels)
+        test = _save_image(folder / f"test/VizWiz_test_{number:08d}.jpg", pixels)
         answers = [{"answer": question.answer, "answer_confidence": "yes"}] * PEOPLE
         rows.append({"image": name, "question": question.text, "answers": answers})
         tests.append({"image": test, "question": question.text})
@@ -188,7 +194,7 @@ def _vizwiz(folder: Path, asked: Asked) -> None:
 
 
 def _choices(question: Question, number: int) -> tuple[list[str], int]:
-    """Four colours, the right one among them, and its place."""
+    """Four colors including the answer, and the answer's index."""
     names = list(COLOURS) if question.language == "en" else [chinese for _, chinese in COLOURS.values()]
     others = [name for name in names if name != question.answer]
     place = number % 4
@@ -199,7 +205,7 @@ def _scienceqa(folder: Path, asked: Asked) -> None:
     """For V1-1's script and for LLaVA's."""
     rows, prompts, problems = [], [], {}
     for number, (pixels, question) in enumerate(asked):
-        _picture(folder / f"images/test/{number}/image.png", pixels)
+        _save_image(folder / f"images/test/{number}/image.png", pixels)
         choices, place = _choices(question, number)
         hint = "Look at the picture." if number % 2 else ""
         image = f"data/scienceqa/images/test/{number}/image.png"
@@ -220,11 +226,11 @@ def _scienceqa(folder: Path, asked: Asked) -> None:
 
 
 def _textvqa(folder: Path, asked: Asked) -> None:
-    """TextVQA's own file, and LLaVA's with the words that were read, whose ids are those of the pictures."""
+    """TextVQA's own file, and LLaVA's with OCR tokens, in which ids are those of the images."""
     data, prompts = [], []
     for number, (pixels, question) in enumerate(asked):
         image = f"{number:016x}"
-        _picture(folder / f"train_images/{image}.jpg", pixels)
+        _save_image(folder / f"train_images/{image}.jpg", pixels)
         answers = [question.answer] * PEOPLE
         data.append({"question_id": number, "image_id": image, "question": question.text, "answers": answers})
         text = f"{question.text}\nReference OCR token: {question.answer}\n{SHORT}"
@@ -242,7 +248,7 @@ def _pope(folder: Path, images: Path, asked: Asked, count: int) -> None:
     for part, name in enumerate(("adversarial", "random", "popular")):
         labels = []
         for number, (pixels, question) in enumerate(asked[part * count : (part + 1) * count], 1):
-            image = _picture(images / f"COCO_val2014_{part}{number:011d}.jpg", pixels)
+            image = _save_image(images / f"COCO_val2014_{part}{number:011d}.jpg", pixels)
             text = _yes_no(question)
             row = {
                 "question_id": 10_000_000 * part + number,
@@ -257,13 +263,13 @@ def _pope(folder: Path, images: Path, asked: Asked, count: int) -> None:
 
 
 def _mme(folder: Path, asked: Asked) -> None:
-    """Two questions about each of two pictures per task: one and its opposite."""
+    """Two images per task, each with a question and its negation."""
     release = folder / "MME_Benchmark_release_version"
     for place, task in enumerate(PERCEPTION + COGNITION):
         lines = []
         for number in range(2):
             pixels, question = asked[(2 * place + number) % len(asked)]
-            name = _picture(release / f"{task}/{number:04d}.png", pixels)
+            name = _save_image(release / f"{task}/{number:04d}.png", pixels)
             right, wrong = ("Yes", "No") if question.answer == "yes" else ("No", "Yes")
             lines.append(f"{name}\t{_yes_no(question)} {YES_NO}\t{right}")
             lines.append(f"{name}\t{_yes_no(question).replace('Is there', 'Is there not')} {YES_NO}\t{wrong}")
@@ -271,7 +277,7 @@ def _mme(folder: Path, asked: Asked) -> None:
 
 
 def _tables(folder: Path, english: Asked, chinese: Asked) -> None:
-    """MMBench's four tables, each question in four rotations, and CCBench's, of one row a question."""
+    """MMBench's four tables, with four rotations of each question, and CCBench's, with one row per question."""
     columns = "index question hint A B C D answer category image source l2-category comment split".split()
     for file, asked, split in (
         ("mmbench_dev_20230712", english, "dev"),
@@ -308,7 +314,7 @@ def _table(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -
 def _mmvet(folder: Path, asked: Asked) -> None:
     questions, facts = [], {}
     for number, (pixels, question) in enumerate(asked):
-        image = _picture(folder / f"images/v1_{number}.png", pixels)
+        image = _save_image(folder / f"images/v1_{number}.png", pixels)
         questions.append({"image": image, "text": question.text, "category": "conv", "question_id": number})
         capability = ["rec", "spat"] if number % 2 else ["rec"]
         facts[f"v1_{number}"] = {
@@ -322,7 +328,7 @@ def _mmvet(folder: Path, asked: Asked) -> None:
 
 
 def _documents(root: Path, asked: Asked) -> None:
-    """DocVQA's and InfographicsVQA's own files, val with answers and test without."""
+    """DocVQA's and InfographicsVQA's files: val with answers, test without."""
     for name, file, folder, key in (
         ("docvqa", "{}_v1.0.json", "docvqa/{}/documents", "image"),
         (
@@ -335,7 +341,7 @@ def _documents(root: Path, asked: Asked) -> None:
         for split in ("val", "test"):
             rows = []
             for number, (pixels, question) in enumerate(asked):
-                image = _picture(root / folder.format(split) / f"page_{number}.png", pixels)
+                image = _save_image(root / folder.format(split) / f"page_{number}.png", pixels)
                 row = {"questionId": number, "question": question.text}
                 row[key] = f"documents/{image}" if name == "docvqa" else image
                 rows.append({**row, "answers": [question.answer, question.answer.upper()]} if split == "val" else row)
@@ -347,14 +353,14 @@ def _chartqa(folder: Path, asked: Asked) -> None:
         rows = []
         for number, (pixels, question) in enumerate(part):
             image = f"data/chartqa/test/png/{half}_{number}.png"
-            _picture(folder / f"test/png/{half}_{number}.png", pixels)
+            _save_image(folder / f"test/png/{half}_{number}.png", pixels)
             row = {"image": image, "question": question.text, "question_id": number, "answer": question.answer}
             rows.append(row)
         _lines(folder / f"test_{half}.jsonl", rows)
 
 
 def _lettered(question: Question, number: int) -> tuple[str, str]:
-    """A question with its options and the instruction, and the right letter."""
+    """A question with its options and the instruction, and the answer's letter."""
     choices, place = _choices(question, number)
     listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices))
     return f"{question.text}\n{listed}\nAnswer with the option's letter from the given choices directly.", LETTERS[
@@ -365,7 +371,7 @@ def _lettered(question: Question, number: int) -> tuple[str, str]:
 def _ai2d(folder: Path, asked: Asked) -> None:
     rows = []
     for number, (pixels, question) in enumerate(asked):
-        _picture(folder / f"AI2D_TEST/{number}.png", pixels)
+        _save_image(folder / f"AI2D_TEST/{number}.png", pixels)
         text, letter = _lettered(question, number)
         image = f"data/ai2diagram/AI2D_TEST/{number}.png"
         rows.append({"image": image, "question": text, "question_id": number, "answer": letter})
@@ -375,9 +381,9 @@ def _ai2d(folder: Path, asked: Asked) -> None:
 def _seed(folder: Path, asked: Asked) -> None:
     rows, truths = [], []
     for number, (pixels, question) in enumerate(asked):
-        kind = 1 + number % 12  # of which the last three are about videos
+        kind = 1 + number % 12  # the last three are about videos
         image = f"SEED-Bench-image/{number}.png"
-        _picture(folder / image, pixels)
+        _save_image(folder / image, pixels)
         text, letter = _lettered(question, number)
         rows.append({"question_id": str(number), "image": image, "text": text, "answer": letter, "category": kind})
         data_type = "image" if kind <= 9 else "video"
@@ -388,7 +394,7 @@ def _seed(folder: Path, asked: Asked) -> None:
 
 
 def _mmmu(folder: Path, asked: Asked) -> None:
-    """Three subjects, choices and open questions, validation with answers and test without."""
+    """Three subjects with multiple-choice and open questions: validation with answers, test without."""
     try:
         from pyarrow import Table, parquet
     except ImportError:

@@ -1,4 +1,4 @@
-"""Which option an answer means: the letter rules of the two codebases, ScienceQA, SEED and MMBench."""
+"""Option letters parsed from answers: the rules of both codebases, of ScienceQA, SEED-Bench and MMBench."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 LETTERS = "ABCDE"
-CIRCULAR = 1_000_000  # MMBench: rows whose index differs by multiples of it ask the same with the options rotated
-FAILED = "FAILED"  # ScienceQA by LLaVA's rules: no letter was found
+CIRCULAR = 1_000_000  # MMBench: index offset between rows that ask the same question with rotated options
+FAILED = "FAILED"  # what LLaVA's ScienceQA script returns if it finds no letter
 
 REFUSALS = (
     "Sorry, I can't help with images of people yet.",
@@ -19,10 +19,17 @@ API_FAILURE = "Failed to obtain answer via API"
 
 
 def first_letter(answer: str, options: Mapping[str, str]) -> str:
-    """The letter that V1-1's scripts take from an answer, or the answer itself, stripped, where they find none.
+    """Parse an option letter as V1-1's scripts do.
 
-    options: letter -> text, in order. A single character is taken as it is; then a first character that is an option's
-    letter ("Answer: B" is A); then the first option whose text stands in the answer.
+    A single character is returned as it is. Otherwise a first character that is an option's letter is returned
+    ("Answer: B" is A), otherwise the letter of the first option whose text the answer contains.
+
+    Args:
+        answer: The model's answer.
+        options: Letter -> text, in order.
+
+    Returns:
+        The letter, or the stripped answer if no rule applies.
     """
     answer = answer.strip()
     if len(answer) < 2:
@@ -33,7 +40,7 @@ def first_letter(answer: str, options: Mapping[str, str]) -> str:
 
 
 def science_letter(answer: str, options: Mapping[str, str]) -> str:
-    """`first_letter`, then "X." and "(X)" for an X that is no option, as V1-1's ScienceQA script has it."""
+    """Parse a letter as V1-1's ScienceQA script does: `first_letter`, then "X." and "(X)" for any character X."""
     answer = first_letter(answer, options)
     if answer[1:2] == ".":
         answer = answer[0]
@@ -43,9 +50,9 @@ def science_letter(answer: str, options: Mapping[str, str]) -> str:
 
 
 def science_letter_llava(answer: str) -> str:
-    """The letter by LLaVA's ScienceQA script: "B", "B. ..." or one "The answer is B."; else FAILED.
+    """Parse a letter as LLaVA's ScienceQA script does: "B", "B. ..." or one "The answer is B."; else FAILED.
 
-    The sentence's letter may be any capital; the caller compares it with the options that there are.
+    In the sentence any capital letter is accepted; the caller compares it with the options.
     """
     if answer in LETTERS and len(answer) == 1:
         return answer
@@ -56,14 +63,19 @@ def science_letter_llava(answer: str) -> str:
 
 
 def seed_letter(answer: str) -> str:
-    """SEED-Bench's script compares the first character."""
+    """Return the first character, which SEED-Bench's script compares (Li et al., 2023)."""
     return answer[:1]
 
 
 def rule_match(answer: str, options: Mapping[str, str]) -> str | None:
-    """VLMEvalKit's rules of early 2024 without a judge, the public stand-in for MMBench's server.
+    """Parse a letter by VLMEvalKit's rules of early 2024 without a judge, which approximate MMBench's server.
 
-    options: those that the row has. Returns a letter, "Z" for a refusal, None where the rules do not decide.
+    Args:
+        answer: The model's answer.
+        options: Letter -> text of the row's options.
+
+    Returns:
+        A letter, "Z" for a refusal, or None where the rules do not decide.
     """
     if API_FAILURE in answer:
         return None
@@ -80,8 +92,15 @@ def rule_match(answer: str, options: Mapping[str, str]) -> str | None:
 
 
 def circular(rows: Iterable[tuple[int, bool]]) -> dict[int, bool]:
-    """Question -> whether every rotation of it was answered rightly (Liu et al., 2023), from (index, right) of rows."""
+    """Evaluate rotations together (CircularEval; Liu et al., 2023).
+
+    Args:
+        rows: Pairs of a row's index and whether it was answered correctly.
+
+    Returns:
+        Question -> whether all its rotations were answered correctly.
+    """
     groups: dict[int, bool] = {}
-    for index, right in rows:
-        groups[index % CIRCULAR] = groups.get(index % CIRCULAR, True) and right
+    for index, correct in rows:
+        groups[index % CIRCULAR] = groups.get(index % CIRCULAR, True) and correct
     return groups

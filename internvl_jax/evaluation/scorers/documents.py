@@ -1,4 +1,4 @@
-"""Scores of answers read off a page: ANLS (DocVQA, InfographicsVQA), relaxed accuracy (ChartQA), equality (AI2D)."""
+"""Scorers for documents, charts and diagrams: ANLS (DocVQA, InfographicsVQA), relaxed accuracy (ChartQA), equality."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ RELAXED_TOLERANCE = 0.05
 
 
 def anls(answer: str, accepted: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity of one answer (Biten et al., 2019): the best over `accepted`.
+    """Return the normalized Levenshtein similarity of one answer, from 0 to 1 (ANLS; Biten et al., 2019).
 
-    Below 0.5 it is 0. As in the challenge's script, the distance ignores case and the amount of blanks, but is
-    divided by the longer raw length (of the upper-cased texts, as the script has it).
+    It is the best over `accepted`, and 0 below 0.5. As in the challenge's script, the distance ignores case and
+    repeated spaces, but is divided by the longer length of the upper-cased original texts.
     """
     best = 0.0
     for text in accepted:
@@ -27,7 +27,7 @@ def _plain(text: str) -> str:
 
 
 def levenshtein(one: str, other: str) -> int:
-    """The fewest insertions, deletions and replacements of a character that make `other` of `one`."""
+    """Return the Levenshtein distance: the fewest insertions, deletions and substitutions between two strings."""
     row = list(range(len(other) + 1))
     for line, left in enumerate(one, 1):
         before, row[0] = row[0], line
@@ -37,10 +37,10 @@ def levenshtein(one: str, other: str) -> int:
 
 
 def relaxed_match(answer: str, accepted: Sequence[str]) -> bool:
-    """ChartQA's accuracy with 5% tolerance (Masry et al., 2022), as the reference calls it.
+    """Return whether an answer is within 5% of an accepted number, or equal text (ChartQA; Masry et al., 2022).
 
-    Its two arguments are swapped there: the difference is divided by the model's answer, and a model's "0" is compared
-    as text. V1-1's published figure was made so.
+    As in the reference, which computed V1-1's published score, the two arguments are swapped: the difference is divided
+    by the model's answer, and a model's "0" is compared as text.
     """
     return any(_within(answer.strip(), text) for text in accepted)
 
@@ -60,5 +60,5 @@ def _number(text: str) -> float | None:
 
 
 def exact_match(answer: str, accepted: Sequence[str]) -> bool:
-    """Equality but for case and outer blanks. No option's letter is looked for: "B." is not "B"."""
+    """Return whether texts are equal up to case and surrounding whitespace. Letters are not parsed: "B." is not "B"."""
     return any(answer.strip().lower() == text.strip().lower() for text in accepted)

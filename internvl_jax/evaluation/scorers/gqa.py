@@ -1,13 +1,13 @@
-"""GQA's accuracy: the same string or not (Hudson and Manning, 2019)."""
+"""GQA's accuracy: exact string match (Hudson and Manning, 2019)."""
 
 from __future__ import annotations
 
 
 def gqa_answer(text: str) -> str:
-    """An answer as it is handed to GQA's script: no full stops at its end, lower case, and nothing else."""
+    """Return an answer as the reference submits it to GQA's script: in lower case, without trailing full stops."""
     return text.rstrip(".").lower()
 
 
 def is_open(structural: str) -> bool:
-    """Whether a question of that structural type has open answers; the others (verify, choose, ...) are "binary"."""
+    """Return whether questions of a structural type have open answers; others (verify, choose, ...) are binary."""
     return structural == "query"

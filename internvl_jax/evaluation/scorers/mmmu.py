@@ -1,4 +1,4 @@
-"""MMMU's rules for questions without options (Yue et al., 2023): strings and numbers found in the answer."""
+"""MMMU's rules for open questions (Yue et al., 2023): strings and numbers found in the answer."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ Value = str | float
 
 
 def subject_of(item: str) -> str:
-    """The subject in an id such as "validation_Art_Theory_12"."""
+    """Return the subject of an id such as "validation_Art_Theory_12"."""
     return item.partition("_")[2].rpartition("_")[0]
 
 
 def open_match(answer: str, accepted: Sequence[str]) -> bool:
-    """Whether an accepted text stands in one of the answer's candidates, or an accepted number equals one.
+    """Return whether a candidate of the answer contains an accepted text or equals an accepted number.
 
-    A negative answer does not match a positive number, while text matches anywhere inside a candidate.
+    Numbers are compared with their sign; text matches anywhere within a candidate.
     """
     gold = [value for text in accepted for value in _normalize(text)]
-    for candidate in _candidates(answer):
+    for candidate in candidate_answers(answer):
         for value in gold:
             if isinstance(candidate, str):
                 if isinstance(value, str) and value in candidate:
@@ -49,13 +49,13 @@ def open_match(answer: str, accepted: Sequence[str]) -> bool:
     return False
 
 
-def _candidates(answer: str) -> list[Value]:
-    """What the answer may have meant: the tails after words of conclusion, and all numbers in them."""
+def candidate_answers(answer: str) -> list[Value]:
+    """Return the candidates for the answer: texts after cue words such as "therefore", and all numbers in them."""
     answer = answer.strip().strip(".").lower()
     pieces = answer.split("\n")
     tails = []
-    for place, piece in enumerate(pieces):
-        cues = (*CUES, "=") if place == len(pieces) - 1 else CUES
+    for index, piece in enumerate(pieces):
+        cues = (*CUES, "=") if index == len(pieces) - 1 else CUES
         found = [piece.split(cue)[-1].strip() for cue in cues if cue in piece]
         shortest = min(found, key=len, default="")
         if shortest and shortest not in LONE_MARKS:
@@ -66,7 +66,7 @@ def _candidates(answer: str) -> list[Value]:
 
 
 def _normalize(text: str) -> list[Value]:
-    """A number of two decimals, or lower-case text; a single character only between blanks."""
+    """A number rounded to two decimals, or lower-case text; a single character only next to a space."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]

@@ -1,7 +1,6 @@
-"""MM-Vet: what a judge is asked, how its replies are read, and how its grades are summed up (Yu et al., 2023).
+"""MM-Vet: the judge's prompt, parsing of its replies, and summary of its grades (Yu et al., 2023).
 
-The judge's few-shot prompt is the benchmark's own and not part of this project: it is read from the evaluator that
-comes with MM-Vet.
+The few-shot prompt belongs to the benchmark and is not part of this project: it is read from MM-Vet's own evaluator.
 """
 
 from __future__ import annotations
@@ -17,28 +16,29 @@ from pathlib import Path
 
 from internvl_jax.utils import files
 
-PUBLISHED_JUDGE = "gpt-4-0613"  # of the published figures
-TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5, 2.0)  # of successive calls
+PUBLISHED_JUDGE = "gpt-4-0613"  # of the published scores
+TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5, 2.0)  # of successive attempts
 MAX_TOKENS = 3
 PROMPT_SHA256 = "d1b3e0a5b4e72c888b77164489d705bba4dd149934fff564dfba6443d81afe3f"
 RETRY = "\nPredict the correctness of the answer (digit): "
 
-# Asks a judge: (message, temperature, max_tokens) -> reply.
+# A judge: (message, temperature, max_tokens) -> reply.
 Ask = Callable[[str, float, int], str]
 
 
 @dataclass(frozen=True)
 class Grade:
-    """A judge's score of one answer between 0 and 1, and its replies on the way there."""
+    """A judge's score of one answer, from 0 to 1, and all its replies."""
 
     score: float
     replies: tuple[str, ...]
 
 
 def read_prompt(path: Path) -> str:
-    """The few-shot prompt: a text file that holds it, or MM-Vet's evaluator (a Python file) with it among its strings.
+    """Read the few-shot prompt from a text file, or from the string constants of MM-Vet's evaluator (a Python file).
 
-    Raises ValueError where it is not the one that the published figures were made with.
+    Raises:
+        ValueError: The file does not contain the prompt of the published scores.
     """
     text = files.read_text(path).replace("\r\n", "\n")
     texts = [text, text.strip("\n")]
@@ -50,24 +50,24 @@ def read_prompt(path: Path) -> str:
         if hashlib.sha256(candidate.encode()).hexdigest() == PROMPT_SHA256:
             return candidate
     raise ValueError(
-        f"{path} does not hold MM-Vet's few-shot prompt (SHA-256 {PROMPT_SHA256[:12]}...): name the "
+        f"{path} does not contain MM-Vet's few-shot prompt (SHA-256 {PROMPT_SHA256[:12]}...): name the "
         "mm-vet_evaluator.py of the yuweihao/MM-Vet repository"
     )
 
 
 def judge_message(prompt: str, question: str, truth: str, answer: str) -> str:
-    """The one message that a judge is sent about an answer."""
+    """Return the message that a judge is sent about an answer."""
     truth = truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     return f"{prompt}\n" + " | ".join((question, truth, answer, ""))
 
 
 def grade(ask: Ask, message: str) -> Grade:
-    """Ask until a reply is a number from 0 to 1, six times at most; 0 where none is. "nan" is no number here."""
+    """Ask up to six times, until a reply is a number from 0 to 1; the score is 0 if none is. NaN is not a number."""
     replies: list[str] = []
     for number, temperature in enumerate(TEMPERATURES):
         replies.append(ask(message + RETRY if number else message, temperature, MAX_TOKENS))
         score = _score(replies[-1])
-        # The sixth reply is asked for, but not listened to, by the official evaluator.
+        # The official evaluator requests a sixth reply but does not use it.
         if score is not None and number < len(TEMPERATURES) - 1:
             return Grade(score, tuple(replies))
     return Grade(0.0, tuple(replies))
@@ -82,20 +82,25 @@ def _score(reply: str) -> float | None:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Percent, not rounded; `deviation` is that of the runs' totals (population)."""
+class GradeSummary:
+    """Mean grades in percent, not rounded. `deviation` is the population standard deviation of the runs' totals."""
 
     total: float
     deviation: float
     runs: tuple[float, ...]
     capabilities: dict[str, float]
-    combinations: dict[str, float]  # of items with exactly these capabilities, joined by "_"
+    combinations: dict[str, float]  # by the exact set of capabilities, joined by "_"
 
 
-def summarize(capabilities: Mapping[str, Sequence[str]], scores: Mapping[str, Sequence[float]]) -> Summary:
-    """From item -> its capabilities, and item -> its score in each run.
+def summarize(capabilities: Mapping[str, Sequence[str]], scores: Mapping[str, Sequence[float]]) -> GradeSummary:
+    """Summarize grades.
 
-    Raises ValueError where items have different numbers of runs.
+    Args:
+        capabilities: Item id -> capabilities that it tests.
+        scores: Item id -> score in each run.
+
+    Raises:
+        ValueError: Items have different numbers of runs, or none.
     """
     counts = {len(row) for row in scores.values()}
     if len(counts) != 1 or counts == {0}:
@@ -108,7 +113,7 @@ def summarize(capabilities: Mapping[str, Sequence[str]], scores: Mapping[str, Se
         for name in set(capabilities[item]):
             by_capability.setdefault(name, []).append(mean)
         by_combination.setdefault("_".join(sorted(set(capabilities[item]))), []).append(mean)
-    return Summary(
+    return GradeSummary(
         total=statistics.fmean(runs),
         deviation=statistics.pstdev(runs),
         runs=runs,

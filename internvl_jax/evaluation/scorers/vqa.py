@@ -1,7 +1,7 @@
-"""Soft accuracy of short answers against ten people's: VQAv2, OKVQA, TextVQA and VizWiz.
+"""Soft accuracy of short answers against those of ten annotators: VQAv2, OKVQA, TextVQA and VizWiz.
 
-Two variants are in use, and differ on messy text. "m4c" is Eval-AI's cleaner, which the reference's local rows use;
-"official" is the toolkit behind the VQA challenge's server (Antol et al., 2015).
+There are two variants, which differ in how they normalize text. "m4c" is EvalAI's answer processor, which the reference
+uses for scores that it computes locally; "official" is the toolkit of the VQA challenge's server (Antol et al., 2015).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-PEOPLE = 10  # answers to every question
+PEOPLE = 10  # annotators per question
 
 ARTICLES = frozenset(("a", "an", "the"))
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -35,12 +35,12 @@ _IRREGULAR |= dict.fromkeys(("yall'd've", "y'alld've", "y'all'dve"), "y'all'd've
 
 
 def _without_one(word: str) -> list[str]:
-    """The spellings that miss exactly one apostrophe."""
+    """The spellings that lack exactly one apostrophe."""
     return [word[:place] + word[place + 1 :] for place, letter in enumerate(word) if letter == "'"]
 
 
-# How people write contractions -> how the toolkit does. Words are lower-cased before, so keys with a capital never
-# match: kept, because the table is the toolkit's.
+# Spelling without apostrophe -> the toolkit's spelling. Words are lower-cased first, so keys with a capital never
+# match; they are kept because the table is the toolkit's.
 CONTRACTIONS = (
     {word.replace("'", ""): word for word in _PLAIN.split()}
     | {spelling: word for word in _DOUBLE.split() for spelling in _without_one(word)}
@@ -49,22 +49,38 @@ CONTRACTIONS = (
 
 
 def normalize_m4c(text: str) -> str:
-    """An answer as Eval-AI's cleaner leaves it: lower case, no punctuation or articles, number words as digits."""
+    """Normalize an answer as EvalAI's answer processor does.
+
+    The result is in lower case, without punctuation and articles, and with number words as digits.
+    """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _clean(text.replace("\n", " ").replace("\t", " ").strip())
 
 
 def soft_accuracy_m4c(answer: str, people: Sequence[str]) -> float:
-    """Between 0 and 1: min(1, matches / 3), averaged over leaving out each of the ten people's answers.
+    """Return the soft accuracy of a normalized answer (Antol et al., 2015; normalization of M4C, Hu et al., 2020).
 
-    Raises ValueError where there are not ten. An answer that is cleaned to nothing matches theirs of the kind.
+    Args:
+        answer: The model's answer.
+        people: The ten annotators' answers.
+
+    Returns:
+        min(1, matches / 3), averaged over leaving out each annotator; from 0 to 1. An answer that is normalized to the
+        empty string matches annotators' answers that are too.
+
+    Raises:
+        ValueError: There are not ten annotators' answers.
     """
     _check(people)
     return _leave_one_out(normalize_m4c(answer), [normalize_m4c(given) for given in people])
 
 
 def soft_accuracy_official(answer: str, people: Sequence[str]) -> float:
-    """As `soft_accuracy_m4c` by the challenge's rules: where all ten agree, nothing is cleaned, case matters."""
+    """Return the soft accuracy by the rules of the VQA challenge's toolkit (Antol et al., 2015).
+
+    Arguments and result are those of `soft_accuracy_m4c`. Where all ten annotators agree, answers are not normalized
+    and case matters.
+    """
     _check(people)
     answer, given = _one_line(answer), [_one_line(text) for text in people]
     if len(set(people)) > 1:
@@ -74,7 +90,7 @@ def soft_accuracy_official(answer: str, people: Sequence[str]) -> float:
 
 def _check(people: Sequence[str]) -> None:
     if len(people) != PEOPLE:
-        raise ValueError(f"{len(people)} answers by people, where {PEOPLE} are needed")
+        raise ValueError(f"{len(people)} annotators' answers, where {PEOPLE} are needed")
 
 
 def _one_line(text: str) -> str:
@@ -87,7 +103,7 @@ def _leave_one_out(answer: str, people: Sequence[str]) -> float:
 
 
 def _clean(text: str) -> str:
-    """Punctuation, full stops, then words. Each mark is judged on the text as it came, whatever went before it."""
+    """Remove punctuation, full stops and articles; whether a mark is removed depends on the original text only."""
     cleaned = text
     comma_in_number = re.search(r"\d,\d", text) is not None
     for mark in PUNCTUATION:

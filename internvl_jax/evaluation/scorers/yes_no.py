@@ -1,4 +1,4 @@
-"""Benchmarks of yes and no: POPE's F1 and MME's points."""
+"""Yes-or-no benchmarks: POPE's F1 and MME's points."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 
 def pope_answer(text: str) -> str:
-    """ "yes" or "no", as POPE's script hears an answer (Li et al., 2023).
+    """Parse an answer as POPE's script does (Li et al., 2023).
 
-    The words before the first full stop decide: "No", "no" or "not" among them is no, anything else is yes, an empty
-    answer too.
+    Returns:
+        "no" if one of the words before the first full stop is "No", "no" or "not"; otherwise "yes", also for an empty
+        answer.
     """
     words = text.partition(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
@@ -34,7 +35,7 @@ def pope_answer(text: str) -> str:
 
 @dataclass(frozen=True)
 class PopeCounts:
-    """Answers of one category; "yes" is the positive class. Quotients without a denominator are 0."""
+    """Counts of the answers of one category; "yes" is the positive class. Ratios with a zero denominator are 0."""
 
     tp: int
     fp: int
@@ -63,7 +64,7 @@ class PopeCounts:
 
 
 def pope_counts(answers: Iterable[tuple[str, str]]) -> PopeCounts:
-    """From pairs of a parsed answer and its label, both "yes" or "no"."""
+    """Count pairs of a parsed answer and its label, both "yes" or "no"."""
     seen = Counter(answers)
     return PopeCounts(seen["yes", "yes"], seen["yes", "no"], seen["no", "no"], seen["no", "yes"])
 
@@ -73,13 +74,17 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def mme_clean(text: str) -> str:
-    """An answer as V1-1's script writes it down: Chinese yes and no in English, other Chinese characters dropped."""
+    """Normalize an answer as V1-1's script does: Chinese yes and no in English, without other Chinese characters."""
     text = text.replace("\n", "").replace("不是", "No").replace("是", "Yes").replace("否", "No").lower()
     return re.sub(r"[\u4e00-\u9fa5]", "", text.replace("true", "yes").replace("false", "no"))
 
 
 def mme_answer(text: str) -> str:
-    """ "yes", "no" or "other" of a written answer: of what is neither word, the first four characters are looked at."""
+    """Parse an answer as MME's script does (Fu et al., 2023).
+
+    Returns:
+        "yes" or "no" if the answer is that word, or has it within its first four characters; else "other".
+    """
     text = text.lower()
     if text in ("yes", "no"):
         return text
@@ -88,25 +93,26 @@ def mme_answer(text: str) -> str:
 
 @dataclass(frozen=True)
 class MmeTask:
-    """Shares of questions, and of pictures with both questions, answered rightly."""
+    """Accuracy over questions, and accuracy_plus over images whose two questions are both answered correctly."""
 
     accuracy: float
     accuracy_plus: float
-    other: int  # answers that are neither yes nor no
+    other: int  # number of answers that are neither yes nor no
 
     @property
     def points(self) -> float:
-        """Of 200 (Fu et al., 2023)."""
+        """Points, at most 200 (Fu et al., 2023)."""
         return 100 * self.accuracy + 100 * self.accuracy_plus
 
 
 def mme_task(answers: Sequence[tuple[str, str]]) -> MmeTask:
-    """From pairs of a parsed answer and its label; two that follow one another are about the same picture.
+    """Score pairs of a parsed answer and its label; each two consecutive pairs are about the same image.
 
-    Raises ValueError for an odd number.
+    Raises:
+        ValueError: The number of pairs is odd or zero.
     """
     if not answers or len(answers) % 2:
-        raise ValueError(f"{len(answers)} answers, where every picture needs two")
+        raise ValueError(f"{len(answers)} answers, where every image needs two")
     right = [answer == label for answer, label in answers]
     both = [first and second for first, second in zip(right[::2], right[1::2])]
     return MmeTask(sum(right) / len(right), sum(both) / len(both), sum(answer == "other" for answer, _ in answers))

@@ -57,9 +57,9 @@ def test_a_run_belongs_to_one_process(run, tmp_path, held, capsys):
 def test_what_killed_runs_left_is_removed(run, logged):
     pytest.importorskip("openpyxl")
     _, out = run("mmbench-en-dev")
-    picture = next((out / "pictures").iterdir())
+    picture = next((out / "images").iterdir())
     left = [files.temporary_path(path, 5) for path in (*(out / name for name in WRITTEN), picture)]
-    others = [out / ".notes.tmp-5", out / "pictures/.notes.png.tmp-5"]
+    others = [out / ".notes.tmp-5", out / "images/.notes.png.tmp-5"]
     for path in (*left, *others):
         path.touch()
     assert run("mmbench-en-dev", "--resume")[0] == 0
@@ -104,9 +104,9 @@ def test_a_full_disk(run, capsys):
 
 def test_the_last_line_is_the_reports(run, monkeypatch, capsys):
     """A score so far is of fewer questions: it is not what stays on the screen."""
-    monkeypatch.setattr(runs, "RUNNING", -1e9)
-    notes, note = [], runs._Running.note
-    monkeypatch.setattr(runs._Running, "note", lambda self: notes.append(note(self)) or notes[-1])
+    monkeypatch.setattr(runs, "SCORE_INTERVAL", -1e9)
+    notes, note = [], runs.PartialScore.note
+    monkeypatch.setattr(runs.PartialScore, "note", lambda self: notes.append(note(self)) or notes[-1])
     _, out = run("pope")
     report = json.loads((out / "report.json").read_text())
     assert all(text.endswith("so far") for text in notes)
@@ -142,10 +142,10 @@ def test_other_data_is_no_resume(run, data, tmp_path, capsys):
     settings = json.loads((out / "settings.json").read_text())
     (out / "settings.json").write_text(json.dumps({**settings, "questions": "0", "model": "other"}))
     assert run("gqa", "--limit", "3", "--resume")[0] == 2
-    message = "(model: other then, nano now; the data files had other questions)"
+    message = "(model: other before, nano now; the data files had other questions)"
     assert message in capsys.readouterr().err
     assert run("pope", "--limit", "3", "--resume")[0] == 2
-    assert "(benchmark: gqa then, pope now; " in capsys.readouterr().err
+    assert "(benchmark: gqa before, pope now; " in capsys.readouterr().err
 
 
 def raises(self, questions, images, **options):

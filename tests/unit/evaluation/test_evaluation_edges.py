@@ -7,8 +7,8 @@ from support.evaluation_files import lines, picture64, table, whole
 
 from internvl_jax.evaluation import run_report as report
 from internvl_jax.evaluation import scoring
-from internvl_jax.evaluation.answering import prepare
-from internvl_jax.evaluation.benchmark_run import plan
+from internvl_jax.evaluation.answering import pending_work
+from internvl_jax.evaluation.benchmark_run import EvaluationOptions, RunInputs, prepare_run
 from internvl_jax.evaluation.benchmark_table import BENCHMARKS
 from internvl_jax.evaluation.datasets.data_folder import DataFolder
 from internvl_jax.evaluation.datasets.items import EvaluationError, Item, distinct
@@ -54,7 +54,7 @@ def test_both_submissions_of_vqav2(tmp_path):
         assert raw == [{"question_id": n, "answer": text} for n, text in ((3, ""), (2, two), (1, said))]
         assert clean == [{"question_id": n, "answer": text} for n, text in ((3, ""), (2, "2"), (1, "red"))]
     lines(tmp_path / "vqav2_testdev.jsonl", [{"image": "a.jpg", "question": "q", "question_id": 4}])
-    with pytest.raises(EvaluationError, match="has no question 4, which was answered"):
+    with pytest.raises(EvaluationError, match="has no question 4, for which there is an answer"):
         BENCHMARKS["vqav2-testdev"].submit(read(tmp_path, "vqav2-testdev"), {"4": "a"}, "internvl", folder, tmp_path)
 
 
@@ -75,7 +75,7 @@ def test_ten_people_no_more(tmp_path):
     lines(tmp_path / "vqav2_val.jsonl", [{"image": "a.jpg", "question": "q", "question_id": 1}])
     people = [{"question_id": 1, "answers": ["a"] * 11}]
     whole(tmp_path / "v2_mscoco_val2014_annotations.json", {"annotations": people})
-    with pytest.raises(EvaluationError, match="question 1 has 11 answers by people, not 10"):
+    with pytest.raises(EvaluationError, match="question 1 has 11 annotators' answers, not 10"):
         read(tmp_path, "vqav2-val")
 
 
@@ -156,11 +156,11 @@ def made(tmp_path):
     texts = ("short", "a longer question", "the longest question of all", "middling")
     rows = [row | {"question": text, "question_id": n} for n, text in enumerate(texts)]
     lines(tmp_path / "ai2diagram/test_vlmevalkit.jsonl", rows)
-    return plan("ai2d", "internvl", tmp_path, tmp_path / "run", num_beams=1)
+    return prepare_run(RunInputs("ai2d", "internvl", tmp_path, tmp_path / "run"), EvaluationOptions(num_beams=1))
 
 
 def test_the_longest_prompts_come_first(made):
-    assert list(prepare(made).pending) == [2, 1, 3, 0]
+    assert list(pending_work(made).pending) == [2, 1, 3, 0]
 
 
 def test_answers_that_are_partly_right_are_on_the_page(made):

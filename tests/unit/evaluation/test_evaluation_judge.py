@@ -101,7 +101,7 @@ def test_grades(graded, server, capsys):
     report["judge"]["same"] = False
     (graded.run / "report.json").write_text(json.dumps(report))
     assert any(line.endswith("62.5 (another judge) |") for line in table([graded.run]))
-    assert "the judge of the published figures" in capsys.readouterr().out
+    assert "the judge of the published scores" in capsys.readouterr().out
     path, key, body = server.asked[0]
     assert (path, key) == ("/v1/chat/completions", "Bearer secret")
     assert body == {
@@ -123,7 +123,7 @@ def test_a_busy_server_is_asked_again(graded, server, capsys):
     capsys.readouterr()
     server.replies = [(401, "")]
     assert graded() == 2
-    assert "refuses: 401" in capsys.readouterr().err
+    assert "refuses the request: 401" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_storage_error_is_not_a_missing_file(graded, server, capsys, monkeypat
 def test_grading_goes_on(graded, server, capsys):
     server.replies = [(200, "0.5"), (401, "")]
     assert graded() == 2
-    assert "refuses: 401" in capsys.readouterr().err
+    assert "refuses the request: 401" in capsys.readouterr().err
     with open(graded.run / "grades.jsonl", "a") as file:
         file.write('{"id": "v1_1", "ru')  # cut off
     server.replies = [(200, "1.0")]
@@ -185,7 +185,7 @@ def test_what_is_refused(graded, server, capsys):
     assert "does not answer (503" in capsys.readouterr().err
     lines(graded.run.parent / "evaluator.py", [{"another": "file"}])
     assert graded() == 2
-    assert "does not hold MM-Vet's few-shot prompt" in capsys.readouterr().err
+    assert "does not contain MM-Vet's few-shot prompt" in capsys.readouterr().err
     (graded.run / "submission.json").unlink()
     assert graded() == 2
-    assert "is no finished run of mm-vet" in capsys.readouterr().err
+    assert "is not a finished run of mm-vet" in capsys.readouterr().err

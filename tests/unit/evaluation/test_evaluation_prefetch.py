@@ -49,9 +49,9 @@ def ask(made, work, size):
 @pytest.mark.parametrize("size", [1, 3])
 def test_every_question_gets_its_image(work, size, recwarn):
     chat = Seen()
-    with prefetch.Ahead(chat, work, size) as made:
+    with prefetch.PrefetchingChat(chat, work, size) as made:
         ask(made, work, size)
-        assert len(made._ready) <= size * prefetch.ROUNDS
+        assert made.num_loading <= size * prefetch.BATCHES_AHEAD
     assert [colour for row in chat.colours for colour in row] == list(range(11, -1, -1))
     assert {str(warning.message) for warning in recwarn} == {"of the main thread"}
 
@@ -60,7 +60,7 @@ def test_an_image_that_cannot_be_read(work, tmp_path):
     """It raises where it is asked for, again when it is asked for alone, and costs nobody else anything."""
     (tmp_path / "7.png").write_bytes(b"\x89PNG\r\n\x1a\nhalf")
     chat = Seen()
-    with prefetch.Ahead(chat, work, 3) as made, warnings.catch_warnings():
+    with prefetch.PrefetchingChat(chat, work, 3) as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number in work.pending:
             row = work.questions[number]
@@ -84,7 +84,7 @@ def test_what_failed_beside_others_is_tried_again(work, monkeypatch, error):
 
     monkeypatch.setattr(prefetch, "load_image", load_image)
     chat = Seen()
-    with prefetch.Ahead(chat, work, 2) as made, warnings.catch_warnings():
+    with prefetch.PrefetchingChat(chat, work, 2) as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ask(made, work, 2)
     assert [colour for row in chat.colours for colour in row] == list(range(11, -1, -1))
@@ -100,7 +100,7 @@ def test_threads_leave_the_process_as_it_is(work, monkeypatch, recwarn):
         return load(image)
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", decode)
-    with prefetch.Ahead(Seen(), work, 4) as made:
+    with prefetch.PrefetchingChat(Seen(), work, 4) as made:
         ask(made, work, 4)
     assert len(inside) >= 12
     assert all(inside)

@@ -180,9 +180,9 @@ def test_a_stopped_run_goes_on(run, capsys):
     assert run("okvqa")[0] == 2
     assert "--resume goes on with them" in capsys.readouterr().err
     assert run("okvqa", "--resume", "--limit", "7")[0] == 2
-    assert "was begun with other settings (limit: not given then, 7 now): give the same" in capsys.readouterr().err
+    assert "was started with other settings (limit: not given before, 7 now): use the same" in capsys.readouterr().err
     assert run("okvqa", "--resume", "--quantize", "int8", "--num-beams", "2")[0] == 2
-    assert "(num_beams: 1 then, 2 now; quantize: not given then, int8 now)" in capsys.readouterr().err
+    assert "(num_beams: 1 before, 2 now; quantize: not given before, int8 now)" in capsys.readouterr().err
     assert (out / "predictions.jsonl").read_bytes() == b"".join(lines[:3]) + lines[3][:20]
     assert run("okvqa", "--resume")[0] == 0
     report = json.loads((out / "report.json").read_text())
@@ -251,7 +251,7 @@ def test_pictures_that_are_missing_or_broken(run, data, capsys, tmp_path):
     try:
         picture.unlink()
         assert run("vizwiz-val")[0] == 2
-        assert "'VizWiz_val_00000001.jpg': no picture VizWiz_val_00000001.jpg in" in capsys.readouterr().err
+        assert "'VizWiz_val_00000001.jpg': no image VizWiz_val_00000001.jpg in" in capsys.readouterr().err
         picture.write_bytes(content[: len(content) // 2])
         code, out = run("vizwiz-val")
     finally:

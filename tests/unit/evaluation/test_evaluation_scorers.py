@@ -57,9 +57,9 @@ def test_edges_of_vqa():
 
 
 def test_ten_people_are_needed():
-    with pytest.raises(ValueError, match="9 answers by people"):
+    with pytest.raises(ValueError, match="9 annotators' answers"):
         vqa.soft_accuracy_m4c("a", ["a"] * 9)
-    with pytest.raises(ValueError, match="11 answers by people"):
+    with pytest.raises(ValueError, match="11 annotators' answers"):
         vqa.soft_accuracy_official("a", ["a"] * 11)
 
 
@@ -260,7 +260,7 @@ def test_edges_of_mmmu():
         assert mmmu.open_match(answer, ["7"]), answer
         assert not mmmu.open_match(answer, ["3"]), answer
     assert mmmu.open_match("it equals\nx = 3", ["3"])
-    assert mmmu._candidates("y is 2\nso x is 3 = z") == [2.0, " z", "z ", 2.0]
+    assert mmmu.candidate_answers("y is 2\nso x is 3 = z") == [2.0, " z", "z ", 2.0]
 
 
 def test_mmvet_summary():
@@ -307,5 +307,5 @@ def test_mmvet_prompt_is_checked(tmp_path, monkeypatch):
     text.write_text("Compare.\n\nA | B\n")
     other.write_text("Compare well.")
     assert mmvet.read_prompt(script) == mmvet.read_prompt(text) == "Compare.\n\nA | B"
-    with pytest.raises(ValueError, match=r"other\.txt does not hold MM-Vet's few-shot prompt"):
+    with pytest.raises(ValueError, match=r"other\.txt does not contain MM-Vet's few-shot prompt"):
         mmvet.read_prompt(other)

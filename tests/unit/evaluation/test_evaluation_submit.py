@@ -92,8 +92,8 @@ def test_missing_unknown_and_repeated_answers_are_named(vet, capsys):
     assert submit("mm-vet", vet / "a.jsonl", vet, vet / "out") == 2
     told = capsys.readouterr().err
     assert f"{vet / 'a.jsonl'} has no answer to 2 of 3 questions: 'v1_1', 'v1_2'" in told
-    assert "a.jsonl:2: '7' is no question of the data" in told
-    assert f"a.jsonl:3 answers 'v1_0', which {vet / 'a.jsonl'}:1 has answered" in told
+    assert "a.jsonl:2: '7' is not a question of the benchmark" in told
+    assert f"a.jsonl:3 answers 'v1_0', which {vet / 'a.jsonl'}:1 also answers" in told
     assert not (vet / "out").exists()
     for wrong, message in (
         ("nowhere.jsonl", "nowhere.jsonl does not exist"),
@@ -125,7 +125,7 @@ def test_nothing_is_replaced(vet, capsys):
     (vet / "out/submission.json").write_text("mine")
     (vet / "out/notes.txt").write_text("mine")
     assert submit("mm-vet", vet / "a.jsonl", vet, vet / "out") == 2
-    assert f"{vet / 'out/submission.json'} is there already, with other answers" in capsys.readouterr().err
+    assert f"{vet / 'out/submission.json'} already exists with other answers" in capsys.readouterr().err
     assert {path.name: path.read_text() for path in (vet / "out").iterdir()} == dict.fromkeys(
         ("submission.json", "notes.txt"), "mine"
     )
@@ -160,7 +160,7 @@ def test_ids_that_a_server_does_not_take(tmp_path, capsys):
     lines(tmp_path / "vqav2_testdev.jsonl", [{"image": "a.jpg", "question": "q", "question_id": "x1"}])
     whole(tmp_path / "a.json", {"x1": "red"})
     assert submit("vqav2-testdev", tmp_path / "a.json", tmp_path, tmp_path / "out") == 2
-    assert "x1: the question's id is 'x1', and the server wants a number" in capsys.readouterr().err
+    assert "x1: the question's id is 'x1', but the server expects a number" in capsys.readouterr().err
 
 
 def test_submissions_are_of_some_benchmarks(tmp_path, capsys):

@@ -28,7 +28,7 @@ def test_a_folder_with_real_data_is_left_alone(tmp_path, capsys, quick):
             tiny.main([str(tmp_path / directory), "--count", "4"])
         told = capsys.readouterr().err.splitlines()[-1]
         assert f"{tmp_path / directory} " in told
-        assert told.endswith(": name a new directory") or told.endswith("is a file: name a directory")
+        assert told.endswith(": choose a new directory") or told.endswith("is a file: choose a directory")
     assert content(tmp_path) == before
     assert os.listdir(tmp_path) == ["data"]
 
