@@ -35,7 +35,7 @@ from internvl_jax.inference.generate import read_prompt
 from internvl_jax.inference.loading import load
 from internvl_jax.models.layers import Array, Params
 from internvl_jax.models.llama import Llama
-from internvl_jax.nano.render import KINDS, Question, heldout_questions
+from internvl_jax.nano.render import KINDS, QAPair, heldout_questions
 from internvl_jax.quantize import Scheme
 
 LANGUAGES = ("en", "zh")
@@ -108,7 +108,7 @@ def divergence(reference: np.ndarray, ours: np.ndarray) -> np.ndarray:
 class Questions:
     """A batch of questions about one picture each, with the answers that are expected."""
 
-    def __init__(self, asked: list[tuple[np.ndarray, Question]]):
+    def __init__(self, asked: list[tuple[np.ndarray, QAPair]]):
         self.images = [image for image, _ in asked]
         self.texts = [question.text for _, question in asked]
         self.expected = [question.answer for _, question in asked]

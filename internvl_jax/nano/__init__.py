@@ -1,1 +1,1 @@
-"""nano: the small model that ships with the project, its pictures, its training and its evaluation."""
+"""nano, the small model that ships with the project: data, training, evaluation and weights."""

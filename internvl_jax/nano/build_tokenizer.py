@@ -16,13 +16,22 @@ from internvl_jax.utils import files
 
 PIECES = 640
 ADDED = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-SAMPLES = 4000  # of the training split, whose questions and answers are the text
+SAMPLES = 4000  # training samples whose questions and answers are the corpus
 
 
 def build(directory: Path, pieces: int = PIECES, samples: int = SAMPLES) -> int:
-    """Write tokenizer.model and the JSON files beside it; returns the vocabulary's size, added tokens included.
+    """Train the tokenizer; write tokenizer.model and the JSON files of a published tokenizer.
 
-    Raises ValueError, before anything is written, where the directory holds other files of these names.
+    Args:
+        directory: Directory to write to.
+        pieces: Vocabulary size without added tokens.
+        samples: Number of training samples in the corpus.
+
+    Returns:
+        Vocabulary size with added tokens.
+
+    Raises:
+        ValueError: The directory has other files of these names; nothing is written then.
     """
     import sentencepiece
 
@@ -65,14 +74,14 @@ def build(directory: Path, pieces: int = PIECES, samples: int = SAMPLES) -> int:
         "tokenizer_config.json": _json(config),
         "special_tokens_map.json": _json({"additional_special_tokens": list(ADDED), **named}),
         "added_tokens.json": _json(ids),
-        "tokenizer.model": model.getvalue(),  # last: who finds it finds the others
+        "tokenizer.model": model.getvalue(),  # last: if it exists, the others do
     }
     directory = files.resolve(directory)
     with files.claim(directory):
         for name, data in written.items():
             path = directory / name
             if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
-                raise ValueError(f"{path} is another tokenizer's: name another directory")
+                raise ValueError(f"{path} belongs to another tokenizer: choose another directory")
         directory.mkdir(exist_ok=True)
         for name, data in written.items():
             files.write_bytes(directory / name, data)

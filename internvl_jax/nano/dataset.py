@@ -3,11 +3,11 @@
     python -m internvl_jax.nano.dataset DIR [--samples N]
 
     DIR/meta.json                InternVL's meta file
-    DIR/train.jsonl              a conversation a line; "image_labels" says what is in the picture (render.CONTENTS)
+    DIR/train.jsonl              a conversation a line; "image_labels" has the labels of the image (render.CONTENTS)
     DIR/images/012/012345.png
 
-The same bytes on every machine. What an interrupted run has written stays; meta.json comes last. Another file that has
-one of these names is never changed: the directory is refused.
+The output has the same bytes on every machine. An interrupted run can be repeated; meta.json is written last. Other
+files of the same names are never changed: they are an error.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from internvl_jax.nano.render import Sample, make_sample
 from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER
 from internvl_jax.utils import files
 
-SAMPLES = 120_000  # each is seen two or three times in train.py's stages
+SAMPLES = 120_000  # each is used two or three times in the stages of train.py
 META, LINES = "meta.json", "train.jsonl"
-PART = 1000  # samples that a process renders at once, and pictures of a directory
+PART = 1000  # samples per task of a process, and images per directory
 
 
 def entry(sample: Sample, number: int, image: str | None) -> dict[str, Any]:
-    """A sample as a line of the annotation file."""
+    """Return a sample as a record of the annotation file."""
     turns: list[dict[str, str]] = []
     for question in sample.questions:
         first = image is not None and not turns
@@ -48,16 +48,25 @@ def entry(sample: Sample, number: int, image: str | None) -> dict[str, Any]:
 
 
 def write(directory: Path, samples: int = SAMPLES, progress: Callable[[Any], Any] = iter) -> Path:
-    """Write the first `samples` training samples; returns the meta file. progress: wraps the list of parts.
+    """Write the first `samples` training samples.
 
-    Raises ValueError where the directory holds another number of them, or other files of the same names.
+    Args:
+        directory: Directory to write to.
+        samples: Number of samples.
+        progress: Wraps the list of parts, for a progress bar.
+
+    Returns:
+        Path of the meta file.
+
+    Raises:
+        ValueError: The directory has another number of samples, or other files of the same names.
     """
     directory = files.resolve(directory)
     meta = directory / META
     if _is_there(meta, samples):
         return meta
     with files.claim(directory):
-        if _is_there(meta, samples):  # whoever held the claim wrote it
+        if _is_there(meta, samples):  # another process wrote it meanwhile
             return meta
         directory.mkdir(exist_ok=True)
         files.remove_leftovers(directory / LINES)
@@ -71,7 +80,7 @@ def _meta(samples: int) -> str:
 
 
 def _is_there(meta: Path, samples: int) -> bool:
-    """Whether `write` has written everything. Raises ValueError for other files, and for another number of samples."""
+    """Whether `write` has finished. Raises ValueError for other files, and for another number of samples."""
     if not os.path.lexists(meta):
         return False
     found = files.read_json(meta)
@@ -82,13 +91,13 @@ def _is_there(meta: Path, samples: int) -> bool:
     if not isinstance(length, int) or found != json.loads(_meta(length)):
         raise _other(meta)
     if length != samples:
-        raise ValueError(f"{meta.parent} holds {length} samples, not {samples}: choose another directory")
+        raise ValueError(f"{meta.parent} has {length} samples, not {samples}: choose another directory")
     return True
 
 
 def _write_lines(directory: Path, samples: int, progress: Callable[[Any], Any]) -> None:
     path = directory / LINES
-    if path.exists():  # of an interrupted run, or not: seen before anything is rendered
+    if path.exists():  # from an interrupted run or elsewhere: checked before rendering
         with open(path, "rb") as written:
             if written.readline() != _line(make_sample("train", 0), 0)[0].encode():
                 raise _other(path)
@@ -98,7 +107,7 @@ def _write_lines(directory: Path, samples: int, progress: Callable[[Any], Any]) 
             if len(parts) == 1:
                 file.writelines(_render(parts[0]))
             else:
-                # Not forked: jax's threads, where there are any, would not come along.
+                # Not forked: a fork does not copy jax's threads.
                 with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
                     for part in progress([pool.submit(_render, part) for part in parts]):
                         file.writelines(part.result())
@@ -107,16 +116,16 @@ def _write_lines(directory: Path, samples: int, progress: Callable[[Any], Any]) 
 
 
 def _render(part: tuple[Path, int, int]) -> list[str]:
-    """The lines of some samples, their pictures written where they are missing."""
+    """The lines of some samples; missing images are written."""
     directory, start, stop = part
-    for left in (directory / "images" / f"{start // PART:03}").glob(".*.png.tmp-*"):  # this part's alone
+    for left in (directory / "images" / f"{start // PART:03}").glob(".*.png.tmp-*"):  # of this part only
         files.remove_leftovers(left.with_name(left.name[1:].rpartition(".tmp-")[0]))
     lines = []
     for number in range(start, stop):
         sample = make_sample("train", number)
         line, name = _line(sample, number)
         if sample.image is not None:
-            save_picture(Image.fromarray(sample.image), directory / name)
+            save_image(Image.fromarray(sample.image), directory / name)
         lines.append(line)
     return lines
 
@@ -128,10 +137,16 @@ def _line(sample: Sample, number: int) -> tuple[str, str]:
     return json.dumps(value, ensure_ascii=False) + "\n", name
 
 
-def save_picture(image: Image.Image, path: Path, *, write: bool = True) -> None:
-    """Write a PNG, whole or not at all; the same image stays. write=False: only look.
+def save_image(image: Image.Image, path: Path, *, write: bool = True) -> None:
+    """Write a PNG atomically, unless the same image exists.
 
-    Raises ValueError where another file is there.
+    Args:
+        image: The image.
+        path: File to write.
+        write: False only checks for other files.
+
+    Raises:
+        ValueError: Another file of that name exists.
     """
     if os.path.lexists(path):
         try:
@@ -151,20 +166,20 @@ def save_picture(image: Image.Image, path: Path, *, write: bool = True) -> None:
 
 
 def put_text(path: Path, text: str) -> None:
-    """Write a text, whole or not at all; the same text stays. Raises ValueError where another file is there."""
+    """Write a text file atomically. Raises ValueError if another file of that name exists."""
     check_text(path, text)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, text)
 
 
 def check_text(path: Path, text: str) -> None:
-    """Raise ValueError where there is a file at `path` that is not `text`."""
+    """Raise ValueError if `path` exists and does not contain `text`."""
     if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == text.encode("utf-8")):
         raise _other(path)
 
 
 def _other(path: Path) -> ValueError:
-    return ValueError(f"{path} is not what would be written there: name another directory")
+    return ValueError(f"{path} exists with other content: choose another directory")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,9 +1,9 @@
-"""Measure nano on held-out pictures, by kind of question and language.
+"""Evaluate nano on held-out images, by kind of question and language.
 
-    python -m internvl_jax.nano.evaluate [--checkpoint DIR] [--count N] [--json] [--pictures DIR]
+    python -m internvl_jax.nano.evaluate [--checkpoint DIR] [--count N] [--json] [--images DIR]
 
-The pictures come from random streams that training never used, the handwritten digits from scans that it never saw
-(render.py). An answer is right when its text equals the expected one exactly. Decoding is greedy.
+The images come from random streams that training does not use, the handwritten digits from scans that it does not use
+(render.py). An answer is correct if its text equals the expected one exactly. Decoding is greedy.
 """
 
 from __future__ import annotations
@@ -25,65 +25,68 @@ from rich.table import Table
 
 import internvl_jax
 from internvl_jax.inference.chat import Chat, answered
-from internvl_jax.nano.dataset import save_picture
+from internvl_jax.nano.dataset import save_image
 from internvl_jax.nano.render import KINDS, heldout_questions, make_sample
 
 BATCH = 50
 LANGUAGES = ("en", "zh")
-PICTURES = {"shapes.png": 3, "digits.png": 0, "word.png": 10}  # held-out samples that ship with the package
+IMAGES = {"shapes.png": 3, "digits.png": 0, "word.png": 10}  # held-out samples in the package
 
 
 @dataclass(frozen=True)
-class Score:
-    """Right answers of `count`; `chance` is what guessing among the answers that can occur would give."""
+class KindScore:
+    """Correct answers to `count` questions of one kind and language; `chance` is the expected accuracy of guessing."""
 
     kind: str
     language: str
     count: int
-    right: int
+    num_correct: int
     chance: float
 
     @property
     def accuracy(self) -> float:
-        return self.right / self.count
+        """Fraction of correct answers."""
+        return self.num_correct / self.count
 
     @property
     def margin(self) -> float:
-        """Half the width of the 95% interval (Wilson, 1927)."""
+        """Half-width of the 95% confidence interval (Wilson, 1927)."""
         z, n, p = 1.96, self.count, self.accuracy
         return z / (1 + z**2 / n) * float(np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)))
 
 
-def score(chat: Chat, kind: str, language: str, count: int) -> Score:
+def score(chat: Chat, kind: str, language: str, count: int) -> KindScore:
     """Ask `count` held-out questions of one kind in one language, in batches."""
     asked = heldout_questions(kind, language, count)
-    right = 0
+    num_correct = 0
     for start in range(0, count, BATCH):
         part = asked[start : start + BATCH]
         questions, images = [question.text for _, question in part], [image for image, _ in part]
         replies = answered(chat.batch_chat(questions, images, max_new_tokens=16))
-        right += sum(reply.text == question.answer for reply, (_, question) in zip(replies, part))
-    return Score(kind, language, count, right, float(np.mean([question.chance for _, question in asked])))
+        num_correct += sum(reply.text == question.answer for reply, (_, question) in zip(replies, part))
+    return KindScore(kind, language, count, num_correct, float(np.mean([question.chance for _, question in asked])))
 
 
-def evaluate(chat: Chat, count: int, progress: Callable[[Any], Any] = iter) -> list[Score]:
-    """All kinds of questions in both languages; `progress` wraps the list of what is asked."""
+def evaluate(chat: Chat, count: int, progress: Callable[[Any], Any] = iter) -> list[KindScore]:
+    """Evaluate all kinds of questions in both languages. `progress` wraps the list of pairs, for a progress bar."""
     return [
         score(chat, kind, language, count) for kind, language in progress([(k, x) for k in KINDS for x in LANGUAGES])
     ]
 
 
-def write_pictures(directory: Path) -> None:
-    """Write the held-out pictures that ship with the package. Raises ValueError where another file is there."""
-    images = {name: Image.fromarray(make_sample("heldout", index).image) for name, index in PICTURES.items()}
+def write_images(directory: Path) -> None:
+    """Write the held-out images of the package. Raises ValueError if another file of such a name exists."""
+    images = {name: Image.fromarray(make_sample("heldout", index).image) for name, index in IMAGES.items()}
     for write in (False, True):
         for name, image in images.items():
-            save_picture(image, directory / name, write=write)
+            save_image(image, directory / name, write=write)
 
 
-def print_table(scores: list[Score], console: Console) -> None:
-    """One row per kind, then all together."""
-    table = Table(title=f"held-out questions answered exactly right, {scores[0].count} per cell (95% interval)")
+def print_table(scores: list[KindScore], console: Console) -> None:
+    """Print one row per kind, then the mean."""
+    table = Table(
+        title=f"correct answers to held-out questions (exact match), {scores[0].count} per cell (95% interval)"
+    )
     for column in ("question", "English", "Chinese", "chance"):
         table.add_column(column, justify="left" if column == "question" else "right")
     for kind in KINDS:
@@ -95,18 +98,18 @@ def print_table(scores: list[Score], console: Console) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse arguments, measure, print."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the model that ships")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the model in the package")
     parser.add_argument("--count", type=int, default=500, metavar="N", help="questions per kind and language")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="write the pictures that ship, and stop")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="write the images of the package, and exit")
     args = parser.parse_args(argv)
     if args.count < 1:
         parser.error("--count must be at least 1")
-    if args.pictures:
+    if args.images:
         try:
-            write_pictures(args.pictures)
+            write_images(args.images)
         except (ValueError, OSError) as error:
             parser.exit(2, f"error: {error}\n")
         return

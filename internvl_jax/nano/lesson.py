@@ -1,11 +1,11 @@
-"""Data for the tutorial of docs/training.md: a question that nano was never asked, "What kind of picture is this?".
+"""Data for the tutorial of docs/training.md: a question that nano was not trained on, "What kind of picture is this?".
 
     python -m internvl_jax.nano.lesson DIR [--samples N]
 
     DIR/meta.json  DIR/train.jsonl  DIR/heldout.jsonl  DIR/images/
 
-The same bytes on every machine, and nothing else that is in the directory is changed.
-Held-out pictures come from the stream that training never uses (render.py).
+The output has the same bytes on every machine; other files in the directory are not changed. Held-out images come from
+a random stream that training does not use (render.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from internvl_jax.nano.dataset import check_text, put_text, save_picture
+from internvl_jax.nano.dataset import check_text, put_text, save_image
 from internvl_jax.nano.render import Sample, make_sample
 from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER
 from internvl_jax.utils import files
@@ -25,12 +25,12 @@ from internvl_jax.utils import files
 SAMPLES = 1200  # for training
 HELDOUT = 150
 QUESTIONS = ("What kind of picture is this?", "这是什么图片？")
-# In words that nano has said before: the head's rows of other tokens were never trained, and adapters do not touch it.
+# Only words that nano was trained to say: adapters do not change the head, whose other rows are untrained.
 KINDS = (("words", "单词"), ("handwritten digits", "手写数字"), ("shapes", "形状"))
 
 
 def answer(sample: Sample, language: int) -> str:
-    """What kind of picture it is. language: 0 English, 1 Chinese."""
+    """Return what kind of image it is. language: 0 for English, 1 for Chinese."""
     digit, word = sample.contents[18], sample.contents[20]
     return KINDS[0 if word else 1 if digit else 2][language]
 
@@ -38,7 +38,13 @@ def answer(sample: Sample, language: int) -> str:
 def write(directory: Path, samples: int = SAMPLES, heldout: int = HELDOUT) -> None:
     """Write conversations of one turn, half of them in Chinese.
 
-    Raises ValueError, before anything is written, where the directory holds other files of the same names.
+    Args:
+        directory: Directory to write to.
+        samples: Number of training samples.
+        heldout: Number of held-out samples.
+
+    Raises:
+        ValueError: The directory has other files of the same names; nothing is written then.
     """
     directory = files.resolve(directory)
     images: dict[str, Image.Image] = {}
@@ -49,14 +55,14 @@ def write(directory: Path, samples: int = SAMPLES, heldout: int = HELDOUT) -> No
         while len(lines) < count:
             sample = make_sample(split, number)
             if sample.image is not None:
-                image = f"images/{split}/{number:06}.png"
-                images[image] = Image.fromarray(sample.image)
+                name = f"images/{split}/{number:06}.png"
+                images[name] = Image.fromarray(sample.image)
                 language = int(np.random.default_rng((2, number)).integers(2))
                 turns = [
                     {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{QUESTIONS[language]}"},
                     {"from": "gpt", "value": answer(sample, language)},
                 ]
-                entry = {"id": number, "image": image, "conversations": turns}
+                entry = {"id": number, "image": name, "conversations": turns}
                 lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
             number += 1
         texts[f"{split}.jsonl"] = "".join(lines)
@@ -66,14 +72,14 @@ def write(directory: Path, samples: int = SAMPLES, heldout: int = HELDOUT) -> No
         for name, text in texts.items():
             check_text(directory / name, text)
         for write in (False, True):
-            for name, picture in images.items():
-                save_picture(picture, directory / name, write=write)
+            for name, image in images.items():
+                save_image(image, directory / name, write=write)
         for name, text in texts.items():
             put_text(directory / name, text)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse arguments and write."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help=f"for training ({SAMPLES:,})")

@@ -1,8 +1,8 @@
-"""The pictures and questions that nano learns from: drawn shapes, printed words, real handwritten digits.
+"""Images and questions of nano's training data: drawn shapes, printed words and real handwritten digits.
 
-A sample is a pure function of (split, index): the same picture and the same questions on every machine. The splits
-"train" and "heldout" never share a picture: drawings come from different random streams, and scikit-learn's digits
-(8x8 scans of real handwriting, UCI ML repository) are divided between them one by one.
+A sample is a pure function of (split, index): image and questions are the same on every machine. The splits "train" and
+"heldout" share no image: drawings come from different random streams, and scikit-learn's digits (8x8 scans of real
+handwriting, UCI ML repository) are divided between them scan by scan.
 """
 
 from __future__ import annotations
@@ -48,17 +48,25 @@ GREETINGS = (
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question about a picture. `chance` is the accuracy of a guess among the answers that can occur."""
+class QAPair:
+    """A question about an image and its answer.
+
+    Attributes:
+        kind: One of `KINDS`, or "greeting".
+        language: "en" or "zh".
+        text: The question.
+        answer: The expected answer.
+        chance: Accuracy of guessing among the possible answers.
+    """
 
     kind: str
-    language: str  # "en" or "zh"
+    language: str
     text: str
     answer: str
     chance: float
 
 
-# What `Sample.contents` lists, as class counts: the shape and the colour in each cell of the grid, two digits, a word.
+# Numbers of classes of `Sample.contents`: shape and color of each grid cell, two digits, a word.
 CELL_CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1)
 PICTURE_CLASSES = (11, 11, len(WORDS) + 1)
 CONTENTS = CELL_CLASSES[:1] * 9 + CELL_CLASSES[1:] * 9 + PICTURE_CLASSES
@@ -66,37 +74,43 @@ CONTENTS = CELL_CLASSES[:1] * 9 + CELL_CLASSES[1:] * 9 + PICTURE_CLASSES
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture [H,W,3] uint8 (None: text only), the questions about it, and what is in it (0: nothing there)."""
+    """A training sample.
+
+    Attributes:
+        image: uint8 [H,W,3], or None for a text-only sample.
+        questions: Questions about the image.
+        contents: Class labels of the image, described by `CONTENTS`; 0 means nothing.
+    """
 
     image: np.ndarray | None
-    questions: tuple[Question, ...]
+    questions: tuple[QAPair, ...]
     contents: tuple[int, ...] = (0,) * len(CONTENTS)
 
 
 def make_sample(split: str, index: int, questions: int = 4) -> Sample:
-    """The sample of that number, with up to `questions` questions in random order and language."""
+    """Return the sample of that index, with up to `questions` questions in random order and language."""
     rng = np.random.default_rng((SPLITS[split], index))
     kind = rng.choice(4, p=(0.50, 0.25, 0.23, 0.02))
     if kind == 3:
         text, answer = GREETINGS[rng.integers(len(GREETINGS))]
         language = "en" if text.isascii() else "zh"
-        return Sample(None, (Question("greeting", language, text, answer, 0.0),))
+        return Sample(None, (QAPair("greeting", language, text, answer, 0.0),))
     image, asked, contents = (_scene, _digits, _word)[kind](rng, split)
     picked = _pick(asked, questions, rng)
     return Sample(image, tuple(_in_language(question, rng) for question in picked), contents)
 
 
 def _pick(asked: list[_Bilingual], count: int, rng: np.random.Generator) -> list[_Bilingual]:
-    """Up to `count` questions in random order, each kind once before any kind twice, or rare kinds are hardly asked."""
+    """Up to `count` questions in random order, every kind once before any kind twice, so that rare kinds are asked."""
     shuffled = [asked[i] for i in rng.permutation(len(asked))]
     kinds = [question[0] for question in shuffled]
     order = sorted(range(len(shuffled)), key=lambda i: kinds[:i].count(kinds[i]))
     return [shuffled[i] for i in sorted(order[:count])]
 
 
-def heldout_questions(kind: str, language: str, count: int) -> list[tuple[np.ndarray, Question]]:
-    """`count` held-out pictures with one question of that kind and language each, for evaluation."""
-    found: list[tuple[np.ndarray, Question]] = []
+def heldout_questions(kind: str, language: str, count: int) -> list[tuple[np.ndarray, QAPair]]:
+    """Return `count` held-out images with one question of that kind and language each."""
+    found: list[tuple[np.ndarray, QAPair]] = []
     index = 0
     while len(found) < count:
         sample = make_sample("heldout", index, questions=20)
@@ -115,21 +129,21 @@ _Bilingual = tuple[str, tuple[str, str], tuple[str, str], float]
 _Picture = tuple[np.ndarray, list[_Bilingual], tuple[int, ...]]
 
 
-def _in_language(question: _Bilingual, rng: np.random.Generator) -> Question:
+def _in_language(question: _Bilingual, rng: np.random.Generator) -> QAPair:
     kind, english, chinese, chance = question
     language = "en" if rng.random() < 0.5 else "zh"
     text, answer = english if language == "en" else chinese
-    return Question(kind, language, text, answer, chance)
+    return QAPair(kind, language, text, answer, chance)
 
 
 def _background(rng: np.random.Generator) -> Image.Image:
-    """A light, slightly graded ground."""
+    """A light background with a slight gradient."""
     corners = rng.integers(205, 256, (2, 2, 3)).astype(np.uint8)
     return Image.fromarray(corners).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
 
 
 def _finish(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-    """A camera's imperfections: a little blur, noise and brightness."""
+    """Add slight blur, noise and brightness changes, as of a camera."""
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.8)))
     pixels = np.asarray(image, np.float32) * rng.uniform(0.9, 1.08)
@@ -159,9 +173,9 @@ def _scene(rng: np.random.Generator, split: str) -> _Picture:
     cells = rng.permutation(9)[:count]
     shapes = [str(s) for s in rng.choice(list(SHAPES), count)]
     colours = [str(c) for c in rng.choice(list(COLOURS), count)]
-    if count > 1 and rng.random() < 0.4:  # else scenes with several of one shape would be rare
+    if count > 1 and rng.random() < 0.4:  # so that scenes with several of one shape are not rare
         shapes = [shapes[0]] * count if rng.random() < 0.5 else [shapes[0]] * (count - 1) + [shapes[-1]]
-    scale = 2  # drawn larger and scaled down: smooth edges
+    scale = 2  # drawn larger and scaled down for smooth edges
     image = _background(rng).resize((SIZE * scale, SIZE * scale))
     draw = ImageDraw.Draw(image)
     cell = SIZE * scale / 3
@@ -208,7 +222,7 @@ def _scene_questions(
             asked.append(("place", text, (f"{colour_zh}的{shape_zh}在哪里？", where_zh), 1 / 9))
     present = rng.random() < 0.5
     absent = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in pairs]
-    # An absent pair that shares its colour or shape with the picture: seeing one of the two must not be enough.
+    # An absent pair shares its color or shape with the image, so that recognizing one of the two is not enough.
     near = [(c, s) for c, s in absent if c in colours or s in shapes]
     colour, shape = pairs[rng.integers(count)] if present else near[rng.integers(len(near))]
     text = (f"Is there a {colour} {shape}?", "yes" if present else "no")
@@ -218,8 +232,8 @@ def _scene_questions(
 
 
 @lru_cache(maxsize=1)
-def _handwriting() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's digits: images [1797,8,8] on a scale of 0 to 16, labels [1797]."""
+def handwritten_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return scikit-learn's digits: images [1797,8,8] on a scale of 0 to 16, labels [1797]."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -228,7 +242,7 @@ def _handwriting() -> tuple[np.ndarray, np.ndarray]:
 
 def _digits(rng: np.random.Generator, split: str) -> _Picture:
     """One or two handwritten digits in dark ink; every fifth scan is held out."""
-    images, labels = _handwriting()
+    images, labels = handwritten_digits()
     numbers = np.arange(len(labels))
     numbers = numbers[(numbers % 5 == 0) == (split == "heldout")]
     chosen = rng.choice(numbers, 1 if rng.random() < 0.6 else 2)
@@ -269,7 +283,7 @@ def _word(rng: np.random.Generator, split: str) -> _Picture:
 
 
 def texts(samples: int, make: Callable[[str, int], Sample] = make_sample) -> list[str]:
-    """Questions and answers of the first training samples: what the tokenizer is trained on."""
+    """Return questions and answers of the first training samples, the corpus of the tokenizer."""
     lines = [part for greeting in GREETINGS for part in greeting] * 20
     for index in range(samples):
         for question in make("train", index).questions:

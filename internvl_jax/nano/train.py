@@ -2,16 +2,16 @@
 
     python -m internvl_jax.nano.train --output DIR
 
-Two stages, which train what V1-1's did. First the tower and the projector, against labels of what is in the picture,
-which a linear layer reads off the visual tokens: learning to see through the language model's few answer tokens takes
-many times as long. Then projector and language model on questions and answers, the tower frozen. A third, short stage
-trains all of it. The labels help to the end; the linear layer is not part of the model.
+Training has three stages. The first trains the vision tower and the projector on image labels, predicted from the
+visual tokens by linear heads; learning vision from the few answer tokens of the language model would take many times as
+long. The second trains projector and language model on questions and answers, with the tower frozen. The third, a short
+one, trains everything. The label loss is used in all stages; the linear heads are not part of the model.
 
     DIR/data/                        the data set (dataset.py)
     DIR/see/ answer/ together/       the stages' runs, each with its metrics and saved steps
-    DIR/model/                       what ships
+    DIR/model/                       the model of the package
 
-Deterministic. A run that is killed goes on from its last saved step when the same command is given again.
+Training is deterministic. The same command resumes an interrupted run from its last saved step.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ from internvl_jax.utils.files import new_directory, resolve
 from internvl_jax.utils.progress import err
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in the published preprocessor_config.json
-LABEL_WEIGHT = 0.5  # of the first stage's loss in the others
-ROWS, LENGTH = 64, 84  # four questions about a picture take at most 82 tokens
+LABEL_WEIGHT = 0.5  # of the label loss in the second and third stage
+ROWS, LENGTH = 64, 84  # four questions about an image take at most 82 tokens
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One run of the trainer."""
+class TrainingStage:
+    """One stage: a recipe, its number of steps and its loss."""
 
     recipe: Recipe
     steps: int
@@ -70,13 +70,18 @@ class Stage:
 
 
 def label_loss(labels: Params, config: ChatConfig, features: Array, contents: Array) -> tuple[Array, Array]:
-    """Cross-entropy of the labels read off the visual tokens, and how many pictures are read without a mistake.
+    """Return the cross-entropy of the image labels, and the number of images with all labels predicted correctly.
 
-    What stands in a cell of the pictures' 3x3 grid is read off the tokens that lie there, by the same weights in every
-    cell: so that a token says the same thing in the same way wherever it is, which is what the language model's
-    attention can read. Words and digits are read off all tokens in order: their mean says too little of them to learn
-    from. The two means are added, so that three labels weigh as much as the eighteen of the cells.
-    labels: the linear layers of `init_params`. features [M,P,D], contents [M,21] int32.
+    The contents of each cell of the 3x3 grid are predicted from the mean of the cell's tokens, with the same weights
+    for every cell, so that tokens represent contents independently of position. Words and digits are predicted from all
+    tokens in order, since their mean has too little information. The two mean losses are added, so that three labels weigh as
+    much as the eighteen labels of the cells.
+
+    Args:
+        labels: Linear heads of `init_params`.
+        config: Model configuration.
+        features: Visual tokens [M,P,D].
+        contents: Class labels [M,21] int32, described by `render.CONTENTS`.
     """
     cells = cell_means(features, config)
     local = cells @ labels["cell"]["kernel"] + labels["cell"]["bias"]
@@ -92,35 +97,35 @@ def label_loss(labels: Params, config: ChatConfig, features: Array, contents: Ar
 
 
 def cell_means(features: Array, config: ChatConfig) -> Array:
-    """Means of the visual tokens over the cells of the pictures' grid, by area. [M,P,D] -> [M,9,D]."""
+    """Return the area-weighted means of the visual tokens over the cells of the 3x3 grid. [M,P,D] -> [M,9,D]."""
     images, tokens, width = features.shape
     side = math.isqrt(tokens)
     edges = np.arange(4) * side / 3
     token = np.arange(side)
-    # [3, side]: how much of each token lies in each third.
+    # [3, side]: overlap of each token with each third of the image.
     overlap = np.clip(np.minimum(edges[1:, None], token + 1) - np.maximum(edges[:-1, None], token), 0, None) * 3 / side
     grid = features.reshape(images, side, side, width)
-    if config.ps_version == "v1":  # which leaves columns before rows
+    if config.ps_version == "v1":  # whose tokens are ordered by columns
         grid = grid.transpose(0, 2, 1, 3)
     return jnp.einsum("ih,jw,mhwd->mijd", overlap, overlap, grid).reshape(images, 9, width)
 
 
-def seeing(
+def vision_loss(
     params: Params, config: ChatConfig, batch: Batch, weights: Array, image_token_id: int, *, dtype: Any, remat: Any,
     z_loss: float, chunk: int, owners: tuple[int, ...], **vit: Any,
 ) -> Sums:  # fmt: skip
-    """The first stage's loss, in objective.loss's form: of the labels alone. What is counted are pictures."""
+    """Loss of the first stage, with the signature of objective.loss: the label loss. Counts are of images."""
     features = objective.encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
     loss, right = label_loss(params["labels"], config, features, batch.image_labels)
     pictures = jnp.float32(len(batch.pixel_values))
     return Sums(loss, right, pictures, jnp.sum(batch.segment_ids > 0, dtype=jnp.float32))
 
 
-def answering(
+def answer_loss(
     params: Params, config: ChatConfig, batch: Batch, weights: Array, image_token_id: int, *, dtype: Any, remat: Any,
     z_loss: float, chunk: int, owners: tuple[int, ...], **vit: Any,
 ) -> Sums:  # fmt: skip
-    """The other stages' loss, in objective.loss's form: of the answers, and of the labels a little."""
+    """Loss of the other stages, with the signature of objective.loss: answers, plus the weighted label loss."""
     features = objective.encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
     seen, _ = label_loss(params["labels"], config, features, batch.image_labels)
     sums = objective.language_loss(
@@ -130,25 +135,27 @@ def answering(
     return sums.replace(loss=sums.loss + LABEL_WEIGHT * seen)
 
 
-def make_stages(steps: Sequence[int] = (2000, 1800, 800), rows: int = ROWS, warmup: int = 100) -> tuple[Stage, ...]:
-    """The stages, by default those that the shipped model went through."""
+def make_stages(
+    steps: Sequence[int] = (2000, 1800, 800), rows: int = ROWS, warmup: int = 100
+) -> tuple[TrainingStage, ...]:
+    """Return the stages, by default those of the shipped model."""
     optimizer = AdamW(1.5e-3, weight_decay=0.05, beta2=0.98, warmup=warmup)
     parts = (
-        ("see", ("vision_model", "mlp1", "labels"), seeing),
-        ("answer", ("mlp1", "language_model", "labels"), answering),
-        ("together", ("vision_model", "mlp1", "language_model", "labels"), answering),
+        ("see", ("vision_model", "mlp1", "labels"), vision_loss),
+        ("answer", ("mlp1", "language_model", "labels"), answer_loss),
+        ("together", ("vision_model", "mlp1", "language_model", "labels"), answer_loss),
     )
     return tuple(
-        Stage(Recipe(name, trained, optimizer, rows, LENGTH), count, loss)
+        TrainingStage(Recipe(name, trained, optimizer, rows, LENGTH), count, loss)
         for (name, trained, loss), count in zip(parts, steps)
     )
 
 
 def init_params(key: Array, config: ChatConfig) -> Params:
-    """The model's parameters, layers that run, and under "labels" what reads labels off the visual tokens."""
+    """Initialize the model's parameters, and under "labels" the linear heads of `label_loss`."""
     params = chat_model.init_params(key, config)
     vision = params["vision_model"]
-    # The published initial layer scale of 0.1 suits 48 layers; five learn faster with whole branches.
+    # The published initial layer scale of 0.1 is for 48 layers; five layers learn faster with larger branches.
     for name in ("ls1", "ls2"):
         vision["layers"][name] *= 5
     width = config.text.hidden_size
@@ -163,8 +170,10 @@ def init_params(key: Array, config: ChatConfig) -> Params:
     return {**params, "labels": labels}
 
 
-def run(out: Path, config: ChatConfig, stages: Sequence[Stage], *, samples: int, seed: int = 0) -> Params | None:
-    """All stages in turn, each from its last saved step. Returns the parameters, or None where it was asked to stop."""
+def run(
+    out: Path, config: ChatConfig, stages: Sequence[TrainingStage], *, samples: int, seed: int = 0
+) -> Params | None:
+    """Run all stages, each from its last saved step. Returns the parameters, or None if it was asked to stop."""
     tokenizer = load_tokenizer(out)
     processor = ImageProcessor(config.image_size, MEAN, STD)
     meta = dataset.write(out / "data", samples)
@@ -206,9 +215,18 @@ def run(out: Path, config: ChatConfig, stages: Sequence[Stage], *, samples: int,
 
 
 def write_model(directory: Path, tokenizer: Path, params: Params, config: ChatConfig) -> None:
-    """Write the model that ships: bfloat16 weights, config.json, preprocessor_config.json and the tokenizer's files.
+    """Write the model of the package: bfloat16 weights, config.json, preprocessor_config.json and tokenizer files.
 
-    One that was written before is replaced. Raises ValueError where something else is there.
+    A model that was written before is replaced.
+
+    Args:
+        directory: Directory to write to.
+        tokenizer: Directory with the tokenizer.
+        params: Model parameters.
+        config: Model configuration.
+
+    Raises:
+        ValueError: The directory exists and is not such a model.
     """
     check_model(directory, config)
     preprocessor = {
@@ -226,7 +244,7 @@ def write_model(directory: Path, tokenizer: Path, params: Params, config: ChatCo
 
 
 def check_model(directory: Path, config: ChatConfig) -> None:
-    """Raise ValueError where there is something at `directory` that `write_model` did not write."""
+    """Raise ValueError if `directory` exists and was not written by `write_model`."""
     if not os.path.lexists(directory):
         return
     names = {"config.json", "preprocessor_config.json", checkpoint.PARAMS}
@@ -234,11 +252,11 @@ def check_model(directory: Path, config: ChatConfig) -> None:
         path.name in names or "token" in path.name for path in directory.iterdir()
     )
     if not ours or read_json(directory / "config.json") != json.loads(json.dumps(config.to_hf())):
-        raise ValueError(f"{directory} is not a model that this wrote: name another directory")
+        raise ValueError(f"{directory} was not written by this command: choose another directory")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse arguments and train. Returns 1 where it was asked to stop."""
+    """Run the command. Returns 1 if it was asked to stop."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="the directory of data, runs and model")
     args = parser.parse_args(argv)
@@ -260,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def nano_config(directory: Path) -> ChatConfig:
-    """The nano preset with the vocabulary of the tokenizer in `directory`."""
+    """Return the nano preset with the vocabulary size of the tokenizer in `directory`."""
     config = PRESETS["nano"]()
     return replace(config, text=replace(config.text, vocab_size=load_tokenizer(directory).vocab_size))
 

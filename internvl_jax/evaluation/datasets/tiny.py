@@ -27,13 +27,13 @@ from internvl_jax.evaluation.scorers.choices import CIRCULAR, LETTERS
 from internvl_jax.evaluation.scorers.mmmu import SUBJECTS
 from internvl_jax.evaluation.scorers.vqa import PEOPLE
 from internvl_jax.evaluation.scorers.yes_no import COGNITION, PERCEPTION
-from internvl_jax.nano.render import COLOURS, Question, heldout_questions
+from internvl_jax.nano.render import COLOURS, QAPair, heldout_questions
 from internvl_jax.utils import files
 
 MARKER = ".internvl-jax-tiny.json"  # digests of the files that were written
 COUNT = 24  # questions per data set
 
-Asked = Sequence[tuple[np.ndarray, Question]]
+Asked = Sequence[tuple[np.ndarray, QAPair]]
 
 
 def write(root: Path, count: int = COUNT) -> None:
@@ -143,7 +143,7 @@ def _lines(path: Path, rows: Iterable[Any]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _people(number: int, question: Question) -> dict[str, Any]:
+def _people(number: int, question: QAPair) -> dict[str, Any]:
     answers = [{"answer": question.answer, "answer_id": person} for person in range(1, PEOPLE + 1)]
     return {"question_id": number, "question_type": question.kind, "answer_type": "other", "answers": answers}
 
@@ -193,7 +193,7 @@ def _vizwiz(folder: Path, asked: Asked) -> None:
     _json(folder / "test.json", tests)
 
 
-def _choices(question: Question, number: int) -> tuple[list[str], int]:
+def _choices(question: QAPair, number: int) -> tuple[list[str], int]:
     """Four colors including the answer, and the answer's index."""
     names = list(COLOURS) if question.language == "en" else [chinese for _, chinese in COLOURS.values()]
     others = [name for name in names if name != question.answer]
@@ -239,7 +239,7 @@ def _textvqa(folder: Path, asked: Asked) -> None:
     _lines(folder / "llava_textvqa_val_v051_ocr.jsonl", prompts)
 
 
-def _yes_no(question: Question) -> str:
+def _yes_no(question: QAPair) -> str:
     return f"{question.text.removesuffix('?')} in the image?"
 
 
@@ -359,7 +359,7 @@ def _chartqa(folder: Path, asked: Asked) -> None:
         _lines(folder / f"test_{half}.jsonl", rows)
 
 
-def _lettered(question: Question, number: int) -> tuple[str, str]:
+def _lettered(question: QAPair, number: int) -> tuple[str, str]:
     """A question with its options and the instruction, and the answer's letter."""
     choices, place = _choices(question, number)
     listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices))

@@ -92,7 +92,7 @@ def test_answers_fit_what_is_drawn():
 
 
 def test_splits_share_no_scan(monkeypatch):
-    images, labels = render._handwriting()
+    images, labels = render.handwritten_digits()
     used = {"train": set(), "heldout": set()}
 
     class Watched(np.ndarray):
@@ -101,7 +101,7 @@ def test_splits_share_no_scan(monkeypatch):
                 used[split].add(int(key))
             return super().__getitem__(key)
 
-    monkeypatch.setattr(render, "_handwriting", lambda: (images.view(Watched), labels))
+    monkeypatch.setattr(render, "handwritten_digits", lambda: (images.view(Watched), labels))
     for split in used:
         for index in range(600):
             render.make_sample(split, index)
@@ -164,7 +164,7 @@ def test_lesson_changes_nothing_that_is_not_its_own(tmp_path, name, capsys):
     else:
         path.write_bytes(FOREIGN[name])
     before = snapshot(tmp_path)
-    message = f"{path} is not what would be written there: name another directory"
+    message = f"{path} exists with other content: choose another directory"
     with pytest.raises(ValueError, match=re.escape(message)):
         lesson.write(tmp_path, 6, 4)
     if name == "meta.json":
@@ -199,7 +199,7 @@ def test_data_set_changes_nothing_that_is_not_its_own(tmp_path, name):
     before = snapshot(tmp_path)
     if name.endswith(".png") and first is None:
         pytest.skip("the first sample has no image")
-    with pytest.raises(ValueError, match=f"{path.name} is not what would be written there: name another directory"):
+    with pytest.raises(ValueError, match=f"{path.name} exists with other content: choose another directory"):
         dataset.write(tmp_path, 20)
     assert {key: value for key, value in snapshot(tmp_path).items() if key in before} == before
 
@@ -217,11 +217,11 @@ def test_data_set_removes_what_killed_runs_left(tmp_path, logged):
 def test_pictures_tokenizer_and_model_of_others_stay(tmp_path):
     (tmp_path / "shapes.png").write_bytes(b"mine")
     with pytest.raises(ValueError, match=r"shapes\.png is not what would be written there"):
-        evaluate.write_pictures(tmp_path)
+        evaluate.write_images(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["shapes.png"]
     (tmp_path / "added_tokens.json").write_text("{}")
     before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match=r"added_tokens\.json is another tokenizer's: name another directory"):
+    with pytest.raises(ValueError, match=r"added_tokens\.json belongs to another tokenizer: choose another directory"):
         build_tokenizer.build(tmp_path, pieces=400, samples=40)
     assert {name: values for name, values in snapshot(tmp_path).items() if name in before} == before
     assert not (tmp_path / "tokenizer.model").exists()
@@ -233,11 +233,11 @@ def test_pictures_tokenizer_and_model_of_others_stay(tmp_path):
     config = ChatConfig.from_file(NANO)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="model is not a model that this wrote"):
+    with pytest.raises(ValueError, match="model was not written by this command"):
         train.write_model(tmp_path / "model", NANO, {}, config)
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
     train.check_model(NANO, config)
-    with pytest.raises(ValueError, match="is not a model that this wrote"):
+    with pytest.raises(ValueError, match="was not written by this command"):
         train.check_model(NANO, replace(config, image_size=56))
 
 
@@ -318,8 +318,8 @@ def test_the_package_holds_every_file_of_the_model():
 
 
 def test_pictures_that_ship(tmp_path):
-    evaluate.write_pictures(tmp_path)
-    for name in evaluate.PICTURES:
+    evaluate.write_images(tmp_path)
+    for name in evaluate.IMAGES:
         assert np.array_equal(np.asarray(Image.open(IMAGES / name)), np.asarray(Image.open(tmp_path / name)))
 
 
@@ -339,7 +339,7 @@ def test_evaluation_counts(chat, capsys):
     assert all(s["count"] == 4 and s["accuracy"] == s["right"] / 4 for s in scores)
     table = Console(record=True, width=120, file=io.StringIO())
     evaluate.print_table(
-        [evaluate.Score(**{k: s[k] for k in evaluate.Score.__dataclass_fields__}) for s in scores], table
+        [evaluate.KindScore(**{k: s[k] for k in evaluate.KindScore.__dataclass_fields__}) for s in scores], table
     )
     text = table.export_text()
     assert all(kind in text for kind in render.KINDS)
