@@ -74,8 +74,8 @@ def label_loss(labels: Params, config: ChatConfig, features: Array, contents: Ar
 
     The contents of each cell of the 3x3 grid are predicted from the mean of the cell's tokens, with the same weights
     for every cell, so that tokens represent contents independently of position. Words and digits are predicted from all
-    tokens in order, since their mean has too little information. The two mean losses are added, so that three labels weigh as
-    much as the eighteen labels of the cells.
+    tokens in order, since their mean has too little information. The two mean losses are added, so that three labels
+    weigh as much as the eighteen labels of the cells.
 
     Args:
         labels: Linear heads of `init_params`.

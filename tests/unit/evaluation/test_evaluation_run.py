@@ -178,7 +178,7 @@ def test_a_stopped_run_goes_on(run, capsys):
     lines = whole.splitlines(keepends=True)
     (out / "predictions.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:20])
     assert run("okvqa")[0] == 2
-    assert "--resume goes on with them" in capsys.readouterr().err
+    assert "continue with --resume" in capsys.readouterr().err
     assert run("okvqa", "--resume", "--limit", "7")[0] == 2
     assert "was started with other settings (limit: not given before, 7 now): use the same" in capsys.readouterr().err
     assert run("okvqa", "--resume", "--quantize", "int8", "--num-beams", "2")[0] == 2
