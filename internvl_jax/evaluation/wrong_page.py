@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from internvl_jax.evaluation.benchmark_run import Plan
+from internvl_jax.evaluation.benchmark_run import BenchmarkRun
 from internvl_jax.evaluation.datasets.items import Item
 from internvl_jax.evaluation.datasets.records import records
 from internvl_jax.evaluation.scoring import Score
@@ -29,20 +29,20 @@ class Thumbnail:
     error: str = ""
 
 
-def wrong_page(made: Plan, answers: Mapping[str, str], score: Score) -> str:
+def wrong_page(run: BenchmarkRun, answers: Mapping[str, str], score: Score) -> str:
     """HTML of the answers with less than full points, filtered by category where there are several.
 
     Args:
-        made: The planned run, with its questions.
+        run: The benchmark run.
         answers: Text of each answer by the question's id.
         score: Points of each question.
     """
-    wrong = [item for item in made.items if score.points[item.id] < 1]
-    images = {row["id"]: row["images"] for _, row in records(made.out / "questions.jsonl")}
+    wrong = [item for item in run.items if score.points[item.id] < 1]
+    images = {row["id"]: row["images"] for _, row in records(run.output / "questions.jsonl")}
     cards = [_card(item, answers[item.id], score.points[item.id], images[item.id]) for item in wrong[:SHOWN]]
     environment = Environment(loader=PackageLoader("internvl_jax.evaluation"), autoescape=True, trim_blocks=True)
     page = environment.get_template("wrong.html.j2").render(
-        title=f"{made.benchmark.title}: {len(wrong)} of {len(made.items)} answers not fully right",
+        title=f"{run.benchmark.title}: {len(wrong)} of {len(run.items)} answers not fully right",
         wrong=len(wrong),
         shown=len(cards),
         categories=sorted({card["category"] for card in cards} - {""}),
