@@ -231,7 +231,7 @@ def test_an_interrupted_run_says_how_to_go_on(run, monkeypatch, capsys):
     monkeypatch.setattr(offline, "_append", interrupt)
     code, out = run("gqa")
     assert code == 130
-    assert f"{out} keeps what was answered: --resume goes on with it\ninterrupted\n" in capsys.readouterr().err
+    assert f"{out} keeps its answers: --resume continues\ninterrupted\n" in capsys.readouterr().err
 
 
 def test_answers_with_separators_of_lines(run, capsys):
