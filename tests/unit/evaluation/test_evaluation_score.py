@@ -347,8 +347,8 @@ GOOD = [{"question_id": n, "answer": f"thing {n}"} for n in (1, 2, 3)]
     ("rows", "message"),
     [
         (GOOD[:2], "no answer to 1 of 3 questions: '3'"),
-        ([*GOOD, GOOD[0]], r"p\.jsonl:4 answers '1', which .*p\.jsonl:1 has answered"),
-        ([*GOOD, {"question_id": 9, "answer": "x"}], r"p\.jsonl:4: '9' is no question of the data"),
+        ([*GOOD, GOOD[0]], r"p\.jsonl:4 answers '1', which .*p\.jsonl:1 also answers"),
+        ([*GOOD, {"question_id": 9, "answer": "x"}], r"p\.jsonl:4: '9' is not a question of the benchmark"),
         ([*GOOD[:2], {"question_id": 3}], r"p\.jsonl:3 has no 'answer' or 'text' or 'prediction'"),
         ([*GOOD[:2], {"question_id": 3, "answer": 5}], "'answer' must be str, not 5"),
         ([*GOOD[:2], {"answer": "x"}], r"p\.jsonl:3 has no 'id' or 'question_id'"),
