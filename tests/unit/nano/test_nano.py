@@ -216,7 +216,7 @@ def test_data_set_removes_what_killed_runs_left(tmp_path, logged):
 
 def test_pictures_tokenizer_and_model_of_others_stay(tmp_path):
     (tmp_path / "shapes.png").write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"shapes\.png is not what would be written there"):
+    with pytest.raises(ValueError, match=r"shapes\.png exists with other content"):
         evaluate.write_images(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["shapes.png"]
     (tmp_path / "added_tokens.json").write_text("{}")
