@@ -18,7 +18,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-LONG = ("test_on_eight_devices", "test_nano_learns_a_new_question", "test_two_processes_equal_one")
+LONG = ("test_nano_learns_a_new_question", "test_two_processes_equal_one", "test_the_command_on_two_processes")
 
 
 def pytest_collection_modifyitems(items):

@@ -13,9 +13,8 @@ transformers = pytest.importorskip("transformers")
 
 from support.golden import assert_close, bundle, spread  # noqa: E402
 from support.llava_cases import LLAVA, SIZES, V1_0, expand  # noqa: E402
-from support.published import assert_same_bits, state_of  # noqa: E402
-from test_llava_convert import CLIP, with_tower  # noqa: E402
-from test_parity import add, chain, names, one_thread, text, vision  # noqa: E402, F401
+from support.parity_cases import add, chain, names, text, vision  # noqa: E402
+from support.published import CLIP, assert_same_bits, state_of, with_tower  # noqa: E402  # noqa: E402
 
 from checkpoints_convert import parity  # noqa: E402
 from checkpoints_convert.convert import convert  # noqa: E402

@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from support.parity_cases import add, chain, names, text, vision
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -35,31 +36,10 @@ LLAVA = DATA / "llava_1_5" / "original"
 RGB = DATA / "internvl_chat_v1_1" / "images" / "rgb.png"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Of such small products torch makes more waiting than work when it shares them out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def reference_of(directory):
     with open_weights(directory) as weights:
         state = {key: weights.read(key) for key in weights.shapes}
     return Reference(directory, list(state), state.__getitem__)
-
-
-def chain(stages, x):
-    """The inputs of all stages and the last output."""
-    states = [x]
-    for stage in stages:
-        states.append(stage(states[-1]))
-    return np.concatenate(states)
-
-
-def names(report):
-    return [stage.name for stage in report.stages]
 
 
 # The reference is right: the original code's own hidden states.
@@ -260,13 +240,6 @@ def mutated(tmp_path, key, change):
     return directory
 
 
-def add(amount, *index):
-    def change(values):
-        values[index] += amount
-
-    return change
-
-
 def test_a_changed_tensor_fails_at_its_stage(tmp_path, capsys):
     directory = mutated(tmp_path, "vision_model.encoder.layers.1.norm1.weight", lambda w: w.mul_(1.1))
     assert main.main(["parity", str(directory), "--reference", str(CHAT), "--image", str(RGB), "--json"]) == 1
@@ -328,14 +301,6 @@ BROKEN_CONFIGS = {
         {"text.layers.0", "text.layers.0~0", "text.layers.1", "text.layers.2", "text.layers.3"},
     ),
 }
-
-
-def vision(config, **changes):
-    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **changes))
-
-
-def text(config, **changes):
-    return dataclasses.replace(config, text=dataclasses.replace(config.text, **changes))
 
 
 @pytest.mark.parametrize(("break_it", "culprits"), BROKEN_CONFIGS.values(), ids=BROKEN_CONFIGS)

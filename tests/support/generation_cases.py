@@ -1,7 +1,7 @@
 """Small random language models, and the beam searches that transformers 4.37 answered.
 
 Run as a program under transformers 4.37.2 and torch, this file writes data/beam_transformers_4_37.json again:
-    python tests/generation_cases.py
+    python tests/support/generation_cases.py
 Weights and prompts come from numpy's RandomState, whose streams are frozen, so only the answers are kept.
 """
 

@@ -3,7 +3,10 @@
 import shutil
 
 import pytest
+from support.llava_cases import LLAVA
 from support.paths import DATA
+
+from checkpoints_convert.mapping import TOWER
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -40,5 +43,22 @@ def single_file(tmp_path, change):
     shutil.copy(VIT_BIN / "config.json", directory)
     state = state_of(VIT_BIN)
     change(state)
+    torch.save(state, directory / "pytorch_model.bin")
+    return directory
+
+
+CLIP = "clip-vit-large-patch14-336"
+
+
+def with_tower(directory):
+    """LLaVA re-saved with its tower: one pickle of everything, and buffers of an older transformers."""
+    directory.mkdir()
+    for path in (LLAVA / "original").iterdir():
+        if path.suffix in (".json", ".model") and "index" not in path.name:
+            shutil.copy(path, directory)
+    state = state_of(LLAVA / "original")
+    tower = {key: values for key, values in state_of(LLAVA / CLIP).items() if key.startswith("vision_model.")}
+    state.update({TOWER + key: values for key, values in tower.items()})
+    state[f"{TOWER}vision_model.embeddings.position_ids"] = torch.arange(37)[None]
     torch.save(state, directory / "pytorch_model.bin")
     return directory

@@ -3,6 +3,7 @@
 python training_cases.py DIRECTORY STEPS CACHE [DIE_AT]    trains there; prints each step's loss, exactly
 """
 
+import json
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_objective import IMAGE, batch_of, random_params, tiny
+from support.tiny_model import IMAGE, batch_of, random_params, tiny
 
 from internvl_jax.lora import Lora
 from internvl_jax.models import param_sharding
@@ -135,3 +136,7 @@ if __name__ == "__main__":
         log=lambda entry: print(entry["step"], entry["loss"].hex(), entry["grad_norm"].hex(), flush=True),
     )
     print("finished" if done.finished else f"stopped at {done.step}", flush=True)
+
+
+def steps_of(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

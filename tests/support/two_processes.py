@@ -12,7 +12,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from support.mesh_training_cases import ADAMW, CONFIG, FULL
 from support.paths import DATA
+from support.training_cases import Shares, run
 
 from internvl_jax import checkpoint
 from internvl_jax.inference import offline
@@ -108,9 +110,6 @@ def answers(directory):
 def train(directory):
     """Training where rows of the processes take turns on the mesh; stopped by one process, gone on with on another
     mesh; and with a tensor axis over both, which then bring the same rows."""
-    from support.eight_devices_train import ADAMW, CONFIG, FULL
-    from support.training_cases import Shares, run
-
     recipe = Recipe("full", FULL, ADAMW, 2, 48)
     mine, first = jax.devices(), jax.process_index() == 0
     turns = [mine[0], mine[2], mine[1], mine[3]]

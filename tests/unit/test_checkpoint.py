@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.devices import environment
 from support.paths import DATA
+from support.processes import environment
 
 from internvl_jax import checkpoint, chunk_store
 from internvl_jax.checkpoint import CheckpointError, Writer, chunk_shape, load, save, stored_tree

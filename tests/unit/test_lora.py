@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from support import modules
-from support.golden import assert_close, random_tree, spread, torch_tree, unstack
-from test_objective import IMAGE, batch_of, evaluate, random_params, tiny
+from support.adapter_cases import BOTH, adapters_of, llama
+from support.golden import assert_close, torch_tree, unstack
+from support.tiny_model import IMAGE, batch_of, evaluate, random_params, tiny
 
 from internvl_jax import checkpoint, lora
 from internvl_jax.cli import train
@@ -23,14 +24,6 @@ from internvl_jax.parallel import partitioning
 from internvl_jax.quantize import quantize_params
 from internvl_jax.training import objective, recipes, resizing
 from internvl_jax.utils import files
-
-BOTH = {"language_model": Lora(4, dropout=0.0), "vision_model": Lora(2, alpha=3, dropout=0.0)}
-
-
-def adapters_of(params, settings=BOTH, size=0.3):
-    """Adapters all of whose numbers matter: lora_b begins at zero."""
-    fresh = jax.eval_shape(lambda p: lora.init_adapters(jax.random.key(0), p, settings), params)
-    return jax.tree.map(lambda x: size * x, random_tree(fresh, 3))
 
 
 def test_fresh_adapters_change_nothing_and_train_only_their_second_matrix():
@@ -341,14 +334,6 @@ def test_resized_tower_sees_as_the_reference_would_have_it_see():
 
 
 # peft.
-
-
-def llama(transformers):
-    config = transformers.LlamaConfig(
-        vocab_size=91, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=80, max_position_embeddings=64, tie_word_embeddings=False,
-    )  # fmt: skip
-    return spread(transformers.LlamaForCausalLM(config), 0)
 
 
 def logits_of(params, config, ids):

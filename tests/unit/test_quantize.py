@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import qwix
 from support import modules
-from support.devices import run_file
-from support.eight_devices import IMAGE, batch_of, config_of, params_of
 from support.golden import assert_close, kl
+from support.mesh_cases import IMAGE, batch_of, config_of, params_of
 from support.paths import DATA
+from support.quantize_cases import V1_1, quantized, run
 
 import internvl_jax
 from internvl_jax import checkpoint
@@ -32,7 +32,6 @@ from internvl_jax.quantize import (
     scheme_of,
 )
 
-V1_1 = DATA / "internvl_chat_v1_1" / "checkpoint"
 VIT = DATA / "intern_vit" / "checkpoint_bin"
 LLAVA = DATA / "llava_1_5" / "original"
 CONFIG = config_of(5, 2)
@@ -51,8 +50,6 @@ def dequantized(params):
     )
 
 
-# Compiled as a whole: one operation at a time is a program each.
-quantized = jax.jit(quantize_params, static_argnames="scheme")
 quantized_kernel = jax.jit(quantize_kernel, static_argnames=("inputs", "qtype"))
 
 
@@ -128,15 +125,6 @@ def test_products(eqn, axes, shape, qtype):
     y, with_bias = run(x, kernel, bias)
     assert_close(y, expected, 1e-5)
     assert_close(with_bias, expected + bias, 1e-5)
-
-
-def run(params, config, batch):
-    ids, pixels, valid = batch
-    return np.asarray(jax.jit(partial(logits_of, config=config))(params, ids, pixels, valid))[valid]
-
-
-def logits_of(params, ids, pixels, valid, *, config):
-    return modules.forward(params, config, ids, pixels, valid, image_token_id=IMAGE)[0]
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, Scheme("int4", int4_vision=True)], ids=["int8", "int4", "int4 vision"])
@@ -409,7 +397,3 @@ def test_refusals():
         group_size(100, "kernel")
     with pytest.raises(ValueError, match="cache_dtype 'int4' is not supported"):
         internvl_jax.load(V1_1, cache_dtype="int4")
-
-
-def test_on_eight_devices():
-    run_file("eight_devices_quantize.py")

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from support.annotation_files import damage, write_data
 from support.golden import DATA
-from test_loader import damage, write_data
 
 from internvl_jax.cli.main import main
 from internvl_jax.data.annotations import DataError

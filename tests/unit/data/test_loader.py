@@ -6,7 +6,7 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from support.annotation_files import damage, write_data
 from support.golden import DATA
 
 from internvl_jax.config import ChatConfig
@@ -24,23 +24,6 @@ BUCKETS = Layout(rows=2, lengths=(48, 96), image_slots=4, packed=False)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-def write_data(directory, count=40, name="a", every_other_image=True, **values):
-    """A data set of `count` conversations whose answers are their numbers; every second one has a picture."""
-    rng = np.random.default_rng(count)
-    lines = []
-    for number in range(count):
-        turns = [{"from": "human", "value": "Which?" + " word" * int(rng.integers(0, 12))}]
-        turns += [{"from": "gpt", "value": f"{name} {number}"}]
-        entry = {"id": number, "conversations": turns}
-        if every_other_image and number % 2:
-            file = f"{name}{number}.png"
-            Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(directory / file)
-            entry["image"] = file
-        lines.append(json.dumps(entry))
-    (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return {name: {"root": "", "annotation": f"{name}.jsonl", "data_augment": True, "length": count, **values}}
 
 
 @pytest.fixture(scope="module")
@@ -195,16 +178,6 @@ def test_a_position_in_other_data_is_refused(meta, model):
         file.write("{}\n")
     with pytest.raises(DataError, match="corpus was"):
         iter(open_data(meta, *model, PACKED)).set_state(state)
-
-
-def damage(directory):
-    lines = (directory / "a.jsonl").read_text().splitlines()
-    lines[2] = "{"
-    lines[5] = lines[5].replace("Which?", "Which? <image> <image>")
-    (directory / "a7.png").unlink()
-    (directory / "a9.png").write_bytes((directory / "a9.png").read_bytes()[:500])
-    (directory / "a.jsonl").write_text("\n".join(lines) + "\n")
-    return {"annotation": 3, "placeholders": 6, "image": 8, "image ": 10}
 
 
 def test_problems_are_skipped_counted_and_told_once(meta, model):

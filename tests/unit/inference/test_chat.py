@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from support.devices import run_file
 from support.golden import DATA, assert_close, bundle, kl
 from support.tiny_checkpoint import tiny_config, write_checkpoint
 
@@ -485,10 +484,6 @@ def test_bfloat16(chat):
 
 
 # Meshes and compiles.
-
-
-def test_on_eight_devices():
-    run_file("eight_devices_chat.py")
 
 
 def test_a_mesh_of_one_device(chat):

@@ -509,7 +509,7 @@ def test_every_process_takes_its_share(questions, tmp_path, monkeypatch):
 
 def test_two_processes(tmp_path):
     """A model on each process, then one over both: the answers are those of one process."""
-    from test_distributed import make_model, run_two
+    from support.processes import make_model, run_two
 
     from internvl_jax.inference.loading import load
 

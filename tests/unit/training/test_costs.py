@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.tiny_checkpoint import tiny_config
-from test_objective import IMAGE, random_params
+from support.tiny_model import IMAGE, random_params
 
 from internvl_jax.aot import hlo
 from internvl_jax.data.batch import Batch

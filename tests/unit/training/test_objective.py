@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 from support import modules
-from support.golden import DATA, assert_close, bundle, published, random_tree
+from support.golden import DATA, assert_close, bundle, published
+from support.tiny_model import IMAGE, batch_of, evaluate, random_params, tiny
 
 from internvl_jax.config import PRESETS, ChatConfig
 from internvl_jax.data.batch import Batch
@@ -19,7 +20,6 @@ from internvl_jax.training import objective, optimizer
 from internvl_jax.training.optimizer import AdamW
 
 BUNDLE = DATA / "internvl_chat_v1_1"
-IMAGE = 3
 
 
 class Golden:
@@ -142,52 +142,6 @@ def test_norms_of_a_layer_norm_tower_do_not_decay():
         assert not any(norm.get("bias") for norm in (layers["norm1"], layers["norm2"]))
         assert layers["mlp"]["fc1"]["kernel"]
         assert layers["ls1"]
-
-
-def tiny(**text):
-    """Small enough to compile fast, large enough that a chunk is not the whole."""
-    config = PRESETS["nano"]()
-    vision = dataclasses.replace(config.vision, num_hidden_layers=2)
-    text = {"num_hidden_layers": 2, "vocab_size": 61, **text}
-    return dataclasses.replace(config, vision=vision, text=dataclasses.replace(config.text, **text))
-
-
-def random_params(config, seed=0):
-    return jax.tree.map(lambda leaf: leaf * 0.3, random_tree(abstract_for_running(config, jnp.float32), seed))
-
-
-def rows_of(config, lengths, total, *, seed=0, images=1):
-    """Samples of the given lengths, one after the other in one row of `total` tokens; each begins with its images."""
-    rng = np.random.default_rng(seed)
-    ids, labels, segments, positions = (np.full(total, value, np.int32) for value in (0, -100, 0, 0))
-    start = 0
-    for number, length in enumerate(lengths, 1):
-        here = slice(start, start + length)
-        ids[here] = rng.integers(4, config.text.vocab_size, length)
-        ids[start + 1 : start + 1 + images * config.tokens_per_image] = IMAGE
-        learned = start + 1 + images * config.tokens_per_image + 2
-        labels[learned : start + length] = ids[learned : start + length]
-        labels[start] = ids[start]  # a label on a sample's first token is predicted by nothing
-        segments[here], positions[here] = number, np.arange(length)
-        start += length
-    return ids, labels, segments, positions
-
-
-def batch_of(config, rows, total, images=1):
-    parts = [
-        np.stack(part)
-        for part in zip(*(rows_of(config, r, total, seed=i, images=images) for i, r in enumerate(rows)), strict=True)
-    ]
-    count = max(1, images * sum(map(len, rows)))
-    size = config.image_size
-    pixels = np.random.default_rng(5).standard_normal((count, 3, size, size)).astype(np.float32)
-    return Batch(*parts, pixels)
-
-
-def evaluate(params, config, batch, weights=None, **options):
-    weights = objective.loss_weights(batch.labels, batch.segment_ids) if weights is None else weights
-    run = jax.jit(lambda p, b, w: objective.loss(p, config, b, w, IMAGE, **options))
-    return jax.device_get(run(params, batch, weights))
 
 
 def test_chunks_and_z_loss_equal_the_plain_formula():

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore as ts
-from support.training_cases import RECIPES, Batches, run
-from test_objective import tiny
-from test_trainer import steps_of
+from support.tiny_model import tiny
+from support.training_cases import RECIPES, Batches, run, steps_of
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.inference.loading import NANO

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from support.golden import assert_close
 from support.paths import SUPPORT
-from support.training_cases import RECIPES, Batches, run
-from test_objective import IMAGE, random_params, tiny
+from support.tiny_model import IMAGE, random_params, tiny
+from support.training_cases import RECIPES, Batches, run, steps_of
 
 from internvl_jax.training import optimizer, trainer
 from internvl_jax.training.saving import RunError
@@ -28,10 +28,6 @@ from internvl_jax.training.state import ADAPTERS, Place, init_state
 from internvl_jax.training.trainer import Settings, TrainingError, make_step, put_batch, stack_batches
 
 CASES = SUPPORT / "training_cases.py"
-
-
-def steps_of(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def numbers(entries):

@@ -1,4 +1,4 @@
-"""Training on meshes: on eight devices, which is in eight_devices_train.py, and on two processes."""
+"""Training on two processes against one."""
 
 import json
 import os
@@ -6,11 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from support.devices import run_file
-from support.eight_devices_train import ADAMW, CONFIG, FULL, equal_numbers
+from support.mesh_training_cases import ADAMW, CONFIG, FULL, equal_numbers
+from support.processes import free_port, run_two
 from support.tiny_checkpoint import write_checkpoint, write_squares
 from support.training_cases import Shares, run
-from test_distributed import free_port, run_two
 
 from internvl_jax import checkpoint
 from internvl_jax.cli import main
@@ -21,10 +20,6 @@ from internvl_jax.training.state import Place
 def entries_of(directory, kind="loss"):
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [entry for line in lines if kind in (entry := json.loads(line))]
-
-
-def test_on_eight_devices():
-    run_file("eight_devices_train.py")
 
 
 def test_two_processes_equal_one(tmp_path):

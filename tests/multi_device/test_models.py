@@ -1,5 +1,4 @@
-"""Models on meshes of eight virtual CPU devices against one device. Run by test_sharding.py, in a process of its own:
-the number of devices is fixed when jax starts."""
+"""Models on meshes of eight devices against one device."""
 
 import contextlib
 import dataclasses
@@ -10,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import modules
+from support.golden import assert_close
+from support.mesh_cases import IMAGE, answers, batch_of, config_of, llava_of, params_of
 
-from internvl_jax.config import ChatConfig, ProjectorConfig, TextConfig, VisionConfig
-from internvl_jax.config.schema import clip_vision
+from internvl_jax.config import ChatConfig
 from internvl_jax.inference import generate
 from internvl_jax.inference.generate import GenerationConfig, Generator
-from internvl_jax.models import chat_model, param_sharding
+from internvl_jax.models import param_sharding
 from internvl_jax.models.attention import implementation
 from internvl_jax.parallel import partitioning
 from internvl_jax.parallel.mesh import IMAGE_AXES, make_mesh
 
-IMAGE = 3  # the token at which images stand
 MESHES = (
     "tensor=1",
     "tensor=2",
@@ -34,77 +33,9 @@ MESHES = (
 )
 
 
-@cache
-def config_of(vision_heads: int, kv_heads: int) -> ChatConfig:
-    """A tiny model: 5 or 25 vision heads, 8 language heads that share kv_heads, a vocabulary that nothing divides."""
-    width = {5: 40, 25: 100}[vision_heads]
-    vision = VisionConfig(
-        hidden_size=width,
-        num_hidden_layers=2,
-        num_attention_heads=vision_heads,
-        intermediate_size=64,
-        image_size=56,
-        qkv_bias=vision_heads == 5,
-    )
-    text = TextConfig(
-        vocab_size=99,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        intermediate_size=96,
-        num_key_value_heads=kv_heads,
-        head_dim=8,
-        max_position_embeddings=128,
-        attention_bias=kv_heads == 2,
-        eos_token_ids=(),
-    )
-    return ChatConfig(vision, ProjectorConfig(4 * width, 64), text, select_layer=-1)
-
-
-@cache
-def llava_of(system: str) -> ChatConfig:
-    """A tiny model of LLaVA's family: LLaVA-1.5's CLIP with 6 heads, or V1-0's InternViT with resized positions."""
-    base = config_of(5, 8)
-    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 64}
-    vision = clip_vision(**sizes, image_size=56) if system == "llava" else base.vision
-    return ChatConfig(
-        vision,
-        ProjectorConfig(vision.hidden_size, 64, layer_norm=False),
-        base.text,
-        layout="llava",
-        select_layer=-1,
-        downsample_ratio=1.0,
-        ps_version="v2",
-        image_size=56 if system == "llava" else 84,
-    )
-
-
-@cache
-def params_of(config: ChatConfig):
-    """Every parameter random, norm scales and biases too, so that each of them matters."""
-    rng = np.random.RandomState(1)
-
-    def draw(path, leaf):
-        centre = 1.0 if partitioning.path_of(path).endswith("scale") else 0.0
-        return jnp.asarray(centre + 0.1 * rng.standard_normal(leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, chat_model.abstract_params(config))
-
-
 def place(config: ChatConfig, mesh, **options):
     """The same on a mesh: of a copy, since placing may use up what it is given."""
     return param_sharding.place_params(jax.tree.map(jnp.copy, params_of(config)), config, mesh, **options)
-
-
-@cache
-def batch_of(config: ChatConfig, rows: int):
-    """Prompts [rows,8+P], the last one short, one image in each; pixels [rows,3,S,S]; valid [rows,8+P]."""
-    rng = np.random.RandomState(3)
-    ids = rng.randint(4, config.text.vocab_size, (rows, 8 + config.tokens_per_image)).astype(np.int32)
-    ids[:, 2 : 2 + config.tokens_per_image] = IMAGE
-    valid = np.ones(ids.shape, bool)
-    valid[-1, -3:] = False
-    return ids, rng.randn(rows, 3, config.image_size, config.image_size).astype(np.float32), valid
 
 
 def test_placing_warns_of_nothing(recwarn):
@@ -137,25 +68,10 @@ def run(params, config, rows, mesh=None):
         return program(params, *batch_of(config, rows))
 
 
-def answers(params, config, rows, **mesh):
-    """Greedy tokens [rows,10] of the prompts with their images."""
-    ids, pixels, valid = batch_of(config, rows)
-    generator = Generator(config, params, dtype=jnp.float32, image_token_id=IMAGE, **mesh)
-    gen = GenerationConfig(max_new_tokens=10)
-    return generator.generate(ids, valid.astype(int), generator.encode(pixels), gen)[0]
-
-
 @cache
 def reference(config: ChatConfig, rows: int):
     params = params_of(config)
     return run(params, config, rows), answers(params, config, 3)
-
-
-def assert_close(actual, expected, tolerance, what):
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    error = np.abs(actual - expected)
-    worst = np.unravel_index(error.argmax(), error.shape)
-    assert error[worst] <= tolerance, f"{what}: off by {error[worst]:.3g} at {worst}, allowed {tolerance}"
 
 
 SYSTEMS = {"5-heads-gqa": config_of(5, 2), "25-heads": config_of(25, 8)}

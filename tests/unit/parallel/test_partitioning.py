@@ -1,4 +1,4 @@
-"""Meshes, rules and pads. What needs several devices is in eight_devices.py, run here in a process of its own."""
+"""Meshes, sharding rules and padding. What needs several devices is in tests/multi_device."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,6 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from support import modules
-from support.devices import run_file
 from support.golden import unstack
 
 from internvl_jax.config import PRESETS
@@ -23,10 +22,6 @@ NANO = PRESETS["nano"]()
 
 def mesh_of(data=1, fsdp=1, tensor=1):
     return AbstractMesh((data, fsdp, tensor), AXES)
-
-
-def test_on_eight_devices():
-    run_file("eight_devices.py")
 
 
 @pytest.mark.parametrize(

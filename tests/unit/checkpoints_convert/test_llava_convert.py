@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.published import CLIP, with_tower
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -25,7 +26,6 @@ from internvl_jax.config import ChatConfig, ConfigError  # noqa: E402
 from internvl_jax.models import chat_model  # noqa: E402
 from internvl_jax.processing.images import load_image  # noqa: E402
 
-CLIP = "clip-vit-large-patch14-336"
 TEXT_HALF = ("text_model.", "text_projection", "visual_projection", "logit_scale")
 
 
@@ -36,20 +36,6 @@ def abstract(config):
 def assert_equal(ours, theirs):
     for (name, a), (_, b) in zip(checkpoint.named_leaves(ours), checkpoint.named_leaves(theirs), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
-
-
-def with_tower(directory):
-    """LLaVA re-saved with its tower: one pickle of everything, and buffers of an older transformers."""
-    directory.mkdir()
-    for path in (LLAVA / "original").iterdir():
-        if path.suffix in (".json", ".model") and "index" not in path.name:
-            shutil.copy(path, directory)
-    state = state_of(LLAVA / "original")
-    tower = {key: values for key, values in state_of(LLAVA / CLIP).items() if key.startswith("vision_model.")}
-    state.update({TOWER + key: values for key, values in tower.items()})
-    state[f"{TOWER}vision_model.embeddings.position_ids"] = torch.arange(37)[None]
-    torch.save(state, directory / "pytorch_model.bin")
-    return directory
 
 
 def sized(directory, source, size):

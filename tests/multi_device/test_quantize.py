@@ -1,12 +1,12 @@
-"""Quantized models on meshes of eight virtual CPU devices against one device. Run by test_quantize.py, in a process of
-its own: the number of devices is fixed when jax starts."""
+"""Quantized models on meshes of eight devices against one device."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.eight_devices import IMAGE, answers, assert_close, batch_of, config_of, params_of
-from test_quantize import V1_1, quantized, run
+from support.golden import assert_close
+from support.mesh_cases import IMAGE, answers, batch_of, config_of, params_of
+from support.quantize_cases import V1_1, quantized, run
 
 from internvl_jax import checkpoint
 from internvl_jax.inference.loading import load

@@ -293,7 +293,7 @@ def test_table(run, tmp_path, capsys):
 @pytest.mark.parametrize("mesh", [None, "data=2"])
 def test_two_processes(run, data, tmp_path, mesh):
     """A model on each, or one over both; one file of answers: that of one process."""
-    from test_distributed import free_port
+    from support.processes import free_port
 
     _, alone = run("gqa", out="alone")
     command = [sys.executable, "-m", "internvl_jax.cli.main", "eval", "gqa", "--data", str(data), *FAST]

@@ -1,5 +1,4 @@
-"""The golden checkpoint loaded onto meshes of eight virtual CPU devices. Run by test_chat.py, in a process of its own:
-the number of devices is fixed when jax starts."""
+"""The golden checkpoint loaded onto meshes of eight devices."""
 
 import json
 import shutil

@@ -2,7 +2,7 @@
 
 anls comes with the extra `test`. lmms-eval brings 48 dependencies, of which its scorers' files need one:
 
-    pip install --no-deps lmms-eval==0.7.3 loguru && pytest tests/test_evaluation_others.py
+    pip install --no-deps lmms-eval==0.7.3 loguru && pytest tests/unit/evaluation/test_others.py
 """
 
 import importlib

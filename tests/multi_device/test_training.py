@@ -1,5 +1,4 @@
-"""Training on meshes of eight virtual CPU devices against one device. Run by test_train_mesh.py, in a process of its
-own: the number of devices is fixed when jax starts.
+"""Training on meshes of eight devices against one device.
 
 Differences are those of float32 sums in another order; measured are 5e-7 of losses of about 4, 3e-7 of gradient norms,
 2e-6 of the largest gradient and its square, 6e-8 of parameters. Ten times these are allowed.
@@ -15,26 +14,20 @@ import jax
 import numpy as np
 import pytest
 from support.golden import assert_close
+from support.mesh_training_cases import ADAMW, CONFIG, FULL, equal_numbers
 from support.training_cases import RECIPES, Batches, run
-from test_objective import tiny
 
 from internvl_jax.lora import Lora
 from internvl_jax.parallel.mesh import make_mesh
 from internvl_jax.parallel.partitioning import path_of
-from internvl_jax.training.optimizer import AdamW
 from internvl_jax.training.recipes import Recipe
 from internvl_jax.training.state import Place
 
 STEPS = 4
-# 5 heads in the tower, which nothing divides; 8 in the language model, which share 4, fewer than some tensor axes have.
-CONFIG = tiny(num_attention_heads=8, num_key_value_heads=4, head_dim=16)
-# eps as large as gradients are: else Adam makes a whole step of the rounding of a gradient that is nearly zero.
-ADAMW = AdamW(1e-2, warmup=0, eps=1e-3)
 LORA = {
     "language_model": Lora(4, dropout=0.1, targets=("self_attn/o_proj", "mlp/gate_proj")),
     "vision_model": Lora(4, dropout=0.1, targets=("attn/qkv", "attn/proj")),
 }
-FULL = ("vision_model", "mlp1", "language_model")
 RECIPE = {
     **{name: replace(RECIPES[name], optimizer=ADAMW) for name in ("stage1", "stage2")},
     "full": Recipe("full", FULL, ADAMW, 2, 48, drop_path=0.3, z_loss=0.01),
@@ -79,15 +72,6 @@ def reference(tmp_path_factory):
         return known[name]
 
     return of
-
-
-def equal_numbers(entries, expected):
-    assert [entry["step"] for entry in entries] == [entry["step"] for entry in expected]
-    for one, other in zip(entries, expected):
-        assert one["loss"] == pytest.approx(other["loss"], abs=5e-6)
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=3e-6)
-        for name in ("accuracy", "supervised", "read", "learning_rate"):
-            assert one[name] == pytest.approx(other[name], rel=1e-6), name
 
 
 def equal_states(true, expected):

@@ -8,9 +8,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from support.adapter_cases import adapters_of, llama
 from support.golden import DATA, assert_close, torch_tree
-from test_lora import adapters_of, llama
-from test_objective import random_params, tiny
+from support.tiny_model import random_params, tiny
 
 torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
 from safetensors.torch import load_file, save_file  # noqa: E402
