@@ -20,9 +20,10 @@ from jax.sharding import PartitionSpec as P
 from internvl_jax.aot.compiled_program import bytes_per_device
 from internvl_jax.aot.workload import Workload
 from internvl_jax.config import ChatConfig
-from internvl_jax.inference import generate
-from internvl_jax.inference.sampling import GenerationConfig, make_settings
-from internvl_jax.models import flops
+from internvl_jax.inference import generate, ideal_flops
+from internvl_jax.inference.bound_model import BoundModel, PromptBatch
+from internvl_jax.inference.generator import pad_images
+from internvl_jax.inference.sampling import GenerationConfig, RowSettings, make_row_settings
 from internvl_jax.parallel.partitioning import fit_spec
 
 ShapeDtype = jax.ShapeDtypeStruct
@@ -60,41 +61,42 @@ def _lower_encode(workload: Workload) -> jax.stages.Lowered:
     config = workload.config
     pixels = ShapeDtype((workload.batch, config.vision.num_channels, *[config.image_size] * 2), jnp.float32)
     multiple = math.prod(workload.mesh.shape[axis] for axis in workload.image_axes)
-    pixels = jax.eval_shape(partial(generate._pad_images, multiple=multiple), pixels)
-    return generate._encode.lower(
-        workload.params, pixels, config=config, dtype=workload.dtype, image_axes=workload.image_axes
+    pixels = jax.eval_shape(partial(pad_images, multiple=multiple), pixels)
+    return generate.encode_step.lower(_bound_model(workload), pixels)
+
+
+def _bound_model(workload: Workload) -> BoundModel:
+    """What the inference steps take, with shapes in place of arrays."""
+    return BoundModel(
+        params=workload.params,
+        image_token_id=ShapeDtype((), jnp.int32),
+        config=workload.config,
+        dtype=workload.dtype,
+        cache_dtype=workload.cache_dtype,
+        image_axes=workload.image_axes,
     )
 
 
-def _prefill_arguments(workload: Workload) -> tuple[Any, ...]:
+def _prefill_arguments(workload: Workload) -> tuple[BoundModel, PromptBatch, RowSettings]:
     config, shape = workload.config, (workload.batch, workload.prompt)
     features = None
     if config.projector is not None and workload.prompt > config.tokens_per_image:
         features = ShapeDtype((workload.batch, config.tokens_per_image, config.text.hidden_size), workload.dtype)
-        features = jax.eval_shape(generate._pad_images, features)
+        features = jax.eval_shape(pad_images, features)
         features = ShapeDtype(features.shape, features.dtype, sharding=NamedSharding(workload.mesh, P()))
-    settings = make_settings(GenerationConfig(), workload.batch, config.text.eos_token_ids)
+    settings = make_row_settings(GenerationConfig(), workload.batch, config.text.eos_token_ids)
     settings = jax.tree.map(lambda row: ShapeDtype(row.shape, row.dtype), settings)
-    token = ShapeDtype((), jnp.int32)
-    return workload.params, ShapeDtype(shape, jnp.int32), ShapeDtype(shape, bool), features, token, settings
-
-
-def _prefill_options(workload: Workload) -> dict[str, Any]:
-    return {
-        "config": workload.config,
-        "slots": workload.length,
-        "dtype": workload.dtype,
-        "cache_dtype": workload.cache_dtype,
-    }
+    prompt = PromptBatch(ShapeDtype(shape, jnp.int32), ShapeDtype(shape, bool), features)
+    return _bound_model(workload), prompt, settings
 
 
 def _lower_prefill(workload: Workload) -> jax.stages.Lowered:
-    return generate._prefill.lower(*_prefill_arguments(workload), **_prefill_options(workload))
+    return generate.prefill_step.lower(*_prefill_arguments(workload), slots=workload.length)
 
 
 def _abstract_decode_state(workload: Workload) -> generate.DecodeState:
     """The decode state that prefill returns, with the shardings that prefill gives it."""
-    prefill = partial(generate.prefill_step, **_prefill_options(workload))
+    prefill = partial(generate.prefill_step, slots=workload.length)
     state = jax.eval_shape(prefill, *_prefill_arguments(workload))
 
     def with_sharding(leaf: Any, spec: P) -> Any:
@@ -106,28 +108,7 @@ def _abstract_decode_state(workload: Workload) -> generate.DecodeState:
 
 def _lower_decode(workload: Workload) -> jax.stages.Lowered:
     steps = ShapeDtype((), jnp.int32)
-    return generate._decode.lower(
-        workload.params, _abstract_decode_state(workload), steps, config=workload.config, dtype=workload.dtype
-    )
-
-
-def _encode_flops(workload: Workload) -> float:
-    config = workload.config
-    return workload.batch * (flops.tower_products(config) + flops.tower_attention(config) + flops.projector(config))
-
-
-def _prefill_flops(workload: Workload) -> float:
-    """Layers, the causal half of attention, and the logits of the last position."""
-    config, length = workload.config, workload.prompt
-    layers = 2 * length * flops.text_weights(config) + flops.causal_attention(config, length)
-    return workload.batch * (layers + flops.head(config))
-
-
-def _decode_flops(workload: Workload) -> float:
-    """One step: layers, attention over every cache slot, logits."""
-    text = workload.config.text
-    attention = 4 * workload.length * text.num_attention_heads * text.head_dim * text.num_hidden_layers
-    return workload.batch * (2 * flops.text_weights(workload.config) + attention + flops.head(workload.config))
+    return generate.decode_loop.lower(_bound_model(workload), _abstract_decode_state(workload), steps)
 
 
 def _num_text_layers(config: ChatConfig) -> int:
@@ -137,25 +118,25 @@ def _num_text_layers(config: ChatConfig) -> int:
 PROGRAMS = {
     "encode": InferenceProgram(
         lower=_lower_encode,
-        parts=("vision_model", "mlp1"),
+        parts=ideal_flops.PARTS["encode"],
         num_layers=lambda config: config.num_vision_layers,
-        ideal_flops=_encode_flops,
+        ideal_flops=lambda workload: ideal_flops.encode(workload.config, workload.batch),
         items_per_call=lambda workload: workload.batch,
         unit="images/s",
     ),
     "prefill": InferenceProgram(
         lower=_lower_prefill,
-        parts=("language_model",),
+        parts=ideal_flops.PARTS["prefill"],
         num_layers=_num_text_layers,
-        ideal_flops=_prefill_flops,
+        ideal_flops=lambda workload: ideal_flops.prefill(workload.config, workload.batch, workload.prompt),
         items_per_call=lambda workload: workload.batch * workload.prompt,
         unit="prompt tokens/s",
     ),
     "decode": InferenceProgram(
         lower=_lower_decode,
-        parts=("language_model",),
+        parts=ideal_flops.PARTS["decode"],
         num_layers=_num_text_layers,
-        ideal_flops=_decode_flops,
+        ideal_flops=lambda workload: ideal_flops.decode(workload.config, workload.batch, workload.length),
         items_per_call=lambda workload: workload.batch,
         unit="tokens/s",
     ),

@@ -1,9 +1,9 @@
-"""Beam search on the device, with the rules of transformers 4.37 (Wolf et al., 2020), which made V1-1's scores.
+"""Beam search on the device, with the rules of transformers 4.37 (Wolf et al., 2020), which produced V1-1's scores.
 
 At each step the continuations of all beams of a row are ranked together by summed log-probability:
 
     the best num_beams that do not end become the next beams;
-    those that end, where they stand among the best num_beams of all, go to the row's list of finished answers, which
+    those that end, if they are among the best num_beams of all, enter the row's list of finished answers, which
     keeps the best num_beams, ranked by summed log-probability / length ** length_penalty. The length counts generated
     tokens, the end token included.
 
@@ -24,75 +24,98 @@ transformers 5 (see sampling.penalize).
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from internvl_jax.config import ChatConfig
-from internvl_jax.inference.sampling import Settings, all_finite, end_tokens, penalize
+from internvl_jax.inference.bound_model import BoundModel
+from internvl_jax.inference.sampling import RowSettings, all_finite, end_tokens, penalize
 from internvl_jax.models.kv_cache import KVCache
-from internvl_jax.models.layers import Array, Params
+from internvl_jax.models.layers import Array
 from internvl_jax.models.llama import next_logits
 
 EARLY_STOPPING = {False: 0, True: 1, "never": 2}
 
-# The score of a beam that does not exist yet: all beams but the first, before the first step.
+# The score of a beam that does not exist yet: before the first step, all beams but the first.
 _ABSENT = -1e9
 
 
-class BeamState(flax.struct.PyTreeNode):
-    """Beams on their way: W beams for each of B rows, W = num_beams."""
+class SearchSettings(flax.struct.PyTreeNode):
+    """Settings of a beam search.
 
-    cache: KVCache  # of B*W rows, the beams of a row side by side
-    tokens: Array  # [B,W,N] int32, what each beam has generated
-    scores: Array  # [B,W] float32, its summed log-probability, best first
-    seen: Array  # [B,W,V] bool, tokens that it has generated
-    count: Array  # [] int32, tokens that every beam has
-    finished: Array  # [B,W] float32, ranks of the finished answers, best first; -inf where there is none
-    best: Array  # [B,N] int32, tokens of the best answer so far
-    best_length: Array  # [B] int32, how many they are
-    best_stopped: Array  # [B] bool, whether it ended with an end token
-    done: Array  # [B] bool, rows that are over
-    failed: Array  # [B] bool, rows whose logits were not finite; they have no answer
+    Attributes:
+        rows: generation settings of the B rows.
+        length_penalty: [] float32.
+        early_stopping: [] int32, a value of EARLY_STOPPING.
+        num_beams: beams per row, W.
+        max_tokens: size of the token buffers N, at least every row's max_new_tokens.
+    """
+
+    rows: RowSettings
+    length_penalty: Array
+    early_stopping: Array
+    num_beams: int = flax.struct.field(pytree_node=False)
+    max_tokens: int = flax.struct.field(pytree_node=False)
+
+
+class BeamState(flax.struct.PyTreeNode):
+    """State of a beam search: W beams for each of B rows.
+
+    Attributes:
+        cache: KV cache of B*W rows, the beams of a row side by side.
+        tokens: [B,W,N] int32, tokens that each beam has generated.
+        scores: [B,W] float32, summed log-probability of each beam, best first.
+        seen: [B,W,V] bool, tokens that each beam has generated.
+        count: [] int32, tokens per beam so far.
+        finished: [B,W] float32, ranks of the finished answers, best first; -inf where there is none.
+        best: [B,N] int32, tokens of the best answer so far.
+        best_length: [B] int32, number of tokens in `best`.
+        best_stopped: [B] bool, whether `best` ended with an end token.
+        done: [B] bool, rows that are over.
+        failed: [B] bool, rows with non-finite logits; they have no answer.
+    """
+
+    cache: KVCache
+    tokens: Array
+    scores: Array
+    seen: Array
+    count: Array
+    finished: Array
+    best: Array
+    best_length: Array
+    best_stopped: Array
+    done: Array
+    failed: Array
 
 
 def beam_search(
-    params: Params,
-    logits: Array,
-    cache: KVCache,
-    prompt_length: Array,
-    settings: Settings,
-    length_penalty: Array,
-    early_stopping: Array,
-    *,
-    config: ChatConfig,
-    num_beams: int,
-    max_tokens: int,
-    dtype: Any,
+    model: BoundModel, logits: Array, cache: KVCache, prompt_length: Array, search: SearchSettings
 ) -> tuple[Array, Array, Array, Array]:
-    """The best answer of each row, from where `generate.read_prompt` ends.
+    """Find the best answer of each row, starting from what `generate.read_prompt` returns.
 
-    logits [B,V] float32 and cache [B rows, T slots] of the prompts; prompt_length [B] int32; length_penalty [] float32;
-    early_stopping [] int32, a value of EARLY_STOPPING. max_tokens is what the buffers hold, at least every row's
-    max_new_tokens.
-    Returns tokens [B,max_tokens] int32, their number [B] int32, whether the last is an end token [B] bool, and whether
-    logits of the row were not finite [B] bool: it then has no tokens.
+    Args:
+        model: the model.
+        logits: [B,V] float32, of the token after each prompt.
+        cache: KV cache of the prompts, B rows of T slots.
+        prompt_length: [B] int32, valid tokens of each prompt.
+        search: settings of the search.
+
+    Returns:
+        Tokens [B,N] int32; their number [B] int32, 0 in failed rows; whether the last one is an end token [B] bool;
+        whether the row failed because its logits were not finite [B] bool.
     """
-    language = params["language_model"]
+    config, dtype, num_beams, max_tokens = model.config, model.dtype, search.num_beams, search.max_tokens
+    language = model.params["language_model"]
     batch, vocabulary = logits.shape
     prompt_slots = cache.slots
-
-    def add(state: BeamState, logits: Array) -> BeamState:
-        return add_tokens(state, logits, settings, length_penalty, early_stopping, prompt_slots)
 
     def step(state: BeamState) -> BeamState:
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=2, keepdims=False).reshape(-1)
         positions = jnp.repeat(prompt_length + state.count - 1, num_beams)[:, None]
         valid = jnp.ones(positions.shape, bool)
         logits, cache = next_logits(language, last, positions, valid, state.cache, config.text, dtype)
-        return add(state.replace(cache=cache), logits.reshape(batch, num_beams, vocabulary))
+        logits = logits.reshape(batch, num_beams, vocabulary)
+        return add_tokens(state.replace(cache=cache), logits, search, prompt_slots)
 
     state = BeamState(
         cache=widen(cache, num_beams, max_tokens),
@@ -107,24 +130,25 @@ def beam_search(
         done=jnp.zeros(batch, bool),
         failed=jnp.zeros(batch, bool),
     )
-    state = add(state, jnp.broadcast_to(logits[:, None], (batch, num_beams, vocabulary)))
+    state = add_tokens(state, jnp.broadcast_to(logits[:, None], (batch, num_beams, vocabulary)), search, prompt_slots)
     state = jax.lax.while_loop(lambda state: ~jnp.all(state.done), step, state)
     return state.best, jnp.where(state.failed, 0, state.best_length), state.best_stopped, state.failed
 
 
-def add_tokens(
-    state: BeamState,
-    logits: Array,
-    settings: Settings,
-    length_penalty: Array,
-    early_stopping: Array,
-    prompt_slots: int,
-) -> BeamState:
-    """Continue every beam by one token, given the logits [B,W,V] of the next. Rows that are over keep their answer."""
+def add_tokens(state: BeamState, logits: Array, search: SearchSettings, prompt_slots: int) -> BeamState:
+    """Continue every beam by one token. Rows that are over keep their answer.
+
+    Args:
+        state: the search so far.
+        logits: [B,W,V] float32, of each beam's next token.
+        search: settings of the search.
+        prompt_slots: slots of the cache that the prompt occupies, which all beams of a row share.
+    """
+    settings, length_penalty, early_stopping = search.rows, search.length_penalty, search.early_stopping
     batch, beams, vocabulary = logits.shape
     rows = jnp.arange(batch)[:, None]
     count = jnp.broadcast_to(state.count, batch)
-    # A beam without a continuation is scored -inf: what it would read next is nobody's.
+    # A beam without a continuation is scored -inf; its logits mean nothing.
     failed = ~state.done & jnp.any(~all_finite(logits) & (state.scores > -jnp.inf), axis=1)
     scores = jax.nn.log_softmax(logits, axis=-1)
     scores = jax.vmap(penalize, in_axes=(1, 1, None, None), out_axes=1)(scores, state.seen, count, settings)
@@ -148,7 +172,7 @@ def add_tokens(
     ended = jnp.where(index >= beams, rank(top, length), -jnp.inf)
     finished = jax.lax.top_k(jnp.concatenate([state.finished, ended], axis=1), beams)[0]
 
-    # Only the best answer is ever wanted, so only its tokens are kept.
+    # Only the best answer is returned, so only its tokens are kept.
     first = jnp.argmax(ended, axis=1)
     choice = jnp.take_along_axis(index, first[:, None], axis=1)[:, 0] - beams
     answer = state.tokens[rows[:, 0], choice // ends]
@@ -181,7 +205,7 @@ def add_tokens(
 
 
 def widen(cache: KVCache, beams: int, max_tokens: int) -> KVCache:
-    """Repeat each row of a cache `beams` times, and make room for max_tokens more slots."""
+    """Repeat each row of a KV cache `beams` times, and append max_tokens slots."""
 
     def grow(leaf: Array, row_axis: int, slot_axis: int) -> Array:
         width = [(0, 0)] * leaf.ndim
@@ -198,9 +222,14 @@ def widen(cache: KVCache, beams: int, max_tokens: int) -> KVCache:
 
 
 def reorder(cache: KVCache, source: Array, prompt_slots: int) -> KVCache:
-    """Make row i continue what row source[i] read. source [B*W] int32, within each row's own beams.
+    """Copy the cache entries of row source[i] to row i.
 
-    Beams of a row share their prompt, so only the slots after it move, and positions and validity are equal anyway.
+    Beams of a row share their prompt, so only the slots after it are copied; positions and validity are equal anyway.
+
+    Args:
+        cache: KV cache of B*W rows.
+        source: [B*W] int32, a row among the same row's beams.
+        prompt_slots: slots that the prompt occupies.
     """
 
     def move(leaf: Array, row_axis: int, slot_axis: int) -> Array:

@@ -1,7 +1,7 @@
-"""How fast a model runs on the devices that are here: the same measurement on a pod and on a laptop's CPU.
+"""Speed and memory of a model on the local devices: the same measurement on a TPU pod and on a laptop's CPU.
 
-Three programs are timed, the ones that answer questions: encode (images), prefill (prompts) and decode (tokens). Each
-runs once to compile and then `REPEATS` times; the median counts, with host time and transfers in it. MFU is the model's
+Three programs are timed: encode (images), prefill (prompts) and decode (tokens). Each runs once to compile and then
+`REPEATS` times; the median is reported, host time and transfers included. MFU is the model's
 own arithmetic (matrix products, true sizes) over what the chips could do in that time; `roofline` is the least time
 that arithmetic and memory allow over the time taken, collectives not counted. Both need a chip whose figures are known.
 """
@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from internvl_jax.aot.programs import PROGRAMS
 from internvl_jax.aot.topology import CHIPS, Chip
 from internvl_jax.config import PRESETS, ChatConfig
-from internvl_jax.inference.generate import GenerationConfig, Generator, bucket
+from internvl_jax.inference import ideal_flops
+from internvl_jax.inference.generator import Generator, bucket
 from internvl_jax.inference.loading import abstract_for_running, load, unstack_towers
+from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.models import param_sharding
 from internvl_jax.models.layers import Params
 from internvl_jax.parallel import mesh as mesh_lib
@@ -134,12 +135,12 @@ def run(
         config = PRESETS[preset]()
     else:
         raise BenchError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
-    prompt = _prompt_tokens(config, prompt_tokens)
+    prompt = choose_prompt_tokens(config, prompt_tokens)
     if preset is None:
         chat = load(checkpoint, mesh, dtype, quantize=quantize, cache_dtype=cache_dtype, progress=progress)
         generator, name = chat.generator, chat.name
     else:
-        generator, name = _random_model(config, mesh, dtype), preset
+        generator, name = random_model(config, mesh, dtype), preset
     bench = _Bench(generator, prompt, profile)
     logger.info("%s", HEADER)
     parts = [(part, size) for size in batches for part in bench.parts]
@@ -192,16 +193,6 @@ def lines(result: Result) -> list[str]:
         f"prompts of {result.prompt_tokens} tokens; time to first token {1e3 * result.time_to_first_token:.1f} ms; "
         f"memory peak {result.memory_peak_bytes / 2**30:.2f} GiB ({result.memory_of})",
     ]
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """What compile_report's counts of FLOPs look at, of its Workload."""
-
-    config: ChatConfig
-    batch: int
-    length: int  # of the cache that decoding reads
-    prompt: int
 
 
 class _Bench:
@@ -287,39 +278,54 @@ class _Bench:
     ) -> Measurement:
         first, *later = times
         seconds = statistics.median(later)
-        mfu, roofline = self._against_the_chip(program, batch, seconds, context or self.prompt)
+        chip = chip_of(jax.devices()[0])
+        mfu, roofline = None, None
+        if chip is not None:
+            mfu, roofline = efficiency(self.generator, chip, program, batch, context or self.prompt, seconds)
         return Measurement(
-            program,
-            batch,
-            seconds,
-            min(later),
-            max(later),
-            amount / seconds,
-            unit,
-            max(0.0, first - seconds),
-            mfu,
-            roofline,
+            program=program,
+            batch=batch,
+            seconds=seconds,
+            fastest=min(later),
+            slowest=max(later),
+            rate=amount / seconds,
+            unit=unit,
+            compile_seconds=max(0.0, first - seconds),
+            mfu=mfu,
+            roofline=roofline,
         )
 
-    def _against_the_chip(
-        self, program: str, batch: int, seconds: float, context: int
-    ) -> tuple[float | None, float | None]:
-        mesh = self.generator.mesh
-        devices = 1 if mesh is None else mesh.size
-        chip = chip_of(jax.devices()[0])
-        if chip is None:
-            return None, None
-        chips = devices / chip.devices
-        spec = PROGRAMS[program]
-        sizes: Any = _Sizes(self.config, batch, context, self.prompt)
-        compute = spec.ideal_flops(sizes) / (chips * chip.bf16_flops)
-        traffic = sum(leaf.nbytes for part in spec.parts for leaf in jax.tree.leaves(self.generator.params[part]))
-        if program == "decode":
-            text = self.config.text
-            row = 2 * text.num_hidden_layers * context * text.num_key_value_heads * text.head_dim
-            traffic += batch * row * self.generator.cache_dtype.itemsize
-        least = max(compute, traffic / (chips * chip.hbm_bandwidth))
-        return compute / seconds, least / seconds
+
+def efficiency(
+    generator: Generator, chip: Chip, program: str, batch: int, context: int, seconds: float
+) -> tuple[float, float]:
+    """MFU and fraction of the roofline of one run.
+
+    Args:
+        generator: the model.
+        chip: figures of its devices' generation.
+        program: "encode", "prefill" or "decode".
+        batch: images or rows.
+        context: tokens of a prompt; decode: slots of the KV cache that a step reads.
+        seconds: duration of the run; decode: of one step.
+    """
+    config = generator.config
+    chips = (1 if generator.mesh is None else generator.mesh.size) / chip.devices
+    traffic = sum(
+        leaf.nbytes for part in ideal_flops.PARTS[program] for leaf in jax.tree.leaves(generator.params[part])
+    )
+    if program == "encode":
+        needed = ideal_flops.encode(config, batch)
+    elif program == "prefill":
+        needed = ideal_flops.prefill(config, batch, context)
+    else:
+        needed = ideal_flops.decode(config, batch, context)
+        text = config.text
+        row = 2 * text.num_hidden_layers * context * text.num_key_value_heads * text.head_dim
+        traffic += batch * row * generator.cache_dtype.itemsize
+    compute = needed / (chips * chip.bf16_flops)
+    least = max(compute, traffic / (chips * chip.hbm_bandwidth))
+    return compute / seconds, least / seconds
 
 
 def chip_of(device: jax.Device) -> Chip | None:
@@ -327,7 +333,12 @@ def chip_of(device: jax.Device) -> Chip | None:
     return CHIPS[KINDS[device.device_kind]] if device.device_kind in KINDS else None
 
 
-def _prompt_tokens(config: ChatConfig, asked: int | None) -> int:
+def choose_prompt_tokens(config: ChatConfig, asked: int | None) -> int:
+    """Tokens of a prompt: `asked`, or by default the largest bucket up to PROMPT_TOKENS that the context has room for.
+
+    Raises:
+        BenchError: `asked` does not fit the context, or an image does not fit into it.
+    """
     if config.text is None:
         return 0
     context = config.text.max_position_embeddings
@@ -341,8 +352,8 @@ def _prompt_tokens(config: ChatConfig, asked: int | None) -> int:
     return asked
 
 
-def _random_model(config: ChatConfig, mesh: str | None, dtype: str | None) -> Generator:
-    """A generator with random weights, made on the devices that hold them."""
+def random_model(config: ChatConfig, mesh: str | None, dtype: str | None) -> Generator:
+    """A generator with random weights, which are drawn on the devices that hold them."""
     on_cpu = jax.default_backend() == "cpu"
     number = jnp.dtype((jnp.float32 if on_cpu else jnp.bfloat16) if dtype is None else dtype)
     abstract = abstract_for_running(config, number)

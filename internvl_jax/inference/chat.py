@@ -1,49 +1,36 @@
-"""The object that people hold: a Chat answers questions about images. `internvl_jax.load` makes one."""
+"""Chat, the user-facing API: answers questions about images. `internvl_jax.load` creates one."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from internvl_jax.config import ChatConfig
-from internvl_jax.inference.generate import DecodeState, GenerationConfig, Generator
+from internvl_jax.inference.generate import DecodeState
+from internvl_jax.inference.generator import Generator
+from internvl_jax.inference.prompts import AskOptions, History, ImageSource, PromptBuilder, QuestionBatch
+from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.models.layers import Params
 from internvl_jax.parallel.partitioning import BATCH
-from internvl_jax.processing.conversation import (
-    IMAGE_PLACEHOLDER,
-    IMG_CONTEXT,
-    TEMPLATES,
-    Turn,
-    ambiguous,
-    as_turn,
-    combine_images,
-    count_placeholders,
-    images_of,
-    place_images,
-    prepare_prompt,
-    unused_character,
-)
-from internvl_jax.processing.images import ImageProcessor, load_image
-from internvl_jax.processing.tokenizer import StreamDecoder, Tokenizer, encode_prompt, pad_left, special_tokens_in
-
-ImageSource = str | Path | bytes | Image.Image | np.ndarray
-History = Sequence[tuple[str, str]]
+from internvl_jax.processing.conversation import IMG_CONTEXT, TEMPLATES, Turn, count_placeholders
+from internvl_jax.processing.images import ImageProcessor
+from internvl_jax.processing.tokenizer import StreamDecoder, Tokenizer
+from internvl_jax.quantize import scheme_of
 
 DEFAULT_NEW_TOKENS = 1024  # the longest answer where the caller sets no limit and the context has room
-STREAM_CHUNK = 4  # tokens between looks at a streamed answer: small enough to feel live
-STOP_CHUNK = 16  # tokens between looks for a stop string
+STREAM_CHUNK = 4  # tokens per piece of a streamed answer
+STOP_CHUNK = 16  # tokens between searches for a stop string
 
 
 logger = logging.getLogger(__name__)
@@ -54,12 +41,12 @@ NOT_FINITE = (
 
 
 class AnswerError(ValueError):
-    """A question that was asked and got no answer: the model's numbers are not finite, or its tokens are no text."""
+    """The model gave no answer: its logits are not finite, or its tokens cannot be decoded."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer and what it took. With `error` there is no answer: text is empty."""
+    """An answer. With `error` there is none: text is empty."""
 
     text: str
     tokens: list[int]  # new token ids, with the end token, or what completes the stop string, where there was one
@@ -68,6 +55,11 @@ class Reply:
     prompt_tokens: int
     timings: dict[str, float]  # seconds: encode, prefill, decode, total (of the whole batch)
     error: str | None = None  # why there is no answer; history then lacks this turn
+
+    def __repr__(self) -> str:
+        if self.error is not None:
+            return f"Reply(error={self.error!r})"
+        return f"Reply({self.text!r}, {len(self.tokens)} tokens, finish_reason={self.finish_reason!r})"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the fields, with `text` under the name `answer`; `error` where there is one."""
@@ -79,7 +71,7 @@ class Reply:
 
 
 def answered(replies: Sequence[Reply]) -> Sequence[Reply]:
-    """The replies as they are. Raises AnswerError at the first that is none."""
+    """Return the replies. Raises AnswerError if one has an error."""
     for reply in replies:
         if reply.error is not None:
             raise AnswerError(reply.error)
@@ -87,7 +79,7 @@ def answered(replies: Sequence[Reply]) -> Sequence[Reply]:
 
 
 class Stream:
-    """An answer as it comes: iterate over its pieces of text; `reply` is the whole once they are used up."""
+    """A streamed answer: iterate over its pieces of text; afterwards `reply` is the whole answer."""
 
     def __init__(self, pieces: Iterator[str | Reply]):
         self._pieces = pieces
@@ -109,10 +101,10 @@ class Stream:
 
 
 class Chat:
-    """A model with its tokenizer and image processor. Made by `load`.
+    """A model with its tokenizer and image processor. Created by `load`.
 
-    Three levels: `chat`, `batch_chat` and `stream` take questions and pictures; `generate`, `logits` and `encode` take
-    numpy arrays; `params` and `config` go with the pure functions of `internvl_jax.models`.
+    There are three levels: `chat`, `batch_chat` and `stream` take questions and images; `generate`, `logits` and
+    `encode` take numpy arrays; `params` and `config` are for `internvl_jax.models`.
     """
 
     def __init__(
@@ -130,15 +122,13 @@ class Chat:
         image_axes: tuple[str, ...] = BATCH,
     ):
         self.config = config
-        self.params = params
-        self.dtype = jnp.dtype(dtype)
         self.tokenizer = tokenizer
-        self.processor = processor
         self.name = name
         self.eos_token_ids = eos_token_ids
         self.image_token_id = config.image_token_id
         if self.image_token_id is None and tokenizer is not None:
             self.image_token_id = tokenizer.token_to_id(IMG_CONTEXT)
+        self.prompts = PromptBuilder(config, tokenizer, processor, self.image_token_id, name)
         # A model may have rows for more tokens than its tokenizer has: those are never generated.
         self._known = None
         if tokenizer is not None and config.text is not None:
@@ -146,7 +136,7 @@ class Chat:
         self.generator = Generator(
             config,
             params,
-            dtype=self.dtype,
+            dtype=dtype,
             cache_dtype=cache_dtype,
             image_token_id=self.image_token_id,
             mesh=mesh,
@@ -154,42 +144,73 @@ class Chat:
             known=self._known,
         )
 
-    # Questions and pictures.
+    @property
+    def params(self) -> Params:
+        """Parameters of the model."""
+        return self.generator.params
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Compute dtype."""
+        return self.generator.dtype
+
+    @property
+    def processor(self) -> ImageProcessor | None:
+        """Preprocessing of images; None if the checkpoint has no preprocessor_config.json."""
+        return self.prompts.processor
+
+    @processor.setter
+    def processor(self, processor: ImageProcessor | None) -> None:
+        self.prompts = replace(self.prompts, processor=processor)
+
+    def with_params(self, params: Params) -> Chat:
+        """The same chat with other parameters. Nothing is compiled again if their shapes and dtypes are the same."""
+        other = copy.copy(self)
+        other.generator = self.generator.with_params(params)
+        return other
+
+    def __repr__(self) -> str:
+        parameters = sum(int(leaf.size) for leaf in jax.tree.leaves(self.params))
+        parts = [self.name, f"{parameters / 1e9:.3f}B parameters", self.dtype.name]
+        scheme = scheme_of(self.params)
+        if scheme is not None:
+            parts.append(f"{scheme.name} weights")
+        if self.generator.cache_dtype != self.dtype:
+            parts.append(f"{self.generator.cache_dtype.name} KV cache")
+        mesh = self.generator.mesh
+        if mesh is not None:
+            parts.append("mesh " + ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1))
+        return f"Chat({', '.join(parts)})"
+
+    # Questions and images.
 
     def chat(
         self,
         question: str,
         images: Sequence[ImageSource] | ImageSource = (),
         history: History = (),
-        *,
-        system: str | None = None,
-        honour_exif: bool = True,
-        image_path: str = "eval",
-        parse_special: bool = False,
-        combine: bool = False,
-        **generation: Any,
+        **options: Any,
     ) -> Reply:
         """Answer one question.
 
-        question: may place each of its images with "<image>"; otherwise they stand in front of it.
-        images: all images of the conversation, those of its history first: paths, bytes, PIL images or arrays. Those
-            beyond the history's are the question's.
-        history: (question, answer) pairs, as the previous reply's `history` gives them, which also knows how many
-            images each has. Of pairs from elsewhere (JSON) it is one per placeholder, unless a third element says it;
-            where the only placeholder of such pairs may stand for several, the question has to place a later image.
-        honour_exif: turn images as their EXIF orientation says. The reference does not; evaluation passes False.
-        image_path: "eval" (convert to RGB, then resize) or "native" (the quick-start page's resize in the file's mode).
-        parse_special: read special tokens that the texts spell ("</s>", "<img>") as such, as the reference's tokenizer
-            does. By default they are ordinary text, so that nobody can end a turn or forge an image by typing.
-        combine: put all images where the history's one placeholder is, later ones too: the reference's combined form,
-            which shows an image before the answer that was given without it.
-        generation: fields of GenerationConfig (max_new_tokens, temperature, num_beams, stop, ...); without
-            max_new_tokens an answer may take 1024 tokens or what the context has room for.
-        Raises ValueError for what cannot be answered: unreadable images, placeholders and images that do not agree, an
-        empty question, prompt and answer beyond the context; AnswerError (one, too) where the logits are not finite.
+        Args:
+            question: its text, which may place each of its images with "<image>"; by default they precede the text.
+            images: all images of the conversation, those of its history first: paths, bytes, PIL images or arrays.
+                Those beyond the history's are the question's.
+            history: (question, answer) pairs. A previous reply's `history` also knows how many images each question
+                has. In pairs from elsewhere (JSON) it is one per placeholder, unless a third element gives the number;
+                where the only placeholder of such pairs may stand for several images, the question has to place a later
+                image.
+            **options: fields of `AskOptions` (system, honour_exif, ...) and of `GenerationConfig` (max_new_tokens,
+                temperature, num_beams, stop, ...). Without max_new_tokens an answer may take 1024 tokens or what the
+                context has room for.
+
+        Raises:
+            ValueError: an image is unreadable, placeholders and images do not match, the question is empty, or prompt
+                and answer exceed the context.
+            AnswerError: the logits are not finite.
         """
-        asking = _Asking(system, honour_exif, image_path, parse_special, combine)
-        (reply,) = answered(self._replies([question], [images], [history], asking, generation))
+        (reply,) = answered(self._replies([question], [images], [history], options))
         return reply
 
     def batch_chat(
@@ -197,22 +218,20 @@ class Chat:
         questions: Sequence[str],
         images: Sequence[Sequence[ImageSource] | ImageSource] | None = None,
         histories: Sequence[History] | None = None,
-        *,
-        system: str | None = None,
-        honour_exif: bool = True,
-        image_path: str = "eval",
-        parse_special: bool = False,
-        combine: bool = False,
-        **generation: Any,
+        **options: Any,
     ) -> list[Reply]:
-        """Answer several questions at once; each gets the answer that it gets alone. Arguments as for `chat`.
+        """Answer several questions in one batch; each gets the answer that it gets alone. Arguments as for `chat`.
 
-        Sampled, row i gets the answer that it gets alone with seed + i; `seed` may also be a tuple, one per row.
-        A row whose logits are not finite, or whose tokens are no text, gets a Reply with `error`; the others' answers
-        are not touched by it.
+        When sampling, row i gets the answer that it gets alone with seed + i; `seed` may also be a tuple, one per row.
+
+        Returns:
+            One Reply per question. A row whose logits are not finite, or whose tokens cannot be decoded, gets a Reply
+            with `error`; the other rows are not affected.
+
+        Raises:
+            ValueError: as for `chat`.
         """
-        asking = _Asking(system, honour_exif, image_path, parse_special, combine)
-        replies = self._replies(questions, images, histories, asking, generation)
+        replies = self._replies(questions, images, histories, options)
         failed = [number for number, reply in enumerate(replies, 1) if reply.error is not None]
         if failed:
             names = ", ".join(map(str, failed[:10])) + (", ..." if len(failed) > 10 else "")
@@ -224,10 +243,9 @@ class Chat:
         questions: Sequence[str],
         images: Sequence[Any] | None,
         histories: Sequence[History] | None,
-        asking: _Asking,
-        generation: dict[str, Any],
+        options: dict[str, Any],
     ) -> list[Reply]:
-        batch, gen = self._prepare(questions, images, histories, asking, generation)
+        batch, gen = self._prepare(questions, images, histories, options)
         timer = _Timer()
         features = self._encode_batch(batch, timer)
         if gen.num_beams > 1:
@@ -254,21 +272,15 @@ class Chat:
         question: str,
         images: Sequence[ImageSource] | ImageSource = (),
         history: History = (),
-        *,
-        system: str | None = None,
-        honour_exif: bool = True,
-        image_path: str = "eval",
-        parse_special: bool = False,
-        combine: bool = False,
-        **generation: Any,
+        **options: Any,
     ) -> Stream:
-        """Answer one question piece by piece; the pieces joined are the reply's text. Arguments as for `chat`.
+        """Answer one question and stream the answer; the pieces joined are the reply's text. Arguments as for `chat`.
 
-        Bad input raises here, before the first piece; AnswerError comes while iterating. Beam search decides at the
-        end, so it cannot be streamed.
+        Raises:
+            ValueError: as for `chat`, before the first piece; also for beam search, which cannot be streamed.
+            AnswerError: the logits are not finite; raised while iterating.
         """
-        asking = _Asking(system, honour_exif, image_path, parse_special, combine)
-        batch, gen = self._prepare([question], [images], [history], asking, generation)
+        batch, gen = self._prepare([question], [images], [history], options)
         if gen.num_beams > 1:
             raise ValueError("beam search cannot be streamed: use chat(), or num_beams=1")
         return Stream(self._stream(batch, gen))
@@ -404,72 +416,21 @@ class Chat:
         questions: Sequence[str],
         images: Sequence[Any] | None,
         histories: Sequence[History] | None,
-        asking: _Asking,
-        generation: dict[str, Any],
-    ) -> tuple[_Batch, GenerationConfig]:
-        """Text and images to arrays; everything that can be refused is refused here."""
+        options: dict[str, Any],
+    ) -> tuple[QuestionBatch, GenerationConfig]:
+        """Text and images to arrays. All inputs are validated here, before the model runs."""
+        asked = {name: options[name] for name in options.keys() & AskOptions.__dataclass_fields__.keys()}
+        generation = {name: value for name, value in options.items() if name not in asked}
         self.check_ready()
         self._check_generation(generation)
-        if isinstance(questions, str) or not len(questions):
-            raise ValueError("batch_chat takes a list of at least one question; chat() takes a single one")
-        image_rows = [_as_list(row) for row in images] if images is not None else [[] for _ in questions]
-        turns = [_turns(history) for history in histories] if histories is not None else [[] for _ in questions]
-        if not len(questions) == len(image_rows) == len(turns):
-            raise ValueError(
-                f"{len(questions)} questions, {len(image_rows)} lists of images and {len(turns)} histories: give "
-                "one of each per row"
-            )
-        placed, rows, pixels = [], [], []
-        turns = [combine_images(row, len(own)) if asking.combine else row for row, own in zip(turns, image_rows)]
-        for number, (question, row_images, history) in enumerate(zip(questions, image_rows, turns)):
-            where = f"question {number + 1}: " if len(questions) > 1 else ""
-            try:
-                if not isinstance(question, str):
-                    raise ValueError(f"a question is a text, not {type(question).__name__}")
-                if not question.strip():
-                    raise ValueError("the question is empty")
-                if row_images:
-                    self._check_sees()
-                earlier = images_of(history) + count_placeholders(asking.system or "")
-                if not ambiguous(history):
-                    question = place_images(question, len(row_images) - earlier, has_history=False)
-                rows.append(self._encode_text(question, history, len(row_images), asking))
-                for source in row_images:
-                    image = load_image(source, honour_exif=asking.honour_exif)
-                    pixels.append(self.processor(image, path=asking.image_path))
-            except ValueError as error:
-                raise type(error)(f"{where}{error}") from None
-            placed.append((question, len(row_images) - earlier))
-        input_ids, mask = pad_left(rows, self.tokenizer.pad_id or 0)
-        batch = _Batch(input_ids, mask, np.stack(pixels) if pixels else None, placed, turns)
-        gen = self._generation_config(generation, mask)
-        self.generator.check(input_ids, mask, None if not pixels else self._features_like(batch.pixel_values), gen)
+        batch = self.prompts.build(questions, images, histories, AskOptions(**asked))
+        gen = self._generation_config(generation, batch.attention_mask)
+        pixels = batch.pixel_values
+        features = None if pixels is None else self._features_like(pixels)
+        self.generator.check(batch.input_ids, batch.attention_mask, features, gen)
         return batch, gen
 
-    def _encode_text(self, question: str, history: Sequence[Turn], num_images: int, asking: _Asking) -> list[int]:
-        """Token ids of a row's prompt. What people typed holds no special tokens, unless they ask for it."""
-        typed = (question, asking.system or "", *(text for turn in history for text in turn))
-        literal = None
-        if not asking.parse_special:
-            without = (_unicode(text).replace(IMAGE_PLACEHOLDER, " ") for text in typed)
-            answers = (answer for _, answer in history)
-            if any(special_tokens_in(self.tokenizer, text) for text in without) or count_placeholders(*answers):
-                literal = unused_character(*typed)
-        template = TEMPLATES[self.config.template]
-        tokens = self.config.tokens_per_image if num_images else 0
-        prompt = prepare_prompt(template, question, history, num_images, tokens, asking.system, literal)
-        return encode_prompt(self.tokenizer, _unicode(prompt), template.image[1], self.image_token_id, literal=literal)
-
-    def _check_sees(self) -> None:
-        if self.config.vision is None:
-            raise ValueError(f"{self.name} is a language model without a vision tower: ask without images")
-        if self.processor is None:
-            raise ValueError(
-                f"{self.name} has no preprocessor_config.json: put it beside its config.json, or pass pixel_values to "
-                "generate()"
-            )
-
-    def _encode_batch(self, batch: _Batch, timer: _Timer) -> jax.Array | None:
+    def _encode_batch(self, batch: QuestionBatch, timer: _Timer) -> jax.Array | None:
         if batch.pixel_values is None:
             return None
         features = jax.block_until_ready(self.generator.encode(batch.pixel_values))
@@ -491,7 +452,7 @@ class Chat:
                 return rows, reasons
             state = self.generator.decode(state, chunk)
 
-    def _stream(self, batch: _Batch, gen: GenerationConfig) -> Iterator[str | Reply]:
+    def _stream(self, batch: QuestionBatch, gen: GenerationConfig) -> Iterator[str | Reply]:
         timer = _Timer()
         features = self._encode_batch(batch, timer)
         state = self.generator.prefill(batch.input_ids, batch.attention_mask, features, gen)
@@ -587,26 +548,6 @@ class Chat:
         return Reply(text, [int(t) for t in tokens], reason, turns, int(prompt_tokens), timer.seconds())
 
 
-@dataclass(frozen=True)
-class _Batch:
-    input_ids: np.ndarray  # [B,T] int32, left-padded
-    attention_mask: np.ndarray  # [B,T] int32
-    pixel_values: np.ndarray | None  # [M,3,H,W] float32
-    questions: list[tuple[str, int]]  # with their image placeholders, and how many images they bring
-    histories: list[list[Turn]]
-
-
-@dataclass(frozen=True)
-class _Asking:
-    """How questions are asked: `Chat.chat`'s arguments of these names."""
-
-    system: str | None = None
-    honour_exif: bool = True
-    image_path: str = "eval"
-    parse_special: bool = False
-    combine: bool = False
-
-
 class _Timer:
     """Wall time by phase."""
 
@@ -626,29 +567,6 @@ class _Timer:
 def _rows(array: Any) -> np.ndarray | None:
     """An array of one row or several as several."""
     return None if array is None else np.atleast_2d(np.asarray(array))
-
-
-def _unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the text holds bytes that are no UTF-8 (lone surrogates): type or decode it anew") from None
-    return text
-
-
-def _turns(history: Any) -> list[Turn]:
-    try:
-        if isinstance(history, str):
-            raise ValueError
-        return [as_turn(turn) for turn in history or ()]
-    except ValueError:
-        raise ValueError("a history is a list of (question, answer) texts, as a reply's `history`") from None
-
-
-def _as_list(images: Any) -> list[Any]:
-    if images is None:
-        return []
-    return [images] if isinstance(images, (str, Path, bytes, Image.Image, np.ndarray)) else list(images)
 
 
 def _held_back(text: str, stops: Sequence[str]) -> str:

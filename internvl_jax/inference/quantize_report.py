@@ -29,11 +29,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from internvl_jax.config import ChatConfig
-from internvl_jax.inference.chat import Chat, Reply, _Asking, answered
+from internvl_jax.inference.bound_model import BoundModel, PromptBatch
+from internvl_jax.inference.chat import Chat, Reply, answered
 from internvl_jax.inference.generate import read_prompt
 from internvl_jax.inference.loading import load
-from internvl_jax.models.layers import Array, Params
+from internvl_jax.inference.sampling import GenerationConfig
+from internvl_jax.models.layers import Array
 from internvl_jax.models.llama import Llama
 from internvl_jax.nano.render import KINDS, QAPair, heldout_questions
 from internvl_jax.quantize import Scheme
@@ -64,35 +65,23 @@ class Cost:
     answers: int
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "cache_dtype"))
-def answer_logits(
-    params: Params,
-    input_ids: Array,
-    valid: Array,
-    features: Array,
-    image_token_id: Array,
-    answer: Array,
-    *,
-    config: ChatConfig,
-    dtype: Any,
-    cache_dtype: Any,
-) -> Array:
-    """Logits of every token of answers [B,A] after prompts [B,T], read through the cache. -> [B,A,V] float32."""
-    language = params["language_model"]
-    slots = input_ids.shape[1] + answer.shape[1]
-    first, cache = read_prompt(
-        params,
-        input_ids,
-        valid,
-        features,
-        image_token_id,
-        config=config,
-        slots=slots,
-        dtype=dtype,
-        cache_dtype=cache_dtype,
-    )
+@jax.jit
+def answer_logits(model: BoundModel, prompt: PromptBatch, answer: Array) -> Array:
+    """Logits of given answers after prompts, read through the KV cache.
+
+    Args:
+        model: the model.
+        prompt: B prompts of T tokens, padded on the left.
+        answer: [B,A] int32, tokens of the answers.
+
+    Returns:
+        [B,A,V] float32, logits of each answer token given those before it.
+    """
+    config, dtype = model.config, model.dtype
+    language = model.params["language_model"]
+    first, cache = read_prompt(model, prompt, slots=prompt.input_ids.shape[1] + answer.shape[1])
     given = answer[:, :-1]
-    positions = valid.sum(axis=1, dtype=jnp.int32)[:, None] + jnp.arange(given.shape[1])
+    positions = prompt.valid.sum(axis=1, dtype=jnp.int32)[:, None] + jnp.arange(given.shape[1])
     llama, variables = Llama(config.text, dtype), {"params": language}
     x = llama.apply(variables, given, method="embed")
     hidden, _ = llama.apply(variables, x, positions, jnp.ones(given.shape, bool), cache)
@@ -119,14 +108,13 @@ class Questions:
 
     def logits(self, chat: Chat, answers: list[Reply]) -> np.ndarray:
         """The model's logits at each token of given answers, one after the other, [sum of their tokens, V]."""
-        batch, gen = chat._prepare(self.texts, self.images, None, _Asking(), {"max_new_tokens": 1})
+        batch = chat.prompts.build(self.texts, self.images)
+        gen = GenerationConfig(max_new_tokens=1)
         model = chat.generator
-        prompt = model._prepare(batch.input_ids, batch.attention_mask, model.encode(batch.pixel_values), gen)
+        prompt, _ = model.prepare(batch.input_ids, batch.attention_mask, model.encode(batch.pixel_values), gen)
         width = max(len(reply.tokens) for reply in answers)
         tokens = np.array([reply.tokens + [0] * (width - len(reply.tokens)) for reply in answers], np.int32)
-        logits = answer_logits(
-            *model._arguments(prompt), tokens, config=chat.config, dtype=model.dtype, cache_dtype=model.cache_dtype
-        )
+        logits = answer_logits(model.model, prompt, tokens)
         return np.concatenate([row[: len(reply.tokens)] for row, reply in zip(np.asarray(logits), answers)])
 
 

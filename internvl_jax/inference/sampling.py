@@ -1,4 +1,4 @@
-"""From logits to tokens: what a caller may ask for, and the functions that do it on the device."""
+"""From logits to tokens: generation settings, and the functions on the device that follow them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import numpy as np
 from internvl_jax.models.layers import Array
 from internvl_jax.parallel.partitioning import constrain
 
-EOS_SLOTS = 8  # end tokens a compiled program has room for; more than that come in further eights
-_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # of numbers on the device
-NO_TOKEN = np.iinfo(np.int32).max  # fills the unused room: no token has this id
+EOS_SLOTS = 8  # end tokens of a compiled program; more of them are rounded up to a multiple
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+NO_TOKEN = np.iinfo(np.int32).max  # padding of end tokens: no token has this id
 
 
 SAMPLING = ("top_p", "top_k", "seed")  # settings that are ignored at temperature 0
@@ -26,20 +26,38 @@ SAMPLING = ("top_p", "top_k", "seed")  # settings that are ignored at temperatur
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How to generate; names and meanings are transformers'. Raises ValueError for values that make no sense."""
+    """Generation settings; names and meanings are those of transformers.
+
+    Attributes:
+        max_new_tokens: longest answer in tokens, the end token included.
+        min_new_tokens: no end token before that many tokens.
+        temperature: 0 is greedy: always the most probable token, whatever top_k and top_p say.
+        top_k: sample among the k most probable tokens; 0: among all.
+        top_p: sample among the fewest tokens whose probabilities sum to top_p.
+        repetition_penalty: above 1 makes tokens that were generated before less likely.
+        seed: row i samples with seed + i; a tuple has one seed per row.
+        num_beams: beams per row; 1: no beam search.
+        length_penalty: beams are ranked by log-probability / length ** length_penalty.
+        early_stopping: when a beam search ends: True, False or "never", see beam_search.py.
+        stop: stop strings, which `Chat` looks for in the decoded text; token-level functions ignore them.
+        eos_token_ids: end tokens; None: the checkpoint's.
+
+    Raises:
+        ValueError: a value is out of range or contradicts another.
+    """
 
     max_new_tokens: int = 1024
-    min_new_tokens: int = 0  # no end token before that many tokens
-    temperature: float = 0.0  # 0 is greedy: the most probable token, top_k and top_p without effect
-    top_k: int = 0  # sample among the k most probable tokens; 0: among all
-    top_p: float = 1.0  # sample among the fewest tokens whose probabilities reach top_p
-    repetition_penalty: float = 1.0  # above 1 makes tokens that were generated before less likely
-    seed: int | tuple[int, ...] = 0  # row i samples with seed + i; a tuple gives each row its own
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | tuple[int, ...] = 0
     num_beams: int = 1
-    length_penalty: float = 1.0  # beams are ranked by log-probability / length ** length_penalty
-    early_stopping: bool | str = False  # when beams stop: True, False or "never", see beam.py
-    stop: tuple[str, ...] = ()  # stop strings; only who decodes text can look for them (chat.py)
-    eos_token_ids: tuple[int, ...] | None = None  # None: the checkpoint's
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    stop: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self):
         for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("top_k", 0), ("num_beams", 1)):
@@ -93,22 +111,46 @@ def _whole(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-class Settings(flax.struct.PyTreeNode):
-    """A GenerationConfig on the device. Rows have their own values, so that one batch may serve several callers."""
+class RowSettings(flax.struct.PyTreeNode):
+    """Generation settings of each row of a batch, as arrays: rows of one batch may differ.
 
-    max_new_tokens: Array  # [B] int32
-    min_new_tokens: Array  # [B] int32
-    temperature: Array  # [B] float32, 0 is greedy
-    top_k: Array  # [B] int32, 0 is off
-    top_p: Array  # [B] float32, 1 is off
-    repetition_penalty: Array  # [B] float32, 1 is off
-    seed: Array  # [B] uint32
-    eos_ids: Array  # [B,E] int32, filled up with NO_TOKEN
-    known: Array | None = None  # [V] bool, of all rows: tokens that may be generated; None: all
+    Attributes:
+        max_new_tokens: [B] int32.
+        min_new_tokens: [B] int32.
+        temperature: [B] float32, 0 is greedy.
+        top_k: [B] int32, 0 is off.
+        top_p: [B] float32, 1 is off.
+        repetition_penalty: [B] float32, 1 is off.
+        seed: [B] uint32.
+        eos_ids: [B,E] int32, padded with NO_TOKEN.
+        known: [V] bool, tokens that any row may generate; None: all.
+    """
+
+    max_new_tokens: Array
+    min_new_tokens: Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    repetition_penalty: Array
+    seed: Array
+    eos_ids: Array
+    known: Array | None = None
 
 
-def make_settings(gen: GenerationConfig, batch: int, eos_token_ids: Sequence[int]) -> Settings:
-    """The same settings for `batch` rows, as numpy arrays. eos_token_ids serve where gen names none."""
+def make_row_settings(gen: GenerationConfig, batch: int, eos_token_ids: Sequence[int]) -> RowSettings:
+    """Expand generation settings to a batch.
+
+    Args:
+        gen: the settings.
+        batch: number of rows.
+        eos_token_ids: end tokens where `gen` has none.
+
+    Returns:
+        Numpy arrays of `batch` rows.
+
+    Raises:
+        ValueError: `gen` has a number of seeds other than `batch`.
+    """
     eos = tuple(dict.fromkeys(eos_token_ids if gen.eos_token_ids is None else gen.eos_token_ids))
     room = EOS_SLOTS * max(1, -(-len(eos) // EOS_SLOTS))
     if isinstance(gen.seed, tuple):
@@ -121,7 +163,7 @@ def make_settings(gen: GenerationConfig, batch: int, eos_token_ids: Sequence[int
     def rows(value: Any, dtype: Any) -> np.ndarray:
         return np.full(batch, value, dtype)
 
-    return Settings(
+    return RowSettings(
         max_new_tokens=rows(gen.max_new_tokens, np.int32),
         min_new_tokens=rows(gen.min_new_tokens, np.int32),
         temperature=rows(gen.temperature, np.float32),
@@ -133,14 +175,14 @@ def make_settings(gen: GenerationConfig, batch: int, eos_token_ids: Sequence[int
     )
 
 
-def end_tokens(settings: Settings, vocabulary: int) -> Array:
+def end_tokens(settings: RowSettings, vocabulary: int) -> Array:
     """Which tokens end each row, [B,V] bool."""
     ids = settings.eos_ids
     rows = jnp.arange(ids.shape[0])[:, None]
     return jnp.zeros((ids.shape[0], vocabulary), bool).at[rows, ids].set(True, mode="drop")
 
 
-def penalize(scores: Array, seen: Array, count: Array, settings: Settings) -> Array:
+def penalize(scores: Array, seen: Array, count: Array, settings: RowSettings) -> Array:
     """Repetition penalty, then no end token before min_new_tokens, and no unknown one. scores [B,V], count [B].
 
     scores are float32: logits, or log-probabilities in beam search, as in transformers. seen [B,V] bool. Only
@@ -197,7 +239,7 @@ def keep_top(scores: Array, weights: Array, limit: Array) -> Array:
     return jnp.where(keys >= threshold[:, None], scores, -jnp.inf)
 
 
-def sample_tokens(logits: Array, count: Array, settings: Settings) -> Array:
+def sample_tokens(logits: Array, count: Array, settings: RowSettings) -> Array:
     """Draw a token per row: temperature, top-k, top-p, then the draw. logits [B,V] float32, count [B] -> [B] int32.
 
     The draw depends on the row's seed, on how many tokens the row has and on its logits: not on the batch around it.
@@ -215,7 +257,7 @@ def sample_tokens(logits: Array, count: Array, settings: Settings) -> Array:
     return jax.vmap(draw)(settings.seed, count, logits).astype(jnp.int32)
 
 
-def select_tokens(logits: Array, seen: Array, count: Array, settings: Settings) -> Array:
+def select_tokens(logits: Array, seen: Array, count: Array, settings: RowSettings) -> Array:
     """The next token of each row, greedy where its temperature is 0. logits [B,V] float32 -> [B] int32.
 
     The order is transformers': repetition penalty, min_new_tokens, temperature, top-k, top-p.

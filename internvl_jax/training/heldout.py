@@ -142,13 +142,10 @@ class HeldOut:
     def _answer(self, step: int, state: State, frozen: Params) -> None:
         params = assemble_params(state.trained, frozen, self._recipe, None)
         alone = self._place.mesh is None and jax.default_backend() == "cpu"
-        self._chat.generator.params = unstack_towers(params) if alone else params
-        try:
-            # One that fails is told as a warning: whether training goes on is for the loss to say.
-            options: dict[str, Any] = {"honour_exif": False, "parse_special": True, "max_new_tokens": ANSWER_TOKENS}
-            replies = [self._chat.batch_chat([q.text], [q.images], **options)[0] for q in self._questions]
-        finally:
-            self._chat.generator.params = {}
+        chat = self._chat.with_params(unstack_towers(params) if alone else params)
+        # A question that fails is logged as a warning; it does not end the run.
+        options: dict[str, Any] = {"honour_exif": False, "parse_special": True, "max_new_tokens": ANSWER_TOKENS}
+        replies = [chat.batch_chat([q.text], [q.images], **options)[0] for q in self._questions]
         if not distributed.is_process_0():
             return
         said = [

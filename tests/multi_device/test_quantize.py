@@ -9,6 +9,7 @@ from support.mesh_cases import IMAGE, answers, batch_of, config_of, params_of
 from support.quantize_cases import V1_1, quantized, run
 
 from internvl_jax import checkpoint
+from internvl_jax.inference.bound_model import BoundModel, PromptBatch
 from internvl_jax.inference.loading import load
 from internvl_jax.inference.quantize_report import answer_logits, divergence
 from internvl_jax.models import param_sharding
@@ -44,17 +45,9 @@ def forced(params):
     """Logits of six given tokens after each of four prompts, read through an int8 cache."""
     rng, text = np.random.default_rng(0), CONFIG.text
     ids, features = batch_of(CONFIG, 4)[0], rng.standard_normal((4, CONFIG.tokens_per_image, text.hidden_size))
-    logits = answer_logits(
-        params,
-        ids,
-        np.ones(ids.shape, bool),
-        features.astype(np.float32),
-        np.int32(IMAGE),
-        rng.integers(4, text.vocab_size, (4, 6)).astype(np.int32),
-        config=CONFIG,
-        dtype=jnp.float32,
-        cache_dtype=jnp.int8,
-    )
+    model = BoundModel(params, np.int32(IMAGE), CONFIG, jnp.dtype("float32"), jnp.dtype("int8"))
+    prompt = PromptBatch(ids, np.ones(ids.shape, bool), features.astype(np.float32))
+    logits = answer_logits(model, prompt, rng.integers(4, text.vocab_size, (4, 6)).astype(np.int32))
     return np.asarray(logits)[..., : text.vocab_size]
 
 

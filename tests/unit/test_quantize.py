@@ -18,8 +18,9 @@ import internvl_jax
 from internvl_jax import checkpoint
 from internvl_jax.config import PRESETS, ChatConfig
 from internvl_jax.inference.beam_search import reorder, widen
-from internvl_jax.inference.generate import GenerationConfig, Generator
+from internvl_jax.inference.generator import Generator
 from internvl_jax.inference.loading import unstack_towers
+from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.models import chat_model, kv_cache
 from internvl_jax.models.layers import Linear, product, split_groups
 from internvl_jax.quantize import (
@@ -278,8 +279,7 @@ def test_quality_on_the_golden_bundle(scheme, bound):
     plain, like = chat.params, quantized(chat.params, scheme)
     by_chance = []
     for seed in range(3):
-        chat.generator.params = noisy(plain, like, seed)
-        by_chance.append(golden_cost(chat))
+        by_chance.append(golden_cost(chat.with_params(noisy(plain, like, seed))))
     noise, agreement = (float(np.mean([np.mean(one[place]) for one in by_chance])) for place in (0, 1))
     print(f"{scheme}: KL {ours.mean():.2g}, largest {ours.max():.2g}, same token {same:.1%}; ", end="")
     print(f"noise: KL {noise:.2g}, same token {agreement:.1%}")
@@ -358,8 +358,7 @@ def test_llava(scheme, tmp_path):
     # What is computed is what the integers stand for: the same model in float32 with the rounded weights.
     pixels = normal((2, 3, 84, 84))
     visual = chats[0].encode(pixels)
-    rounded = plain.generator
-    rounded.params = dequantized(params)
+    plain = plain.with_params(dequantized(params))
     assert_close(visual, plain.encode(pixels), 1e-4, "visual tokens")
     ids = np.array([[1, *[-200] * 36, 300, 17, 42]])
     assert_close(chats[0].logits(ids, pixels[:1]), plain.logits(ids, pixels[:1]), 1e-3, "logits")

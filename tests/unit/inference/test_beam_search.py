@@ -21,9 +21,9 @@ from support.generation_cases import (
 from support.golden import unstack
 
 from internvl_jax.config import ChatConfig
-from internvl_jax.inference import beam_search
-from internvl_jax.inference.generate import GenerationConfig, Generator
-from internvl_jax.inference.sampling import make_settings
+from internvl_jax.inference import beam_search, generate
+from internvl_jax.inference.generator import Generator
+from internvl_jax.inference.sampling import GenerationConfig, make_row_settings
 from internvl_jax.models import kv_cache
 
 CONFIG = ChatConfig.from_hf(LLAMA)
@@ -173,19 +173,23 @@ def test_better_than_greedy():
 
 
 def test_settings_compile_nothing():
-    from internvl_jax.inference import generate
-
     model = generator(llama_weights(0))
     ids = np.array([[4, 9, 3, 17]])
     model.generate(ids, gen=GenerationConfig(max_new_tokens=10, num_beams=2))
-    before = generate._beam_search._cache_size(), generate._read_prompt._cache_size()
+    before = generate.num_compiles()
     for options in (
         {"max_new_tokens": 20, "length_penalty": 2.0},
         {"max_new_tokens": 5, "early_stopping": True, "min_new_tokens": 2},
         {"max_new_tokens": 5, "early_stopping": "never", "repetition_penalty": 1.5, "eos_token_ids": (3, 4)},
     ):
         model.generate(np.array([[5, 6, 7, 8, 9, 10]]), gen=GenerationConfig(num_beams=2, **options))
-    assert before == (generate._beam_search._cache_size(), generate._read_prompt._cache_size())
+    assert generate.num_compiles() == before
+
+
+def search_settings(gen):
+    rule = jnp.asarray(beam_search.EARLY_STOPPING[gen.early_stopping])
+    rows = make_row_settings(gen, 1, ())
+    return beam_search.SearchSettings(rows, jnp.float32(gen.length_penalty), rule, gen.num_beams, gen.max_new_tokens)
 
 
 @pytest.mark.parametrize(
@@ -219,8 +223,7 @@ def test_when_a_search_is_over(early_stopping, length_penalty, worst, over):
         failed=jnp.zeros(1, bool),
     )
     logits = jnp.asarray([[[0.0, -50.0, -50.0, -50.0]] * 2])  # the next token costs nothing
-    rule = jnp.asarray(beam_search.EARLY_STOPPING[early_stopping])
-    after = beam_search.add_tokens(state, logits, make_settings(gen, 1, ()), jnp.float32(length_penalty), rule, 2)
+    after = beam_search.add_tokens(state, logits, search_settings(gen), 2)
     assert after.done.tolist() == [over]
     assert int(after.count) == 2
 
@@ -242,7 +245,7 @@ def test_an_open_beam_that_wins_at_the_limit():
         failed=jnp.zeros(1, bool),
     )
     logits = jnp.asarray([[[0.0] * 4, [-50.0, -50.0, 0.0, -50.0]]])  # only the second beam's next token costs nothing
-    after = beam_search.add_tokens(state, logits, make_settings(gen, 1, ()), jnp.float32(1), jnp.asarray(0), 2)
+    after = beam_search.add_tokens(state, logits, search_settings(gen), 2)
     assert after.done.tolist() == [True]
     assert after.best.tolist() == [[1, 2]]
     assert after.best_length.tolist() == [2]

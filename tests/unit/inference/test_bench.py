@@ -67,7 +67,7 @@ def test_a_trace_is_written(result):
 
 
 def test_random_weights_are_random_everywhere():
-    generator = bench._random_model(NANO, None, None)
+    generator = bench.random_model(NANO, None, None)
     tower = generator.params["vision_model"]["layers"]
     assert len(tower) == NANO.num_vision_layers
     values = np.asarray(tower[0]["mlp"]["fc1"]["kernel"])
@@ -95,24 +95,24 @@ def test_refused(options, words):
 
 def test_default_prompts_fit_the_context():
     for config in (PRESETS["internvl_chat_v1_1"](), NANO):
-        prompt = bench._prompt_tokens(config, None)
+        prompt = bench.choose_prompt_tokens(config, None)
         assert config.tokens_per_image < prompt <= 512
-    assert bench._prompt_tokens(PRESETS["internvl_chat_v1_1"](), None) == 512
+    assert bench.choose_prompt_tokens(PRESETS["internvl_chat_v1_1"](), None) == 512
 
 
-def test_figures_on_a_chip(monkeypatch):
+def test_figures_on_a_chip():
     """MFU and roofline of V1-1's decoding on v5e, recomputed from the chip's figures and the model's sizes."""
     config, chip = PRESETS["internvl_chat_v1_1"](), CHIPS["v5e"]
     text = config.text
     weights = SimpleNamespace(nbytes=26_000_000_000)
     generator = SimpleNamespace(
-        mesh=SimpleNamespace(size=8), params={"language_model": {"w": weights}}, cache_dtype=np.dtype(np.float16)
+        config=config,
+        mesh=SimpleNamespace(size=8),
+        params={"language_model": {"w": weights}},
+        cache_dtype=np.dtype(np.float16),
     )
-    monkeypatch.setattr(bench, "chip_of", lambda device: chip)
-    measured = bench._Bench.__new__(bench._Bench)
-    measured.generator, measured.config, measured.prompt = generator, config, 512
     seconds, batch, context = 0.010, 8, 1024
-    mfu, roofline = measured._against_the_chip("decode", batch, seconds, context)
+    mfu, roofline = bench.efficiency(generator, chip, "decode", batch, context, seconds)
     width, heads = text.hidden_size, text.num_attention_heads * text.head_dim
     layer = 4 * width * heads + 3 * width * text.intermediate_size
     per_row = 2 * text.num_hidden_layers * layer + 2 * width * text.vocab_size

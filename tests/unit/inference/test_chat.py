@@ -628,3 +628,10 @@ def test_rows_that_the_tokenizer_does_not_have_are_never_answered(tmp_path):
     assert list(stream) == []
     for reply in (chat.chat("What is this?"), stream.reply):
         assert (reply.tokens, reply.text, reply.finish_reason) == ([2 * size - 1], "", "stop")
+
+
+def test_repr(chat):
+    assert repr(chat).startswith(f"Chat({chat.name}, 0.")
+    assert "B parameters, float32" in repr(chat)
+    reply = chat.chat("What is shown?", max_new_tokens=2)
+    assert repr(reply) == f"Reply({reply.text!r}, {len(reply.tokens)} tokens, finish_reason={reply.finish_reason!r})"

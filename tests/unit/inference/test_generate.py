@@ -12,9 +12,9 @@ from support.golden import unstack
 from support.paths import DATA
 
 from internvl_jax.config import ChatConfig
-from internvl_jax.inference import generate
-from internvl_jax.inference.generate import GenerationConfig, Generator, bucket
-from internvl_jax.inference.sampling import EOS_SLOTS, all_finite
+from internvl_jax.inference import generate, generator
+from internvl_jax.inference.generator import Generator, bucket
+from internvl_jax.inference.sampling import EOS_SLOTS, GenerationConfig, all_finite
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import positions_from_valid
 
@@ -370,10 +370,10 @@ def test_what_compiles_and_what_does_not(weights):
     config = ChatConfig.from_hf({**LLAMA, "rms_norm_eps": 2e-5})  # another model than the other tests': nothing cached
     model = Generator(config, {"language_model": weights}, dtype=jnp.float32, image_token_id=IMAGE)
     rows, features = image_rows()
-    programs = generate._prefill, generate._decode
 
     def sizes():
-        return [program._cache_size() for program in programs]
+        counts = generate.num_compiles()
+        return [counts["prefill"], counts["decode"]]
 
     start = sizes()
     before = len(COMPILES)
@@ -566,7 +566,7 @@ def test_padding_is_never_an_image(weights):
     ("count", "multiple", "size"), [(1, 1, 1), (3, 1, 4), (4, 4, 4), (3, 8, 8), (5, 6, 12), (1, 3, 3), (9, 8, 16)]
 )
 def test_images_are_padded_to_a_power_of_two_and_the_mesh(count, multiple, size, library):
-    padded = generate._pad_images(library.ones((count, 2, 3)), multiple)
+    padded = generator.pad_images(library.ones((count, 2, 3)), multiple)
     assert padded.shape == (size, 2, 3)
     assert (padded[:count] == 1).all()
     assert (padded[count:] == 0).all()
@@ -574,7 +574,7 @@ def test_images_are_padded_to_a_power_of_two_and_the_mesh(count, multiple, size,
 
 def test_images_reach_the_tower_in_numbers_that_divide_the_mesh(model, monkeypatch):
     sizes = []
-    monkeypatch.setattr(generate, "_encode", lambda params, pixels, **_: sizes.append(len(pixels)) or pixels)
+    monkeypatch.setattr(generate, "encode_step", lambda _, pixels: sizes.append(len(pixels)) or pixels)
     monkeypatch.setattr(model, "_image_multiple", 6)
     assert model.encode(np.ones((3, 3, 4, 4), np.float32)).shape[0] == 3
     assert sizes == [6]

@@ -8,8 +8,16 @@ from support.generation_cases import IMAGE, LLAMA, NO_END, llama_weights, padded
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.inference import generate
-from internvl_jax.inference.generate import GenerationConfig, Generator, bucket
-from internvl_jax.inference.sampling import keep_likely, make_settings, penalize, sample_tokens, select_tokens
+from internvl_jax.inference.bound_model import PromptBatch
+from internvl_jax.inference.generator import Generator, bucket
+from internvl_jax.inference.sampling import (
+    GenerationConfig,
+    keep_likely,
+    make_row_settings,
+    penalize,
+    sample_tokens,
+    select_tokens,
+)
 
 CONFIG = ChatConfig.from_hf(LLAMA)
 
@@ -120,7 +128,7 @@ def test_samples_have_the_processed_distribution(options):
     draws, vocabulary, end = 40_000, 17, 3
     logits = np.random.RandomState(1).standard_normal(vocabulary).astype(np.float32) * 2
     seen = [int(np.argmax(logits)), 4, 8]
-    settings = make_settings(GenerationConfig(eos_token_ids=end, **options), draws, ())
+    settings = make_row_settings(GenerationConfig(eos_token_ids=end, **options), draws, ())
     forbidden = (end,) if options.get("min_new_tokens") else ()
     expected = processed(logits, seen, {**options, "forbidden": forbidden})
     mask = np.zeros((draws, vocabulary), bool)
@@ -153,7 +161,9 @@ def test_tied_tokens_are_kept_together():
 
 
 def test_penalty_moves_both_signs_down():
-    settings = make_settings(GenerationConfig(repetition_penalty=2.0, min_new_tokens=3, eos_token_ids=(1, 3)), 1, ())
+    settings = make_row_settings(
+        GenerationConfig(repetition_penalty=2.0, min_new_tokens=3, eos_token_ids=(1, 3)), 1, ()
+    )
     scores, seen = np.array([[-1.0, 2.0, 3.0, 4.0]], np.float32), np.array([[True, True, False, False]])
     early = penalize(scores, seen, np.array([2]), settings)
     late = penalize(scores, seen, np.array([3]), settings)
@@ -181,7 +191,7 @@ def test_every_step_draws_anew():
     """Of flat logits: at another count of tokens, or with another seed, the noise is another one."""
     draws, vocabulary = 64, 32
     logits = jnp.zeros((draws, vocabulary))
-    settings = make_settings(GenerationConfig(temperature=1.0), draws, ())  # seeds 0, 1, 2, ...
+    settings = make_row_settings(GenerationConfig(temperature=1.0), draws, ())  # seeds 0, 1, 2, ...
     first, again, second = (np.asarray(sample_tokens(logits, jnp.full(draws, count), settings)) for count in (1, 1, 2))
     assert np.array_equal(first, again)
     assert (first == second).mean() < 0.2  # 1 in 32 by chance
@@ -203,14 +213,12 @@ def test_rows_with_settings_of_their_own(model):
     gens = [GenerationConfig(24, **NO_END), GenerationConfig(10, temperature=1.0, top_k=4, seed=7, **NO_END)]
     alone = [model.generate(ids[i : i + 1], mask[i : i + 1], None, gen)[0][0].tolist() for i, gen in enumerate(gens)]
     left = padded(rows_of(ids, mask))
-    settings = [make_settings(gen, 1, ()) for gen in gens]
+    settings = [make_row_settings(gen, 1, ()) for gen in gens]
     both = jax.tree.map(lambda *leaves: np.concatenate(leaves), *settings)
     width = bucket(9)
     ids, valid = (np.pad(x, ((0, 0), (width - 9, 0))) for x in left)
     ids = np.where(valid, ids, 0).astype(np.int32)
-    state = generate._prefill(
-        model.params, ids, valid > 0, None, np.int32(-1), both, config=CONFIG, slots=96, dtype=model.dtype
-    )
+    state = generate.prefill_step(model.model, PromptBatch(ids, valid > 0), both, slots=96)
     rows, _, running = model.read(model.decode(state, 100))
     assert rows == alone
     assert not running.any()

@@ -1,0 +1,46 @@
+"""A model bound to its parameters, and a batch of prompts: what every jitted inference step takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+
+from internvl_jax.config import ChatConfig
+from internvl_jax.models.layers import Array, Params
+from internvl_jax.parallel.partitioning import BATCH
+
+
+class BoundModel(flax.struct.PyTreeNode):
+    """A model with its parameters. The fields that are not arrays select the compiled program.
+
+    Attributes:
+        params: parameter tree of `chat_model`, layers stacked or as tuples of per-layer trees.
+        image_token_id: [] int32, the token that image features replace; -1, which no token has, for text-only models.
+        config: configuration of the model.
+        dtype: compute dtype.
+        cache_dtype: dtype of the KV cache: int8 or a floating-point type.
+        image_axes: mesh axes over which the vision tower's images are split (`partitioning.IMAGE_AXES`).
+    """
+
+    params: Params
+    image_token_id: Array
+    config: ChatConfig = flax.struct.field(pytree_node=False)
+    dtype: Any = flax.struct.field(pytree_node=False)
+    cache_dtype: Any = flax.struct.field(pytree_node=False)
+    image_axes: tuple[str, ...] = flax.struct.field(pytree_node=False, default=BATCH)
+
+
+class PromptBatch(flax.struct.PyTreeNode):
+    """Prompts of one batch. Decoding needs left padding: then the last column has every row's last token.
+
+    Attributes:
+        input_ids: [B,T] int32.
+        valid: [B,T] bool, False on padding. Rows that only fill up the mesh have no valid token.
+        features: [M,P,D] image features in prompt order over the batch, possibly followed by padding; None without
+            images.
+    """
+
+    input_ids: Array
+    valid: Array
+    features: Array | None = None
