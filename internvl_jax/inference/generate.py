@@ -217,7 +217,7 @@ read_prompt_step = jax.jit(read_prompt, static_argnames=("slots",))
 beam_search_step = jax.jit(beam_search)
 
 # Shared by every Generator of a process.
-PROGRAMS = {
+PROGRAMS: dict[str, Any] = {
     "encode": encode_step,
     "prefill": prefill_step,
     "decode": decode_loop,

@@ -8,7 +8,8 @@ import numpy as np
 
 from internvl_jax.config import ChatConfig, ProjectorConfig, TextConfig, VisionConfig
 from internvl_jax.config.schema import clip_vision
-from internvl_jax.inference.generate import GenerationConfig, Generator
+from internvl_jax.inference.generator import Generator
+from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.models import chat_model
 from internvl_jax.parallel import partitioning
 
