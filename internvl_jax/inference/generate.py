@@ -16,6 +16,7 @@ A slot is where the cache stores a token; a position is the token's place in its
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
