@@ -30,7 +30,7 @@ import transformers
 from checkpoints_convert.convert import load_hf
 from checkpoints_convert.readers import open_checkpoint
 from checkpoints_convert.reference import Reference
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import load_config
 from internvl_jax.data.batch import IGNORED, Batch
 from internvl_jax.inference.loading import abstract_for_running
 from internvl_jax.training import optimizer, state, trainer
@@ -127,7 +127,7 @@ def torch_losses(recipe: Recipe, made: list[Batch], image_token_id: int, *, move
 
 def our_losses(recipe: Recipe, made: list[Batch], image_token_id: int) -> list[float]:
     """Train through the trainer's step."""
-    config = ChatConfig.from_file(BUNDLE / "checkpoint")
+    config = load_config(BUNDLE / "checkpoint")
     place = state.Place(config)
     adamw = optimizer.make_optimizer(recipe.optimizer, len(made), config)
     params = load_hf(BUNDLE / "checkpoint", abstract_for_running(config, jnp.float32))
@@ -146,7 +146,7 @@ def run(name: str = "full", steps: int = 20) -> Run:
     recipe = override(recipe_of(name), optimizer={"learning_rate": RATE, "warmup": WARMUP}, drop_path=0.0)
     facts = json.loads((BUNDLE / "goldens.json").read_text(encoding="utf-8"))
     image_token_id = facts["config"]["token_ids"]["<IMG_CONTEXT>"]
-    vocabulary = ChatConfig.from_file(BUNDLE / "checkpoint").text.vocab_size
+    vocabulary = load_config(BUNDLE / "checkpoint").text.vocab_size
     made = batches(steps, image_token_id, vocabulary)
     original = float(np.load(BUNDLE / "goldens.npz")["train/loss"])
     ours = our_losses(recipe, made, image_token_id)

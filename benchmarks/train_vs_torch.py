@@ -133,7 +133,7 @@ def run_ours(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from internvl_jax.config import ChatConfig
+    from internvl_jax.config import load_config
     from internvl_jax.data.batch import Batch
     from internvl_jax.training import optimizer, state, trainer
     from internvl_jax.training.recipes import override, recipe_of
@@ -141,7 +141,7 @@ def run_ours(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
     jax.devices()
     imports = peak()
     recipe = override(recipe_of(args.recipe), optimizer={"learning_rate": RATE, "warmup": 0.0}, drop_path=0.0)
-    config = ChatConfig.from_file(directory / "ours")
+    config = load_config(directory / "ours")
     place, settings = state.Place(config), trainer.Settings(args.steps, remat=args.remat)
     adamw = optimizer.make_optimizer(recipe.optimizer, args.steps, config)
     params = state.read_params(

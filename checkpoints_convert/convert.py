@@ -28,13 +28,12 @@ from checkpoints_convert.readers import Weights, open_checkpoint, read_index
 from internvl_jax import checkpoint
 from internvl_jax.checkpoint import Progress
 from internvl_jax.chunk_store import not_finite
-from internvl_jax.config import ChatConfig
-from internvl_jax.config.schema import read_json
+from internvl_jax.config import ChatConfig, ConfigError, load_config
 from internvl_jax.models import chat_model
 from internvl_jax.models.axes import axes_of
 from internvl_jax.parallel import distributed
 from internvl_jax.quantize import Scheme, is_quantized, quantize_kernel, quantize_params, quantize_while_reading
-from internvl_jax.utils.files import new_directory, resolve
+from internvl_jax.utils.files import new_directory, read_json_object, resolve
 
 PUBLISHED = "published.json"  # which file held which tensor
 BUFFERS = "published_buffers.safetensors"  # tensors that are no parameters
@@ -87,7 +86,7 @@ def convert(
     small files as they are, and `published.json`, by which an export restores the published files.
     quantize: "int8" or "int4" weights, layer by layer as they come; such parameters cannot be exported.
     vision_tower: the directory of the vision tower, where the layout has one of its own; None: it is looked for in
-        source and beside it (config.tower_directory). What is written holds the tower.
+        source and beside it (config.find_vision_tower). What is written holds the tower.
     progress: called as progress(done_bytes, total_bytes, what).
     Raises ConversionError or ConfigError that lists all that is wrong before anything is written; whatever goes wrong
     later, `destination` does not come into being.
@@ -97,7 +96,7 @@ def convert(
     checkpoint.check_place(destination)
     if checkpoint.is_converted(source):
         raise ConversionError(f"{source} is converted already")
-    config = ChatConfig.from_file(source, vision_tower)
+    config = load_config(source, vision_tower)
     check_side_files(source, vision_tower)
     with open_checkpoint(source, vision_tower) as weights:
         parts, dtypes = _match(config, weights)
@@ -147,7 +146,7 @@ def load_hf(directory: str | Path, abstract: Any, *, progress: Progress | None =
 
 
 def _load_hf(directory: Path, abstract: Any, progress: Progress | None) -> Any:
-    config = ChatConfig.from_file(directory)
+    config = load_config(directory)
     with open_checkpoint(directory) as weights:
         parts, dtypes = _match(config, weights)
         wanted = dict(checkpoint.named_leaves(abstract, is_quantized))
@@ -289,7 +288,7 @@ def published_map(directory: Path) -> dict[str, str] | None:
 def published_dtypes(directory: Path) -> dict[str, np.dtype]:
     """The dtypes that `convert` recorded: of tensors that were widened because other layers of their stack were."""
     path = directory / PUBLISHED
-    recorded = read_json(path).get("dtypes", {}) if path.exists() else {}
+    recorded = read_json_object(path, ConfigError).get("dtypes", {}) if path.exists() else {}
     wrong = [name for name in recorded.values() if name not in map(str, FLOATS)]
     if wrong:
         raise ConversionError(f"{path} has the dtype {wrong[0]!r}: {', '.join(map(str, FLOATS))} are known")

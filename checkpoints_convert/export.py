@@ -16,7 +16,7 @@ from checkpoints_convert.readers import PICKLES, SAFETENSORS, Weights
 from checkpoints_convert.writers import Specs, assign_files, is_safe, lay_out, write_at, write_index
 from internvl_jax import checkpoint
 from internvl_jax.checkpoint import Progress
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import ChatConfig, load_config
 from internvl_jax.models import chat_model
 from internvl_jax.utils.files import new_directory, resolve
 
@@ -47,7 +47,7 @@ def export(
     """
     started = time.perf_counter()
     source, destination = resolve(source), resolve(destination)
-    config = ChatConfig.from_file(source)
+    config = load_config(source)
     specs, read = _published(source, config)
     sizes = {key: math.prod(shape) * dtype.itemsize for key, (shape, dtype) in specs.items()}
     total, done = sum(sizes.values()), 0

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints_convert.mapping import ConversionError
-from internvl_jax.config.schema import read_json, tower_directory, tower_name
-from internvl_jax.utils.files import not_itself
+from internvl_jax.config import ConfigError, find_vision_tower, vision_tower_name
+from internvl_jax.utils.files import not_itself, read_json_object
 
 # Configuration, tokenizer, model card and the like; neither weights nor their index.
 _SIDE_FILES = (".json", ".jinja", ".md", ".model", ".py", ".txt")
@@ -50,20 +50,20 @@ def copy_all_side_files(
 ) -> None:
     """`copy_side_files`, and those of a vision tower that has a directory of its own, into one of its published name.
 
-    vision_tower: where the tower lies, as for config.tower_directory.
+    vision_tower: where the tower lies, as for config.find_vision_tower.
     """
     copy_side_files(source, destination, skip=skip)
-    config = read_json(source / "config.json")
-    tower = tower_directory(source, config, vision_tower)
+    config = read_json_object(source / "config.json", ConfigError)
+    tower = find_vision_tower(source, config, vision_tower)
     if tower is not None:
-        inside = destination / tower_name(config)
+        inside = destination / vision_tower_name(config)
         inside.mkdir(exist_ok=True)
         copy_side_files(tower, inside)
 
 
 def check_side_files(source: Path, vision_tower: str | Path | None = None) -> None:
     """Raise ConversionError, all listed, where what would be copied is a git-lfs pointer, a web page or empty."""
-    tower = tower_directory(source, read_json(source / "config.json"), vision_tower)
+    tower = find_vision_tower(source, read_json_object(source / "config.json", ConfigError), vision_tower)
     problems = []
     for path in [*_side_files(source), *(() if tower is None else _side_files(tower))]:
         problem = not_itself(path)

@@ -30,13 +30,22 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from internvl_jax import checkpoint
-from internvl_jax.config import ChatConfig, ConfigError, ProjectorConfig, TextConfig, VisionConfig
-from internvl_jax.config.schema import read_json, tower_directory
+from internvl_jax.config import (
+    ChatConfig,
+    ConfigError,
+    ProjectorConfig,
+    TextConfig,
+    VisionConfig,
+    find_vision_tower,
+    load_config,
+)
+from internvl_jax.config.conversation_templates import IMG_CONTEXT, TEMPLATES
 from internvl_jax.models import chat_model, intern_vit, llama, projector
 from internvl_jax.models.layers import Params
-from internvl_jax.processing.conversation import IMG_CONTEXT, TEMPLATES, place_images, prepare_prompt
+from internvl_jax.processing.conversation import place_images, prepare_prompt
 from internvl_jax.processing.images import ImageProcessor, load_image, load_processor
 from internvl_jax.processing.tokenizer import encode_prompt, load_tokenizer
+from internvl_jax.utils.files import read_json_object
 
 try:
     from checkpoints_convert.files import peak_rss
@@ -73,7 +82,7 @@ def run_parity(
         then gives the reference its weights through the mapping table backwards, which shows errors of the
         computation but none of the conversion.
     vision_tower: the directory of the vision tower, where the layout has one of its own. None: it is looked for in the
-        directories and beside them (config.tower_directory).
+        directories and beside them (config.find_vision_tower).
     image: a picture, for models with a vision tower; None: one that is drawn here. Without preprocessor_config.json
         both sides get the same random pixels.
     prompt: a question; None: a description is asked for. Without tokenizer files both sides get the same random tokens.
@@ -87,8 +96,11 @@ def run_parity(
     for directory in (ours_dir, theirs_dir):
         if not directory.is_dir():
             raise ConfigError(f"{directory} is not a directory: pass the one that holds config.json")
-    towers = [tower_directory(path, read_json(path / "config.json"), vision_tower) for path in (ours_dir, theirs_dir)]
-    config, theirs_config = (ChatConfig.from_file(path, vision_tower) for path in (ours_dir, theirs_dir))
+    towers = [
+        find_vision_tower(path, read_json_object(path / "config.json", ConfigError), vision_tower)
+        for path in (ours_dir, theirs_dir)
+    ]
+    config, theirs_config = (load_config(path, vision_tower) for path in (ours_dir, theirs_dir))
     _check_same_model(config, theirs_config, ours_dir, theirs_dir)
     with _Source(ours_dir, config, towers[0]) as source, _Source(theirs_dir, theirs_config, towers[1]) as published:
         total = source.bytes_needed + published.bytes_needed

@@ -25,9 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from checkpoints_convert.mapping import TOWER, ConversionError, is_buffer
-from internvl_jax.config import ConfigError
-from internvl_jax.config.schema import read_json, tower_directory, tower_name
-from internvl_jax.utils.files import not_itself
+from internvl_jax.config import ConfigError, find_vision_tower, vision_tower_name
+from internvl_jax.utils.files import not_itself, read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -133,15 +132,15 @@ def open_checkpoint(directory: str | Path, vision_tower: str | Path | None = Non
     """The weights of a published directory, and those of its vision tower where that is published apart.
 
     A checkpoint of LLaVA's layout that holds its tower itself, as InternVL-Chat-V1-0 does, needs the other directory
-    for its configuration only. vision_tower: where that lies, as for config.tower_directory.
+    for its configuration only. vision_tower: where that lies, as for config.find_vision_tower.
     Raises as `open_weights`, and ConfigError where the tower is missing.
     """
     directory = Path(directory)
     weights = open_weights(directory)
-    config = read_json(directory / "config.json")
-    tower = tower_directory(directory, config, vision_tower)
+    config = read_json_object(directory / "config.json", ConfigError)
+    tower = find_vision_tower(directory, config, vision_tower)
     if tower is not None and not any(key.startswith(TOWER) for key in weights.weight_map):
-        weights.add_tower(tower, tower_name(config))
+        weights.add_tower(tower, vision_tower_name(config))
     return weights
 
 
@@ -194,7 +193,7 @@ def _some(names: list[str]) -> str:
 def read_index(path: Path) -> dict[str, str]:
     """The weight_map of an index: key -> file. Raises ConversionError."""
     try:
-        index = read_json(path).get("weight_map")
+        index = read_json_object(path, ConfigError).get("weight_map")
     except ConfigError as error:
         raise ConversionError(str(error)) from None
     if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):

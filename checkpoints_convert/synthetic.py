@@ -22,8 +22,7 @@ import numpy as np
 from checkpoints_convert.mapping import TOWER, Tensor, tensors
 from checkpoints_convert.readers import PICKLES
 from checkpoints_convert.writers import assign_files, lay_out, write_at, write_index
-from internvl_jax.config import PRESETS, ChatConfig
-from internvl_jax.config.schema import tower_name
+from internvl_jax.config import PRESETS, ChatConfig, config_to_hf, vision_tower_name, vision_tower_to_hf
 from internvl_jax.utils.files import new_directory
 
 SHARD = 10 * 10**9  # bytes, as the published ones are
@@ -44,8 +43,8 @@ def write_synthetic(destination: str | Path, *, preset: str = "internvl_chat_v1_
     config = PRESETS[preset]()
     table = {tensor.key: tensor for tensor in tensors(config)}
     sizes = {key: math.prod(tensor.shape) * BFLOAT16.itemsize for key, tensor in table.items()}
-    hf, tower = config.to_hf(), config.tower_to_hf()
-    name = tower_name(hf)
+    hf, tower = config_to_hf(config), vision_tower_to_hf(config)
+    name = vision_tower_name(hf)
     # V1-0's files hold the tower, LLaVA-1.5's leave it in CLIP's.
     parts = dict.fromkeys(table, "")
     if name is not None and config.vision.embedding_norm:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from internvl_jax.aot.compiled_program import bytes_per_device, mesh_name
 from internvl_jax.aot.topology import Topology, parse_topology
-from internvl_jax.config import PRESETS, ChatConfig
+from internvl_jax.config import PRESETS, ChatConfig, load_config
 from internvl_jax.inference.loading import abstract_for_running
 from internvl_jax.models import param_sharding
 from internvl_jax.models.layers import Params
@@ -176,7 +176,7 @@ def read_config(preset: str) -> ChatConfig:
         return PRESETS[preset]()
     directory = resolve(preset)
     if directory.exists():
-        return ChatConfig.from_file(directory)
+        return load_config(directory)
     raise ValueError(f"preset {preset!r} is neither one of {', '.join(PRESETS)} nor a directory with a config.json")
 
 

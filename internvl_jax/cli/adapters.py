@@ -78,8 +78,8 @@ def _from_peft(args: argparse.Namespace) -> int:
 def _model(directory: Path | None):
     import jax.numpy as jnp
 
-    from internvl_jax.config import ChatConfig
+    from internvl_jax.config import load_config
     from internvl_jax.inference.loading import NANO, abstract_for_running
 
-    config = ChatConfig.from_file(directory or NANO)
+    config = load_config(directory or NANO)
     return config, abstract_for_running(config, jnp.float32)

@@ -138,14 +138,14 @@ def _add_judge(parts: options.Commands) -> None:
 
 
 def _run(args: argparse.Namespace, name: str) -> int:
-    from internvl_jax.config import ChatConfig
+    from internvl_jax.config import load_config
     from internvl_jax.evaluation.benchmark_run import EvaluationOptions, RunInputs, prepare_run
     from internvl_jax.inference.loading import NANO
     from internvl_jax.parallel import distributed
     from internvl_jax.processing.images import load_processor
 
     directory = args.checkpoint or NANO
-    config = ChatConfig.from_file(directory)
+    config = load_config(directory)
     if load_processor(directory, config) is None:  # which would be every question's error
         lacks = "vision tower" if config.vision is None else "preprocessor_config.json: put it beside its config.json"
         raise EvaluationError(f"{directory} has no {lacks}")

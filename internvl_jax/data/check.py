@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import load_config
+from internvl_jax.config.conversation_templates import IMG_CONTEXT
 from internvl_jax.data import packing
 from internvl_jax.data.annotations import Corpus, DataError, Progress, Source, read_meta
 from internvl_jax.data.batch import IGNORED
 from internvl_jax.data.loader import THREADS
 from internvl_jax.data.packing import Layout
 from internvl_jax.data.samples import UNREAD, Problem, Sample, SampleMaker, unread_message
-from internvl_jax.processing.conversation import IMG_CONTEXT
 from internvl_jax.processing.images import load_processor
 from internvl_jax.processing.tokenizer import Tokenizer, load_tokenizer
 from internvl_jax.utils import files
@@ -159,7 +159,7 @@ def check(
         raise DataError(f"nothing can be checked with limit {limit} and {show} samples shown")
     meta, checkpoint = files.resolve(meta), files.resolve(checkpoint)
     base = None if base is None else files.resolve(base)
-    config = ChatConfig.from_file(checkpoint)
+    config = load_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     processor = load_processor(checkpoint, config)
     maker = SampleMaker.of(

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from internvl_jax.config.conversation_templates import IMAGE_PLACEHOLDER, IMG_CONTEXT, Template, Turns
 from internvl_jax.data.batch import IGNORED
-from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER, IMG_CONTEXT, Template, Turns, expand_images
+from internvl_jax.processing.conversation import expand_images
 from internvl_jax.processing.tokenizer import Tokenizer, encode_prompt
 
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from internvl_jax.config import ChatConfig
+from internvl_jax.config.conversation_templates import IMAGE_PLACEHOLDER, IMG_CONTEXT, TEMPLATES, Template
 from internvl_jax.data import labels
 from internvl_jax.data.annotations import DataError, Record, Source
 from internvl_jax.data.augment import AUGMENTATIONS, augment
 from internvl_jax.data.labels import SampleError
-from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER, IMG_CONTEXT, TEMPLATES, Template
 from internvl_jax.processing.images import ImageError, ImageProcessor, load_image, to_rgb
 from internvl_jax.processing.tokenizer import Tokenizer, TokenizerError, special_tokens_in
 

@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from internvl_jax.aot.topology import CHIPS, Chip
-from internvl_jax.config import PRESETS, ChatConfig
+from internvl_jax.config import PRESETS, ChatConfig, load_config
 from internvl_jax.inference import ideal_flops
 from internvl_jax.inference.generator import Generator, bucket
 from internvl_jax.inference.loading import abstract_for_running, load, unstack_towers
@@ -130,7 +130,7 @@ def run(
     profile = None if profile is None else files.resolve(profile)
     if preset is None:
         checkpoint = files.resolve(checkpoint)
-        config = ChatConfig.from_file(checkpoint)
+        config = load_config(checkpoint)
     elif preset in PRESETS:
         config = PRESETS[preset]()
     else:

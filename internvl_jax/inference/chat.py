@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from internvl_jax.config import ChatConfig
+from internvl_jax.config.conversation_templates import IMG_CONTEXT, TEMPLATES
 from internvl_jax.inference.generate import DecodeState
 from internvl_jax.inference.generator import Generator
 from internvl_jax.inference.prompts import AskOptions, History, ImageSource, PromptBuilder, QuestionBatch
 from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.models.layers import Params
 from internvl_jax.parallel.partitioning import BATCH
-from internvl_jax.processing.conversation import IMG_CONTEXT, TEMPLATES, Turn, count_placeholders
+from internvl_jax.processing.conversation import Turn, count_placeholders
 from internvl_jax.processing.images import ImageProcessor
 from internvl_jax.processing.tokenizer import StreamDecoder, Tokenizer
 from internvl_jax.quantize import scheme_of

@@ -15,19 +15,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from internvl_jax import checkpoint, lora
-from internvl_jax.config import ChatConfig, ConfigError
-from internvl_jax.config.schema import read_json
+from internvl_jax.config import ChatConfig, ConfigError, load_config
+from internvl_jax.config.chat_template import find_template
+from internvl_jax.config.conversation_templates import TEMPLATES
 from internvl_jax.inference.chat import Chat
 from internvl_jax.models import chat_model, param_sharding
 from internvl_jax.models.layers import Params
 from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.parallel.partitioning import BATCH
-from internvl_jax.processing.chat_template import template_of
-from internvl_jax.processing.conversation import TEMPLATES
 from internvl_jax.processing.images import load_processor
 from internvl_jax.processing.tokenizer import load_tokenizer
 from internvl_jax.quantize import QuantizeError, Scheme, quantize_params, scheme_of
 from internvl_jax.utils import files
+from internvl_jax.utils.files import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def load(
         raise ConfigError(f"{directory} does not exist: pass a directory on this machine (nothing is downloaded here)")
     dtype = _dtype(dtype)
     cache_dtype = dtype if cache_dtype is None else _dtype(cache_dtype, "cache_dtype", ("int8", *DTYPES))
-    config = ChatConfig.from_file(directory)
+    config = load_config(directory)
     if template is not None:
         if template not in TEMPLATES:
             raise ValueError(
@@ -126,8 +126,8 @@ def load(
 
 
 def _says_template(directory: Path, config: ChatConfig) -> bool:
-    named = read_json(directory / "config.json").get("template")
-    return named is not None or template_of(directory, config.layout) is not None
+    named = read_json_object(directory / "config.json", ConfigError).get("template")
+    return named is not None or find_template(directory, config.layout) is not None
 
 
 def abstract_for_running(config: ChatConfig, dtype: Any) -> Params:
@@ -229,7 +229,7 @@ def _read(directory: Path, abstract: Params, progress: Progress | None) -> Param
 def _generation_eos(directory: Path) -> tuple[int, ...] | None:
     """The end tokens of generation_config.json, where there is one: transformers prefers them to config.json's."""
     path = directory / "generation_config.json"
-    eos = read_json(path).get("eos_token_id") if path.exists() else None
+    eos = read_json_object(path, ConfigError).get("eos_token_id") if path.exists() else None
     if eos is None:
         return None
     ids = tuple(eos) if isinstance(eos, list) else (eos,)

@@ -27,8 +27,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from internvl_jax.config.conversation_templates import IMAGE_PLACEHOLDER
 from internvl_jax.nano.render import Sample, make_sample
-from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER
 from internvl_jax.utils import files
 
 SAMPLES = 120_000  # each is used two or three times in the stages of train.py

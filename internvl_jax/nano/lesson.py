@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from internvl_jax.config.conversation_templates import IMAGE_PLACEHOLDER
 from internvl_jax.nano.dataset import check_text, put_text, save_image
 from internvl_jax.nano.render import Sample, make_sample
-from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER
 from internvl_jax.utils import files
 
 SAMPLES = 1200  # for training

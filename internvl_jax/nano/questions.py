@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from internvl_jax.config.conversation_templates import IMAGE_PLACEHOLDER
 from internvl_jax.nano.render import COLOURS, GREETINGS, SHAPES
-from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER
 
 EXAMPLES = (
     ("How many shapes are there?", "图中有几个图形？"),

@@ -32,8 +32,8 @@ import numpy as np
 import optax
 
 from internvl_jax import checkpoint
-from internvl_jax.config import PRESETS, ChatConfig
-from internvl_jax.config.schema import read_json
+from internvl_jax.config import PRESETS, ChatConfig, config_to_hf
+from internvl_jax.config.conversation_templates import IMG_CONTEXT
 from internvl_jax.data.batch import Batch
 from internvl_jax.data.loader import open_data
 from internvl_jax.data.packing import Layout
@@ -41,7 +41,6 @@ from internvl_jax.models import chat_model
 from internvl_jax.models.layers import Array, Params
 from internvl_jax.nano import build_tokenizer, dataset
 from internvl_jax.nano.render import CELL_CLASSES, CONTENTS, PICTURE_CLASSES
-from internvl_jax.processing.conversation import IMG_CONTEXT
 from internvl_jax.processing.images import ImageProcessor
 from internvl_jax.processing.tokenizer import load_tokenizer
 from internvl_jax.training import objective
@@ -52,7 +51,7 @@ from internvl_jax.training.reporting import reporting
 from internvl_jax.training.state import Place
 from internvl_jax.training.trainer import Loss, Settings, train
 from internvl_jax.utils import logs
-from internvl_jax.utils.files import new_directory, resolve
+from internvl_jax.utils.files import new_directory, read_json_object, resolve
 from internvl_jax.utils.progress import err
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in the published preprocessor_config.json
@@ -238,7 +237,7 @@ def write_model(directory: Path, tokenizer: Path, params: Params, config: ChatCo
         for path in tokenizer.glob("*token*"):
             if path.is_file():
                 shutil.copy(path, temporary)
-        for name, value in (("config.json", config.to_hf()), ("preprocessor_config.json", preprocessor)):
+        for name, value in (("config.json", config_to_hf(config)), ("preprocessor_config.json", preprocessor)):
             (temporary / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         checkpoint.save(temporary, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
 
@@ -251,7 +250,7 @@ def check_model(directory: Path, config: ChatConfig) -> None:
     ours = checkpoint.is_converted(directory) and all(
         path.name in names or "token" in path.name for path in directory.iterdir()
     )
-    if not ours or read_json(directory / "config.json") != json.loads(json.dumps(config.to_hf())):
+    if not ours or read_json_object(directory / "config.json") != json.loads(json.dumps(config_to_hf(config))):
         raise ValueError(f"{directory} was not written by this command: choose another directory")
 
 

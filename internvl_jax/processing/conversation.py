@@ -2,68 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
-IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
-IMAGE_PLACEHOLDER = "<image>"
-
-Turns = Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Template:
-    """How turns are written: the system message, then for each turn user + question + user_end + assistant + answer."""
-
-    system: str
-    system_end: str  # between a system message that is not empty and the first turn
-    user: str
-    user_end: str
-    assistant: str
-    before_answer: str  # between the assistant's tag and an answer that is known (none is written before one to come)
-    answer_end: str
-    image: tuple[str, str, str] = (IMG_START, IMG_CONTEXT, IMG_END)  # before an image's tokens, each of them, after
-
-
-# Each is the reference's conversation.py as it stood when the checkpoint was released.
-TEMPLATES = {
-    # Its only separator before the first turn is the blank that starts the prompt; later turns have none.
-    "internvl_zh": Template(
-        system="",
-        system_end=" ",
-        user="<human>: ",
-        user_end=" ",
-        assistant="<bot>:",
-        before_answer=" ",
-        answer_end="</s>",
-    ),
-    # Vicuna v1.1 and later, as LLaVA-1.5 and InternVL-Chat-V1-0 were trained.
-    "vicuna_v1": Template(
-        system="A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-        system_end=" ",
-        user="USER: ",
-        user_end=" ",
-        assistant="ASSISTANT:",
-        before_answer=" ",
-        answer_end="</s>",
-        image=("", IMAGE_PLACEHOLDER, ""),
-    ),
-}
-
-
-def build_prompt(template: Template, history: Turns, question: str, system: str | None = None) -> str:
-    """The prompt that asks `question` after the turns of `history`, image placeholders left as they are.
-
-    system: a message in the place where the reference puts its template's own; None takes the template's.
-    """
-    prompt = (template.system if system is None else system) + template.system_end
-    for asked, answered in history:
-        prompt += template.user + asked + template.user_end
-        prompt += template.assistant + template.before_answer + answered + template.answer_end
-    return prompt + template.user + question + template.user_end + template.assistant
+from internvl_jax.config.conversation_templates import (
+    IMAGE_PLACEHOLDER,
+    IMG_CONTEXT,
+    IMG_END,
+    IMG_START,
+    Template,
+    Turns,
+    build_prompt,
+)
 
 
 class Turn(tuple[str, str]):

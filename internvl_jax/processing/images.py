@@ -15,10 +15,10 @@ from typing import IO, Any, cast
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
-from internvl_jax.config import ChatConfig
-from internvl_jax.config.schema import read_json, tower_directory
+from internvl_jax.config import ChatConfig, ConfigError, find_vision_tower
 from internvl_jax.processing.resampling import pad_and_resize, resize_and_crop
 from internvl_jax.utils import files
+from internvl_jax.utils.files import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -282,7 +282,7 @@ class ImageProcessor:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     pad_to_square: bool = False
-    centre_crop: bool = False
+    center_crop: bool = False
 
     @classmethod
     def from_dir(
@@ -291,7 +291,7 @@ class ImageProcessor:
         image_size: int | None = None,
         *,
         pad_to_square: bool = False,
-        centre_crop: bool = False,
+        center_crop: bool = False,
     ) -> ImageProcessor:
         """Read preprocessor_config.json. Raises ImageError naming a setting that is not implemented.
 
@@ -299,7 +299,7 @@ class ImageProcessor:
         centre crop must not cut.
         """
         path = Path(directory) / "preprocessor_config.json"
-        values = read_json(path)
+        values = read_json_object(path, ConfigError)
         for name in ("do_resize", "do_normalize", "do_rescale"):
             if not values.get(name, True):
                 raise ImageError(f"{path} has {name} false, which is not implemented")
@@ -317,7 +317,7 @@ class ImageProcessor:
                 crop = _size(values["crop_size"], f"{path} has no usable crop_size")
                 if crop != image_size:
                     raise ImageError(f"{path} crops {image_size} pixels to {crop}, which is not implemented")
-        return cls(image_size, mean, std, pad_to_square=pad_to_square, centre_crop=centre_crop)
+        return cls(image_size, mean, std, pad_to_square=pad_to_square, center_crop=center_crop)
 
     def __call__(self, image: Image.Image, path: str = "eval") -> np.ndarray:
         """The pixel values of one picture, [3,S,S] float32.
@@ -325,12 +325,12 @@ class ImageProcessor:
         path "eval": convert to RGB, then resize, as the reference's evaluation scripts do. "native": resize in the
         file's own mode, then convert, as its quick-start page does; the two differ where there is transparency or a
         palette (grey of 16 bits takes the first path always). The aspect ratio is not kept, unless `pad_to_square`
-        fills up with the mean colour first, or `centre_crop` has the shorter side resized and the longer one cut; only
+        fills up with the mean colour first, or `center_crop` has the shorter side resized and the longer one cut; only
         the first path does either.
         """
         if path not in IMAGE_MODES:
             raise ImageError(f"there is no image path {path!r}; there are {' and '.join(IMAGE_MODES)}")
-        if path == "native" and (self.pad_to_square or self.centre_crop):
+        if path == "native" and (self.pad_to_square or self.center_crop):
             done = "padded to a square" if self.pad_to_square else "cropped"
             raise ImageError(f"pictures of this model are {done} in RGB: use the image path 'eval'")
         with _memory_for(f"an image of {image.width} x {image.height} pixels"):
@@ -348,7 +348,7 @@ class ImageProcessor:
             rgb = to_rgb(image)
             if self.pad_to_square:
                 return pad_and_resize(rgb, tuple(int(value * 255) for value in self.mean), self.image_size)
-            if self.centre_crop:
+            if self.center_crop:
                 return resize_and_crop(rgb, self.image_size)
             return rgb.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
 
@@ -357,16 +357,16 @@ def load_processor(directory: Path, config: ChatConfig, tower: Path | None = Non
     """The processor of a checkpoint's model; None where the model sees nothing, or its file is absent.
 
     preprocessor_config.json lies in the checkpoint's directory or, in LLaVA's layout, in its vision tower's: `tower`,
-    or where `tower_directory` finds it.
+    or where `find_vision_tower` finds it.
     """
     if config.vision is None:
         return None
-    places = (directory, tower_directory(directory, read_json(directory / "config.json"), tower))
+    places = (directory, find_vision_tower(directory, read_json_object(directory / "config.json", ConfigError), tower))
     place = next((place for place in places if place and (place / "preprocessor_config.json").exists()), None)
     if place is None:
         return None
     return ImageProcessor.from_dir(
-        place, config.image_size, pad_to_square=config.pad_to_square, centre_crop=config.centre_crop
+        place, config.image_size, pad_to_square=config.pad_to_square, center_crop=config.center_crop
     )
 
 

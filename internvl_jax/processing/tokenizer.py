@@ -19,9 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from internvl_jax.config import ConfigError
-from internvl_jax.config.schema import read_json
-from internvl_jax.utils.files import decode_text, not_itself
+from internvl_jax.utils.files import decode_text, not_itself, read_json_object
 
 SPACE_MARK = "▁"  # sentencepiece writes a blank as this character
 REPLACEMENT = "\ufffd"  # what bytes decode to that are no UTF-8 (yet)
@@ -517,10 +515,7 @@ def _read_itself(path: Path) -> bytes:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path) if path.exists() else {}
-    except ConfigError as error:
-        raise TokenizerError(str(error)) from None
+    return read_json_object(path, TokenizerError) if path.exists() else {}
 
 
 def _check_text(text: str) -> None:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from internvl_jax.config import ChatConfig
+from internvl_jax.config.conversation_templates import IMAGE_PLACEHOLDER
 from internvl_jax.data import labels
 from internvl_jax.data.annotations import Corpus
 from internvl_jax.data.batch import Batch, pad_rows
@@ -23,7 +24,6 @@ from internvl_jax.models.layers import Params
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.parallel.partitioning import BATCH
-from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER
 from internvl_jax.processing.images import ImageError, ImageProcessor, load_image
 from internvl_jax.processing.tokenizer import Tokenizer
 from internvl_jax.training import objective

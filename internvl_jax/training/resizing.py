@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from internvl_jax.config import ChatConfig, ConfigError
-from internvl_jax.config.schema import read_json
+from internvl_jax.config import ChatConfig, ConfigError, config_to_hf
 from internvl_jax.models.intern_vit import resize_positions
 from internvl_jax.models.layers import Params
+from internvl_jax.utils.files import read_json_object
 
 POSITIONS = "vision_model/embeddings/position_embedding"
 
@@ -45,9 +45,9 @@ def resize_tower(params: Params, config: ChatConfig, resized: ChatConfig) -> Par
 
 def resized_files(base: Path, config: ChatConfig) -> dict[str, str]:
     """config.json and preprocessor_config.json of the checkpoint `base` for pictures of config's size, by name."""
-    files: dict[str, Any] = {"config.json": config.to_hf(read_json(base / "config.json"))}
+    files: dict[str, Any] = {"config.json": config_to_hf(config, read_json_object(base / "config.json", ConfigError))}
     if (base / "preprocessor_config.json").exists():
-        values = read_json(base / "preprocessor_config.json")
+        values = read_json_object(base / "preprocessor_config.json", ConfigError)
         for name in ("size", "crop_size"):
             if isinstance(values.get(name), dict):
                 values[name] = dict.fromkeys(values[name], config.image_size)

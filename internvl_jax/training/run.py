@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from internvl_jax import checkpoint
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import ChatConfig, load_config
 from internvl_jax.data.annotations import DataError
 from internvl_jax.data.estimate import Survey, survey
 from internvl_jax.data.loader import Loader, open_data
@@ -435,7 +435,7 @@ def _epoch_tokens(made: Run) -> float:
 def _trainable(directory: Path) -> ChatConfig:
     if not directory.is_dir():
         raise RunError(f"{directory} is no directory: --checkpoint takes one that internvl-jax convert wrote")
-    config = ChatConfig.from_file(directory)
+    config = load_config(directory)
     if config.text is None or config.vision is None or config.projector is None:
         raise RunError(f"{directory} is no chat model: a tower, a projector and a language model are trained together")
     if not checkpoint.is_converted(directory):

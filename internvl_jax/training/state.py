@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from internvl_jax import checkpoint, lora
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import ChatConfig, load_config
 from internvl_jax.inference.loading import abstract_for_running
 from internvl_jax.models import param_sharding
 from internvl_jax.models.layers import Array, Params
@@ -257,7 +257,7 @@ def write_model(directory: str | Path, base: str | Path, trained: Params, place:
     if not true and adapters is not None:
         lora.save(directory, adapters, recipe.lora)
         return
-    resized = place.config.image_size != ChatConfig.from_file(base).image_size
+    resized = place.config.image_size != load_config(base).image_size
     texts = resizing.resized_files(base, place.config) if resized else None
 
     def write(to: Path) -> None:

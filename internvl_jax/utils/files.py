@@ -105,6 +105,27 @@ def read_json(path: str | Path) -> Any:
         raise TextError(f"{path} is not readable JSON ({error})") from None
 
 
+def read_json_object(path: Path, error: type[ValueError] = TextError) -> dict[str, Any]:
+    """Read a file of a checkpoint that must hold a JSON object.
+
+    Args:
+        path: the file.
+        error: the exception type to raise.
+
+    Raises:
+        error: the file is missing, is not JSON, or holds another JSON value.
+    """
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        raise error(f"{path} does not exist; a checkpoint directory needs its {path.name}") from None
+    except TextError as reason:
+        raise error(not_itself(path) or f"{reason}; download it again") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """`value` as JSON text that any UTF-8 file can hold: only lone surrogates are escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)

@@ -451,7 +451,7 @@ def test_errors_say_what_to_do(run, tmp_path, monkeypatch):
         (("chat", "--checkpoint", empty, "Hi"), "config.json does not exist"),
         (
             ("chat", "--checkpoint", lonely, "Hi"),
-            "which is published apart: put its directory (config.json",
+            "which is published separately: put its directory (config.json",
         ),
         (("chat", "--checkpoint", DATA / "intern_vit" / "checkpoint_bin", "Hi"), "can only `encode`"),
         (("chat", "--checkpoint", DATA / "intern_vit" / "checkpoint_bin"), "can only `encode`"),  # not asked first

@@ -21,7 +21,7 @@ from support.tiny_checkpoint import tiny_config, write_checkpoint, write_squares
 import internvl_jax
 from internvl_jax import checkpoint
 from internvl_jax.cli import main
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import load_config
 from internvl_jax.training import run as training_run
 from internvl_jax.training.recipes import recipe_of
 from internvl_jax.utils import files
@@ -144,7 +144,7 @@ def test_whole_model_is_written_and_can_be_trained_again(train, place, tmp_path)
 def test_stage_1_for_larger_pictures(train, place, tmp_path):
     code, printed = train("stage1", tmp_path / "run", image_size=84, steps=2, drop_path=0.1)
     assert code == 0, printed
-    config = ChatConfig.from_file(tmp_path / "run" / "model")
+    config = load_config(tmp_path / "run" / "model")
     assert (config.image_size, config.vision.image_size, config.tokens_per_image) == (84, 84, 9)
     chat = internvl_jax.load(tmp_path / "run" / "model")
     assert chat.processor.image_size == 84

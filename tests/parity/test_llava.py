@@ -13,7 +13,7 @@ from support import modules
 from support.golden import assert_close, kl, leaf, published, spread, torch_tree
 from support.llava_cases import LLAVA, V1_0, encode, expand, facts, forward, llava, llava_hf, loaded, v1_0
 
-from internvl_jax.config import IMAGE_TOKEN_INDEX, PRESETS, ChatConfig
+from internvl_jax.config import IMAGE_TOKEN_INDEX, PRESETS, config_from_hf
 from internvl_jax.models import chat_model, intern_vit
 from internvl_jax.models.chat_model import InternVLChat
 from internvl_jax.models.layers import quick_gelu
@@ -197,7 +197,7 @@ def test_transformers_llava(seed):
     )  # fmt: skip
     values._attn_implementation = "eager"
     model = spread(transformers.LlavaForConditionalGeneration(values), seed)
-    config = ChatConfig.from_hf(values.to_dict())
+    config = config_from_hf(values.to_dict())
     assert (config.layout, config.num_vision_layers, config.tokens_per_image) == ("llava_hf", 3 - seed, 9)
     params = torch_tree(config, model)
     rng = np.random.default_rng(seed)

@@ -25,8 +25,13 @@ from checkpoints_convert.parity_report import Distribution, Errors  # noqa: E402
 from checkpoints_convert.readers import open_weights  # noqa: E402
 from checkpoints_convert.reference import Reference  # noqa: E402
 from internvl_jax.cli import main  # noqa: E402
-from internvl_jax.config import PRESETS, ChatConfig  # noqa: E402
-from internvl_jax.config.schema import tower_name  # noqa: E402
+from internvl_jax.config import (  # noqa: E402
+    PRESETS,
+    config_to_hf,
+    load_config,
+    vision_tower_name,
+    vision_tower_to_hf,
+)
 from internvl_jax.models import intern_vit  # noqa: E402
 from internvl_jax.processing.images import ImageError  # noqa: E402
 
@@ -305,8 +310,8 @@ BROKEN_CONFIGS = {
 
 @pytest.mark.parametrize(("break_it", "culprits"), BROKEN_CONFIGS.values(), ids=BROKEN_CONFIGS)
 def test_a_misread_configuration_is_located(monkeypatch, break_it, culprits):
-    right = ChatConfig.from_file(CHAT)
-    monkeypatch.setattr(parity.ChatConfig, "from_file", lambda path, tower: break_it(right))
+    right = load_config(CHAT)
+    monkeypatch.setattr(parity, "load_config", lambda path, tower: break_it(right))
     report = run_parity(CHAT, image=RGB)
     assert not report.passed
     assert culprits <= set(report.culprits)
@@ -471,13 +476,13 @@ def full_width(directory, depth, preset):
     config = text(vision(config, num_hidden_layers=depth), num_hidden_layers=depth)
     directory.mkdir()
     if config.layout == "llava":
-        tower = directory / tower_name(config.to_hf())
+        tower = directory / vision_tower_name(config_to_hf(config))
         tower.mkdir()
-        (tower / "config.json").write_text(json.dumps(config.tower_to_hf()))
+        (tower / "config.json").write_text(json.dumps(vision_tower_to_hf(config)))
     for path in (LLAVA if config.layout == "llava" else CHAT).iterdir():
         if path.suffix in (".json", ".model") and "index" not in path.name:
             shutil.copy(path, directory)
-    (directory / "config.json").write_text(json.dumps(config.to_hf()))
+    (directory / "config.json").write_text(json.dumps(config_to_hf(config)))
     generator, weight_map, shard, size = torch.Generator().manual_seed(0), {}, {}, 0
     everything = tensors(config)
     for tensor in everything:

@@ -8,7 +8,7 @@ import numpy as np
 from support import modules
 from support.golden import DATA, bundle
 
-from internvl_jax.config import IMAGE_TOKEN_INDEX, ChatConfig
+from internvl_jax.config import IMAGE_TOKEN_INDEX, ChatConfig, load_config
 from internvl_jax.models import chat_model
 
 V1_0 = DATA / "internvl_chat_v1_0"
@@ -26,7 +26,7 @@ def loaded(directory):
     """Configuration and float32 parameters of a published directory."""
     from checkpoints_convert.convert import load_hf
 
-    config = ChatConfig.from_file(directory)
+    config = load_config(directory)
     return config, jax.device_get(load_hf(directory, chat_model.abstract_params(config)))
 
 

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internvl_jax.config import ChatConfig, ProjectorConfig, TextConfig, VisionConfig
-from internvl_jax.config.schema import clip_vision
+from internvl_jax.config import ChatConfig, ProjectorConfig, TextConfig, VisionConfig, clip_vision
 from internvl_jax.inference.generator import Generator
 from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.models import chat_model

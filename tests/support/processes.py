@@ -13,7 +13,7 @@ import pytest
 from support.paths import DATA, SUPPORT
 
 from internvl_jax import checkpoint
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import load_config
 from internvl_jax.models import chat_model
 
 
@@ -66,7 +66,7 @@ def make_model(directory):
     for name in ("tokenizer.model", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
         shutil.copy(GOLDEN / name, directory)
     shutil.copy(GOLDEN / "preprocessor_config.json", directory)
-    config = ChatConfig.from_file(directory)
+    config = load_config(directory)
     rng = np.random.default_rng(1)
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: np.float32(0.1 * rng.standard_normal(leaf.shape) + (path[-1].key == "scale")),

@@ -12,7 +12,7 @@ from support.golden import random_tree
 
 import internvl_jax
 from internvl_jax import checkpoint
-from internvl_jax.config import PRESETS
+from internvl_jax.config import PRESETS, config_to_hf
 from internvl_jax.models import chat_model
 
 NANO = Path(internvl_jax.__file__).parent / "nano" / "model"
@@ -38,7 +38,7 @@ def write_checkpoint(directory, config=None, dtype="float32", seed=0):
     values = json.loads((directory / "preprocessor_config.json").read_text())
     values["size"] = values["crop_size"] = config.image_size
     (directory / "preprocessor_config.json").write_text(json.dumps(values))
-    (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2))
+    (directory / "config.json").write_text(json.dumps(config_to_hf(config), indent=2))
     params = jax.tree.map(lambda leaf: 0.3 * leaf, random_tree(chat_model.abstract_params(config), seed))
     checkpoint.save(directory, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
     return directory, params

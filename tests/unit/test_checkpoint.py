@@ -440,7 +440,7 @@ from internvl_jax.config import ChatConfig
 from internvl_jax.models import chat_model
 
 published, converted = sys.argv[1:]
-config = ChatConfig.from_file(published)
+config = load_config(published)
 plain = chat_model.abstract_params(config, jnp.float32)
 expected = checkpoint.load(converted, plain)
 for spec in ("tensor=4", "fsdp=4,tensor=2", "data=8"):

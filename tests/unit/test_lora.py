@@ -15,7 +15,7 @@ from support.tiny_model import IMAGE, batch_of, evaluate, random_params, tiny
 
 from internvl_jax import checkpoint, lora
 from internvl_jax.cli import train
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import config_from_hf
 from internvl_jax.lora import Lora, LoraError
 from internvl_jax.models import param_sharding
 from internvl_jax.models.axes import linear_layers
@@ -345,7 +345,7 @@ def test_llama_adapters_equal_pefts_both_ways(tmp_path):
     from checkpoints_convert.peft_adapters import export_peft, import_peft
 
     model = llama(transformers)
-    config = ChatConfig.from_hf(model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    config = config_from_hf(model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
     params = torch_tree(config, model)
     settings = {"language_model": Lora(3, alpha=5, dropout=0.1)}
     adapters = adapters_of(params, settings, 0.2)

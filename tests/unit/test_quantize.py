@@ -16,7 +16,7 @@ from support.quantize_cases import V1_1, quantized, run
 
 import internvl_jax
 from internvl_jax import checkpoint
-from internvl_jax.config import PRESETS, ChatConfig
+from internvl_jax.config import PRESETS, load_config
 from internvl_jax.inference.beam_search import reorder, widen
 from internvl_jax.inference.generator import Generator
 from internvl_jax.inference.loading import unstack_towers
@@ -299,7 +299,7 @@ def test_checkpoints(scheme, tmp_path):
     report = convert(V1_1, tmp_path / "quantized", quantize=scheme)
     stored = checkpoint.stored_tree(tmp_path / "quantized")
     assert scheme_of(stored) == Scheme(scheme)
-    config = ChatConfig.from_file(V1_1)
+    config = load_config(V1_1)
     plain = checkpoint.load(tmp_path / "plain", checkpoint.stored_tree(tmp_path / "plain"))
     expected = quantized(plain, scheme)
     assert jax.tree.structure(stored) == jax.tree.structure(expected)

@@ -11,8 +11,7 @@ from internvl_jax.aot.programs import PROGRAMS, decode_state_bytes
 from internvl_jax.aot.topology import CHIPS, GIB, Topology, TopologyError, parse_topology
 from internvl_jax.aot.workload import WorkloadRequest, make_workload
 from internvl_jax.cli.main import main
-from internvl_jax.config import PRESETS
-from internvl_jax.config.schema import tower_name
+from internvl_jax.config import PRESETS, config_to_hf, vision_tower_name, vision_tower_to_hf
 from internvl_jax.parallel.mesh import MeshError
 
 LAYERS, WIDTH, HIDDEN, HEADS, HEAD_DIM, VOCABULARY = 4, 512, 768, 8, 128, 1000
@@ -49,7 +48,7 @@ def small(tmp_path_factory):
     )
     directory = tmp_path_factory.mktemp("small")
     config = replace(full, vision=vision, projector=projector, text=text)
-    (directory / "config.json").write_text(json.dumps(config.to_hf()))
+    (directory / "config.json").write_text(json.dumps(config_to_hf(config)))
     return str(directory)
 
 
@@ -165,10 +164,10 @@ def test_the_other_systems(compile_report, tmp_path, preset, tokens, tower):
     full = PRESETS[preset]()
     vision = replace(full.vision, num_hidden_layers=-full.select_layer)  # one of them runs
     config = replace(full, vision=vision, text=replace(full.text, num_hidden_layers=2))
-    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
-    inside = tmp_path / tower_name(config.to_hf())
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
+    inside = tmp_path / vision_tower_name(config_to_hf(config))
     inside.mkdir()
-    (inside / "config.json").write_text(json.dumps(config.tower_to_hf()))
+    (inside / "config.json").write_text(json.dumps(vision_tower_to_hf(config)))
     load = workload(str(tmp_path), topology="v5e-1", batch=1, length=1024)
     assert load.config == config
     encode = compile_report.make_report(load, "encode")

@@ -16,7 +16,7 @@ from internvl_jax.aot import hlo
 from internvl_jax.aot.programs import PROGRAMS
 from internvl_jax.aot.topology import parse_topology
 from internvl_jax.aot.workload import WorkloadRequest, make_workload
-from internvl_jax.config import PRESETS
+from internvl_jax.config import PRESETS, config_to_hf
 from internvl_jax.models.attention import attention, cache_mask, self_mask
 from internvl_jax.parallel.mesh import make_mesh
 
@@ -28,7 +28,7 @@ V1_1 = PRESETS["internvl_chat_v1_1"]()
 
 def compiled(directory, program, *, config, **options):
     """One program of the compile report: its memory, its HLO and the workload."""
-    (directory / "config.json").write_text(json.dumps(config.to_hf()))
+    (directory / "config.json").write_text(json.dumps(config_to_hf(config)))
     load = make_workload(WorkloadRequest(preset=str(directory), **options))
     with jax.set_mesh(load.mesh):
         done = PROGRAMS[program].lower(load).compile()

@@ -7,7 +7,7 @@ import pytest
 from support.golden import DATA
 
 from internvl_jax.cli.main import main
-from internvl_jax.config import PRESETS
+from internvl_jax.config import PRESETS, config_to_hf
 from internvl_jax.models.chat_model import count_params
 from internvl_jax.parallel.mesh import MeshError
 
@@ -29,7 +29,7 @@ def small(tmp_path_factory):
     text = replace(full.text, **heads, hidden_size=512, intermediate_size=768, num_hidden_layers=3, vocab_size=1000)
     directory = tmp_path_factory.mktemp("small")
     config = replace(full, vision=vision, projector=projector, text=text)
-    (directory / "config.json").write_text(json.dumps(config.to_hf()))
+    (directory / "config.json").write_text(json.dumps(config_to_hf(config)))
     return str(directory)
 
 

@@ -27,7 +27,7 @@ from checkpoints_convert.mapping import ConversionError, tensors  # noqa: E402
 from checkpoints_convert.synthetic import write_synthetic  # noqa: E402
 from checkpoints_convert.writers import assign_files  # noqa: E402
 from internvl_jax import checkpoint  # noqa: E402
-from internvl_jax.config import ChatConfig  # noqa: E402
+from internvl_jax.config import config_to_hf, load_config  # noqa: E402
 from internvl_jax.models import chat_model  # noqa: E402
 
 published = pytest.mark.parametrize("source", [V1_1, VIT_BIN, VIT_SAFE], ids=["v1_1", "vit_bin", "vit_safetensors"])
@@ -57,7 +57,7 @@ def abstract(config, dtype=jnp.float32):
 
 @published
 def test_convert_load_export(source, tmp_path):
-    config, state = ChatConfig.from_file(source), state_of(source)
+    config, state = load_config(source), state_of(source)
     calls = []
     report = convert(source, tmp_path / "ours", progress=lambda *call: calls.append(call))
     size = sum(values.nbytes for values in state.values())
@@ -88,7 +88,7 @@ def test_convert_load_export(source, tmp_path):
 
 def test_fewer_vision_layers_are_read(monkeypatch):
     """load_hf leaves out what select_layer leaves out, and reads nothing of it."""
-    config = ChatConfig.from_file(V1_1)
+    config = load_config(V1_1)
     whole = load_hf(V1_1, abstract(config))
     wanted = abstract(config)
     layers = wanted["vision_model"]["layers"]
@@ -123,18 +123,16 @@ def test_export_in_the_other_form(safe, tmp_path, monkeypatch):
     assert all(path.stat().st_size < 330_000 for path in files)
     assert_same_bits(state_of(tmp_path / "back"), state_of(source))
     convert(tmp_path / "back", tmp_path / "again")
-    assert_equal(
-        *(checkpoint.load(tmp_path / name, abstract(ChatConfig.from_file(source))) for name in ("ours", "again"))
-    )
+    assert_equal(*(checkpoint.load(tmp_path / name, abstract(load_config(source))) for name in ("ours", "again")))
 
 
 def test_export_of_what_never_was_published(tmp_path):
     """Parameters that were made here come out as one file, which reads back as they were."""
-    config = ChatConfig.from_file(V1_1)
+    config = load_config(V1_1)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(jnp.bfloat16), abstract(config))
     checkpoint.save(tmp_path / "ours", params)
-    (tmp_path / "ours" / "config.json").write_text(json.dumps(config.to_hf()))
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config_to_hf(config)))
     export(tmp_path / "ours", tmp_path / "back")
     assert sorted(os.listdir(tmp_path / "back")) == ["config.json", "pytorch_model.bin"]
     assert_equal(load_hf(tmp_path / "back", abstract(config, jnp.bfloat16)), params)
@@ -277,7 +275,7 @@ def test_synthetic_checkpoint_with_a_tower(preset, tmp_path, monkeypatch):
     assert set(os.listdir(tmp_path / "random" / tower)) == {
         "config.json", "preprocessor_config.json", *(["pytorch_model.bin"] if apart else [])
     }  # fmt: skip
-    assert ChatConfig.from_file(tmp_path / "random") == small
+    assert load_config(tmp_path / "random") == small
     state = state_of(tmp_path / "random")
     assert any("vision_tower" in key for key in state) != apart
     report = convert(tmp_path / "random", tmp_path / "ours")

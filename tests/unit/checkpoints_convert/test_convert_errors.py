@@ -23,7 +23,7 @@ from checkpoints_convert.export import export  # noqa: E402
 from checkpoints_convert.mapping import ConversionError  # noqa: E402
 from checkpoints_convert.readers import open_weights  # noqa: E402
 from internvl_jax import checkpoint  # noqa: E402
-from internvl_jax.config import ChatConfig, ConfigError  # noqa: E402
+from internvl_jax.config import ConfigError, load_config  # noqa: E402
 from internvl_jax.models import chat_model  # noqa: E402
 from internvl_jax.training import saving  # noqa: E402
 from internvl_jax.utils import files  # noqa: E402
@@ -46,7 +46,7 @@ def refused(source, tmp_path, error=ConversionError):
     with pytest.raises(error) as caught:
         convert(source, tmp_path / "made" / "ours")
     assert not (tmp_path / "made").exists()
-    wanted = chat_model.abstract_params(ChatConfig.from_file(VIT_BIN))
+    wanted = chat_model.abstract_params(load_config(VIT_BIN))
     with pytest.raises(error) as direct:
         load_hf(source, wanted)
     assert str(direct.value) == str(caught.value)
@@ -161,7 +161,7 @@ def test_numbers_that_are_not_finite(number, quantize, tmp_path):
         convert(source, tmp_path / "ours", quantize=quantize)
     assert not (tmp_path / "ours").exists()
     with pytest.raises(ConversionError, match=words):
-        load_hf(source, chat_model.abstract_params(ChatConfig.from_file(VIT_BIN), jnp.bfloat16))
+        load_hf(source, chat_model.abstract_params(load_config(VIT_BIN), jnp.bfloat16))
 
 
 def test_export_of_numbers_that_are_not_finite(tmp_path):
@@ -416,7 +416,7 @@ def test_awkward_names(name, tmp_path):
     back = wanted.with_name(wanted.name + " back")
     state, again = (torch.load(path / SHARD, weights_only=True) for path in (VIT_BIN, back))
     assert {key: values.tolist() for key, values in state.items()} == {k: v.tolist() for k, v in again.items()}
-    params = chat_model.abstract_params(ChatConfig.from_file(wanted))
+    params = chat_model.abstract_params(load_config(wanted))
     loaded = checkpoint.load(f"{tmp_path}/{name}/", params)
     np.testing.assert_array_equal(
         np.asarray(loaded["vision_model"]["layers"]["ls1"][0], np.float32),

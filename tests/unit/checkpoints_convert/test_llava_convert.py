@@ -22,7 +22,7 @@ from checkpoints_convert.convert import convert, load_hf  # noqa: E402
 from checkpoints_convert.export import export  # noqa: E402
 from checkpoints_convert.mapping import TOWER, ConversionError  # noqa: E402
 from internvl_jax import checkpoint  # noqa: E402
-from internvl_jax.config import ChatConfig, ConfigError  # noqa: E402
+from internvl_jax.config import ConfigError, load_config  # noqa: E402
 from internvl_jax.models import chat_model  # noqa: E402
 from internvl_jax.processing.images import load_image  # noqa: E402
 
@@ -53,10 +53,10 @@ def sized(directory, source, size):
 @pytest.mark.parametrize("safe", [None, True], ids=["as published", "safetensors"])
 def test_there_and_back(name, safe, tmp_path):
     source = V1_0 / "checkpoint" if name == "internvl_chat_v1_0" else LLAVA / "hf"
-    config, state = ChatConfig.from_file(source), state_of(source)
+    config, state = load_config(source), state_of(source)
     report = convert(source, tmp_path / "ours")
     assert report.tensors == len(state)
-    assert ChatConfig.from_file(tmp_path / "ours") == config
+    assert load_config(tmp_path / "ours") == config
     params = load_hf(source, abstract(config))
     assert_equal(checkpoint.load(tmp_path / "ours", abstract(config)), params)
     assert {leaf.dtype for leaf in jax.tree.leaves(checkpoint.stored_tree(tmp_path / "ours"))} == {
@@ -67,19 +67,19 @@ def test_there_and_back(name, safe, tmp_path):
     files = set(os.listdir(source)) | ({"InternViT-6B-224px"} if name == "internvl_chat_v1_0" else set())
     if safe is None:
         assert set(os.listdir(tmp_path / "back")) == files
-    assert ChatConfig.from_file(tmp_path / "back") == config
+    assert load_config(tmp_path / "back") == config
     assert_equal(load_hf(tmp_path / "back", abstract(config)), params)
 
 
 def test_tower_apart_there_and_back(tmp_path):
     """The tower's tensors come from its directory and go back into one of its name, the text half of CLIP does not."""
     source = LLAVA / "original"
-    config = ChatConfig.from_file(source)
+    config = load_config(source)
     state = state_of(source)
     tower = {key: values for key, values in state_of(LLAVA / CLIP).items() if not key.startswith(TEXT_HALF)}
     report = convert(source, tmp_path / "ours")
     assert report.tensors == len(state) + len(tower)
-    assert ChatConfig.from_file(tmp_path / "ours") == config  # which needs nothing beside it
+    assert load_config(tmp_path / "ours") == config  # which needs nothing beside it
     params = load_hf(source, abstract(config))
     assert_equal(checkpoint.load(tmp_path / "ours", abstract(config)), params)
     export(tmp_path / "ours", tmp_path / "back")
@@ -100,7 +100,7 @@ def test_tower_inside(tmp_path):
     """A re-saved LLaVA holds its tower: the directory beside it gives the configuration only."""
     shutil.copytree(LLAVA / CLIP, tmp_path / CLIP, ignore=shutil.ignore_patterns("*.bin"))
     source = with_tower(tmp_path / "llava")
-    config, state = ChatConfig.from_file(source), state_of(source)
+    config, state = load_config(source), state_of(source)
     params = load_hf(source, abstract(config))
     assert_equal(params, load_hf(LLAVA / "original", abstract(config)))
     convert(source, tmp_path / "ours")
@@ -112,7 +112,7 @@ def test_tower_inside(tmp_path):
 def test_export_of_what_never_was_published(tmp_path):
     """Trained parameters, without published.json: everything in the main directory, as LLaVA re-saves it."""
     source = LLAVA / "original"
-    config = ChatConfig.from_file(source)
+    config = load_config(source)
     convert(source, tmp_path / "ours")
     for file in (tmp_path / "ours").glob("published*"):
         file.unlink()
@@ -127,8 +127,8 @@ def test_names_of_transformers_5(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = transformers.LlavaForConditionalGeneration.from_pretrained(LLAVA / "hf", dtype=torch.float16)
     model.save_pretrained(tmp_path / "again")
-    config = ChatConfig.from_file(tmp_path / "again")
-    assert config.text == ChatConfig.from_file(LLAVA / "hf").text
+    config = load_config(tmp_path / "again")
+    assert config.text == load_config(LLAVA / "hf").text
     params = load_hf(tmp_path / "again", abstract(config))
     assert_equal(params, load_hf(LLAVA / "hf", abstract(config)))
     # And it reads what we write.
@@ -154,7 +154,7 @@ def test_what_is_missing_is_listed(tmp_path):
     with pytest.raises(ConversionError, match=f"{CLIP} has no weights"):
         convert(tmp_path / "llava", tmp_path / "ours")
     shutil.rmtree(tower)
-    with pytest.raises(ConfigError, match="published apart: put its directory"):
+    with pytest.raises(ConfigError, match="published separately: put its directory"):
         internvl_jax.load(tmp_path / "llava")
     assert not (tmp_path / "ours").exists()
 

@@ -9,8 +9,7 @@ import pytest
 
 from checkpoints_convert.mapping import ConversionError, plan, tensors
 from internvl_jax.checkpoint import named_leaves
-from internvl_jax.config import PRESETS, ChatConfig, ProjectorConfig, TextConfig, VisionConfig
-from internvl_jax.config.schema import clip_vision
+from internvl_jax.config import PRESETS, ChatConfig, ProjectorConfig, TextConfig, VisionConfig, clip_vision
 from internvl_jax.models import chat_model
 
 VISION = VisionConfig(
@@ -205,7 +204,7 @@ CLIP = clip_vision(
 
 def llava(layout):
     projector = ProjectorConfig(20, 24, layer_norm=False)
-    return ChatConfig(CLIP, projector, LLAMA, layout=layout, downsample_ratio=1.0, ps_version="v2", tower="clip")
+    return ChatConfig(CLIP, projector, LLAMA, layout=layout, downsample_ratio=1.0, ps_version="v2", vision_tower="clip")
 
 
 BY_HAND = {**CONFIGS, "llava": llava("llava"), "llava_hf": llava("llava_hf")}

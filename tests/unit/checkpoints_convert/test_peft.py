@@ -21,7 +21,7 @@ from checkpoints_convert.mapping import ConversionError  # noqa: E402
 from checkpoints_convert.peft_adapters import BESIDE, CONFIG, PICKLE, WEIGHTS, export_peft, import_peft  # noqa: E402
 from internvl_jax import checkpoint, lora  # noqa: E402
 from internvl_jax.cli import main  # noqa: E402
-from internvl_jax.config import ChatConfig  # noqa: E402
+from internvl_jax.config import ChatConfig, config_from_hf, load_config  # noqa: E402
 from internvl_jax.inference.loading import NANO  # noqa: E402
 from internvl_jax.lora import REPLACED, Lora, LoraError  # noqa: E402
 from internvl_jax.quantize import is_quantized, quantize_params  # noqa: E402
@@ -60,7 +60,7 @@ class Base:
 @pytest.fixture(scope="module")
 def base():
     model = llama(transformers)
-    config = ChatConfig.from_hf(model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    config = config_from_hf(model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
     params = torch_tree(config, model)
     ids = np.random.default_rng(0).integers(3, 91, (2, 20))
     return Base(model, config, params, ids, np.asarray(logits(params, config, ids)))
@@ -315,7 +315,7 @@ def test_writing_for_peft_is_one_process_alone(tmp_path, logged):
 
 
 def test_commands_on_paths_as_people_write_them(tmp_path, monkeypatch, capsys):
-    text = ChatConfig.from_file(NANO).text
+    text = load_config(NANO).text
     tensors = {}
     for layer in range(text.num_hidden_layers):
         key = f"base_model.model.model.layers.{layer}.mlp.up_proj"
@@ -380,7 +380,7 @@ def test_adapters_of_a_whole_reference_model(tmp_path):
 def test_transformers_llava_with_adapters_everywhere(tmp_path, logged):
     """q, k and v of CLIP are one kernel here; the layers past select_layer never run."""
     directory = DATA / "llava_1_5" / "hf"
-    config = ChatConfig.from_file(directory)
+    config = load_config(directory)
     model = transformers.LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
     params = torch_tree(config, model)
     chosen = peft.LoraConfig(
@@ -411,7 +411,7 @@ def test_transformers_llava_with_adapters_everywhere(tmp_path, logged):
 def llava():
     """LLaVA's own layout, and random weights for its projector by the names of its files."""
     directory = DATA / "llava_1_5" / "original"
-    config = ChatConfig.from_file(directory)
+    config = load_config(directory)
     inputs, width = config.projector.in_features, config.projector.out_features
     generator = torch.Generator().manual_seed(3)
     shapes = {"0.weight": (width, inputs), "0.bias": (width,), "2.weight": (width, width), "2.bias": (width,)}

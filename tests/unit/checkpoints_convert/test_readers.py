@@ -21,14 +21,14 @@ from checkpoints_convert.export import export  # noqa: E402
 from checkpoints_convert.mapping import ConversionError, is_buffer, quantized_by  # noqa: E402
 from checkpoints_convert.readers import open_weights  # noqa: E402
 from internvl_jax import checkpoint  # noqa: E402
-from internvl_jax.config import ChatConfig  # noqa: E402
+from internvl_jax.config import load_config  # noqa: E402
 from internvl_jax.models import chat_model  # noqa: E402
 
 BUFFER = "encoder.layers.0.self_attn.rotary_emb.inv_freq"
 
 
 def read(directory, dtype=jnp.float32):
-    return load_hf(directory, chat_model.abstract_params(ChatConfig.from_file(directory), dtype))
+    return load_hf(directory, chat_model.abstract_params(load_config(directory), dtype))
 
 
 def assert_reads_as(directory, original=VIT_BIN):

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from support.golden import DATA, bundle
 
+from internvl_jax.config.conversation_templates import TEMPLATES, Template
 from internvl_jax.data import labels
 from internvl_jax.data.batch import IGNORED
 from internvl_jax.data.labels import SampleError
-from internvl_jax.processing.conversation import TEMPLATES, Template, prepare_prompt
+from internvl_jax.processing.conversation import prepare_prompt
 from internvl_jax.processing.tokenizer import load_tokenizer
 
 ZH = TEMPLATES["internvl_zh"]

@@ -9,7 +9,7 @@ import pytest
 from support.annotation_files import damage, write_data
 from support.golden import DATA
 
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import load_config
 from internvl_jax.data.annotations import DataError
 from internvl_jax.data.loader import open_data
 from internvl_jax.data.packing import Layout
@@ -28,7 +28,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    config = ChatConfig.from_file(CHECKPOINT)
+    config = load_config(CHECKPOINT)
     return config, load_tokenizer(CHECKPOINT), ImageProcessor.from_dir(CHECKPOINT, config.image_size)
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from support.golden import DATA, bundle
 
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import load_config
 from internvl_jax.data import samples
 from internvl_jax.data.annotations import DataError, Record, Source
 from internvl_jax.data.augment import RATIO, SCALE, _cut, augment, random_crop
@@ -22,7 +22,7 @@ ARRAYS, FACTS = bundle("internvl_chat_v1_1")
 
 
 def make_maker(max_length=96, image_slots=4, **options):
-    config = ChatConfig.from_file(CHECKPOINT)
+    config = load_config(CHECKPOINT)
     processor = ImageProcessor.from_dir(CHECKPOINT, config.image_size)
     return SampleMaker.of(
         config, load_tokenizer(CHECKPOINT), processor, max_length=max_length, image_slots=image_slots, **options

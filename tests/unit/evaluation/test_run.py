@@ -327,7 +327,7 @@ def test_llava_codebase(data, tmp_path, name, monkeypatch):
     arguments = ["--data", str(data), "--checkpoint", str(V1_0), "--output", str(tmp_path), "--quantize", "int8"]
     assert main(["eval", name, *arguments, "--max-new-tokens", "2", "--batch-size", "8"]) == 0
     assert chats[0].processor.pad_to_square == BENCHMARKS[name].pad == (name == "pope")
-    assert chats[0].processor.centre_crop
+    assert chats[0].processor.center_crop
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["numbers"] == "float32, int8 weights"
     assert (report["codebase"], report["generation"]) == ("llava", {"max_new_tokens": 2, "num_beams": 1})
@@ -358,7 +358,7 @@ def test_models_that_see_nothing_are_refused(data, tmp_path, capsys):
 def test_pictures_made_ready_are_the_same(padded):
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     for crop in (True, False):
-        processor = ImageProcessor(56, mean, std, pad_to_square=padded, centre_crop=crop)
+        processor = ImageProcessor(56, mean, std, pad_to_square=padded, center_crop=crop)
         for path in sorted(IMAGES.iterdir()):
             image = Image.open(path)
             np.testing.assert_array_equal(processor(processor.scaled(image)), processor(image))

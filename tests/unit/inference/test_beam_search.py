@@ -20,13 +20,13 @@ from support.generation_cases import (
 )
 from support.golden import unstack
 
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import config_from_hf
 from internvl_jax.inference import beam_search, generate
 from internvl_jax.inference.generator import Generator
 from internvl_jax.inference.sampling import GenerationConfig, make_row_settings
 from internvl_jax.models import kv_cache
 
-CONFIG = ChatConfig.from_hf(LLAMA)
+CONFIG = config_from_hf(LLAMA)
 CASES = beam_cases()
 
 

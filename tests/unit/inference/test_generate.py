@@ -11,14 +11,14 @@ from support.generation_cases import IMAGE, LLAMA, NO_END, llama_weights, padded
 from support.golden import unstack
 from support.paths import DATA
 
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import config_from_hf, load_config
 from internvl_jax.inference import generate, generator
 from internvl_jax.inference.generator import Generator, bucket
 from internvl_jax.inference.sampling import EOS_SLOTS, GenerationConfig, all_finite
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import positions_from_valid
 
-CONFIG = ChatConfig.from_hf(LLAMA)
+CONFIG = config_from_hf(LLAMA)
 VOCABULARY, CONTEXT, PAD = LLAMA["vocab_size"], LLAMA["max_position_embeddings"], LLAMA["pad_token_id"]
 PER_IMAGE = 4
 BUNDLE = DATA / "internvl_chat_v1_1"
@@ -70,7 +70,7 @@ def golden():
     from checkpoints_convert.convert import load_hf
 
     directory = BUNDLE / "checkpoint"
-    config = ChatConfig.from_file(directory)
+    config = load_config(directory)
     params = load_hf(directory, chat_model.abstract_params(config))
     facts = json.loads((BUNDLE / "goldens.json").read_text(encoding="utf-8"))
     arrays = np.load(BUNDLE / "goldens.npz")
@@ -273,7 +273,7 @@ def test_pad_token(weights):
         ({"pad_token_id": None, "eos_token_id": [9, 2]}, 9),
         ({"pad_token_id": None, "eos_token_id": None}, 0),
     ):
-        config = ChatConfig.from_hf({**LLAMA, **values})
+        config = config_from_hf({**LLAMA, **values})
         model = Generator(config, {"language_model": weights}, dtype=jnp.float32, image_token_id=None)
         assert model.pad_token_id == expected
 
@@ -367,7 +367,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 def test_what_compiles_and_what_does_not(weights):
     """Lengths within a bucket, every setting and other weights reuse the two programs: nothing at all is compiled."""
-    config = ChatConfig.from_hf({**LLAMA, "rms_norm_eps": 2e-5})  # another model than the other tests': nothing cached
+    config = config_from_hf({**LLAMA, "rms_norm_eps": 2e-5})  # another model than the other tests': nothing cached
     model = Generator(config, {"language_model": weights}, dtype=jnp.float32, image_token_id=IMAGE)
     rows, features = image_rows()
 

@@ -12,7 +12,7 @@ from support.generation_cases import LLAMA, llama_weights, torch_llama
 from support.golden import DATA, assert_close, bundle
 
 import internvl_jax
-from internvl_jax.config import ChatConfig, ConfigError
+from internvl_jax.config import ConfigError, load_config
 from internvl_jax.inference import loading
 from internvl_jax.inference.chat import Chat
 from internvl_jax.utils import files
@@ -92,7 +92,7 @@ def test_paths_are_resolved(tmp_path, monkeypatch):
         assert internvl_jax.load(path).params == CHECKPOINT
     (tmp_path / "weights.bin").write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"weights\.bin is a file: pass the directory"):
-        ChatConfig.from_file(tmp_path / "weights.bin")
+        load_config(tmp_path / "weights.bin")
 
 
 def test_without_tokenizer_files_arrays_still_run(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.generation_cases import IMAGE, LLAMA, NO_END, llama_weights, padded, rows_of, tokens_of, torch_llama
 
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import config_from_hf
 from internvl_jax.inference import generate
 from internvl_jax.inference.bound_model import PromptBatch
 from internvl_jax.inference.generator import Generator, bucket
@@ -19,7 +19,7 @@ from internvl_jax.inference.sampling import (
     select_tokens,
 )
 
-CONFIG = ChatConfig.from_hf(LLAMA)
+CONFIG = config_from_hf(LLAMA)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from support import modules
 from support.golden import DATA, assert_close, bundle, kl, leaf, published, random_tree, spread, torch_tree, tree_of
 
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import config_from_hf, load_config
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import LayerNorm, RMSNorm
 
@@ -35,7 +35,7 @@ class Golden:
     def __init__(self):
         from checkpoints_convert.convert import load_hf
 
-        self.config = ChatConfig.from_file(BUNDLE / "checkpoint")
+        self.config = load_config(BUNDLE / "checkpoint")
         self.params = jax.device_get(load_hf(BUNDLE / "checkpoint", chat_model.abstract_params(self.config)))
         self.arrays, self.facts = bundle("internvl_chat_v1_1")
         self.image_token = self.facts["config"]["token_ids"]["<IMG_CONTEXT>"]
@@ -371,7 +371,7 @@ def test_against_transformers(vision, text, options, per_image):
         image_seq_length=per_image, **{"tie_word_embeddings": False, **options},
     )  # fmt: skip
     model = spread(InternVLForConditionalGeneration(hf), seed=1)
-    config = ChatConfig.from_hf(hf.to_dict())
+    config = config_from_hf(hf.to_dict())
     assert config.tokens_per_image == per_image
     params = torch_tree(config, model)
     assert ("lm_head" in params["language_model"]) == (not options.get("tie_word_embeddings", False))
@@ -409,7 +409,7 @@ def test_projector_against_transformers():
     x = x.astype(np.float32)
     with torch.no_grad():
         theirs = module(torch.from_numpy(x)).numpy()
-    config = ChatConfig.from_hf(hf.to_dict()).projector
+    config = config_from_hf(hf.to_dict()).projector
     assert_close(modules.project(params, config, x), theirs, 1e-5, "projector")
 
 
@@ -420,7 +420,7 @@ def test_projector_against_transformers():
 def tiny():
     hf = {"model_type": "internvl", "vision_config": VISION, "text_config": TEXT, "image_token_id": IMAGE,
           "image_seq_length": 4, "vision_feature_layer": -2}  # fmt: skip
-    config = ChatConfig.from_hf(hf)
+    config = config_from_hf(hf)
     return config, random_tree(chat_model.abstract_params(config))
 
 

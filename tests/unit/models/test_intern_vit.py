@@ -20,7 +20,7 @@ from support.golden import (
     unstack,
 )
 
-from internvl_jax.config import ChatConfig, VisionConfig
+from internvl_jax.config import VisionConfig, config_from_hf, load_config
 from internvl_jax.models import intern_vit
 
 BUNDLE = DATA / "intern_vit"
@@ -29,7 +29,7 @@ INTERPOLATED = ["interp_up_168", "interp_down_70", "interp_rect_84x140", "interp
 
 @pytest.fixture(scope="module")
 def golden():
-    config = ChatConfig.from_file(BUNDLE / "checkpoint_safetensors")
+    config = load_config(BUNDLE / "checkpoint_safetensors")
     params = tree_of(config, read_safetensors(BUNDLE / "checkpoint_safetensors"))["vision_model"]
     return config.vision, params, *bundle("intern_vit")
 
@@ -174,7 +174,7 @@ def test_against_transformers(options):
         tie_word_embeddings=False,
     )  # fmt: skip
     model = spread(InternVLForConditionalGeneration(hf), seed=3)
-    config = ChatConfig.from_hf(hf.to_dict())
+    config = config_from_hf(hf.to_dict())
     params = torch_tree(config, model)["vision_model"]
     channels = config.vision.num_channels
     sizes = [(56, 56), (84, 84), (42, 70)] if options == FIRST else [(56, 56)]

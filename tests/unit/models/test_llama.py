@@ -11,12 +11,12 @@ from support import modules
 from support.generation_cases import LLAMA, llama_weights
 from support.golden import assert_close, kl, spread, torch_tree, unstack
 
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import config_from_hf
 from internvl_jax.models import kv_cache, llama
 from internvl_jax.models.layers import positions_from_valid
 
 TOKENS = 497  # a wrong rotary base hides in short prompts
-CONFIG = ChatConfig.from_hf(LLAMA).text
+CONFIG = config_from_hf(LLAMA).text
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -72,7 +72,7 @@ def torch_model(seed=5, **options):
     values = {name: value for name, value in LLAMA.items() if name != "model_type"}
     hf = LlamaConfig(**{**values, "vocab_size": 67, "pad_token_id": None, **options})
     model = spread(LlamaForCausalLM(hf), seed)
-    config = ChatConfig.from_hf(hf.to_dict())
+    config = config_from_hf(hf.to_dict())
     return model, config.text, torch_tree(config, model)["language_model"]
 
 
@@ -103,7 +103,7 @@ def test_rope_frequencies_against_transformers(name):
 
     hf = LlamaConfig(hidden_size=256, num_attention_heads=2, **CASES[name])
     theirs = LlamaRotaryEmbedding(hf).inv_freq.numpy()
-    ours = llama.rope_frequencies(ChatConfig.from_hf(hf.to_dict()).text)
+    ours = llama.rope_frequencies(config_from_hf(hf.to_dict()).text)
     assert ours.dtype == np.float32
     assert np.abs(ours / theirs - 1).max() < 1e-6
 

@@ -9,7 +9,7 @@ import pytest
 from support import modules
 from support.golden import DATA, assert_close, bundle, random_tree
 
-from internvl_jax.config import ChatConfig, ProjectorConfig
+from internvl_jax.config import ProjectorConfig, load_config
 from internvl_jax.models import chat_model, projector
 
 BUNDLE = DATA / "internvl_chat_v1_1"
@@ -20,7 +20,7 @@ def golden():
     pytest.importorskip("torch")
     from checkpoints_convert.convert import load_hf
 
-    config = ChatConfig.from_file(BUNDLE / "checkpoint")
+    config = load_config(BUNDLE / "checkpoint")
     params = load_hf(BUNDLE / "checkpoint", chat_model.abstract_params(config))
     return config.projector, params["mlp1"], bundle("internvl_chat_v1_1")[0]
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from support.paths import ROOT
 
 import internvl_jax
-from internvl_jax.config import PRESETS, ChatConfig
+from internvl_jax.config import PRESETS, load_config
 from internvl_jax.data.annotations import Corpus, read_meta
 from internvl_jax.data.batch import IGNORED
 from internvl_jax.data.samples import Sample, SampleMaker
@@ -119,7 +119,7 @@ def test_data_set_is_in_the_documented_format(tmp_path):
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "data")).read_bytes()
     with pytest.raises(ValueError, match="holds 60 samples, not 61"):
         dataset.write(tmp_path / "data", count + 1)
-    config, tokenizer = ChatConfig.from_file(NANO), load_tokenizer(NANO)
+    config, tokenizer = load_config(NANO), load_tokenizer(NANO)
     maker = SampleMaker.of(
         config, tokenizer, load_processor(NANO, config), max_length=train.LENGTH, image_slots=1, image_labels=21
     )
@@ -230,7 +230,7 @@ def test_pictures_tokenizer_and_model_of_others_stay(tmp_path):
     (tmp_path / "own" / "tokenizer.model").unlink()  # of a run that was stopped
     build_tokenizer.build(tmp_path / "own", pieces=400, samples=40)
     assert {name: data for name, (data, _) in snapshot(tmp_path / "own").items()} == whole
-    config = ChatConfig.from_file(NANO)
+    config = load_config(NANO)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="model was not written by this command"):

@@ -7,13 +7,11 @@ import pickle
 import pytest
 from support.paths import DATA
 
+from internvl_jax.config.conversation_templates import IMG_CONTEXT, TEMPLATES, build_prompt
 from internvl_jax.processing.conversation import (
-    IMG_CONTEXT,
-    TEMPLATES,
     Turn,
     ambiguous,
     as_turn,
-    build_prompt,
     combine_images,
     expand_images,
     images_of,

@@ -366,7 +366,7 @@ import numpy as np
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 before = peak()
 image = load_image({str(path)!r}, honour_exif=True)
-for layout in ({{}}, {{"pad_to_square": True}}, {{"centre_crop": True}}):
+for layout in ({{}}, {{"pad_to_square": True}}, {{"center_crop": True}}):
     processor = ImageProcessor(336, (0, 0, 0), (1, 1, 1), **layout)
     for path in ("eval", "native") if not layout else ("eval",):
         pixels = processor(image, path)

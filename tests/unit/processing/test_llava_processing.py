@@ -10,8 +10,16 @@ import pytest
 from PIL import Image
 from support.golden import DATA, bundle
 
-from internvl_jax.config import ChatConfig, ConfigError, ProjectorConfig
-from internvl_jax.processing.conversation import TEMPLATES, build_prompt, expand_images, place_images, prepare_prompt
+from internvl_jax.config import (
+    ConfigError,
+    ProjectorConfig,
+    config_from_hf,
+    config_to_hf,
+    load_config,
+    vision_tower_to_hf,
+)
+from internvl_jax.config.conversation_templates import TEMPLATES, build_prompt
+from internvl_jax.processing.conversation import expand_images, place_images, prepare_prompt
 from internvl_jax.processing.images import ImageError, load_image, load_processor
 from internvl_jax.processing.tokenizer import encode_prompt, load_tokenizer
 
@@ -41,13 +49,13 @@ NAMES = ["internvl_chat_v1_0", "llava", "llava_hf"]
 @pytest.mark.parametrize("name", NAMES)
 def test_there_and_back(name):
     config, tower = published(name)
-    read = ChatConfig.from_hf(config, tower)
-    written, written_tower = read.to_hf(), read.tower_to_hf()
+    read = config_from_hf(config, tower)
+    written, written_tower = config_to_hf(read), vision_tower_to_hf(read)
     assert json.loads(json.dumps(written)) == written
     assert (written_tower is None) == (tower is None)
-    assert ChatConfig.from_hf(written, written_tower) == read
-    assert ChatConfig.from_hf(read.to_hf(config), written_tower) == read
-    assert read.to_hf({**config, "transformers_version": "4.0"})["transformers_version"] == "4.0"
+    assert config_from_hf(written, written_tower) == read
+    assert config_from_hf(config_to_hf(read, config), written_tower) == read
+    assert config_to_hf(read, {**config, "transformers_version": "4.0"})["transformers_version"] == "4.0"
 
 
 @pytest.mark.parametrize(
@@ -55,8 +63,8 @@ def test_there_and_back(name):
     [("internvl_chat_v1_0", V1_0 / "checkpoint"), ("llava", LLAVA / "original"), ("llava_hf", LLAVA / "hf")],
 )
 def test_golden_values(name, directory):
-    config = ChatConfig.from_file(directory)
-    assert config == ChatConfig.from_hf(*published(name)) == ChatConfig.from_file(directory / "config.json")
+    config = load_config(directory)
+    assert config == config_from_hf(*published(name)) == load_config(directory / "config.json")
     expected = bundle("internvl_chat_v1_0" if name == "internvl_chat_v1_0" else "llava_1_5")[1]["config"]
     assert config.select_layer == expected.get("mm_vision_select_layer", expected.get("select_layer"))
     clip = name != "internvl_chat_v1_0"
@@ -68,7 +76,7 @@ def test_golden_values(name, directory):
     )
     assert config.projector == ProjectorConfig(config.vision.hidden_size, 64, layer_norm=False)
     assert (config.unshuffle, config.ps_version, config.template) == (1, "v2", "vicuna_v1")
-    assert (config.pad_to_square, config.centre_crop) == (name != "llava_hf", True)
+    assert (config.pad_to_square, config.center_crop) == (name != "llava_hf", True)
     vocabularies = {"internvl_chat_v1_0": 860, "llava": 860, "llava_hf": 896}
     assert config.text.vocab_size == vocabularies[name]
     assert config.image_token_id == (860 if name == "llava_hf" else -200)
@@ -80,51 +88,51 @@ def test_image_size_of_internvit_follows_its_name():
     """The rule of the reference: the position table says nothing. A field of our own overrides it."""
     config, tower = published("internvl_chat_v1_0")
     for name, size in (("a/InternViT-6B-224px", 336), ("./pretrained/intern_vit_6b_448px/", 448)):
-        assert ChatConfig.from_hf({**config, "mm_vision_tower": name}, tower).image_size == size
-    assert ChatConfig.from_hf({**config, "force_image_size": 84}, tower).image_size == 84
+        assert config_from_hf({**config, "mm_vision_tower": name}, tower).image_size == size
+    assert config_from_hf({**config, "force_image_size": 84}, tower).image_size == 84
 
 
 def test_names_of_the_layout():
     config, tower = published("llava")
     newer = {**config, "model_type": "llava_llama", "image_aspect_ratio": "square", "mm_patch_merge_type": "flat"}
-    read = ChatConfig.from_hf(newer, tower)
+    read = config_from_hf(newer, tower)
     assert (read.layout, read.pad_to_square) == ("llava", False)
     bare = {**tower["vision_config"], "model_type": "clip_vision_model"}
-    assert ChatConfig.from_hf(config, bare) == ChatConfig.from_hf(config, tower)
+    assert config_from_hf(config, bare) == config_from_hf(config, tower)
 
 
 def test_defaults_that_transformers_leaves_out():
     """The published 7B file has no sizes of the language model, and no file has an activation of the tower."""
     config, _ = published("llava_hf")
     config["text_config"] = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096}
-    text = ChatConfig.from_hf(config).text
+    text = config_from_hf(config).text
     sizes = (text.hidden_size, text.num_hidden_layers, text.num_attention_heads, text.intermediate_size)
     assert sizes == (4096, 32, 32, 11008)
     transformers = pytest.importorskip("transformers")
     written = transformers.LlavaConfig().to_dict()
-    config = ChatConfig.from_hf(written)
+    config = config_from_hf(written)
     assert (config.vision.hidden_size, config.vision.num_hidden_layers, config.tokens_per_image) == (1024, 24, 576)
-    back = transformers.LlavaConfig.from_dict(config.to_hf())
-    assert ChatConfig.from_hf(back.to_dict()) == config
+    back = transformers.LlavaConfig.from_dict(config_to_hf(config))
+    assert config_from_hf(back.to_dict()) == config
 
 
 @pytest.mark.parametrize(
     ("name", "where", "value", "message"),
     [
         ("llava", "mm_projector_type", "linear", "two-layer projector"),
-        ("llava", "mm_vision_select_feature", "cls_patch", "only patch features"),
+        ("llava", "mm_vision_select_feature", "cls_patch", "only features without the class token"),
         ("llava", "mm_use_im_start_end", True, "tokens around images"),
         ("llava", "mm_resampler_type", "perceiver", "resamplers"),
         ("llava", "image_aspect_ratio", "anyres", "tiles"),
         ("llava", "mm_hidden_size", 1024, "the width of openai/clip-vit-large-patch14-336 is 64"),
         ("llava", "mm_vision_tower", None, "neither a text_config nor an mm_vision_tower"),
-        ("llava", "mm_vision_tower", 7, "which is not a name"),
+        ("llava", "mm_vision_tower", 7, "which is not a string"),
         ("llava", "mm_vision_select_layer", None, "no 'mm_vision_select_layer'"),
         ("llava", "mm_vision_select_layer", -9, "select_layer -9 is outside"),
         ("llava", "hidden_size", None, "config.json has no 'hidden_size'"),
         ("llava_hf", "projector_hidden_act", "relu", "exact GELU only"),
         ("llava_hf", "multimodal_projector_bias", False, "with biases only"),
-        ("llava_hf", "vision_feature_select_strategy", "full", "only patch features"),
+        ("llava_hf", "vision_feature_select_strategy", "full", "only features without the class token"),
         ("llava_hf", "vision_feature_layer", [-2, -5], "only one layer"),
         ("llava_hf", "image_token_index", None, "no 'image_token_index'"),
         ("llava_hf", "text_config/model_type", "mistral", "only llama"),
@@ -138,16 +146,16 @@ def test_what_cannot_be_run_is_named(name, where, value, message):
     *sections, field = where.split("/")
     (config[sections[0]] if sections else config)[field] = value
     with pytest.raises(ConfigError, match=message):
-        ChatConfig.from_hf(config, tower)
+        config_from_hf(config, tower)
 
 
 def test_towers_that_cannot_be_run(logged):
     config, tower = published("llava")
-    with pytest.raises(ConfigError, match=r"its own config\.json is needed too"):
-        ChatConfig.from_hf(config)
+    with pytest.raises(ConfigError, match=r"the tower's config\.json is needed too"):
+        config_from_hf(config)
     with pytest.raises(ConfigError, match=r"model_type 'siglip': clip and intern_vit_6b are implemented"):
-        ChatConfig.from_hf(config, {**tower, "model_type": "siglip"})
-    ChatConfig.from_hf({**config, "a_new_field": 1}, tower)
+        config_from_hf(config, {**tower, "model_type": "siglip"})
+    config_from_hf({**config, "a_new_field": 1}, tower)
     assert logged == ["config.json: ignored fields: a_new_field"]
 
 
@@ -156,12 +164,14 @@ def test_where_the_tower_is_looked_for(tmp_path):
     checkpoint.mkdir()
     shutil.copy(LLAVA / "original/config.json", checkpoint)
     name = "clip-vit-large-patch14-336"
-    with pytest.raises(ConfigError, match=f"published apart: put its directory .* at {checkpoint / name}, or beside"):
-        ChatConfig.from_file(checkpoint)
+    with pytest.raises(
+        ConfigError, match=f"published separately: put its directory .* at {checkpoint / name} or beside"
+    ):
+        load_config(checkpoint)
     for place in (tmp_path / name, checkpoint / name):
         place.mkdir()
         shutil.copy(LLAVA / name / "config.json", place)
-        assert ChatConfig.from_file(checkpoint) == ChatConfig.from_file(LLAVA / "original")
+        assert load_config(checkpoint) == load_config(LLAVA / "original")
         shutil.rmtree(place)
 
 
@@ -219,7 +229,7 @@ def test_placing_images():
 def test_golden_pixels_bit_for_bit(image):
     arrays, facts = bundle("internvl_chat_v1_0")
     picture = load_image(V1_0 / facts["images"][image]["file"], honour_exif=False)
-    config = ChatConfig.from_file(V1_0 / "checkpoint")
+    config = load_config(V1_0 / "checkpoint")
     compared = 0
     for name, size, pad in (("r1", 84, True), ("r2", 56, True), ("r1_nopad", 84, False)):
         if f"images/{image}/pixel_values_{name}" in arrays:
@@ -232,7 +242,7 @@ def test_golden_pixels_bit_for_bit(image):
     picture = load_image(LLAVA / facts["images"][image]["file"], honour_exif=False)
     for directory, name in (("original", "orig"), ("hf", "hf")):
         if f"{name}/pixel_values/{image}" in arrays:
-            processor = load_processor(LLAVA / directory, ChatConfig.from_file(LLAVA / directory))
+            processor = load_processor(LLAVA / directory, load_config(LLAVA / directory))
             np.testing.assert_array_equal(processor(picture), arrays[f"{name}/pixel_values/{image}"], err_msg=directory)
 
 
@@ -244,14 +254,14 @@ def test_crops_against_transformers(size):
     )
     values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     picture = Image.fromarray(values)
-    processor = load_processor(LLAVA / "hf", ChatConfig.from_file(LLAVA / "hf"))
+    processor = load_processor(LLAVA / "hf", load_config(LLAVA / "hf"))
     expected = reference(picture, return_tensors="np")["pixel_values"][0]
     np.testing.assert_allclose(processor(picture), expected, rtol=0, atol=1e-6)
 
 
 def test_processors_that_are_not_there(tmp_path):
     shutil.copy(LLAVA / "hf/config.json", tmp_path)
-    config = ChatConfig.from_file(tmp_path)
+    config = load_config(tmp_path)
     assert load_processor(tmp_path, config) is None
     bare = dataclasses.replace(config, vision=None, projector=None)
     assert load_processor(tmp_path, bare) is None

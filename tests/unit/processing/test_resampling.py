@@ -60,7 +60,7 @@ def test_a_large_image_is_pils_bit_for_bit(sides, turned):
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_long_centre_crop_is_pils_bit_for_bit(turned):
+def test_a_long_center_crop_is_pils_bit_for_bit(turned):
     image = random_image(np.random.default_rng(0), *((2, 700) if turned else (700, 2)))
     assert 336 * 336 * 700 / 2 > DIRECT
     assert_same(resize_and_crop(image, 336), cropped_by_pil(image, 336))

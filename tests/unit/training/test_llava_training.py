@@ -10,10 +10,10 @@ from support.golden import assert_close, published
 from support.llava_cases import V1_0, expand, facts, loaded, v1_0_pixels
 
 from internvl_jax.config import IMAGE_TOKEN_INDEX
+from internvl_jax.config.conversation_templates import TEMPLATES
 from internvl_jax.data import labels
 from internvl_jax.data.batch import IGNORED, Batch
 from internvl_jax.data.labels import SampleError
-from internvl_jax.processing.conversation import TEMPLATES
 from internvl_jax.processing.tokenizer import load_tokenizer
 from internvl_jax.training import objective
 

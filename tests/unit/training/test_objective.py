@@ -11,7 +11,7 @@ from support import modules
 from support.golden import DATA, assert_close, bundle, published
 from support.tiny_model import IMAGE, batch_of, evaluate, random_params, tiny
 
-from internvl_jax.config import PRESETS, ChatConfig
+from internvl_jax.config import PRESETS, load_config
 from internvl_jax.data.batch import Batch
 from internvl_jax.inference.loading import abstract_for_running
 from internvl_jax.models import chat_model
@@ -28,7 +28,7 @@ class Golden:
     def __init__(self):
         from checkpoints_convert.convert import load_hf
 
-        self.config = ChatConfig.from_file(BUNDLE / "checkpoint")
+        self.config = load_config(BUNDLE / "checkpoint")
         self.whole = jax.device_get(load_hf(BUNDLE / "checkpoint", chat_model.abstract_params(self.config)))
         self.params = jax.device_get(load_hf(BUNDLE / "checkpoint", abstract_for_running(self.config, jnp.float32)))
         self.arrays, facts = bundle("internvl_chat_v1_1")

@@ -15,7 +15,7 @@ import tensorstore as ts
 from support.tiny_model import tiny
 from support.training_cases import RECIPES, Batches, run, steps_of
 
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import load_config
 from internvl_jax.inference.loading import NANO
 from internvl_jax.training import damage as damage_of
 from internvl_jax.training import run as training_run
@@ -326,7 +326,7 @@ def test_one_process_claims_a_run_for_all_of_its(tmp_path, monkeypatch):
 
 def test_a_model_never_stands_without_its_adapters(tmp_path, monkeypatch):
     """Where writing them fails, there is no model either, and nothing is left."""
-    place = Place(ChatConfig.from_file(NANO))
+    place = Place(load_config(NANO))
     monkeypatch.setattr(state.checkpoint, "write_changed", lambda to, *_, **__: to.mkdir())
     trained = {"mlp1": {}, ADAPTERS: {}}
 

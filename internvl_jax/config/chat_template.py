@@ -1,9 +1,9 @@
-"""Which conversation template a checkpoint was trained with, by what its chat_template renders.
+"""Recognizing a checkpoint's conversation template by what its chat_template renders.
 
-transformers' layouts bring their template as a program in jinja2. Ours are few and exact (conversation.py), so a
-checkpoint's is not run to make prompts: it renders two short conversations, and is the known template whose prompts
-these are. What does not matter for that, because published files of one and the same model differ in it: a bos token in
-front, whether the system message is written, and whether an answer ends with the end token, a blank or both.
+In transformers' layouts the template is a Jinja program. It does not make prompts here: it renders two short
+conversations, and the known template (conversation_templates.py) with the same prompts is used. Differences between
+published files of one model are ignored: a leading bos token, whether the system message is written, and whether an
+answer ends with the eos token, a space or both.
 """
 
 from __future__ import annotations
@@ -16,20 +16,31 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from internvl_jax.processing.conversation import IMAGE_PLACEHOLDER, TEMPLATES, Template, build_prompt
+from internvl_jax.config.conversation_templates import IMAGE_PLACEHOLDER, TEMPLATES, Template, build_prompt
 from internvl_jax.utils import files
 
-LARGEST = 1 << 20  # bytes of a file with a template
-SECONDS = 60  # that rendering may take with the start of its process; of the processor far fewer
+LARGEST = 1 << 20  # bytes of a template
+SECONDS = 60  # limit on rendering, including process start; the limit on processor time is far lower
 
 QUESTIONS, ANSWER = ("What is shown?", "Where is it?"), "A red bird."
 
 
-def template_of(directory: Path, layout: str) -> str | None:
-    """The name of the known template that a checkpoint's chat_template renders; None where nothing says which it is.
+def find_template(directory: Path, layout: str) -> str | None:
+    """Return the name of the conversation template that a checkpoint's chat_template renders.
 
-    Of one that is none of the known templates, a name that is not among them and says which file has it. LLaVA's own
-    layout has no place for a template: its code goes by the model's name, of which Llama 2's are another template.
+    LLaVA's own layout has no chat_template; as in LLaVA's code, the directory's name tells Llama 2's template.
+
+    Args:
+        directory: the checkpoint directory.
+        layout: its layout, one of LAYOUTS.
+
+    Returns:
+        A name in TEMPLATES; None where the checkpoint has no chat_template; for an unknown template, a name that is not
+        in TEMPLATES and names the file.
+
+    Raises:
+        OSError: a file cannot be read.
+        TextError: a file is not JSON.
     """
     found = _chat_template(directory)
     if found is None:
@@ -42,7 +53,7 @@ def template_of(directory: Path, layout: str) -> str | None:
 
 @lru_cache(maxsize=16)
 def recognize(chat_template: str, bos: str = "<s>", eos: str = "</s>") -> str | None:
-    """The known template that renders as this one does, None where there is none or it cannot be rendered."""
+    """Return the name of the known template with the same prompts; None where there is none or rendering fails."""
     asked, then = QUESTIONS
     first = f"{IMAGE_PLACEHOLDER}\n{asked}"
     plain = [_message("user", first), _message("assistant", ANSWER), _message("user", then)]
@@ -64,7 +75,7 @@ def _message(role: str, text: str) -> dict[str, Any]:
 
 
 def _listed(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose content is a list of parts, as transformers' processors want it."""
+    """The message with a list of parts as its content, which transformers' processors expect."""
     image, _, text = message["content"].rpartition(f"{IMAGE_PLACEHOLDER}\n")
     parts = [{"type": "image"}] if image or text != message["content"] else []
     return {**message, "content": [*parts, {"type": "text", "text": text}]}
@@ -76,12 +87,12 @@ def _without_details(text: str, template: Template, bos: str, eos: str) -> str:
 
 
 def _render(chat_template: str, conversations: list[Any], variables: dict[str, str]) -> list[str | None]:
-    """What the template renders of each conversation, None where it fails; all None where it does not end in time."""
+    """Render each conversation in a subprocess; None where the template raises, all None on a timeout."""
     nothing: list[str | None] = [None] * len(conversations)
     work = {"template": chat_template, "conversations": conversations, "variables": variables}
     try:
         done = subprocess.run(
-            # -P: the modules beside that file are not what jinja2 imports.
+            # -P: keeps the modules beside render_template.py off sys.path.
             [sys.executable, "-P", str(Path(__file__).with_name("render_template.py"))],
             input=json.dumps(work).encode(),
             capture_output=True,
@@ -94,7 +105,7 @@ def _render(chat_template: str, conversations: list[Any], variables: dict[str, s
 
 
 def _chat_template(directory: Path) -> tuple[str, Any] | None:
-    """The file that has the template, and the template, in transformers' order; something else where it is unclear."""
+    """The file name and the template, searched in transformers' order; None as the template where it is too large."""
     path = directory / "chat_template.jinja"
     if path.is_file():
         return path.name, files.read_text(path) if path.stat().st_size <= LARGEST else None
@@ -121,7 +132,7 @@ def _tokens(directory: Path) -> tuple[str, str]:
 
 
 def _values(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no file. One that cannot be read might have said which template it is."""
+    """A JSON object; empty where there is no file. An unreadable file raises: it may hold the template."""
     try:
         value = files.read_json(path)
     except FileNotFoundError:

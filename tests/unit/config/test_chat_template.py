@@ -8,8 +8,8 @@ import pytest
 from support.golden import DATA
 
 import internvl_jax
-from internvl_jax.config import ChatConfig
-from internvl_jax.processing.chat_template import recognize, template_of
+from internvl_jax.config import config_from_hf, config_to_hf, load_config
+from internvl_jax.config.chat_template import find_template, recognize
 
 HF = DATA / "llava_1_5" / "hf"
 
@@ -96,36 +96,36 @@ def write(directory, name, value):
 
 def test_where_the_template_is_looked_for(tmp_path):
     """In transformers' order: what the processor has goes before the tokenizer's."""
-    assert template_of(tmp_path, "llava_hf") is None
+    assert find_template(tmp_path, "llava_hf") is None
     write(tmp_path, "tokenizer_config.json", {"chat_template": LLAMA_3})
-    assert template_of(tmp_path, "llava_hf") == "the chat_template of tokenizer_config.json"
+    assert find_template(tmp_path, "llava_hf") == "the chat_template of tokenizer_config.json"
     named = [{"name": "default", "template": VICUNA}, {"name": "tool_use", "template": LLAMA_3}]
     write(tmp_path, "tokenizer_config.json", {"chat_template": named})
-    assert template_of(tmp_path, "llava_hf") == "vicuna_v1"
+    assert find_template(tmp_path, "llava_hf") == "vicuna_v1"
     write(tmp_path, "processor_config.json", {"chat_template": CHATML})
-    assert template_of(tmp_path, "llava_hf") == "the chat_template of processor_config.json"
+    assert find_template(tmp_path, "llava_hf") == "the chat_template of processor_config.json"
     write(tmp_path, "chat_template.json", {"chat_template": LLAVA_HF})
-    assert template_of(tmp_path, "llava_hf") == "vicuna_v1"
+    assert find_template(tmp_path, "llava_hf") == "vicuna_v1"
     write(tmp_path, "chat_template.jinja", LLAMA_2)
-    assert template_of(tmp_path, "llava_hf") == "the chat_template of chat_template.jinja"
+    assert find_template(tmp_path, "llava_hf") == "the chat_template of chat_template.jinja"
     (tmp_path / "chat_template.jinja").write_text("{# " + "a" * (1 << 20) + " #}" + VICUNA)
-    assert template_of(tmp_path, "llava_hf") == "the chat_template of chat_template.jinja"
+    assert find_template(tmp_path, "llava_hf") == "the chat_template of chat_template.jinja"
 
 
 def test_tokens_are_the_checkpoints(tmp_path):
     template = VICUNA.replace("{{ bos_token }}", "<|b|>").replace("{{ eos_token }}", "<|e|>")
     write(tmp_path, "tokenizer_config.json", {"chat_template": template})
-    assert template_of(tmp_path, "llava_hf") != "vicuna_v1"
+    assert find_template(tmp_path, "llava_hf") != "vicuna_v1"
     tokens = {"bos_token": {"content": "<|b|>"}, "eos_token": "<|e|>"}
     write(tmp_path, "tokenizer_config.json", {"chat_template": template, **tokens})
-    assert template_of(tmp_path, "llava_hf") == "vicuna_v1"
+    assert find_template(tmp_path, "llava_hf") == "vicuna_v1"
 
 
 def test_llavas_own_layout_goes_by_the_name(tmp_path):
     for name, template in (("llava-v1.5-7b", None), ("LLaVA-Llama-2-13b", "llava_llama_2")):
         (tmp_path / name).mkdir()
-        assert template_of(tmp_path / name, "llava") == template
-    assert template_of(tmp_path / "LLaVA-Llama-2-13b", "llava_hf") is None
+        assert find_template(tmp_path / name, "llava") == template
+    assert find_template(tmp_path / "LLaVA-Llama-2-13b", "llava_hf") is None
 
 
 def test_a_template_that_nothing_names_is_said(tmp_path, logged):
@@ -160,10 +160,10 @@ def test_a_checkpoint_of_another_template_is_not_asked_in_ours(tmp_path):
     # The other way out serves every command, and stays with the model.
     values = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**values, "template": "internvl_zh"}))
-    read = ChatConfig.from_file(directory)
+    read = load_config(directory)
     assert read.template == "internvl_zh"
-    assert ChatConfig.from_hf(read.to_hf()) == read
-    assert "template" not in ChatConfig.from_file(HF).to_hf()
+    assert config_from_hf(config_to_hf(read)) == read
+    assert "template" not in config_to_hf(load_config(HF))
     write(directory, "chat_template.json", {"chat_template": LLAVA_HF})
     (directory / "config.json").write_text(json.dumps(values))
-    assert ChatConfig.from_file(directory).template == "vicuna_v1"
+    assert load_config(directory).template == "vicuna_v1"

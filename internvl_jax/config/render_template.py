@@ -1,19 +1,19 @@
-"""Renders a chat template in a process of its own, with little time and memory: it is a program that came with a file.
+"""Script that renders a chat template, an untrusted Jinja program, under limits on time and memory.
 
-Run by chat_template.py, by path. Reads {"template", "conversations", "variables"} as JSON; prints a JSON list of texts,
-null where the template raises.
+chat_template.py runs it by path in a subprocess. stdin: {"template", "conversations", "variables"} as JSON; stdout: a
+JSON list of texts, null where the template raises. Jinja2 is imported under the limits.
 """
 
 import datetime
 import json
 import sys
 
-SECONDS, BYTES = 2, 1 << 30  # of a processor and of memory; a template needs a fraction
+SECONDS, BYTES = 2, 1 << 30  # limits on processor time and memory; templates need a fraction
 LONGEST = 100_000  # characters of a rendered text
 
 
 def limit() -> None:
-    """Bound what this process may use, where the system can."""
+    """Limit processor time and memory of this process, on systems that support it."""
     try:
         import resource
     except ImportError:
@@ -23,13 +23,13 @@ def limit() -> None:
 
 
 def environment():
-    """jinja2's sandbox with what transformers offers in it."""
+    """Return Jinja's sandbox with the extensions that transformers provides."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %}, which marks answers and renders what is inside."""
+        """{% generation %} ... {% endgeneration %}, which marks answers and renders its content."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -59,7 +59,7 @@ def main() -> None:
     for messages in work["conversations"]:
         try:
             text = template.render(messages=messages, add_generation_prompt=True, **work["variables"])
-        except Exception:  # whatever a template can raise: it does not take this form of messages
+        except Exception:  # a template can raise anything for messages of a form that it does not support
             text = None
         texts.append(text if text is not None and len(text) <= LONGEST else None)
     print(json.dumps(texts))
