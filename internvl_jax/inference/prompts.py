@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image
 
 from internvl_jax.config import ChatConfig
+from internvl_jax.config.conversation_templates import IMAGE_PLACEHOLDER, TEMPLATES
 from internvl_jax.processing.conversation import (
-    IMAGE_PLACEHOLDER,
-    TEMPLATES,
     Turn,
     ambiguous,
     as_turn,
