@@ -196,7 +196,9 @@ def start(
     """Join the other processes, if there are any. Call it before anything uses a device.
 
     Args:
-        coordinator, num_processes, process_id: as `detect` takes them.
+        coordinator: address of process 0, as `detect` takes it.
+        num_processes: the number of processes, as `detect` takes it.
+        process_id: the number of this process, as `detect` takes it.
         wait_seconds: how long to wait for the others.
 
     Returns:

@@ -9,9 +9,9 @@ from support.mesh_cases import IMAGE, answers, batch_of, config_of, params_of
 from support.quantize_cases import V1_1, quantized, run
 
 from internvl_jax import checkpoint
+from internvl_jax.evaluation.quantize_report import answer_logits, divergence
 from internvl_jax.inference.bound_model import BoundModel, PromptBatch
 from internvl_jax.inference.loading import load
-from internvl_jax.inference.quantize_report import answer_logits, divergence
 from internvl_jax.models import param_sharding
 from internvl_jax.parallel.mesh import make_mesh
 from internvl_jax.quantize import is_quantized

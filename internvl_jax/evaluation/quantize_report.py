@@ -1,6 +1,6 @@
 """What quantization costs in quality, measured against the same checkpoint as it was, computed in float32.
 
-    python -m internvl_jax.inference.quantize_report [--checkpoint DIR] [--count N] [--new-tokens N] [--json]
+    python -m internvl_jax.evaluation.quantize_report [--checkpoint DIR] [--count N] [--new-tokens N] [--json]
 
 The questions and pictures are those of nano's evaluation (nano/render.py), held out in its training; any other
 checkpoint is asked them too. Reported for each variant:
