@@ -76,7 +76,8 @@ class InternVLChat(nn.Module):
         if pixel_values is not None:
             if self.image_token_id is None and not self.is_initializing():
                 raise ValueError("pixel_values are given, but InternVLChat(..., image_token_id=...) is not set")
-            features, vision_out = self.encode_images(pixel_values, collect=True)
+            features = self.encode_images(pixel_values, collect=collect)
+            features, vision_out = features if collect else (features, {})
         x = self.embed_prompt(input_ids, features, -1 if self.image_token_id is None else self.image_token_id)
         positions = positions_from_valid(valid)
         if not collect:
