@@ -671,10 +671,10 @@ class Terminal:
 # Tokens come one by one, with time in between to interrupt them.
 SLOW = """
 import time
-from internvl_jax.inference import chat, generate
+from internvl_jax.inference import chat, generator
 chat.STREAM_CHUNK = 1
-decode = generate.Generator.decode
-generate.Generator.decode = lambda *args: time.sleep(0.25) or decode(*args)
+decode = generator.Generator.decode
+generator.Generator.decode = lambda *args: time.sleep(0.25) or decode(*args)
 """
 
 

@@ -215,7 +215,7 @@ def test_nothing_to_check(meta, capsys):
     for option in ("--limit", "--batch-size"):
         with pytest.raises(SystemExit, match="2"):
             run(capsys, meta, option, 0)
-        assert f"argument {option}: must be at least 1" in capsys.readouterr().err
+        assert f"{option}: must be at least 1" in capsys.readouterr().err
     with pytest.raises(DataError, match="limit 0"):
         check(meta, CHECKPOINT, LAYOUT, limit=0)
     with pytest.raises(DataError, match="needs rows"):

@@ -111,7 +111,8 @@ def test_the_last_line_is_the_reports(run, monkeypatch, capsys):
     report = json.loads((out / "report.json").read_text())
     assert all(text.endswith("so far") for text in notes)
     assert notes
-    last = capsys.readouterr().err.splitlines()[-1]
+    *_, last, wrong = capsys.readouterr().err.splitlines()
+    assert wrong == f"wrong answers: {(out / 'wrong.html').as_uri()}"
     assert last.startswith(f"{out}: {report['questions']} answered in ")
     assert last.endswith(f"; mean F1 {report['score']['value']:.2f}")
     assert "so far" not in last

@@ -350,7 +350,8 @@ def test_models_that_see_nothing_are_refused(data, tmp_path, capsys):
         assert main(command) == 2
         assert message in capsys.readouterr().err
         command[-1] = str(tmp_path / "nowhere")
-    assert main([*command[:-2], "--batch-size", "0"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([*command[:-2], "--batch-size", "0"])
     assert "--batch-size: must be at least 1" in capsys.readouterr().err
 
 
