@@ -320,7 +320,7 @@ def test_data_errors(train, place, tmp_path):
     lines = (place / "squares.jsonl").read_text().splitlines()
     lines[3] = "{"
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
-    bad = {"data": tmp_path / "bad.jsonl", "base": place}
+    bad = {"data": tmp_path / "bad.jsonl", "root": place}
     code, printed = train("lora", tmp_path / "run", steps=2, **bad)
     assert code == 0
     assert "1 of 24 conversations looked at cannot be used and will be skipped" in printed

@@ -117,7 +117,7 @@ def test_data_set_is_in_the_documented_format(tmp_path):
     dataset.write(tmp_path / "again", count)
     for path in sorted((tmp_path / "data").rglob("*.*")):
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "data")).read_bytes()
-    with pytest.raises(ValueError, match="holds 60 samples, not 61"):
+    with pytest.raises(ValueError, match="has 60 samples, not 61"):
         dataset.write(tmp_path / "data", count + 1)
     config, tokenizer = load_config(NANO), load_tokenizer(NANO)
     maker = SampleMaker.of(
@@ -336,7 +336,7 @@ def test_evaluation_counts(chat, capsys):
     evaluate.main(["--count", "4", "--json"])
     scores = json.loads(capsys.readouterr().out)["scores"]
     assert len(scores) == 14
-    assert all(s["count"] == 4 and s["accuracy"] == s["right"] / 4 for s in scores)
+    assert all(s["count"] == 4 and s["accuracy"] == s["num_correct"] / 4 for s in scores)
     table = Console(record=True, width=120, file=io.StringIO())
     evaluate.print_table(
         [evaluate.KindScore(**{k: s[k] for k in evaluate.KindScore.__dataclass_fields__}) for s in scores], table
