@@ -86,7 +86,9 @@ class Place:
         return {**own, ADAPTERS: fit(params[ADAPTERS])} if ADAPTERS in params else own
 
     def unpad(self, params: Params) -> Params:
-        """The mesh's shapes to true ones."""
+        """The mesh's shapes to true ones. Under jit or eval_shape."""
+        if self.mesh is None:
+            return params
         own = param_sharding.unpad_params({n: part for n, part in params.items() if n != ADAPTERS}, self.config)
         return (
             {**own, ADAPTERS: param_sharding.unpad_params(params[ADAPTERS], self.config)} if ADAPTERS in params else own

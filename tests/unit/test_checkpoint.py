@@ -436,7 +436,7 @@ import jax, jax.numpy as jnp, numpy as np
 from internvl_jax import checkpoint
 from internvl_jax.models import param_sharding
 from internvl_jax.parallel import mesh as mesh_lib
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import load_config
 from internvl_jax.models import chat_model
 
 published, converted = sys.argv[1:]
