@@ -67,7 +67,7 @@ class Run:
 
 
 def batches(steps: int, image_token_id: int, vocabulary: int) -> list[Batch]:
-    """The golden batch, then others of its shape: other words, brighter or darker pictures."""
+    """The golden batch, then others of its shape: other words, brighter or darker images."""
     arrays = np.load(BUNDLE / "goldens.npz")
     ids, labels = arrays["train/input_ids"], arrays["train/labels"]
     real = arrays["train/attention_mask"].astype(np.int32)

@@ -83,7 +83,7 @@ def run_parity(
         computation but none of the conversion.
     vision_tower: the directory of the vision tower, where the layout has one of its own. None: it is looked for in the
         directories and beside them (config.find_vision_tower).
-    image: a picture, for models with a vision tower; None: one that is drawn here. Without preprocessor_config.json
+    image: an image, for models with a vision tower; None: one that is drawn here. Without preprocessor_config.json
         both sides get the same random pixels.
     prompt: a question; None: a description is asked for. Without tokenizer files both sides get the same random tokens.
         The tokens are this project's (transformers 5's LlamaTokenizer gets V1-1's prompts wrong).
@@ -107,7 +107,9 @@ def run_parity(
         judge = Reference(theirs_dir, published.keys, published.theirs, towers[1])
         ours = _Ours(config, load_processor(ours_dir, config, towers[0]), source)
         inputs = _prepare(config, ours_dir, ours.processor is not None, image, prompt)
-        report = Report(ours_dir, theirs_dir, inputs.image, inputs.prompt, 0 if inputs.ids is None else len(inputs.ids))
+        report = Report(
+            ours_dir, theirs_dir, inputs.image_name, inputs.prompt, 0 if inputs.ids is None else len(inputs.ids)
+        )
 
         def tick(what: str) -> None:
             if progress is not None:
@@ -133,10 +135,10 @@ class _Chains:
 
     def vision(self, inputs: _Inputs) -> None:
         judge, ours = self._judge, self._ours
-        if inputs.picture is None:
+        if inputs.image is None:
             self._theirs = self._mine = inputs.pixels
         else:
-            self._theirs, self._mine = judge.pixels(inputs.picture), ours.pixels(inputs.picture)
+            self._theirs, self._mine = judge.pixels(inputs.image), ours.pixels(inputs.image)
             self._add("pixels", "pixels", None, Errors.of(self._theirs, self._mine))
         self._step("vision.embeddings", "op", methodcaller("vision_embeddings"))
         # Either side counts for itself how many layers select_layer runs.
@@ -253,8 +255,8 @@ class _Ours:
         self.has_projector = config.projector is not None
         self.num_vision_layers = 0 if config.vision is None else config.num_vision_layers
 
-    def pixels(self, picture: Image.Image) -> np.ndarray:
-        return self.processor(picture)[None]
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        return self.processor(image)[None]
 
     def vision_embeddings(self) -> Run:
         return self._stage(_vision_embeddings, self._config.vision, "vision_model/embeddings")
@@ -382,9 +384,9 @@ class _Source:
 class _Inputs:
     """What both sides read."""
 
-    image: str | None
-    picture: Image.Image | None  # pixels are a stage of their own then
-    pixels: np.ndarray | None  # [1,3,S,S], where there is no picture
+    image_name: str | None
+    image: Image.Image | None  # pixels are a stage of their own then
+    pixels: np.ndarray | None  # [1,3,S,S], where there is no image
     prompt: str | None
     ids: np.ndarray | None  # [T]
     image_token_id: int | None
@@ -393,10 +395,10 @@ class _Inputs:
 def _prepare(
     config: ChatConfig, directory: Path, has_processor: bool, image: str | Path | None, prompt: str | None
 ) -> _Inputs:
-    """Picture and prompt, or random stand-ins where the checkpoint lacks the files to make them from."""
+    """Image and prompt, or random stand-ins where the checkpoint lacks the files to make them from."""
     has_tokenizer = any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
     random = np.random.RandomState(0)
-    name, picture, pixels = None, None, None
+    name, opened, pixels = None, None, None
     if image is not None and (config.vision is None or not has_processor):
         lacks = "vision tower" if config.vision is None else "preprocessor_config.json"
         raise ParityError(f"{directory} has no {lacks}: leave --image out")
@@ -407,12 +409,12 @@ def _prepare(
     if config.vision is not None and has_processor:
         name = "drawn" if image is None else str(image)
         # The reference ignores EXIF orientation.
-        picture = draw_picture() if image is None else load_image(image, honour_exif=False)
+        opened = draw_image() if image is None else load_image(image, honour_exif=False)
     elif config.vision is not None:
         name, size = "random", config.image_size
         pixels = random.standard_normal((1, config.vision.num_channels, size, size)).astype(np.float32)
     if config.text is None:
-        return _Inputs(name, picture, pixels, None, None, None)
+        return _Inputs(name, opened, pixels, None, None, None)
 
     count = config.tokens_per_image if config.projector is not None else 0
     image_token_id = config.image_token_id
@@ -439,19 +441,19 @@ def _prepare(
     limit = config.text.max_position_embeddings
     if len(ids) > limit:
         raise ParityError(f"the prompt has {len(ids)} tokens, the model's context {limit}: ask something shorter")
-    return _Inputs(name, picture, pixels, prompt, np.asarray(ids, np.int32), image_token_id)
+    return _Inputs(name, opened, pixels, prompt, np.asarray(ids, np.int32), image_token_id)
 
 
-def draw_picture() -> Image.Image:
-    """The default test picture, 300 x 200: smooth colours, edges, and fine noise, none of them symmetric."""
+def draw_image() -> Image.Image:
+    """The default test image, 300 x 200: smooth colours, edges, and fine noise, none of them symmetric."""
     across, down = np.meshgrid(np.linspace(0, 255, 300), np.linspace(0, 255, 200))
     values = np.stack([across, down, 255 - (across + down) / 2], axis=-1)
     values[120:180, 20:130] = np.random.RandomState(0).uniform(0, 255, (60, 110, 3))
-    picture = Image.fromarray(values.astype(np.uint8))
-    draw = ImageDraw.Draw(picture)
+    image = Image.fromarray(values.astype(np.uint8))
+    draw = ImageDraw.Draw(image)
     draw.ellipse((170, 30, 270, 130), fill=(200, 30, 40), outline=(255, 255, 255), width=4)
     draw.polygon(((40, 90), (90, 15), (140, 80)), fill=(20, 60, 180))
-    return picture
+    return image
 
 
 @lru_cache(maxsize=8)

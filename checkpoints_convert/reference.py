@@ -121,10 +121,10 @@ class Reference:
             self._qk_norm_eps = None if self._native or self._is_clip else self._vision.layer_norm_eps
         self.num_text_layers = 0 if self._text is None else self._text.num_hidden_layers
 
-    def pixels(self, picture: Image.Image) -> np.ndarray:
-        """Pixel values of one picture [1,3,S,S], as the evaluation scripts make them."""
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """Pixel values of one image [1,3,S,S], as the evaluation scripts make them."""
         values = _read_json(self._processor_directory / "preprocessor_config.json")
-        rgb = picture.convert("RGB")
+        rgb = image.convert("RGB")
         if self._pad_to_square:
             side = max(rgb.size)
             square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in values["image_mean"]))

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
 # Answer a JSONL file of questions. Stopped or preempted, the same command goes on where it was.
 #
-#   tpu_scripts/batch.sh QUESTIONS.jsonl [PICTURES_DIRECTORY]
+#   tpu_scripts/batch.sh QUESTIONS.jsonl [IMAGE_DIRECTORY]
 #
-# Paths of images in the file are relative to PICTURES_DIRECTORY. Questions, pictures and answers lie in the bucket
+# Paths of images in the file are relative to IMAGE_DIRECTORY. Questions, images and answers lie in the bucket
 # under batch/NAME_OF_THE_FILE; the answers are copied here at the end. With a MESH that one host can hold (tensor=4),
 # every host has a model and answers its share; with a larger one all hosts compute each answer together.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 need PROJECT ZONE NAME BUCKET CHECKPOINT MESH
 read_accelerator
-((${#ARGUMENTS[@]} == 1 || ${#ARGUMENTS[@]} == 2)) || die "name the questions: batch.sh QUESTIONS.jsonl [PICTURES]"
-questions=${ARGUMENTS[0]} pictures=${ARGUMENTS[1]:-}
+((${#ARGUMENTS[@]} == 1 || ${#ARGUMENTS[@]} == 2)) || die "name the questions: batch.sh QUESTIONS.jsonl [IMAGES]"
+questions=${ARGUMENTS[0]} images=${ARGUMENTS[1]:-}
 [[ -f $questions ]] || die "there is no file $questions"
-[[ -z $pictures || -d $pictures ]] || die "there is no directory $pictures"
+[[ -z $images || -d $images ]] || die "there is no directory $images"
 name=$(basename "$questions" .jsonl)
 folder=gs://$BUCKET/batch/$name
 run gcloud storage cp "$questions" "$folder/questions.jsonl"
-if [[ -n $pictures ]]; then
-    run gcloud storage rsync --recursive "$pictures" "$folder/images"
+if [[ -n $images ]]; then
+    run gcloud storage rsync --recursive "$images" "$folder/images"
 fi
 internvl batch "$MOUNT/batch/$name/questions.jsonl" --output "$MOUNT/batch/$name/answers.jsonl" \
     --root "$MOUNT/batch/$name/images" --checkpoint "$MOUNT/$CHECKPOINT" --mesh "$MESH"

@@ -2,7 +2,7 @@
 
     python -m internvl_jax.evaluation.quantize_report [--checkpoint DIR] [--count N] [--new-tokens N] [--json]
 
-The questions and pictures are those of nano's evaluation (nano/render.py), held out in its training; any other
+The questions and images are those of nano's evaluation (nano/render.py), held out in its training; any other
 checkpoint is asked them too. Reported for each variant:
 
     KL          Kullback-Leibler divergence of the next token, reference to variant, in nats: the prompt is read by
@@ -95,7 +95,7 @@ def divergence(reference: np.ndarray, ours: np.ndarray) -> np.ndarray:
 
 
 class Questions:
-    """A batch of questions about one picture each, with the answers that are expected."""
+    """A batch of questions about one image each, with the answers that are expected."""
 
     def __init__(self, asked: list[tuple[np.ndarray, QAPair]]):
         self.images = [image for image, _ in asked]

@@ -97,8 +97,8 @@ def score_scienceqa(items: Sequence[Item], answers: Answers, codebase: Codebase)
     score = _plain("accuracy", point, items, answers)
     if codebase == "internvl":
         return score
-    pictured = [score.points[item.id] for item in items if item.image is not None]
-    return Score(_mean(pictured), score.name, score.points, {"all questions": score.value}, score.categories)
+    with_image = [score.points[item.id] for item in items if item.image is not None]
+    return Score(_mean(with_image), score.name, score.points, {"all questions": score.value}, score.categories)
 
 
 def score_pope(items: Sequence[Item], answers: Answers, codebase: Codebase) -> Score:

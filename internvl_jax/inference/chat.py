@@ -380,7 +380,7 @@ class Chat:
             raise ValueError("pixel_values holds no images: leave it out for prompts without images")
         if not jnp.issubdtype(given.dtype, jnp.floating):
             raise ValueError(
-                f"pixel_values must be normalised numbers, not {given.dtype}: use chat.processor(picture), or scale to "
+                f"pixel_values must be normalised numbers, not {given.dtype}: use chat.processor(image), or scale to "
                 "0...1, subtract the mean and divide by the standard deviation of preprocessor_config.json"
             )
         ratio = 1 if self.config.projector is None else self.config.unshuffle

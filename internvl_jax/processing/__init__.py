@@ -1,1 +1,1 @@
-"""What happens on the host before and after the model: pictures, conversations, tokens. Never imports jax."""
+"""What happens on the host before and after the model: images, conversations, tokens. Never imports jax."""

@@ -1,4 +1,4 @@
-"""From picture files to pixel arrays, bit for bit as the reference makes them. numpy and PIL only."""
+"""From image files to pixel arrays, bit for bit as the reference makes them. numpy and PIL only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from internvl_jax.utils.files import read_json_object
 
 logger = logging.getLogger(__name__)
 
-# PIL's own limit against decompression bombs, above which it refuses: a picture of 20,000 x 8,900 pixels.
+# PIL's own limit against decompression bombs, above which it refuses: an image of 20,000 x 8,900 pixels.
 MAX_PIXELS = 2 * 89_478_485
 MAX_SIDE = 1 << 23  # to resize a side, PIL makes a table of 32 bytes for each of its pixels
 MAX_BYTES = 1 << 30  # of a file that has to be held in memory
@@ -31,7 +31,7 @@ _BLOCK = 1 << 20  # pixels that are converted at once
 
 IMAGE_MODES = ("eval", "native")
 
-# EXIF's orientation -> what turns the picture upright; 1 is upright.
+# EXIF's orientation -> what turns the image upright; 1 is upright.
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,13 +44,13 @@ ORIENTATIONS = {
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; the message says which and why."""
+    """An image that cannot be used; the message says which and why."""
 
 
 def load_image(
     source: str | Path | bytes | Image.Image | np.ndarray, *, honour_exif: bool, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """Open a picture completely, in the mode that its file has; of an animation the first frame.
+    """Open an image completely, in the mode that its file has; of an animation the first frame.
 
     source: a path, the bytes of a file, a PIL image, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4] of uint8.
     honour_exif: turn it upright as its EXIF orientation says (the reference does not).
@@ -91,9 +91,9 @@ def _load(source: Any, honour_exif: bool, max_pixels: int) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _decode(_from_array(source), "the array", honour_exif, max_pixels)
     if isinstance(source, bytes):
-        return _read(io.BytesIO(source), f"the picture of {len(source)} bytes", honour_exif, max_pixels)
+        return _read(io.BytesIO(source), f"the image of {len(source)} bytes", honour_exif, max_pixels)
     if not isinstance(source, (str, Path)):
-        raise ImageError(f"a picture must be a path, bytes, a PIL image or an array, not {type(source).__name__}")
+        raise ImageError(f"an image must be a path, bytes, a PIL image or an array, not {type(source).__name__}")
     name = str(source)
     name = name if len(name) <= 300 else name[:300] + "..."
     if "://" in name or name.startswith("data:"):
@@ -105,7 +105,7 @@ def _load(source: Any, honour_exif: bool, max_pixels: int) -> Image.Image:
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist") from None
     except IsADirectoryError:
-        raise ImageError(f"{name} is a directory, not a picture") from None
+        raise ImageError(f"{name} is a directory, not an image") from None
     except OSError as error:
         raise ImageError(f"{name} cannot be read ({error.strerror or error})") from None
     except ImageError:
@@ -137,7 +137,7 @@ def _read(file: IO[bytes], name: str, honour_exif: bool, max_pixels: int) -> Ima
         head = file.read(512)
         raise ImageError(
             (None if b"<svg" in head else files.not_itself_by(head, name))
-            or f"{name} is not a picture in a format that can be read (PNG, JPEG, WebP, GIF, ...), or its beginning is "
+            or f"{name} is not an image in a format that can be read (PNG, JPEG, WebP, GIF, ...), or its beginning is "
             "damaged"
         )
     return _decode(image, name, honour_exif, max_pixels)
@@ -197,7 +197,7 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as the EXIF orientation says. EXIF data that cannot be read says nothing: the picture is still good."""
+    """Turned as the EXIF orientation says. EXIF data that cannot be read says nothing: the image is still good."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:
@@ -276,7 +276,7 @@ def _say_once(message: str) -> None:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Pictures to normalised arrays of one size. mean and std are per channel, on a scale of 0 to 1."""
+    """Images to normalised arrays of one size. mean and std are per channel, on a scale of 0 to 1."""
 
     image_size: int
     mean: tuple[float, float, float]
@@ -310,7 +310,7 @@ class ImageProcessor:
             raise ImageError(f"{path} has rescale_factor {factor}: only 1/255 is implemented")
         mean, std = (_triple(values.get(name), f"{path} needs {name}") for name in ("image_mean", "image_std"))
         if min(std) <= 0:
-            raise ImageError(f"{path} has image_std {list(std)}: a picture cannot be divided by that")
+            raise ImageError(f"{path} has image_std {list(std)}: an image cannot be divided by that")
         if image_size is None:
             image_size = _size(values.get("size"), f"{path} has no usable size")
             if values.get("do_center_crop") and values.get("crop_size") is not None:
@@ -320,7 +320,7 @@ class ImageProcessor:
         return cls(image_size, mean, std, pad_to_square=pad_to_square, center_crop=center_crop)
 
     def __call__(self, image: Image.Image, path: str = "eval") -> np.ndarray:
-        """The pixel values of one picture, [3,S,S] float32.
+        """The pixel values of one image, [3,S,S] float32.
 
         path "eval": convert to RGB, then resize, as the reference's evaluation scripts do. "native": resize in the
         file's own mode, then convert, as its quick-start page does; the two differ where there is transparency or a
@@ -332,7 +332,7 @@ class ImageProcessor:
             raise ImageError(f"there is no image path {path!r}; there are {' and '.join(IMAGE_MODES)}")
         if path == "native" and (self.pad_to_square or self.center_crop):
             done = "padded to a square" if self.pad_to_square else "cropped"
-            raise ImageError(f"pictures of this model are {done} in RGB: use the image path 'eval'")
+            raise ImageError(f"images of this model are {done} in RGB: use the image path 'eval'")
         with _memory_for(f"an image of {image.width} x {image.height} pixels"):
             if path == "native":
                 resized = to_rgb(_to_8_bits(image).resize((self.image_size, self.image_size)))
@@ -343,7 +343,7 @@ class ImageProcessor:
         return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
     def scaled(self, image: Image.Image) -> Image.Image:
-        """The picture of the path "eval" in RGB, of its final size, not yet numbers. Scaled again, it stays so."""
+        """The image of the path "eval" in RGB, of its final size, not yet numbers. Scaled again, it stays so."""
         with _memory_for(f"an image of {image.width} x {image.height} pixels"):
             rgb = to_rgb(image)
             if self.pad_to_square:

@@ -34,7 +34,7 @@ CHECKPOINT = BUNDLE / "checkpoint"
 _, FACTS = bundle("internvl_chat_v1_1")
 PROMPTS = {prompt["id"]: prompt for prompt in FACTS["prompts"]}
 TEXT, SEEN = PROMPTS["text_only"], PROMPTS["en_single"]  # RGB: the same pixels on the reference's two paths
-PICTURE = str(BUNDLE / FACTS["images"]["rgb"]["file"])
+IMAGE = str(BUNDLE / FACTS["images"]["rgb"]["file"])
 QUESTION = SEEN["question"].removeprefix("<image>\n")
 GOLDEN = ("chat", "--checkpoint", str(CHECKPOINT), "--max-new-tokens", "32")
 
@@ -236,7 +236,7 @@ def test_help_needs_no_jax():
         (("chat", "--early-stopping", "maybe", "Hi"), "--early-stopping: must be true, false or never, not 'maybe'"),
         (("chat", ""), "the prompt is empty: ask a question, or leave PROMPT out to start a session"),
         (("chat", "--json"), "--json prints one answer: give it a PROMPT"),
-        (("chat", PICTURE, "Hi"), f"{PICTURE} is an image, not a question: write --image {PICTURE}"),
+        (("chat", IMAGE, "Hi"), f"{IMAGE} is an image, not a question: write --image {IMAGE}"),
         (("chat", "none.png"), "none.png is an image, not a question"),
         (("chat", "What", "is", "this?"), "one PROMPT is expected, not 3 ('What', 'is', 'this?'): quote it"),
         (("chat", "--image", "a.png", "Is it", "red?"), "one PROMPT is expected, not 2 ('Is it', 'red?'): quote it"),
@@ -274,7 +274,7 @@ def test_version(argv):
 def test_an_image_from_a_pipe(golden, session):
     read_end, write_end = os.pipe()
     with open(write_end, "wb") as file:
-        file.write(Path(PICTURE).read_bytes())
+        file.write(Path(IMAGE).read_bytes())
     try:
         name = f"/dev/fd/{read_end}"  # what --image <(cat image.png) passes
         if session:
@@ -287,7 +287,7 @@ def test_an_image_from_a_pipe(golden, session):
 
 
 def test_an_answer_and_nothing_else(golden):
-    code, out, err = golden("--image", PICTURE, QUESTION)
+    code, out, err = golden("--image", IMAGE, QUESTION)
     assert code == 0
     assert out == SEEN["response"] + "\n"
     assert err == "(cut off after 32 tokens: --max-new-tokens allows more)\n"
@@ -304,7 +304,7 @@ def test_an_answer_that_ends_by_itself_says_nothing_more(golden):
 
 @pytest.mark.parametrize("question", ["请详细描述这张图片。", "What is 😀 in this café?"])
 def test_json(golden, question):
-    code, out, err = golden("--json", "--image", PICTURE, PICTURE, question)
+    code, out, err = golden("--json", "--image", IMAGE, IMAGE, question)
     assert (code, err) == (0, "")
     assert out.count("\n") == 1
     reply = json.loads(out)
@@ -341,7 +341,7 @@ def test_settings_without_effect_are_named(golden):
 
 def test_settings_arrive(golden):
     search = FACTS["beam_search"][0]
-    assert golden("--num-beams", 5, "--image", PICTURE, QUESTION)[:2] == (0, search["response"] + "\n")
+    assert golden("--num-beams", 5, "--image", IMAGE, QUESTION)[:2] == (0, search["response"] + "\n")
     warm = [golden("--temperature", 1.5, "--seed", seed, TEXT["question"])[1] for seed in (1, 1, 2)]
     assert warm[0] == warm[1] != warm[2]
     for option in (("--top-k", 1), ("--top-p", 1e-6)):
@@ -364,7 +364,7 @@ def test_the_model_is_loaded_as_asked(golden):
     assert (options["mesh"], options["dtype"]) == ("data=2,tensor=4", "bfloat16")
 
 
-def test_a_picture_of_one_pixel(golden, tmp_path):
+def test_an_image_of_one_pixel(golden, tmp_path):
     Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
     code, out, _ = golden("--image", tmp_path / "dot.png", QUESTION)
     assert code == 0
@@ -392,7 +392,7 @@ def test_names_of_checkpoints_and_images(run, tmp_path, monkeypatch, name):
     """Every kind of name, relative ones too, reaches the parameters and the image."""
     real = tmp_path / "home" / (name.rstrip("/") if name not in ("..", "~", "link") else "model")
     shutil.copytree(loading.NANO, real)
-    shutil.copy(PICTURE, real / "im age.png")
+    shutil.copy(IMAGE, real / "im age.png")
     (tmp_path / "link").symlink_to(real)
     (real / "inner").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -420,7 +420,7 @@ def test_errors_say_what_to_do(run, tmp_path, monkeypatch):
     truncated = tmp_path / "truncated.png"
     truncated.write_bytes((BUNDLE / FACTS["images"]["rgb"]["file"]).read_bytes()[:2000])
     text = tmp_path / "text[bold].txt"
-    text.write_text("no picture")
+    text.write_text("no image")
     empty = tmp_path / "empty"
     empty.mkdir()
     lonely = tmp_path / "llava"
@@ -428,9 +428,9 @@ def test_errors_say_what_to_do(run, tmp_path, monkeypatch):
     for argv, message in (
         ((*GOLDEN, "--image", "nowhere.png", "Hi"), "nowhere.png does not exist"),
         ((*GOLDEN, "--image", truncated, "Hi"), f"{truncated} is damaged or truncated"),
-        ((*GOLDEN, "--image", text, "Hi"), f"{text} is not a picture in a format that can be read"),
-        ((*GOLDEN, "--image", tmp_path, "Hi"), "is a directory, not a picture"),
-        ((*GOLDEN, "--image", PICTURE, "none.png"), "none.png does not exist"),
+        ((*GOLDEN, "--image", text, "Hi"), f"{text} is not an image in a format that can be read"),
+        ((*GOLDEN, "--image", tmp_path, "Hi"), "is a directory, not an image"),
+        ((*GOLDEN, "--image", IMAGE, "none.png"), "none.png does not exist"),
         ((*GOLDEN, "--num-beams", 0, "Hi"), "num_beams must be at least 1"),
         ((*GOLDEN, "--top-k", -1, "Hi"), "top_k must be at least 0"),
         ((*GOLDEN, "--top-p", 0, "Hi"), "top_p must lie in (0, 1]"),
@@ -529,10 +529,10 @@ def test_a_session(golden, chat):
         "/fly",
         "/image",
         "/image nowhere.png",
-        f"/image '{PICTURE}'",
+        f"/image '{IMAGE}'",
         *turns,
         "<image>",
-        f"/image {PICTURE}",
+        f"/image {IMAGE}",
         QUESTION,
         "/clear",
         TEXT["question"],
@@ -550,9 +550,9 @@ def test_a_session(golden, chat):
     assert "error: the text has 2 <image> placeholders for 1 image(s)" in err
 
     # The questions before it were one conversation, in which the second image came with the third question.
-    first = golden("--json", "--image", PICTURE, turns[0])[1]
-    second = chat.chat(turns[1], PICTURE, json.loads(first)["history"], max_new_tokens=32)
-    third = chat.chat(QUESTION, [PICTURE] * 2, second.history, max_new_tokens=32)
+    first = golden("--json", "--image", IMAGE, turns[0])[1]
+    second = chat.chat(turns[1], IMAGE, json.loads(first)["history"], max_new_tokens=32)
+    third = chat.chat(QUESTION, [IMAGE] * 2, second.history, max_new_tokens=32)
     assert third.history[2][0].startswith("<image>")
     said = (json.loads(first)["answer"], second.text, third.text, TEXT["response"])
     assert answers == "\n".join(said)
@@ -572,9 +572,9 @@ def test_sigterm_ends_a_session_not_an_answer(golden, monkeypatch):
     assert golden(stdin="Hi\nHi again\n") == (143, "", "ended by SIGTERM\n")
 
 
-def test_a_session_with_beams_and_pictures_from_the_start(golden):
+def test_a_session_with_beams_and_images_from_the_start(golden):
     search = FACTS["beam_search"][0]
-    code, out, err = golden("--image", PICTURE, "--num-beams", 5, stdin=QUESTION + "\n")
+    code, out, err = golden("--image", IMAGE, "--num-beams", 5, stdin=QUESTION + "\n")
     assert (code, out) == (0, search["response"] + "\n")
     assert "error" not in err
 
@@ -593,12 +593,12 @@ def test_a_full_context_hints_at_clear(golden):
 
 
 def test_images_before_and_after_the_question(golden, chat, capsys):
-    expected = chat.chat(QUESTION, [PICTURE] * 2, max_new_tokens=32).text + "\n"
+    expected = chat.chat(QUESTION, [IMAGE] * 2, max_new_tokens=32).text + "\n"
     for argv in (
-        ("--image", PICTURE, PICTURE, QUESTION),
-        (QUESTION, "--image", PICTURE, PICTURE),
-        ("--image", PICTURE, "--image", PICTURE, QUESTION),
-        ("--image", PICTURE, QUESTION, "--image", PICTURE),
+        ("--image", IMAGE, IMAGE, QUESTION),
+        (QUESTION, "--image", IMAGE, IMAGE),
+        ("--image", IMAGE, "--image", IMAGE, QUESTION),
+        ("--image", IMAGE, QUESTION, "--image", IMAGE),
     ):
         assert golden(*argv)[:2] == (0, expected), argv
 
@@ -606,12 +606,12 @@ def test_images_before_and_after_the_question(golden, chat, capsys):
 def test_control_characters_of_an_answer_are_escaped(golden, chat, monkeypatch):
     raw = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
     assert raw.search(SEEN["response"])  # this one has such a character
-    code, out, _ = golden("--json", "--image", PICTURE, QUESTION)
+    code, out, _ = golden("--json", "--image", IMAGE, QUESTION)
     assert (code, json.loads(out)["answer"]) == (0, SEEN["response"])
     assert not raw.search(out)
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
     for more in ((), ("--num-beams", "2")):
-        _, out, _ = golden(*more, "--image", PICTURE, QUESTION)
+        _, out, _ = golden(*more, "--image", IMAGE, QUESTION)
         assert not raw.search(out)
         assert more or printable(SEEN["response"]) + "\n" == out
     text = "a\x1b]0;title\x07\x9b31mred\tb\nc\x7f"
@@ -694,7 +694,7 @@ def test_a_session_in_a_terminal(cache):
         terminal.send("\x03")
         terminal.expect("(Ctrl-D or /quit leaves)")
         terminal.expect(">")
-        terminal.send(f"/image {PICTURE}\n")
+        terminal.send(f"/image {IMAGE}\n")
         terminal.expect("[1 image(s)] >")
         terminal.send("/he\t")  # completed
         terminal.expect("/help")
@@ -728,7 +728,7 @@ def test_pipes(cache):
     """stdout holds the answer alone, stderr nothing that only a terminal should see."""
     pytest.importorskip("torch")
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with process(cache, *GOLDEN, "--image", PICTURE, QUESTION, **options) as running:
+    with process(cache, *GOLDEN, "--image", IMAGE, QUESTION, **options) as running:
         out, err = running.communicate()
     assert running.returncode == 0
     assert out.decode() == SEEN["response"] + "\n"

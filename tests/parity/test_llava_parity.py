@@ -72,7 +72,7 @@ def reference_of(directory, tower=None):
     return Reference(directory, list(state), state.__getitem__, tower)
 
 
-def picture(root, name):
+def golden_image(root, name):
     return load_image(next((root / "images").glob(f"{name}.*")), honour_exif=False)
 
 
@@ -83,31 +83,31 @@ def test_reference_of_v1_0_equals_the_goldens(tmp_path):
     arrays, facts = bundle("internvl_chat_v1_0")
     reference = reference_of(v1_0(tmp_path), tmp_path / INTERN)
     for name in IMAGES:
-        pixels = reference.pixels(picture(V1_0, name))
+        pixels = reference.pixels(golden_image(V1_0, name))
         np.testing.assert_array_equal(pixels[0], arrays[f"images/{name}/pixel_values_r1"], err_msg=name)
     assert reference.num_vision_layers == 3  # hidden_states[-4] of 7
     wanted = (arrays[f"vision/{name}_r1"] for name in ("hidden_states", "selected", "projected"))
-    projected = check_tower(reference, reference.pixels(picture(V1_0, "rgb")), 6, *wanted)
+    projected = check_tower(reference, reference.pixels(golden_image(V1_0, "rgb")), 6, *wanted)
     check_language(reference, facts["prompts"], arrays, projected, "logits/en_single/llm_hidden_states")
     small = reference_of(v1_0(tmp_path / "small", SIZES["r2"]), tmp_path / INTERN)
-    np.testing.assert_array_equal(small.pixels(picture(V1_0, "rgb"))[0], arrays["images/rgb/pixel_values_r2"])
+    np.testing.assert_array_equal(small.pixels(golden_image(V1_0, "rgb"))[0], arrays["images/rgb/pixel_values_r2"])
 
 
 def test_reference_of_llava_equals_the_goldens():
     arrays, facts = bundle("llava_1_5")
     reference = reference_of(LLAVA / "original", LLAVA / CLIP)
     for name in IMAGES:
-        pixels = reference.pixels(picture(LLAVA, name))
+        pixels = reference.pixels(golden_image(LLAVA, name))
         np.testing.assert_array_equal(pixels[0], arrays[f"orig/pixel_values/{name}"], err_msg=name)
     assert reference.num_vision_layers == 4  # hidden_states[-2] of 6
     vision = "orig/vision"
     wanted = arrays[f"{vision}/hidden_states"], arrays[f"{vision}/selected"], arrays[f"{vision}/projected_all"][0]
-    projected = check_tower(reference, reference.pixels(picture(LLAVA, "rgb")), 5, *wanted)
+    projected = check_tower(reference, reference.pixels(golden_image(LLAVA, "rgb")), 5, *wanted)
     check_language(reference, facts["orig_prompts"], arrays, projected, "orig/llm_hidden_states/en_single")
 
 
 def check_tower(reference, pixels, depth, hidden_states, selected, projected):
-    """Returns what the projector makes of the picture."""
+    """Returns what the projector makes of the image."""
     layers = [reference.vision_layer(number) for number in range(depth)]
     states = chain(layers, reference.vision_embeddings()(pixels))
     assert_close(states, hidden_states, 5e-5, "hidden states")
@@ -133,7 +133,7 @@ def test_reference_of_transformers_layout_equals_the_goldens():
     arrays, facts = bundle("llava_1_5")
     reference = reference_of(LLAVA / "hf")
     for name in IMAGES[:3]:
-        pixels = reference.pixels(picture(LLAVA, name))
+        pixels = reference.pixels(golden_image(LLAVA, name))
         np.testing.assert_array_equal(pixels[0], arrays[f"hf/pixel_values/{name}"], err_msg=name)
     case = facts["hf_prompts"][0]
     x = reference.vision_embeddings()(arrays["hf/pixel_values/rgb"][None])

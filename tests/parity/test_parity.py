@@ -141,7 +141,7 @@ def test_golden_tower_passes(directory):
     assert (report.prompt_tokens, report.prompt) == (0, None)
 
 
-def test_long_prompt_and_turned_picture_pass():
+def test_long_prompt_and_turned_image_pass():
     turned = RGB.with_name("exif_rot.jpg")
     report = run_parity(CHAT, image=turned, prompt="Is the shop open or closed? 这是什么？ " * 24)
     assert report.prompt_tokens > 400
@@ -471,7 +471,7 @@ def full_width(directory, depth, preset):
 
     from checkpoints_convert.mapping import tensors
 
-    # All layers run. Small pictures: what counts here are the weights.
+    # All layers run. Small images: what counts here are the weights.
     config = dataclasses.replace(PRESETS[preset](), select_layer=-1, image_size=112)
     config = text(vision(config, num_hidden_layers=depth), num_hidden_layers=depth)
     directory.mkdir()

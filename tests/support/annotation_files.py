@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def write_data(directory, count=40, name="a", every_other_image=True, **values):
-    """A data set of `count` conversations whose answers are their numbers; every second one has a picture."""
+    """A data set of `count` conversations whose answers are their numbers; every second one has an image."""
     rng = np.random.default_rng(count)
     lines = []
     for number in range(count):

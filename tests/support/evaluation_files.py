@@ -26,7 +26,7 @@ def whole(path, value):
 
 
 def table(path, rows, columns=None):
-    """A TSV in which missing values are empty, and pictures base64."""
+    """A TSV in which missing values are empty, and images base64."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = columns or list(rows[0])
     written = ["\t".join(columns)]
@@ -36,7 +36,7 @@ def table(path, rows, columns=None):
     path.write_text("\n".join(written) + "\n", encoding="utf-8")
 
 
-def picture64():
+def image_base64():
     return base64.b64encode(png()).decode()
 
 

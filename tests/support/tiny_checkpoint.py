@@ -48,7 +48,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (30, 60, 210)}
 
 
 def write_squares(directory, count=24, name="squares", text_only=True):
-    """A data set of pictures of one colour and the question for it; returns the meta file."""
+    """A data set of images of one colour and the question for it; returns the meta file."""
     rng = np.random.default_rng(count)
     lines = []
     (directory / "images").mkdir(parents=True, exist_ok=True)

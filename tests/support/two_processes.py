@@ -27,13 +27,13 @@ from internvl_jax.training.state import Place
 
 IMAGES = DATA / "internvl_chat_v1_1" / "images"
 QUESTIONS = ["What is in this picture?", "Name two colours.", "And in this one?"]
-PICTURES = [[IMAGES / "rgb.png"], [], [IMAGES / "gray.png"]]
+QUESTION_IMAGES = [[IMAGES / "rgb.png"], [], [IMAGES / "gray.png"]]
 
 
 def answer(chat):
-    """Greedy tokens of three questions, two of them with a picture."""
+    """Greedy tokens of three questions, two of them with an image."""
     with jax.default_matmul_precision("highest"):
-        replies = chat.batch_chat(QUESTIONS, PICTURES, max_new_tokens=6, eos_token_ids=())
+        replies = chat.batch_chat(QUESTIONS, QUESTION_IMAGES, max_new_tokens=6, eos_token_ids=())
     return [reply.tokens for reply in replies]
 
 

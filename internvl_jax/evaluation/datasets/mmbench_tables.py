@@ -70,7 +70,7 @@ def multiple_choice(
                 raise EvaluationError(f"{where}: the answer is {answer!r}, and the options are {', '.join(options)}")
             hint = row.get("hint", "")
             question = row["question"] if _missing(hint, codebase) else f"{hint}\n{row['question']}"
-            image = _picture(images.get(row["image"], row["image"]), where)
+            image = _decode_image(images.get(row["image"], row["image"]), where)
             gold = () if server else (answer,)
             record = {name: value for name, value in row.items() if name != "image"}
             items.append(Item("", int(row["index"]), question, image, gold, row.get("category", ""), options, record))
@@ -132,7 +132,7 @@ def _cells(row: Mapping[str, str], codebase: Codebase) -> dict[str, str]:
     return options
 
 
-def _picture(text: str, where: str) -> bytes:
+def _decode_image(text: str, where: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):

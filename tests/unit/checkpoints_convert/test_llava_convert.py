@@ -175,7 +175,7 @@ def answers(chat, bundle_directory, cases, facts):
 
 @pytest.mark.parametrize("resolution", ["r1", "r2"])
 def test_golden_answers_of_internvl_chat_v1_0(resolution, tmp_path):
-    """Pictures and questions in, the original's greedy tokens and text out, from the published directory."""
+    """Images and questions in, the original's greedy tokens and text out, from the published directory."""
     _, facts = bundle("internvl_chat_v1_0")
     shutil.copytree(V1_0 / "InternViT-6B-224px", tmp_path / "InternViT-6B-224px")
     chat = internvl_jax.load(sized(tmp_path / "v1_0", V1_0 / "checkpoint", facts["config"][resolution]))
@@ -208,8 +208,8 @@ def test_golden_answers_of_transformers_layout():
 
 def test_a_batch_and_a_stream_say_what_single_questions_say():
     chat = internvl_jax.load(LLAVA / "original")
-    pictures = [LLAVA / "images" / name for name in ("rgb.png", "gray.png")]
-    questions, images = ["What is it?", "Hello", "<image> and <image>?"], [pictures[:1], [], pictures]
+    paths = [LLAVA / "images" / name for name in ("rgb.png", "gray.png")]
+    questions, images = ["What is it?", "Hello", "<image> and <image>?"], [paths[:1], [], paths]
     options = {"max_new_tokens": 8}
     batch = chat.batch_chat(questions, images, **options)
     for question, shown, reply in zip(questions, images, batch):

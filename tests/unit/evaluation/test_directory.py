@@ -57,8 +57,8 @@ def test_a_run_belongs_to_one_process(run, tmp_path, held, capsys):
 def test_what_killed_runs_left_is_removed(run, logged):
     pytest.importorskip("openpyxl")
     _, out = run("mmbench-en-dev")
-    picture = next((out / "images").iterdir())
-    left = [files.temporary_path(path, 5) for path in (*(out / name for name in WRITTEN), picture)]
+    image = next((out / "images").iterdir())
+    left = [files.temporary_path(path, 5) for path in (*(out / name for name in WRITTEN), image)]
     others = [out / ".notes.tmp-5", out / "images/.notes.png.tmp-5"]
     for path in (*left, *others):
         path.touch()

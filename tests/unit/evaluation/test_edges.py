@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.evaluation_files import lines, picture64, table, whole
+from support.evaluation_files import image_base64, lines, table, whole
 
 from internvl_jax.evaluation import run_report as report
 from internvl_jax.evaluation import scoring
@@ -131,10 +131,10 @@ def test_answers_of_ccbench_are_stripped():
         assert scoring.score_ccbench([item], {"1": text}, codebase).points == {"1": points}
 
 
-def test_a_picture_of_mme_counts_with_both_questions():
+def test_an_image_of_mme_counts_with_both_questions():
     items = [Item(str(n), n, "?", None, ("yes",), "color", {}, {"pair": n // 2}) for n in range(3)]
     score = scoring.score_mme(items, {"0": "Yes", "1": "No", "2": "No"}, "internvl")
-    assert score.value == 50  # half of the questions, no picture: the third has no partner
+    assert score.value == 50  # half of the questions, no image: the third has no partner
     cognition = [Item("9", 9, "?", None, ("no",), "code_reasoning", {}, {"pair": n}) for n in (0, 0)]
     assert scoring.score_mme(cognition, {"9": "no"}, "internvl").figures == {"cognition": 200}
 
@@ -207,7 +207,7 @@ def test_the_table_says_what_is_not_comparable(tmp_path):
 
 def test_images_that_rows_share(tmp_path):
     """A row of MMBench may name another row in place of an image."""
-    row = {"index": 7, "question": "q", "A": "a", "B": "b", "answer": "A", "image": picture64()}
+    row = {"index": 7, "question": "q", "A": "a", "B": "b", "answer": "A", "image": image_base64()}
     table(tmp_path / "mmbench_dev_20230712.tsv", [row, row | {"index": 1_000_007, "image": "7"}])
     first, second = read(tmp_path, "mmbench-en-dev")
     assert first.image == second.image != b""

@@ -3,7 +3,7 @@
 import base64
 
 import pytest
-from support.evaluation_files import lines, mme_files, picture64, table
+from support.evaluation_files import image_base64, lines, mme_files, table
 
 from internvl_jax.evaluation.benchmark_table import BENCHMARKS
 from internvl_jax.evaluation.datasets.data_folder import DataFolder
@@ -16,7 +16,7 @@ def load(root, name):
 
 
 def test_tables_that_are_refused(tmp_path):
-    good = {"index": 1, "question": "q", "A": "a", "B": "b", "answer": "A", "image": picture64()}
+    good = {"index": 1, "question": "q", "A": "a", "B": "b", "answer": "A", "image": image_base64()}
     path = tmp_path / "mmbench_dev_20230712.tsv"
     for changed, message in (
         ({"answer": "D"}, "row 1: the answer is 'D', and the options are A, B"),
@@ -46,7 +46,7 @@ MISSING = ("None", "N/A", "NA", "n/a", "null", "NULL", "nan", "NaN", "#N/A", "<N
 def test_options_that_spell_a_missing_value(tmp_path, text, file, logged):
     """The reference's pandas reads them as missing: the row is asked without them, and its letter still counts."""
     good = {"index": 1, "question": "How many?", "A": "One", "B": "Two", "C": "Three", "answer": "A"}
-    good |= {"image": picture64(), "category": "c"}
+    good |= {"image": image_base64(), "category": "c"}
     table(tmp_path / f"{file}.tsv", [good, good | {"index": 2, "A": text}, good | {"index": 3, "A": "none"}])
     name = {"mmbench_dev_20230712": "mmbench-en-dev", "CCBench_legacy": "ccbench"}.get(file, "mmbench-cn-dev")
     items = load(tmp_path, name)
@@ -67,7 +67,16 @@ def test_options_that_spell_a_missing_value(tmp_path, text, file, logged):
 
 def test_missing_values_of_a_table_are_handed_in_as_empty_cells(tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
-    row = {"index": 1, "question": "q", "hint": "NA", "A": "None", "B": "b", "C": "N/A", "D": "d", "image": picture64()}
+    row = {
+        "index": 1,
+        "question": "q",
+        "hint": "NA",
+        "A": "None",
+        "B": "b",
+        "C": "N/A",
+        "D": "d",
+        "image": image_base64(),
+    }
     table(tmp_path / "mmbench_test_en_20231003.tsv", [row | {"split": "nan"}])
     benchmark = BENCHMARKS["mmbench-en-test"]
     for codebase in ("internvl", "llava"):
@@ -81,7 +90,7 @@ def test_missing_values_of_a_table_are_handed_in_as_empty_cells(tmp_path):
 
 def test_tables_from_editors(tmp_path):
     """A byte order mark, Windows' line ends, empty fields dropped at a line's end, base64 in lines, a blank line."""
-    good = {"index": "1", "question": "q", "A": "a", "B": "b", "answer": "A", "image": picture64(), "category": "c"}
+    good = {"index": "1", "question": "q", "A": "a", "B": "b", "answer": "A", "image": image_base64(), "category": "c"}
     good |= {"comment": "", "split": ""}
     image = good["image"]
     cells = [*good.values()][:-2]
@@ -97,7 +106,7 @@ def test_tables_from_editors(tmp_path):
 
 
 def test_every_row_that_is_wrong_is_named(tmp_path):
-    good = {"index": 1, "question": "q", "A": "a", "B": "b", "answer": "A", "image": picture64()}
+    good = {"index": 1, "question": "q", "A": "a", "B": "b", "answer": "A", "image": image_base64()}
     changed = [good | {"index": 2, "answer": "F"}, good | {"index": 3, "image": "?"}, good | {"index": "x"}]
     table(tmp_path / "mmbench_dev_20230712.tsv", [good, *changed])
     with pytest.raises(EvaluationError, match=r"(?s)3 problems.*row 2: the answer.*row 3: the image.*row 4: the index"):

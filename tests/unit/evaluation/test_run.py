@@ -140,8 +140,8 @@ def test_from_file_to_report(run, data, name, capsys):
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
-def test_nano_reads_the_pictures(run, data):
-    """Asked as it was trained to be, without an instruction, it is mostly right: no picture is lost or swapped."""
+def test_nano_reads_the_images(run, data):
+    """Asked as it was trained to be, without an instruction, it is mostly right: no image is lost or swapped."""
     _, out = run("mm-vet")
     said = json.loads((out / "submission.json").read_text())
     facts = json.loads((data / "mm-vet/mm-vet.json").read_text())
@@ -159,7 +159,7 @@ def test_beams_of_the_published_figures(run, data, tmp_path, capsys):
 
 
 def test_answers_do_not_depend_on_the_batch(run):
-    """One by one, by threes, and as Chat answers without the pictures made ready ahead."""
+    """One by one, by threes, and as Chat answers without the images made ready ahead."""
     answers = []
     for size in ("1", "3"):
         _, out = run("gqa", "--batch-size", size, out=f"batch{size}")
@@ -245,24 +245,24 @@ def test_answers_with_separators_of_lines(run, capsys):
     assert json.loads((out / "report.json").read_text())["timing"]["answered"] == 0
 
 
-def test_pictures_that_are_missing_or_broken(run, data, capsys, tmp_path):
-    picture = data / "vizwiz/val/VizWiz_val_00000001.jpg"
-    content = picture.read_bytes()
+def test_images_that_are_missing_or_broken(run, data, capsys, tmp_path):
+    image = data / "vizwiz/val/VizWiz_val_00000001.jpg"
+    content = image.read_bytes()
     try:
-        picture.unlink()
+        image.unlink()
         assert run("vizwiz-val")[0] == 2
         assert "'VizWiz_val_00000001.jpg': no image VizWiz_val_00000001.jpg in" in capsys.readouterr().err
-        picture.write_bytes(content[: len(content) // 2])
+        image.write_bytes(content[: len(content) // 2])
         code, out = run("vizwiz-val")
     finally:
-        picture.write_bytes(content)
+        image.write_bytes(content)
     assert code == 1
     report = json.loads((out / "report.json").read_text())
     assert (report["failed"], report["score"]) == (["VizWiz_val_00000001.jpg"], None)
     assert "1 questions could not be answered (VizWiz_val_00000001.jpg)" in (out / "report.md").read_text()
     told = {row["id"]: row for row in rows(out / "predictions.jsonl")}["VizWiz_val_00000001.jpg"]
     assert "damaged or truncated" in told["error"]
-    assert run("vizwiz-val", "--resume")[0] == 0  # with the picture mended
+    assert run("vizwiz-val", "--resume")[0] == 0  # with the image mended
     report = json.loads((out / "report.json").read_text())
     assert (report["failed"], report["timing"]["answered"]) == ([], 1)
     assert len(rows(out / "predictions.jsonl")) == report["questions"]
@@ -333,7 +333,7 @@ def test_llava_codebase(data, tmp_path, name, monkeypatch):
     assert (report["codebase"], report["generation"]) == ("llava", {"max_new_tokens": 2, "num_beams": 1})
     asked = rows(tmp_path / "questions.jsonl")
     if name == "scienceqa":
-        assert sum(not row["images"] for row in asked) == 1  # LLaVA's file has questions without a picture
+        assert sum(not row["images"] for row in asked) == 1  # LLaVA's file has questions without an image
         assert asked[1]["question"].startswith("Context: Look at the picture.\nWhat")
     else:
         assert all(row["question"].endswith("in the image?\n" + tiny.SHORT) for row in asked)
@@ -356,7 +356,7 @@ def test_models_that_see_nothing_are_refused(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_pictures_made_ready_are_the_same(padded):
+def test_images_made_ready_are_the_same(padded):
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     for crop in (True, False):
         processor = ImageProcessor(56, mean, std, pad_to_square=padded, center_crop=crop)

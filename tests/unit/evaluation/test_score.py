@@ -262,8 +262,8 @@ def test_llava_scienceqa(tmp_path):
     ]
     assert not benchmark.pad
     score = benchmark.score(items, answers, "llava")
-    pictured = [answers[item.id] == "A" for item in items if item.image]
-    assert score.value == 100 * sum(pictured) / len(pictured)
+    with_image = [answers[item.id] == "A" for item in items if item.image]
+    assert score.value == 100 * sum(with_image) / len(with_image)
 
 
 def test_llava_mme_prompt(tmp_path):

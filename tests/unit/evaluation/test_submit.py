@@ -7,7 +7,7 @@ import time
 
 import pytest
 from support.evaluation_cases import real
-from support.evaluation_files import lines, picture64, rows, table, whole
+from support.evaluation_files import image_base64, lines, rows, table, whole
 
 from internvl_jax.cli.main import main
 from internvl_jax.evaluation.benchmark_table import BENCHMARKS
@@ -147,7 +147,7 @@ def test_a_full_disk(vet, capsys):
 
 def test_workbooks_hold_any_answer(tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
-    row = {"index": 1, "question": "q", "hint": "", "A": "a", "B": "b", "C": "", "D": "", "image": picture64()}
+    row = {"index": 1, "question": "q", "hint": "", "A": "a", "B": "b", "C": "", "D": "", "image": image_base64()}
     table(tmp_path / "mmbench_test_en_20231003.tsv", [row])
     (tmp_path / "a.json").write_text('{"1": "=1+1 \\u0000\\u001f\\ud800\\ufffe\\uffff \u00e9"}', encoding="utf-8")
     assert submit("mmbench-en-test", tmp_path / "a.json", tmp_path, tmp_path / "out") == 0

@@ -26,7 +26,7 @@ CHECKPOINT = BUNDLE / "checkpoint"
 ARRAYS, FACTS = bundle("internvl_chat_v1_1")
 PROMPTS = {prompt["id"]: prompt for prompt in FACTS["prompts"]}
 
-# The goldens are the quick-start page's: pictures resized in their own mode, EXIF ignored.
+# The goldens are the quick-start page's: images resized in their own mode, EXIF ignored.
 REFERENCE = {"honour_exif": False, "image_path": "native", "max_new_tokens": 32}
 
 
@@ -35,14 +35,14 @@ def chat():
     return internvl_jax.load(CHECKPOINT)
 
 
-def picture(name):
+def image_path(name):
     return BUNDLE / FACTS["images"][name]["file"]
 
 
 def asked(prompt):
     """question, images, history of a golden prompt."""
     history = [tuple(turn) for turn in prompt["history"] or ()]
-    return prompt["question"], [picture(name) for name in prompt["images"]], history
+    return prompt["question"], [image_path(name) for name in prompt["images"]], history
 
 
 def without_timings(reply):
@@ -72,7 +72,7 @@ def test_golden_answers(chat, name, monkeypatch):
 
 @pytest.mark.parametrize("batch", FACTS["batches"], ids=lambda batch: batch["id"])
 def test_golden_batches(chat, batch):
-    images = [[picture(name)] for name in batch["images"]]
+    images = [[image_path(name)] for name in batch["images"]]
     replies = chat.batch_chat(batch["questions"], images, **REFERENCE)
     assert [reply.text for reply in replies] == batch["responses"]
 
@@ -97,14 +97,14 @@ def test_rows_get_what_they_get_alone(chat):
 
 
 def test_history_goes_on(chat):
-    """A reply's history is the next call's, and the pictures of earlier turns are given again."""
-    first = chat.chat("What is shown?", picture("rgb"), **REFERENCE)
-    second = chat.chat("And where?", [picture("rgb")], first.history, **REFERENCE)
+    """A reply's history is the next call's, and the images of earlier turns are given again."""
+    first = chat.chat("What is shown?", image_path("rgb"), **REFERENCE)
+    second = chat.chat("And where?", [image_path("rgb")], first.history, **REFERENCE)
     assert [question for question, _ in second.history] == ["<image>\nWhat is shown?", "And where?"]
     assert second.history[0] == first.history[0]
     written = [("<image>\nWhat is shown?", first.text)]
-    assert chat.chat("And where?", [picture("rgb")], written, **REFERENCE).tokens == second.tokens
-    assert chat.chat("And where?", [picture("gray")], written, **REFERENCE).tokens != second.tokens
+    assert chat.chat("And where?", [image_path("rgb")], written, **REFERENCE).tokens == second.tokens
+    assert chat.chat("And where?", [image_path("gray")], written, **REFERENCE).tokens != second.tokens
 
 
 def prompt_of(chat, monkeypatch, *asking, **options):
@@ -118,7 +118,7 @@ def prompt_of(chat, monkeypatch, *asking, **options):
 
 
 def test_a_later_image_comes_with_its_question(chat, monkeypatch):
-    one, two = picture("rgb"), picture("gray")
+    one, two = image_path("rgb"), image_path("gray")
     first = chat.chat("What is this?", one, max_new_tokens=2)
     prompt, second = prompt_of(chat, monkeypatch, "And this?", [one, two], first.history)
     start, _, rest = prompt.partition("<bot>:")
@@ -154,7 +154,7 @@ def test_a_later_image_comes_with_its_question(chat, monkeypatch):
 
 def test_combined_form_of_the_reference(chat, monkeypatch):
     """All images of a conversation in its first turn: on request, and where the first question brought them."""
-    one, two = picture("rgb"), picture("gray")
+    one, two = image_path("rgb"), image_path("gray")
     history = [("<image>\nWhat is this?", "A cat.")]
     prompt, reply = prompt_of(chat, monkeypatch, "And this?", [one, two], history, combine=True)
     assert prompt.partition("<bot>:")[2].count("<img>") == 0
@@ -185,7 +185,7 @@ def test_typed_special_tokens_are_text(chat, monkeypatch):
         assert reply.history[-1][0] == texts[0]
     parsed, _ = read_ids(chat, monkeypatch, "a</s>b", [], None, parse_special=True)
     assert parsed.count(chat.tokenizer.eos_id) == 1
-    ids, _ = read_ids(chat, monkeypatch, "<image> a</s>b", [], None, images=picture("rgb"))
+    ids, _ = read_ids(chat, monkeypatch, "<image> a</s>b", [], None, images=image_path("rgb"))
     assert ids.count(chat.tokenizer.eos_id) == 0
     assert ids.count(chat.image_token_id) == chat.config.tokens_per_image
     untouched, _ = read_ids(chat, monkeypatch, "a b", [], None)
@@ -200,8 +200,8 @@ def read_ids(chat, monkeypatch, question, history, system, **options):
     return read[0][0].tolist(), reply
 
 
-def test_pictures_in_every_form(chat):
-    path = picture("rgb")
+def test_images_in_every_form(chat):
+    path = image_path("rgb")
     with Image.open(path) as opened:
         forms = [path, str(path), path.read_bytes(), opened.copy(), np.asarray(opened)]
     answers = {chat.chat("What?", form, max_new_tokens=8).text for form in forms}
@@ -210,13 +210,14 @@ def test_pictures_in_every_form(chat):
 
 
 def test_orientation_and_image_path_are_choices(chat):
-    """Phone pictures are turned upright unless asked otherwise; RGBA differs between the reference's two paths."""
+    """Phone images are turned upright unless asked otherwise; RGBA differs between the reference's two paths."""
     upright, raw = (
-        chat.chat("What?", picture("exif_rot"), honour_exif=honour, max_new_tokens=8).tokens for honour in (True, False)
+        chat.chat("What?", image_path("exif_rot"), honour_exif=honour, max_new_tokens=8).tokens
+        for honour in (True, False)
     )
     assert upright != raw
     evaluation, native = (
-        chat.chat("What?", picture("rgba"), image_path=path, max_new_tokens=8).tokens for path in ("eval", "native")
+        chat.chat("What?", image_path("rgba"), image_path=path, max_new_tokens=8).tokens for path in ("eval", "native")
     )
     assert evaluation != native
 
@@ -341,10 +342,10 @@ NUMBERS = np.zeros((4, 4), np.uint8)
         ("Hi", {"max_new_tokens": 600}, r"row 0: \d+ prompt tokens \+ 600 new ones exceed the context of 512 tokens"),
         ("word " * 600, {}, "leaves no room for an answer in the context of 512: shorten the question"),
         ("Hi", {"images": ["nowhere.png"]}, "nowhere.png does not exist"),
-        ("Hi", {"images": [DATA]}, "is a directory, not a picture"),
-        ("Hi", {"images": [CHECKPOINT / "config.json"]}, "is not a picture in a format that can be read"),
-        ("Hi", {"images": b"nothing"}, "the picture of 7 bytes is not a picture"),
-        ("Hi", {"images": [3]}, "a picture must be a path, bytes, a PIL image or an array, not int"),
+        ("Hi", {"images": [DATA]}, "is a directory, not an image"),
+        ("Hi", {"images": [CHECKPOINT / "config.json"]}, "is not an image in a format that can be read"),
+        ("Hi", {"images": b"nothing"}, "the image of 7 bytes is not an image"),
+        ("Hi", {"images": [3]}, "an image must be a path, bytes, a PIL image or an array, not int"),
         ("Hi", {"images": NUMBERS.astype(float)}, "an array must be uint8"),
         ("Hi", {"images": "https://example.com/a.png"}, "download it"),
         ("Hi", {"images": NUMBERS, "image_path": "fast"}, "there is no image path 'fast'; there are eval and native"),
@@ -491,7 +492,7 @@ def test_a_mesh_of_one_device(chat):
     meshed = internvl_jax.load(CHECKPOINT, mesh="tensor=1", vision="tensor")
     assert meshed.params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"].shape[0] == 4
     batch = FACTS["batches"][0]
-    replies = meshed.batch_chat(batch["questions"], [[picture(name)] for name in batch["images"]], **REFERENCE)
+    replies = meshed.batch_chat(batch["questions"], [[image_path(name)] for name in batch["images"]], **REFERENCE)
     assert [reply.text for reply in replies] == batch["responses"]
 
 
@@ -504,10 +505,10 @@ def test_a_second_question_compiles_nothing(chat):
 
     def converse(name, question, **options):
         options = {**REFERENCE, **options}
-        chat.chat(question, picture(name), **options)
+        chat.chat(question, image_path(name), **options)
         history = [(f"<image>\n{question}", "A bird.")]
-        list(chat.stream("And then?", picture(name), history, **options))
-        chat.batch_chat([question, "图中有几个人？"], [[picture(name)] * 2, []], **options, stop="no such text")
+        list(chat.stream("And then?", image_path(name), history, **options))
+        chat.batch_chat([question, "图中有几个人？"], [[image_path(name)] * 2, []], **options, stop="no such text")
 
     converse("rgb", "What is this?")
     compiles.clear()
@@ -534,7 +535,7 @@ def test_the_second_process_compiles_nothing(tmp_path):
     """From load to the last token there are three programs, and a later process finds all of them on disk."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    command = [sys.executable, "-c", COLD_START, str(CHECKPOINT), str(picture("rgb"))]
+    command = [sys.executable, "-c", COLD_START, str(CHECKPOINT), str(image_path("rgb"))]
     runs = []
     for _ in range(2):
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -30,7 +30,7 @@ def chat():
     return internvl_jax.load(CHECKPOINT)
 
 
-def picture(name):
+def image_path(name):
     return BUNDLE / FACTS["images"][name]["file"]
 
 
@@ -111,7 +111,7 @@ def test_without_image_processor_text_still_runs(tmp_path):
     prompt = PROMPTS["text_only"]
     assert blind.chat(prompt["question"], max_new_tokens=32).text == prompt["response"]
     with pytest.raises(ValueError, match=r"has no preprocessor_config\.json: put it beside its config"):
-        blind.chat("What?", picture("rgb"))
+        blind.chat("What?", image_path("rgb"))
 
 
 def test_unknown_template(tmp_path):
@@ -190,7 +190,7 @@ def test_bare_language_model_that_chats(chat):
     prompt = PROMPTS["text_only"]
     assert blind.chat(prompt["question"], max_new_tokens=32).text == prompt["response"]
     with pytest.raises(ValueError, match="is a language model without a vision tower: ask without images"):
-        blind.chat("What?", picture("rgb"))
+        blind.chat("What?", image_path("rgb"))
 
 
 def test_the_compilation_cache_where_it_can_be_written_and_where_not(tmp_path, monkeypatch, logged):

@@ -257,7 +257,7 @@ def test_layers_past_the_last_one_that_runs(stacked):
 
 
 def test_class_token_comes_first():
-    """Row 0 is the class token: before any layer it does not depend on the picture, behind them it does."""
+    """Row 0 is the class token: before any layer it does not depend on the image, behind them it does."""
     config, params = tiny()
     states = run(params, config, pixels(0, 2, 3, 16, 16), collect=True)[1]["hidden_states"]
     embeddings = params["embeddings"]

@@ -1,4 +1,4 @@
-"""Pictures: pixels against the golden bundles and transformers' processor, every mode of PIL, and bad files."""
+"""Images: pixels against the golden bundles and transformers' processor, every mode of PIL, and bad files."""
 
 import io
 import json
@@ -33,7 +33,7 @@ FILES = {
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def random_picture(mode="RGB", width=37, height=23, seed=0):
+def random_image(mode="RGB", width=37, height=23, seed=0):
     colours = Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 4), np.uint8))
     return colours if mode == "RGBA" else colours.convert("RGB").convert(mode)
 
@@ -67,7 +67,7 @@ def test_golden_pixels_bit_for_bit(name, path, array):
     np.testing.assert_array_equal(pixels, GOLDENS[f"images/{name}/{array}"])
 
 
-def test_golden_pixels_of_a_picture_padded_to_a_square():
+def test_golden_pixels_of_an_image_padded_to_a_square():
     processor = ImageProcessor.from_dir(CHAT / "checkpoint", pad_to_square=True)
     np.testing.assert_array_equal(processor(load(FILES["rgb"])), GOLDENS["images/rgb/eval_pad2square"])
 
@@ -99,7 +99,7 @@ def reference():
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "F"])
 def test_every_mode_equals_the_reference(reference, mode):
-    image = random_picture("RGB").convert("L").convert(mode) if mode == "F" else random_picture(mode)
+    image = random_image("RGB").convert("L").convert(mode) if mode == "F" else random_image(mode)
     assert image.mode == mode
     processor = ImageProcessor(28, MEAN, STD)
     eval_way = image.convert("RGB").resize((28, 28), Image.Resampling.BICUBIC)
@@ -110,7 +110,7 @@ def test_every_mode_equals_the_reference(reference, mode):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (28, 28), (27, 300), (500, 333)])
 def test_every_size_equals_the_reference(reference, size):
-    image = random_picture("RGB", *size)
+    image = random_image("RGB", *size)
     resized = image.resize((28, 28), Image.Resampling.BICUBIC)
     for path in ("eval", "native"):
         np.testing.assert_array_equal(ImageProcessor(28, MEAN, STD)(image, path), reference(resized, 28))
@@ -129,19 +129,19 @@ def test_every_grey_value_under_any_mean_and_std_equals_the_reference(reference)
 # Modes and formats, from files.
 
 
-def test_transparency_differs_between_the_paths_and_opaque_pictures_do_not():
+def test_transparency_differs_between_the_paths_and_opaque_images_do_not():
     processor = ImageProcessor(28, MEAN, STD)
-    see_through = load(encoded(random_picture("RGBA")))
+    see_through = load(encoded(random_image("RGBA")))
     assert see_through.mode == "RGBA"
     assert np.abs(processor(see_through) - processor(see_through, "native")).max() > 0.1
     for mode in ("RGB", "L"):
-        opaque = load(encoded(random_picture(mode)))
+        opaque = load(encoded(random_image(mode)))
         np.testing.assert_array_equal(processor(opaque), processor(opaque, "native"))
 
 
 @pytest.mark.parametrize("transparency", [None, 3, bytes(range(256))])
 def test_palettes_with_and_without_transparency(transparency):
-    palette = random_picture("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
+    palette = random_image("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
     options = {} if transparency is None else {"transparency": transparency}
     image = load(encoded(palette, **options))
     assert image.mode == "P"
@@ -254,7 +254,7 @@ def test_an_open_animation_keeps_the_callers_frame():
 def test_exif_orientation_is_honoured_or_ignored(orientation, format):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(random_picture("RGB", 24, 16), format, exif=exif)
+    data = encoded(random_image("RGB", 24, 16), format, exif=exif)
     plain = Image.open(io.BytesIO(data))
     plain.load()  # a TIFF is turned by PIL itself, in the reference too
     np.testing.assert_array_equal(np.asarray(load(data)), np.asarray(plain))
@@ -263,7 +263,7 @@ def test_exif_orientation_is_honoured_or_ignored(orientation, format):
     assert upright.size == ((16, 24) if orientation in (5, 6, 7, 8) else (24, 16))
 
 
-def test_the_golden_phone_picture_is_turned():
+def test_the_golden_phone_image_is_turned():
     image = load(FILES["exif_rot"])
     upright = load(FILES["exif_rot"], honour_exif=True)
     assert (image.size, upright.size) == ((96, 140), (140, 96))
@@ -280,15 +280,15 @@ def test_the_golden_phone_picture_is_turned():
         (b"not EXIF at all", False),
     ],
 )
-def test_damaged_exif_does_not_cost_the_picture(exif, turned):
-    data = encoded(random_picture("RGB", 24, 16), exif=exif)
+def test_damaged_exif_does_not_cost_the_image(exif, turned):
+    data = encoded(random_image("RGB", 24, 16), exif=exif)
     assert load(data, honour_exif=True).size == ((16, 24) if turned else (24, 16))
 
 
 # Large, thin and hostile.
 
 
-def test_a_very_wide_picture_takes_bounded_memory(tmp_path):
+def test_a_very_wide_image_takes_bounded_memory(tmp_path):
     width, height = 20_000, 1_500
     path = tmp_path / "wide.jpg"
     Image.new("RGB", (width, height), (10, 200, 30)).save(path)
@@ -303,7 +303,7 @@ assert pixels.shape == (3, 448, 448) and abs(pixels[1] - (200 / 255 - 0.456) / 0
 print(peak() - before)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    # PIL holds RGB in 4 bytes per pixel; the picture is there once.
+    # PIL holds RGB in 4 bytes per pixel; the image is there once.
     assert int(run.stdout) < 1.5 * 4 * width * height
 
 
@@ -338,7 +338,7 @@ def test_bombs_are_refused_before_they_are_unpacked(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Image was not the expected size:UserWarning")
 def test_an_icon_that_is_larger_than_its_header_says():
-    file = bytearray(encoded(random_picture("RGB", 16, 16), "ICO"))
+    file = bytearray(encoded(random_image("RGB", 16, 16), "ICO"))
     inside = encoded(Image.new("L", (900, 700)))
     file[14:22] = struct.pack("<II", len(inside), 22)
     assert load(bytes(file[:22]) + inside).size == (900, 700)
@@ -384,7 +384,7 @@ def test_an_image_without_room_in_memory_is_an_error_of_its_own(monkeypatch):
     def full(*args, **kwargs):
         raise MemoryError
 
-    image = random_picture()
+    image = random_image()
     processors = [ImageProcessor(8, MEAN, STD), ImageProcessor(8, MEAN, STD, pad_to_square=True)]
     data = encoded(image)
     with monkeypatch.context() as patch:
@@ -402,7 +402,7 @@ def test_an_image_without_room_in_memory_is_an_error_of_its_own(monkeypatch):
 
 
 def test_reading_images_in_threads_leaves_the_warnings_of_others_alone():
-    data = encoded(random_picture("RGB", 400, 400))
+    data = encoded(random_image("RGB", 400, 400))
 
     def read():
         for _ in range(10):
@@ -434,7 +434,7 @@ def test_no_module_mutes_warnings_for_a_while():
 
 
 def test_nothing_is_warned_of():
-    palette = random_picture("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
+    palette = random_image("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for path in ("eval", "native"):
@@ -449,7 +449,7 @@ def test_nothing_is_warned_of():
 
 
 def test_the_command_line_leaves_out_what_pil_says_of_metadata(capsys):
-    data = encoded(random_picture(), exif=b"MM\x00\x2a\x00\x00\x00\x08")
+    data = encoded(random_image(), exif=b"MM\x00\x2a\x00\x00\x00\x08")
     with warnings.catch_warnings(), logs.to_terminal():
         warnings.simplefilter("always")
         load(data, honour_exif=True)
@@ -459,7 +459,7 @@ def test_the_command_line_leaves_out_what_pil_says_of_metadata(capsys):
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_truncated_files_are_refused_by_name(tmp_path, format):
-    data = encoded(random_picture("RGB", 120, 90), format)
+    data = encoded(random_image("RGB", 120, 90), format)
     path = tmp_path / f"cut.{format.lower()}"
     for share in (0.1, 0.5, 0.9):
         path.write_bytes(data[: int(len(data) * share)])
@@ -474,7 +474,7 @@ def test_damaged_files_are_read_or_refused(format):
     exif = Image.Exif()
     exif[0x0112] = 6
     try:
-        data = encoded(random_picture(), format, **({} if format in ("GIF", "DDS") else {"exif": exif}))
+        data = encoded(random_image(), format, **({} if format in ("GIF", "DDS") else {"exif": exif}))
     except (KeyError, OSError) as error:
         pytest.skip(f"this Pillow writes no {format}: {error}")
     rng = np.random.RandomState(0)
@@ -490,15 +490,15 @@ def test_damaged_files_are_read_or_refused(format):
     assert refused
 
 
-def test_files_that_are_no_pictures(tmp_path):
+def test_files_that_are_no_images(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.jpg").write_text("a picture says more than a thousand words")
     for name, complaint in [
         ("empty.png", "empty: it has no bytes"),
-        ("text.jpg", "not a picture in a format that can be read"),
+        ("text.jpg", "not an image in a format that can be read"),
         ("missing.png", "does not exist"),
         ("text.jpg/inside.png", "cannot be read"),
-        ("", "is a directory, not a picture"),
+        ("", "is a directory, not an image"),
         ("nul\0.png", "is not a path"),
         ("long" * 2000, r"\.\.\. cannot be read"),
     ]:
@@ -525,7 +525,7 @@ def test_what_came_instead_of_an_image_is_told(tmp_path):
     for text, complaint in [
         ("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "is a git-lfs pointer, not the file"),
         ("\n<!DOCTYPE html><html>Not found", "is a web page, not the file"),
-        ('<?xml version="1.0"?>\n<svg/>', "is not a picture in a format that can be read"),
+        ('<?xml version="1.0"?>\n<svg/>', "is not an image in a format that can be read"),
     ]:
         path.write_text(text)
         with pytest.raises(ImageError, match=f"^{path} {complaint}"):
@@ -534,19 +534,19 @@ def test_what_came_instead_of_an_image_is_told(tmp_path):
             load(text.encode())
 
 
-def test_sources_that_are_one_picture(tmp_path, monkeypatch):
-    image = random_picture()
+def test_sources_that_are_one_image(tmp_path, monkeypatch):
+    image = random_image()
     data = encoded(image)
-    (tmp_path / "picture.png").write_bytes(data)
+    (tmp_path / "image.png").write_bytes(data)
     monkeypatch.setenv("HOME", str(tmp_path))
-    sources = [tmp_path / "picture.png", str(tmp_path / "picture.png"), "~/picture.png", data, image, np.asarray(image)]
+    sources = [tmp_path / "image.png", str(tmp_path / "image.png"), "~/image.png", data, image, np.asarray(image)]
     for source in sources:
         np.testing.assert_array_equal(np.asarray(load(source)), np.asarray(image))
 
 
 @pytest.mark.skipif(not Path("/dev/fd").exists(), reason="this system names no open files")
-def test_a_picture_from_a_pipe():
-    image = random_picture()
+def test_an_image_from_a_pipe():
+    image = random_image()
     read_end, write_end = os.pipe()
     os.write(write_end, encoded(image))
     os.close(write_end)
@@ -558,7 +558,7 @@ def test_a_picture_from_a_pipe():
 
 @pytest.mark.skipif(not Path("/dev/fd").exists(), reason="this system names no open files")
 def test_a_pipe_is_read_once_and_a_file_stays_a_path(tmp_path, monkeypatch):
-    image = random_picture()
+    image = random_image()
     data = encoded(image)
     read_end, write_end = os.pipe()
     os.write(write_end, data)
@@ -613,7 +613,7 @@ def test_arrays_of_other_kinds_are_refused(array):
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (5, 0, 3), (0, 0, 4), (0, 5, 1)])
-def test_empty_pictures_are_refused(shape):
+def test_empty_images_are_refused(shape):
     with pytest.raises(ImageError, match="is empty"):
         load(np.zeros(shape, np.uint8))
     with pytest.raises(ImageError, match=r"the PIL image is empty \(0 x 5 pixels\)"):
@@ -626,14 +626,14 @@ def test_empty_pictures_are_refused(shape):
 def test_padding_to_a_square():
     colour = (123, 116, 103)
     for width, height, left, top in [(5, 2, 0, 1), (2, 5, 1, 0), (4, 1, 0, 1)]:
-        image = random_picture("RGB", width, height)
+        image = random_image("RGB", width, height)
         square = np.asarray(expand_to_square(image, colour))
         side = max(width, height)
         assert square.shape == (side, side, 3)
         expected = np.full((side, side, 3), colour, np.uint8)
         expected[top : top + height, left : left + width] = np.asarray(image)
         np.testing.assert_array_equal(square, expected)
-    image = random_picture("RGB", 6, 6)
+    image = random_image("RGB", 6, 6)
     assert expand_to_square(image, colour) is image
 
 

@@ -228,22 +228,22 @@ def test_placing_images():
 @pytest.mark.parametrize("image", IMAGES)
 def test_golden_pixels_bit_for_bit(image):
     arrays, facts = bundle("internvl_chat_v1_0")
-    picture = load_image(V1_0 / facts["images"][image]["file"], honour_exif=False)
+    opened = load_image(V1_0 / facts["images"][image]["file"], honour_exif=False)
     config = load_config(V1_0 / "checkpoint")
     compared = 0
     for name, size, pad in (("r1", 84, True), ("r2", 56, True), ("r1_nopad", 84, False)):
         if f"images/{image}/pixel_values_{name}" in arrays:
             changed = dataclasses.replace(config, image_size=size, pad_to_square=pad)
-            pixels = load_processor(V1_0 / "checkpoint", changed)(picture)
+            pixels = load_processor(V1_0 / "checkpoint", changed)(opened)
             np.testing.assert_array_equal(pixels, arrays[f"images/{image}/pixel_values_{name}"], err_msg=name)
             compared += 1
     assert compared == {"rgb": 3, "gray": 2}.get(image, 1)
     arrays, facts = bundle("llava_1_5")
-    picture = load_image(LLAVA / facts["images"][image]["file"], honour_exif=False)
+    opened = load_image(LLAVA / facts["images"][image]["file"], honour_exif=False)
     for directory, name in (("original", "orig"), ("hf", "hf")):
         if f"{name}/pixel_values/{image}" in arrays:
             processor = load_processor(LLAVA / directory, load_config(LLAVA / directory))
-            np.testing.assert_array_equal(processor(picture), arrays[f"{name}/pixel_values/{image}"], err_msg=directory)
+            np.testing.assert_array_equal(processor(opened), arrays[f"{name}/pixel_values/{image}"], err_msg=directory)
 
 
 @pytest.mark.parametrize("size", [(200, 100), (101, 67), (33, 301), (84, 84), (85, 84), (1000, 7), (7, 5)])
@@ -253,10 +253,10 @@ def test_crops_against_transformers(size):
         size={"shortest_edge": 84}, crop_size={"height": 84, "width": 84}, do_center_crop=True
     )
     values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    picture = Image.fromarray(values)
+    image = Image.fromarray(values)
     processor = load_processor(LLAVA / "hf", load_config(LLAVA / "hf"))
-    expected = reference(picture, return_tensors="np")["pixel_values"][0]
-    np.testing.assert_allclose(processor(picture), expected, rtol=0, atol=1e-6)
+    expected = reference(image, return_tensors="np")["pixel_values"][0]
+    np.testing.assert_allclose(processor(image), expected, rtol=0, atol=1e-6)
 
 
 def test_processors_that_are_not_there(tmp_path):

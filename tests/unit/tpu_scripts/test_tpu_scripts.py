@@ -14,7 +14,7 @@ from support.paths import DATA, ROOT
 from internvl_jax.aot.topology import CHIPS, slices
 
 SCRIPTS = ROOT / "tpu_scripts"
-PICTURE = DATA / "internvl_chat_v1_1" / "images" / "rgb.png"
+PHOTO = DATA / "internvl_chat_v1_1" / "images" / "rgb.png"
 SETTINGS = {
     "PROJECT": "p",
     "ZONE": "us-west4-a",
@@ -187,8 +187,8 @@ def on_worker(command):
 
 def test_chat(dry):
     question = 'What\'s "this" & $HOME?'
-    copy, run = dry("chat.sh", question, str(PICTURE))
-    assert copy == f"gcloud compute tpus tpu-vm scp {PICTURE} n:. {PLACE} --worker=all"
+    copy, run = dry("chat.sh", question, str(PHOTO))
+    assert copy == f"gcloud compute tpus tpu-vm scp {PHOTO} n:. {PLACE} --worker=all"
     start_of_it = on_worker("chat --checkpoint internvl/bucket/model --mesh tensor=8 --image rgb.png ")
     assert run.startswith(start_of_it)
     assert shlex.split(run.removeprefix(start_of_it)) == [question]  # as the worker's shell reads it
@@ -197,10 +197,10 @@ def test_chat(dry):
 
 def test_batch(dry, tmp_path):
     (tmp_path / "my questions.jsonl").write_text("")
-    (tmp_path / "pictures").mkdir()
-    assert dry("batch.sh", "--mesh=tensor=4", "my questions.jsonl", "pictures") == [
+    (tmp_path / "images").mkdir()
+    assert dry("batch.sh", "--mesh=tensor=4", "my questions.jsonl", "images") == [
         "gcloud storage cp my questions.jsonl gs://b/batch/my questions/questions.jsonl",
-        "gcloud storage rsync --recursive pictures gs://b/batch/my questions/images",
+        "gcloud storage rsync --recursive images gs://b/batch/my questions/images",
         on_worker(
             r"batch internvl/bucket/batch/my\ questions/questions.jsonl "
             r"--output internvl/bucket/batch/my\ questions/answers.jsonl "
@@ -285,7 +285,7 @@ def test_slices_are_those_of_the_compile_report(dry, chip):
         ("stage.sh", [], "name one directory"),
         ("stage.sh", ["nowhere"], "has no config.json"),
         ("chat.sh", [], "ask something"),
-        ("chat.sh", ["hello", "nowhere.png"], "there is no picture nowhere.png"),
+        ("chat.sh", ["hello", "nowhere.png"], "there is no image nowhere.png"),
         ("batch.sh", ["nowhere.jsonl"], "there is no file nowhere.jsonl"),
         ("gke.sh", ["fly"], "say what to do"),
         ("gke.sh", ["run"], "what shall run?"),

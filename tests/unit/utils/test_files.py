@@ -24,11 +24,11 @@ def test_paths_are_resolved_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "real/inner").mkdir(parents=True)
     (tmp_path / "link").symlink_to("real/inner")
-    (tmp_path / "real/picture.png").symlink_to("blob")
+    (tmp_path / "real/image.png").symlink_to("blob")
     assert files.resolve("~/x") == tmp_path / "x"
     assert files.resolve("link/../y") == tmp_path / "real/y"  # as the system reads it, not by the letter
     assert files.resolve("link/..") == tmp_path / "real"
-    assert files.resolve("real/picture.png") == tmp_path / "real/picture.png"
+    assert files.resolve("real/image.png") == tmp_path / "real/image.png"
     assert files.resolve("") == files.resolve(".") == tmp_path
     assert files.resolve("back\\slash/") == tmp_path / "back\\slash"
     with pytest.raises(ValueError, match="is not a path"):
