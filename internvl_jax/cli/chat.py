@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_jax.cli import options
-from internvl_jax.utils import entry
+from internvl_jax.cli import options, runner
 from internvl_jax.utils.progress import err, print_json, progress_bar, status
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
@@ -109,7 +108,7 @@ def _answer_once(
         else:
             reply = session.print_answer(chat, prompt, images, [], settings)
     except AnswerError as error:
-        entry.fail(str(error))
+        runner.print_error(str(error))
         return 1
     if note := advice(prompt, len(images)):
         err.print(note, style="dim")

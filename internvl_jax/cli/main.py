@@ -19,10 +19,10 @@ from internvl_jax.cli import (
     export,
     options,
     parity,
+    runner,
     train,
     verify,
 )
-from internvl_jax.utils import entry
 
 COMMANDS = (chat, batch, convert, export, verify, parity, compile_report, bench, train, eval, data, adapters)
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return args.run(args)
 
-    return entry.run(command)
+    return runner.run_command(command)
 
 
 class _Version(argparse.Action):

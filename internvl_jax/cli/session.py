@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from internvl_jax.cli import runner
 from internvl_jax.processing.images import load_image, read_once
-from internvl_jax.utils import entry
 from internvl_jax.utils.progress import err, printable, status
 
 COMMANDS = {
@@ -61,7 +61,7 @@ class Session:
                     break
             except EOFError:
                 break
-            except entry.Terminated:
+            except runner.Terminated:
                 raise
             except KeyboardInterrupt:
                 err.print("(Ctrl-D or /quit leaves)")
@@ -91,14 +91,14 @@ class Session:
                 err.print(f"there is no command {printable(command)}; a question may begin with //\n{HELP}")
             else:
                 self._ask(line.removeprefix("/") if line.startswith("//") else line)
-        except entry.Terminated:
+        except runner.Terminated:
             raise
         except KeyboardInterrupt:
             print(flush=True)
             err.print("(stopped; this answer is not part of the conversation)")
         except ValueError as error:
             self._failed += 1
-            entry.fail(str(error))
+            runner.print_error(str(error))
             if self._history and "context" in str(error):
                 err.print(f"({CONTEXT_FULL})", style="dim")
         return True

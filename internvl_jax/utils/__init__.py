@@ -1,1 +1,1 @@
-"""Files, logs, progress bars and process start-up, which every package may use."""
+"""Files, logs and progress bars, which every package may use."""

@@ -134,7 +134,7 @@ def in_background(work: Callable[[], int], what: str) -> int:
     except KeyboardInterrupt as stopped:
         if outcome.done():
             raise
-        number = getattr(stopped, "number", None)  # of the signal, where it is entry.Terminated
+        number = getattr(stopped, "number", None)  # of the signal, where it is runner.Terminated
         err.print("interrupted" if number is None else f"ended by {stopped}")
         sys.stdout.flush()
         os._exit(130 if number is None else 128 + number)

@@ -24,9 +24,8 @@ from support.golden import DATA, bundle
 
 import internvl_jax
 from internvl_jax import checkpoint
-from internvl_jax.cli import main, options, session
+from internvl_jax.cli import main, options, runner, session
 from internvl_jax.inference import loading
-from internvl_jax.utils import entry
 from internvl_jax.utils.progress import printable
 
 BUNDLE, LLAVA = DATA / "internvl_chat_v1_1", DATA / "llava_1_5"
@@ -566,7 +565,7 @@ def test_a_script_that_got_no_answer_fails(golden):
 
 def test_sigterm_ends_a_session_not_an_answer(golden, monkeypatch):
     def answer(*_):
-        raise entry.Terminated(signal.SIGTERM)
+        raise runner.Terminated(signal.SIGTERM)
 
     monkeypatch.setattr(session, "print_answer", answer)
     assert golden(stdin="Hi\nHi again\n") == (143, "", "ended by SIGTERM\n")

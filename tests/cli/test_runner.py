@@ -1,4 +1,4 @@
-"""entry.py: what every command runs in. Signals, closed streams, missing devices and packages, each one line."""
+"""cli/runner.py: what every command runs in. Signals, closed streams, missing devices and packages, each one line."""
 
 import os
 import signal
@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
+from internvl_jax.cli import runner
 from internvl_jax.parallel import mesh as mesh_lib
-from internvl_jax.utils import entry
 
-START = "import sys, time\nfrom internvl_jax.utils import entry\n"
+START = "import sys, time\nfrom internvl_jax.cli import runner\n"
 
 
 def python(code, *, shell="", **options):
@@ -30,7 +30,7 @@ def command():
         temporary.write_text("half")
         print("begun", flush=True)
         time.sleep(60)
-sys.exit(entry.run(command))
+sys.exit(runner.run_command(command))
 """
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", START + code], **options) as process:
@@ -53,7 +53,7 @@ def command():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)
         open({str(tmp_path / "cleaned")!r}, "w").close()
-sys.exit(entry.run(command))
+sys.exit(runner.run_command(command))
 """
     assert python(code)[0] == 143
     assert (tmp_path / "cleaned").exists()
@@ -61,13 +61,13 @@ sys.exit(entry.run(command))
 
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
-    assert entry.run(lambda: 0) == 0
+    assert runner.run_command(lambda: 0) == 0
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
 
 
 def test_nohup_goes_on():
     code = "import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-    code += "sys.exit(entry.run(lambda: os.kill(os.getpid(), signal.SIGHUP) or 7))"
+    code += "sys.exit(runner.run_command(lambda: os.kill(os.getpid(), signal.SIGHUP) or 7))"
     assert python(code)[0] == 7
 
 
@@ -76,7 +76,7 @@ def test_nohup_goes_on():
 def test_stdout_that_cannot_be_written(shell, unbuffered):
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     reason = "Bad file descriptor" if shell == ">&-" else "No space left on device"
-    code = "sys.exit(entry.run(lambda: print('answer') or 0))"
+    code = "sys.exit(runner.run_command(lambda: print('answer') or 0))"
     assert python(code, shell=shell, env=environment)[::2] == (
         2,
         f"error: standard output cannot be written ({reason})\n",
@@ -92,15 +92,19 @@ def test_closed_streams():
     code = "from internvl_jax.cli import main as cli\nsys.exit(cli.main(['chat', '-']))"
     said = "error: standard input cannot be read (Bad file descriptor): give the question as PROMPT\n"
     assert python(code, shell="<&-") == (2, "", said)
-    assert python("sys.exit(entry.run(lambda: 1 / 1 and entry.fail('x')))", shell="2>&-") == (2, "", "")
+    assert python("sys.exit(runner.run_command(lambda: 1 / 1 and runner.print_error('x')))", shell="2>&-") == (
+        2,
+        "",
+        "",
+    )
     # The number of a closed stream goes to no file that is opened later.
-    code = "import os\nentry.run(lambda: print(os.open('/dev/null', os.O_RDONLY) > 2, file=sys.stderr) or 0)"
+    code = "import os\nrunner.run_command(lambda: print(os.open('/dev/null', os.O_RDONLY) > 2, file=sys.stderr) or 0)"
     assert python(code, shell="<&- >&-")[2] == "True\n"
 
 
 @pytest.mark.parametrize("platform", ["cuda", "foo"])
 def test_devices_that_are_not_there(platform):
-    code = "def command():\n    import jax\n    return len(jax.devices())\nsys.exit(entry.run(command))"
+    code = "def command():\n    import jax\n    return len(jax.devices())\nsys.exit(runner.run_command(command))"
     status, out, err = python(code, env={**os.environ, "JAX_PLATFORMS": platform})
     assert (status, out) == (2, "")
     assert err.startswith(f"error: JAX_PLATFORMS={platform} cannot be used here (")
@@ -128,14 +132,14 @@ def test_devices_that_are_not_there(platform):
     ],
 )
 def test_missing_packages_name_their_extra(module, hint):
-    assert entry.extra_hint(module) == hint
+    assert runner.install_hint(module) == hint
 
 
 def test_a_missing_package_is_one_line(capsys):
     def command():
         raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
 
-    assert entry.run(command) == 2
+    assert runner.run_command(command) == 2
     said = "error: this command needs a package that is not installed: sklearn; pip install 'internvl-jax[train]'\n"
     assert capsys.readouterr() == ("", said)
 

@@ -1,4 +1,4 @@
-"""What every command runs in: signals, closed streams, and errors as one line. Imports no jax."""
+"""Runs a command: handles signals and closed streams, and reports errors in one line. Imports no jax."""
 
 from __future__ import annotations
 
@@ -16,34 +16,42 @@ from typing import Any
 from internvl_jax.utils import logs
 from internvl_jax.utils.progress import err, printable
 
-LESS_MEMORY = "try --dtype bfloat16, --quantize int8, more devices (--mesh), a shorter --max-new-tokens or fewer beams"
+MEMORY_ADVICE = "try --dtype bfloat16, --quantize int8, more devices (--mesh), a lower --max-new-tokens or fewer beams"
 
-# Modules whose package has another name.
-PACKAGES = {"sklearn": "scikit-learn", "libtpu": "jax", "orbax": "orbax-checkpoint", "PIL": "pillow"}
+# Modules whose distribution has another name.
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "libtpu": "jax", "orbax": "orbax-checkpoint", "PIL": "pillow"}
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: cleans up as Ctrl-C does, and ends the process whatever Ctrl-C would only stop."""
+    """SIGTERM or SIGHUP: cleans up as Ctrl-C does, and ends the process even where Ctrl-C only stops an answer."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.number = number
 
 
-def run(command: Callable[[], int]) -> int:
-    """The exit code of a command: its own, or 2 for an error that the user can mend, which is printed in one line."""
+def run_command(command: Callable[[], int]) -> int:
+    """Run a command and turn its errors into one line on stderr.
+
+    Args:
+        command: Returns its exit code.
+
+    Returns:
+        The command's exit code; 2 for an error that the user can fix, 130 after Ctrl-C, 128 + the signal's number after
+        SIGTERM or SIGHUP.
+    """
     _replace_closed_streams()
     stdout = _Stdout.install()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no Chinese shows "?" instead of a traceback
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Chinese shows "?" instead of a traceback
             stream.reconfigure(errors="replace")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a question that is no UTF-8 is that question's error
+        sys.stdin.reconfigure(errors="surrogateescape")  # text that is not UTF-8 is rejected where it is used
     with logs.to_terminal(), _termination():
         try:
             try:
                 return command()
-            finally:  # after SystemExit too, with which argparse ends when it has printed its help
+            finally:  # also after SystemExit, which argparse raises when it has printed help
                 sys.stdout.flush()
                 if stdout is not None and stdout.failure is not None:
                     raise stdout.failure
@@ -53,39 +61,41 @@ def run(command: Callable[[], int]) -> int:
         except KeyboardInterrupt:
             err.print("interrupted")
             return 130
-        except BrokenPipeError:  # the reader has left
+        except BrokenPipeError:  # the reader has closed the pipe
             _discard_stdout()
             return 0
         except ModuleNotFoundError as error:
-            return fail(f"this command needs a package that is not installed: {error.name}{extra_hint(error.name)}")
+            return print_error(
+                f"this command needs a package that is not installed: {error.name}{install_hint(error.name)}"
+            )
         except (ValueError, OSError, ImportError) as error:
             # The project's own errors are ValueErrors that say what to do; a traceback would bury them.
             if stdout is not None and error is stdout.failure:
                 _discard_stdout()
-                return fail(f"standard output cannot be written ({stdout.failure.strerror})")
-            return fail(str(error) or type(error).__name__)
+                return print_error(f"standard output cannot be written ({stdout.failure.strerror})")
+            return print_error(str(error) or type(error).__name__)
         except (RuntimeError, MemoryError, AssertionError) as error:
             message = _platform_problem(error) or _memory_problem(error)
             if message is None:
                 raise
-            return fail(message)
+            return print_error(message)
 
 
-def fail(message: str) -> int:
-    """Print an error, and return its exit code."""
+def print_error(message: str) -> int:
+    """Print an error to stderr and return its exit code, 2."""
     with suppress(OSError):
         err.print("error:", style="bold red", end=" ")
         err.print(printable(message))
     return 2
 
 
-def extra_hint(module: str | None) -> str:
-    """How to install what `import module` needs, from this project's own metadata; "" where that does not say."""
+def install_hint(module: str | None) -> str:
+    """How to install what `import module` needs, by this project's own metadata; "" if it does not list it."""
     name = (module or "").partition(".")[0]
-    package = PACKAGES.get(name, name).lower().replace("_", "-")
+    package = DISTRIBUTIONS.get(name, name).lower().replace("_", "-")
     try:
         requirements = importlib.metadata.requires("internvl-jax") or []
-    except importlib.metadata.PackageNotFoundError:  # run from its source
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
         return ""
     extras = []
     for requirement in requirements:
@@ -101,13 +111,13 @@ def extra_hint(module: str | None) -> str:
 
 @contextmanager
 def _termination() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP, where they are not ignored (nohup), into Terminated in the main thread."""
+    """Turn SIGTERM and SIGHUP, unless they are ignored (nohup), into Terminated in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(number: int, _: Any) -> None:
-        for other in before:  # a second one must not interrupt the clean-up
+        for other in before:  # a second signal must not interrupt the clean-up
             signal.signal(other, signal.SIG_IGN)
         raise Terminated(number)
 
@@ -126,9 +136,9 @@ def _termination() -> Iterator[None]:
 
 
 def _replace_closed_streams() -> None:
-    """Where the shell closed a stream (`>&-`), keep its number from the next file that is opened.
+    """Occupy the descriptors of streams that the shell closed (`>&-`), so that no file is opened under their numbers.
 
-    What is read or written there fails as it should, with an OSError.
+    Reading from or writing to such a stream then fails with an OSError.
     """
     for name, number, unusable, mode in (
         ("stdin", 0, os.O_WRONLY, "r"),
@@ -149,13 +159,13 @@ def _replace_closed_streams() -> None:
 
 
 class _Stdout(io.FileIO):
-    """The descriptor behind sys.stdout, which remembers that it could not be written: argparse forgets it."""
+    """The file behind sys.stdout. It remembers a failed write, which argparse would swallow."""
 
     failure: OSError | None = None
 
     @classmethod
     def install(cls) -> _Stdout | None:
-        """Put one behind sys.stdout, where that is a file, a pipe or a terminal."""
+        """Put one behind sys.stdout if that is a file, a pipe or a terminal."""
         old = sys.stdout
         below = getattr(old, "buffer", None)
         if not isinstance(old, io.TextIOWrapper) or not isinstance(getattr(below, "raw", below), io.FileIO):
@@ -180,13 +190,13 @@ class _Stdout(io.FileIO):
 
 
 def _discard_stdout() -> None:
-    """Python would complain once more when it flushes at exit."""
+    """Redirect stdout to /dev/null; otherwise Python reports the error again when it flushes at exit."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _platform_problem(error: BaseException) -> str | None:
-    """One line where jax could not start its devices: none there, no plugin, or in the hands of another process."""
+    """A message if jax could not start its devices: none found, no plugin, or in use by another process."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -201,7 +211,8 @@ def _platform_problem(error: BaseException) -> str | None:
 
 
 def _memory_problem(error: BaseException) -> str | None:
+    """A message if the device or the process ran out of memory."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         first = str(error).partition("\n")[0] or "out of memory"
-        return f"the device has too little memory ({first}); {LESS_MEMORY}"
+        return f"the device has too little memory ({first}); {MEMORY_ADVICE}"
     return None
