@@ -45,13 +45,13 @@ class CompileReport:
         cache_dtype: KV cache dtype.
         quantize: Weight quantization, or None.
         hbm_bytes: Bytes of arguments, outputs, temporaries, aliased (outputs in the buffers of donated arguments), peak
-            and parameters.
+            and parameters; only the last two of a program that does not fit.
         hbm_capacity_bytes: HBM that a program can use.
         fits: Whether the program compiles within that.
         flops_per_chip: FLOPs of all matrix products in the compiled program.
         ideal_flops_per_chip: FLOPs that the computation needs.
         collectives: Per kind: kind, count_per_layer, bytes_per_layer, count and bytes (of the results).
-        roofline_seconds: Lower bounds by compute, hbm and network.
+        roofline_seconds: Lower bounds by compute, hbm and network; empty where the program does not fit.
         bound_by: The largest of these.
         throughput_bound: Upper bound on the throughput of the whole slice: value and unit.
         compile_seconds: Time that compilation took.
@@ -70,13 +70,13 @@ class CompileReport:
     dtype: str
     cache_dtype: str
     quantize: str | None
-    hbm_bytes: dict[str, int | None]
+    hbm_bytes: dict[str, int]
     hbm_capacity_bytes: int
     fits: bool
     flops_per_chip: float | None
     ideal_flops_per_chip: float
     collectives: list[dict[str, Any]]
-    roofline_seconds: dict[str, float | None]
+    roofline_seconds: dict[str, float]
     bound_by: str | None
     throughput_bound: dict[str, Any]
     compile_seconds: float
@@ -111,9 +111,9 @@ def make_report(workload: Workload, program: str) -> CompileReport:
         lowered = spec.lower(workload)
         compiled = compile_program(workload.topology, workload.mesh, lowered, spec.num_layers(workload.config))
     memory = compiled.memory | {"parameters": workload.param_bytes(spec.parts)}
-    traffic = _least_traffic(workload, spec, memory) if compiled.fits else None
+    traffic = _least_traffic(workload, spec, memory) if compiled.fits else 0
     roofline = roofline_seconds(compiled, chip, traffic)
-    bound_by = max(roofline, key=lambda name: roofline[name] or 0) if compiled.fits else None
+    bound_by = max(roofline, key=lambda name: roofline[name]) if compiled.fits else None
     items = spec.items_per_call(workload)
     report = CompileReport(
         topology=workload.topology.name,
@@ -149,14 +149,11 @@ def combine_reports(workload: Workload, parts: dict[str, CompileReport]) -> Comp
     chip, decode = workload.topology.chip, parts["decode"]
     parameters = workload.param_bytes()
     peak = max(resident_peak(workload, part) for part in parts.values())
-    temporaries = [part.hbm_bytes["temporaries"] for part in parts.values()]
-    memory = decode.hbm_bytes | {
-        "arguments": (decode.fits and decode.hbm_bytes["arguments"] - decode.hbm_bytes["parameters"] + parameters)
-        or None,
-        "temporaries": None if None in temporaries else max(temporaries),
-        "peak": peak,
-        "parameters": parameters,
-    }
+    memory = {"peak": peak, "parameters": parameters}
+    if all(part.fits for part in parts.values()):
+        memory = decode.hbm_bytes | memory
+        memory["arguments"] += parameters - decode.hbm_bytes["parameters"]
+        memory["temporaries"] = max(part.hbm_bytes["temporaries"] for part in parts.values())
     fits = all(part.fits for part in parts.values()) and peak <= chip.hbm_bytes
     report = replace(
         decode,
@@ -214,7 +211,7 @@ def format_report(report: CompileReport) -> list[str]:
     lines = [head, *format_memory(report.hbm_bytes, report.hbm_capacity_bytes, report.fits, report.advice)]
     lines += format_work(report.flops_per_chip, report.ideal_flops_per_chip, report.collectives)
     if report.fits:
-        times = ", ".join(f"{name} {1e3 * (seconds or 0):.3g}" for name, seconds in report.roofline_seconds.items())
+        times = ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in report.roofline_seconds.items())
         bound = report.throughput_bound
         lines.append(
             f"  roofline ms  {times}: bound by {report.bound_by}, at most {bound['value']:,.4g} {bound['unit']}"

@@ -22,14 +22,14 @@ class CompiledStats:
 
     Attributes:
         memory: Bytes of arguments, outputs, temporaries, aliased (outputs in the buffers of donated arguments) and
-            peak.
+            peak; only the peak where the program does not fit.
         flops: FLOPs of all matrix products.
         collectives: Per kind: kind, count_per_layer, bytes_per_layer, count and bytes (of the results).
         network_seconds: Lower bound on the time of all collectives.
         compile_seconds: Time that compilation took.
     """
 
-    memory: dict[str, Any]
+    memory: dict[str, int]
     flops: float | None
     collectives: list[dict[str, Any]]
     network_seconds: float | None
@@ -61,10 +61,11 @@ def compile_program(topology: Topology, mesh: Mesh, lowered: jax.stages.Lowered,
         needed = exhausted_bytes(str(error))
         if needed is None:
             raise
-        memory: dict[str, Any] = dict.fromkeys(("arguments", "outputs", "temporaries", "aliased"))
-        return CompiledStats(memory | {"peak": devices * needed}, None, [], None, time.perf_counter() - start)
+        return CompiledStats({"peak": devices * needed}, None, [], None, time.perf_counter() - start)
     seconds = time.perf_counter() - start
-    stats = compiled.memory_analysis()
+    stats, text = compiled.memory_analysis(), compiled.as_text()
+    if stats is None or text is None:
+        raise RuntimeError("the compiler returned neither a memory analysis nor HLO text for the program")
     memory = {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes,
@@ -72,7 +73,7 @@ def compile_program(topology: Topology, mesh: Mesh, lowered: jax.stages.Lowered,
         "aliased": stats.alias_size_in_bytes,
         "peak": stats.peak_memory_in_bytes,
     }
-    module = hlo.parse(compiled.as_text())
+    module = hlo.parse(text)
     collectives = hlo.collectives(module)
     return CompiledStats(
         memory={name: devices * size for name, size in memory.items()},
@@ -83,16 +84,16 @@ def compile_program(topology: Topology, mesh: Mesh, lowered: jax.stages.Lowered,
     )
 
 
-def roofline_seconds(compiled: CompiledStats, chip: Chip, hbm_traffic: int | None) -> dict[str, float | None]:
-    """Return lower bounds on a program's time by compute, HBM bandwidth and network; None where it does not fit.
+def roofline_seconds(compiled: CompiledStats, chip: Chip, hbm_traffic: int) -> dict[str, float]:
+    """Return lower bounds on a program's time by compute, HBM bandwidth and network; empty where it does not fit.
 
     Args:
         compiled: The program.
         chip: TPU generation.
         hbm_traffic: Bytes per chip that must pass between HBM and the chip.
     """
-    if not compiled.fits:
-        return dict.fromkeys(("compute", "hbm", "network"))
+    if compiled.flops is None or compiled.network_seconds is None:
+        return {}
     return {
         "compute": compiled.flops / chip.bf16_flops,
         "hbm": hbm_traffic / chip.hbm_bandwidth,
@@ -173,19 +174,19 @@ def mesh_name(mesh: Mesh) -> str:
     return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "tensor=1"
 
 
-def format_gib(size: int | None) -> str:
-    """Format bytes in GiB with two decimals; "?" for None."""
-    return "?" if size is None else f"{size / GIB:.2f}"
+def format_gib(size: int) -> str:
+    """Format bytes in GiB with two decimals."""
+    return f"{size / GIB:.2f}"
 
 
-def format_memory(memory: Mapping[str, Any], capacity: int, fits: bool, advice: tuple[str, ...]) -> list[str]:
+def format_memory(memory: Mapping[str, int], capacity: int, fits: bool, advice: tuple[str, ...]) -> list[str]:
     """Return the report lines about memory: whether the program fits, what would, and what HBM holds."""
     used = f"{format_gib(memory['peak'])} of {format_gib(capacity)} GiB per chip"
     sizes = ", ".join(f"{kind} {format_gib(memory[kind])}" for kind in memory if kind != "peak")
     return [
         f"  fits         {'yes' if fits else 'NO'}: {used}",
         *(f"               {line}" for line in advice),
-        f"  HBM          {sizes} GiB",
+        *([f"  HBM          {sizes} GiB"] if sizes else []),
     ]
 
 

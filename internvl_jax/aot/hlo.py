@@ -264,7 +264,8 @@ def replica_group(attributes: str) -> tuple[int, ...]:
         return tuple(map(int, listed[1].split(",")))
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if iota:
-        groups, sizes, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
+        groups, sizes = ([int(n) for n in iota[part].split(",")] for part in (1, 2))
+        order = [int(n) for n in iota[3].split(",")] if iota[3] else None
         ids = np.arange(math.prod(sizes)).reshape(sizes)
         return tuple(ids.transpose(order).reshape(groups)[0].tolist())
     mesh = re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", attributes)
@@ -315,7 +316,7 @@ def kernel_flops(instruction: Instruction) -> int:
     suffix = "" if kind[1] == "fwd" else f"_{kind[1]}"
     fused = kind[1] == "dkv" and re.search(r"use_fused_bwd_kernel\W+true", instruction.attributes)
     products = _SPLASH_PRODUCTS[kind[1]] + bool(fused)
-    constraints = re.search(r"operand_layout_constraints=\{(.*?)\}\}", instruction.attributes)[1]
+    constraints = _attribute(instruction, r"operand_layout_constraints=\{(.*?)\}\}")[1]
     shapes = re.findall(r"(\w+)\[([\d,]+)\]", constraints)
     operands = [(dtype, [int(size) for size in dims.split(",")]) for dtype, dims in shapes]
     queries, keys = [dims for dtype, dims in operands if dtype in ("bf16", "f32")][:2]
@@ -332,6 +333,13 @@ def kernel_flops(instruction: Instruction) -> int:
         for column in range(-(-slots // columns))
     )
     return 2 * products * heads * queries[-1] * blocks * rows * columns
+
+
+def _attribute(instruction: Instruction, pattern: str) -> re.Match[str]:
+    match = re.search(pattern, instruction.attributes)
+    if match is None:
+        raise ValueError(f"{instruction.opcode} {instruction.name} has no {pattern.partition('=')[0]} in its HLO text")
+    return match
 
 
 def instruction_flops(instruction: Instruction, computation: tuple[Instruction, ...]) -> int:
@@ -353,7 +361,7 @@ def instruction_flops(instruction: Instruction, computation: tuple[Instruction, 
     left, right = (shapes[name].dims for name in instruction.operands[:2])
     result = instruction.shapes[0].dims
     if instruction.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        contracted = _attribute(instruction, r"lhs_contracting_dims=\{([\d,]*)\}")
         return 2 * math.prod(result) * math.prod(left[int(d)] for d in contracted[1].split(",") if d)
     return _convolution_flops(instruction, left, right)
 
@@ -361,8 +369,8 @@ def instruction_flops(instruction: Instruction, computation: tuple[Instruction, 
 def _convolution_flops(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> int:
     # dim_labels name each axis: b batch, f features, digits are window axes; i and o of the kernel.
     result = instruction.shapes[0].dims
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    window = dict(re.findall(r"(\w+)=([\dx_-]+)", re.search(r"window=\{([^}]*)\}|$", instruction.attributes)[1] or ""))
+    labels = _attribute(instruction, r"dim_labels=(\w+)_(\w+)->(\w+)")
+    window = dict(re.findall(r"(\w+)=([\dx_-]+)", _attribute(instruction, r"window=\{([^}]*)\}|$")[1] or ""))
     pairs = 1
     for axis in (letter for letter in labels[3] if letter.isdigit()):
         dim = int(axis)

@@ -59,7 +59,9 @@ def decode_state_bytes(workload: Workload) -> int:
 
 def _lower_encode(workload: Workload) -> jax.stages.Lowered:
     config = workload.config
-    pixels = ShapeDtype((workload.batch, config.vision.num_channels, *[config.image_size] * 2), jnp.float32)
+    pixels = ShapeDtype(
+        (workload.batch, config.required_vision.num_channels, *[config.required_image_size] * 2), jnp.float32
+    )
     multiple = math.prod(workload.mesh.shape[axis] for axis in workload.image_axes)
     pixels = jax.eval_shape(partial(pad_images, multiple=multiple), pixels)
     return generate.encode_step.lower(_bound_model(workload), pixels)
@@ -81,10 +83,12 @@ def _prefill_arguments(workload: Workload) -> tuple[BoundModel, PromptBatch, Row
     config, shape = workload.config, (workload.batch, workload.prompt)
     features = None
     if config.projector is not None and workload.prompt > config.tokens_per_image:
-        features = ShapeDtype((workload.batch, config.tokens_per_image, config.text.hidden_size), workload.dtype)
+        features = ShapeDtype(
+            (workload.batch, config.tokens_per_image, config.required_text.hidden_size), workload.dtype
+        )
         features = jax.eval_shape(pad_images, features)
         features = ShapeDtype(features.shape, features.dtype, sharding=NamedSharding(workload.mesh, P()))
-    settings = make_row_settings(GenerationConfig(), workload.batch, config.text.eos_token_ids)
+    settings = make_row_settings(GenerationConfig(), workload.batch, config.required_text.eos_token_ids)
     settings = jax.tree.map(lambda row: ShapeDtype(row.shape, row.dtype), settings)
     prompt = PromptBatch(ShapeDtype(shape, jnp.int32), ShapeDtype(shape, bool), features)
     return _bound_model(workload), prompt, settings
@@ -112,7 +116,7 @@ def _lower_decode(workload: Workload) -> jax.stages.Lowered:
 
 
 def _num_text_layers(config: ChatConfig) -> int:
-    return config.text.num_hidden_layers
+    return config.required_text.num_hidden_layers
 
 
 PROGRAMS = {

@@ -57,8 +57,8 @@ CHIPS = {
     chip.name: chip
     for chip in (
         # link_bandwidth is the bidirectional ICI bandwidth per chip over links and directions: 2400 Gbps / 6,
-        # 400 GB/s / 4, 1200 GB/s / 6,
-        # 800 GB/s / 4, 1200 GB/s / 6. v4 has no int8 figure (its page: bf16 or int8, 275), TPU7x none but fp8.
+        # 400 GB/s / 4, 1200 GB/s / 6, 800 GB/s / 4, 1200 GB/s / 6. v4 has no int8 figure (its page: bf16 or int8, 275),
+        # TPU7x none but fp8.
         Chip("v4", 275e12, 275e12, int(30.75 * GIB), 1228e9, 50e9, 3, 1, 2, 4, "megacore"),
         Chip("v5e", 197e12, 393e12, int(15.75 * GIB), 819e9, 50e9, 2),
         Chip("v5p", 459e12, 918e12, int(95.74 * GIB), 2765e9, 100e9, 3, 1, 2, 4),
@@ -172,8 +172,8 @@ def parse_topology(text: str) -> Topology:
         TopologyError: There is no such slice; the message lists the names that exist.
     """
     match = re.fullmatch(r"([a-z0-9]+?)(?:-(\d+)|:(\d+(?:x\d+)*))?", text.strip().lower().removeprefix("tpu-"))
-    generation = _ALIASES.get(match[1], match[1]) if match else None
-    if generation not in CHIPS:
+    generation = _ALIASES.get(match[1], match[1]) if match else ""
+    if match is None or generation not in CHIPS:
         raise TopologyError(
             f"topology {text!r} is not known: write for example v5e-8, v6e-1, v5p-8 or v5e:2x4; generations are "
             f"{', '.join(CHIPS)}"

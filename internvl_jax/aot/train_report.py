@@ -5,6 +5,7 @@ The step is the trainer's own, lowered for a recipe; see `compile_report` for wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from internvl_jax.aot.compiled_program import (
@@ -97,6 +98,7 @@ class TrainWorkload:
     request: TrainRequest
     config: ChatConfig
     topology: Topology
+    mesh: Mesh
     place: Place
     recipe: Recipe
     batch: int
@@ -105,6 +107,11 @@ class TrainWorkload:
     def settings(self) -> Settings:
         """Settings of the trainer."""
         return Settings(STEPS, dtype=self.request.dtype, remat=self.request.remat)
+
+    @property
+    def vision(self) -> str:
+        """How the vision tower is partitioned."""
+        return self.request.vision or mesh_lib.default_vision_mode(self.mesh)
 
     @property
     def ideal_flops(self) -> float:
@@ -145,13 +152,13 @@ class TrainReport:
         remat: Rematerialization policy.
         param_dtype: Dtype of trained parameters.
         dtype: Computation dtype.
-        hbm_bytes: Bytes of arguments, outputs, temporaries, aliased and peak.
+        hbm_bytes: Bytes of arguments, outputs, temporaries, aliased and peak; only the peak where it does not fit.
         hbm_capacity_bytes: HBM that a program can use.
         fits: Whether the step compiles within that.
         flops_per_chip: FLOPs of all matrix products in the compiled step.
         ideal_flops_per_chip: FLOPs that the step needs.
         collectives: Per kind: kind, count_per_layer, bytes_per_layer, count and bytes (of the results).
-        roofline_seconds: Lower bounds by compute, hbm and network.
+        roofline_seconds: Lower bounds by compute, hbm and network; empty where the step does not fit.
         compile_seconds: Time that compilation took.
     """
 
@@ -166,19 +173,27 @@ class TrainReport:
     remat: str
     param_dtype: str
     dtype: str
-    hbm_bytes: dict[str, int | None]
+    hbm_bytes: dict[str, int]
     hbm_capacity_bytes: int
     fits: bool
     flops_per_chip: float | None
     ideal_flops_per_chip: float
     collectives: list[dict[str, Any]]
-    roofline_seconds: dict[str, float | None]
+    roofline_seconds: dict[str, float]
     compile_seconds: float
 
     @property
-    def step_seconds(self) -> float | None:
-        """Lower bound on the time of a step, with perfect overlap of compute, HBM and network."""
-        return max(self.roofline_seconds.values()) if self.fits else None  # type: ignore[type-var]
+    def step_seconds(self) -> float:
+        """Lower bound on the time of a step, with perfect overlap of compute, HBM and network.
+
+        Infinite where the step does not fit.
+        """
+        return max(self.roofline_seconds.values(), default=math.inf)
+
+    @property
+    def flops_ratio(self) -> float:
+        """FLOPs of the compiled step over those that it needs; NaN where the step does not fit."""
+        return math.nan if self.flops_per_chip is None else self.flops_per_chip / self.ideal_flops_per_chip
 
     @property
     def collective_bytes(self) -> int:
@@ -220,7 +235,7 @@ def make_train_workload(request: TrainRequest) -> TrainWorkload:
     mesh_lib.validate_mesh(config, mesh, batch)
     if batch < 1:
         raise ValueError(f"a batch has at least one row, not {batch}")
-    return TrainWorkload(request, config, topology, Place(config, mesh, request.vision), recipe, batch)
+    return TrainWorkload(request, config, topology, mesh, Place(config, mesh, request.vision), recipe, batch)
 
 
 def abstract_arguments(workload: TrainWorkload) -> tuple[State, Any, Batch]:
@@ -244,14 +259,14 @@ def abstract_arguments(workload: TrainWorkload) -> tuple[State, Any, Batch]:
 
 
 def _abstract_batch(workload: TrainWorkload) -> Batch:
-    config, request, mesh = workload.config, workload.request, workload.place.mesh
+    config, request, mesh = workload.config, workload.request, workload.mesh
 
     def abstract(shape: tuple[int, ...], dtype: Any) -> Any:
         spec = fit_spec(P(None, BATCH, *[None] * (len(shape) - 2)), shape, mesh.shape)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     tokens = abstract((1, workload.batch, request.length), jnp.int32)
-    pixels = (config.vision.num_channels, *[config.image_size] * 2)
+    pixels = (config.required_vision.num_channels, *[config.required_image_size] * 2)
     return Batch(
         input_ids=tokens,
         labels=tokens,
@@ -263,20 +278,20 @@ def _abstract_batch(workload: TrainWorkload) -> Batch:
 
 def make_train_report(workload: TrainWorkload) -> TrainReport:
     """Compile the training step and analyze it."""
-    chip, mesh, request = workload.topology.chip, workload.place.mesh, workload.request
+    chip, mesh, request = workload.topology.chip, workload.mesh, workload.request
     adamw = optimizer.make_optimizer(workload.recipe.optimizer, STEPS, workload.config)
     step = make_step(workload.config, workload.recipe, workload.settings, adamw, 0, workload.place)
-    num_layers = workload.config.text.num_hidden_layers
+    num_layers = workload.config.required_text.num_hidden_layers
     with jax.set_mesh(mesh):
         compiled = compile_program(workload.topology, mesh, step.lower(*abstract_arguments(workload)), num_layers)
     memory = compiled.memory
-    traffic = memory["arguments"] + memory["outputs"] if compiled.fits else None  # the state is read and written
+    traffic = memory["arguments"] + memory["outputs"] if compiled.fits else 0  # the state is read and written
     return TrainReport(
         topology=workload.topology.name,
         chips=workload.topology.chips,
         recipe=workload.recipe.name,
         mesh=mesh_name(mesh),
-        vision=workload.place.vision,
+        vision=workload.vision,
         batch=workload.batch,
         length=request.length,
         images=request.images,
@@ -302,12 +317,12 @@ def format_train_report(report: TrainReport) -> list[str]:
         f"{report.length} tokens with {images} each, remat {report.remat}, {report.param_dtype} parameters, "
         f"{report.dtype} compute"
     ]
-    excess = (report.hbm_bytes["peak"] or 0) - report.hbm_capacity_bytes
+    excess = report.hbm_bytes["peak"] - report.hbm_capacity_bytes
     advice = () if report.fits else (f"{format_gib(excess)} GiB more than there are: see --plan",)
     lines += format_memory(report.hbm_bytes, report.hbm_capacity_bytes, report.fits, advice)
     lines += format_work(report.flops_per_chip, report.ideal_flops_per_chip, report.collectives)
     if report.fits:
-        times = ", ".join(f"{name} {1e3 * (seconds or 0):.4g}" for name, seconds in report.roofline_seconds.items())
+        times = ", ".join(f"{name} {1e3 * seconds:.4g}" for name, seconds in report.roofline_seconds.items())
         tokens = report.batch * report.length / report.step_seconds
         lines.append(f"  roofline ms  {times}: at most {tokens:,.0f} tokens/s")
     return [*lines, f"  compiled in  {report.compile_seconds:.1f} s"]
@@ -335,7 +350,7 @@ def plan_training(
     def compiled(workload: TrainWorkload) -> TrainReport:
         asked = workload.request
         log(
-            f"compiling {asked.recipe} for {workload.topology.name}, {mesh_name(workload.place.mesh)}, "
+            f"compiling {asked.recipe} for {workload.topology.name}, {mesh_name(workload.mesh)}, "
             f"{workload.batch} rows of {asked.length}, remat {asked.remat}, {asked.param_dtype}"
         )
         return compile_step(workload)
@@ -408,7 +423,7 @@ def train_table(
                     report.remat,
                     str(report.batch),
                     f"{format_gib(report.hbm_bytes['peak'])} of {format_gib(report.hbm_capacity_bytes)} GiB",
-                    f"{report.flops_per_chip / report.ideal_flops_per_chip:.2f}",
+                    f"{report.flops_ratio:.2f}",
                     f"{report.collective_bytes / GIB:.0f} GiB",
                     f"{report.step_seconds:.2f} s",
                 ]

@@ -59,7 +59,7 @@ def _check(args: argparse.Namespace) -> int:
     from internvl_jax.inference.loading import NANO
 
     checkpoint = args.checkpoint or NANO
-    lengths = args.max_seq_length or [min(2048, load_config(checkpoint).text.max_position_embeddings)]
+    lengths = args.max_seq_length or [min(2048, load_config(checkpoint).required_text.max_position_embeddings)]
     slots = 4 * args.batch_size if args.image_slots is None else args.image_slots
     with counting() as progress:
         report, tokenizer = check.check(

@@ -109,6 +109,8 @@ class Questions:
     def logits(self, chat: Chat, answers: list[Reply]) -> np.ndarray:
         """The model's logits at each token of given answers, one after the other, [sum of their tokens, V]."""
         batch = chat.prompts.build(self.texts, self.images)
+        if batch.pixel_values is None:
+            raise ValueError("quantization is compared on questions about images")
         gen = GenerationConfig(max_new_tokens=1)
         model = chat.generator
         prompt, _ = model.prepare(batch.input_ids, batch.attention_mask, model.encode(batch.pixel_values), gen)
