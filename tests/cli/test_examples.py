@@ -10,6 +10,7 @@ NEEDS = {"convert_and_parity.py": ["torch"], "compile_for_slice.py": ["libtpu"]}
 PRINTED = {
     "compile_for_slice.py": ["encode: peak", "prefill: peak", "decode: peak", "mesh tensor=4"],
     "convert_and_parity.py": ["logits: KL max", "passed"],
+    "evaluate.py": ["# POPE: nano", "**nano, this run**", "24 questions"],
     "chat.py": ["How many shapes are there? 5", "Is there a circle? no"],
     "batch_inference.py": ["4 answers in", "shapes.png: How many shapes are there? 5", "word.png: What word"],
 }
