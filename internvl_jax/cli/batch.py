@@ -38,14 +38,14 @@ def _run(args: argparse.Namespace) -> int:
 
     settings = options.question_options(args)
     options.start_processes(args)
-    with offline.opened(args.questions, args.output, args.mesh, images=args.root) as work:
+    with offline.claim(args.questions, args.output, args.mesh, root=args.root) as job:
         with progress_bar() as progress:
-            chat = load(args.checkpoint, mesh=work.mesh, progress=progress, **options.load_options(args))
+            chat = load(args.checkpoint, mesh=job.mesh, progress=progress, **options.load_options(args))
         chat.check_ready()
         with counting() as progress:
-            done = offline.run(chat, work, size=args.batch_size, progress=progress, **settings)
+            done = offline.run(chat, job, batch_size=args.batch_size, progress=progress, **settings)
     err.print(
         f"{args.output}: {done.answered} answered in {done.seconds:.0f} s ({done.new_tokens} tokens), {done.failed} "
-        f"failed, {done.found} were already answered"
+        f"failed, {done.resumed} were already answered"
     )
     return 1 if done.failed else 0

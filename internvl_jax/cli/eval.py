@@ -168,25 +168,25 @@ def _run(args: argparse.Namespace, name: str) -> int:
 
 
 def _answer(args: argparse.Namespace, run: BenchmarkRun) -> int:
-    from internvl_jax.evaluation.answering import answer_benchmark, pending_work
+    from internvl_jax.evaluation.answering import answer_benchmark, pending_job
     from internvl_jax.evaluation.run_report import result
     from internvl_jax.inference.loading import load
     from internvl_jax.parallel import distributed
 
-    work = pending_work(run, args.mesh)
+    job = pending_job(run, args.mesh)
     with progress_bar() as progress:
-        chat = load(args.checkpoint, mesh=work.mesh, progress=progress, **options.load_options(args))
+        chat = load(args.checkpoint, mesh=job.mesh, progress=progress, **options.load_options(args))
     chat.check_ready()
     try:
         with counting() as progress:
-            done = answer_benchmark(chat, run, work, size=args.batch_size, progress=progress)
+            done = answer_benchmark(chat, run, job, batch_size=args.batch_size, progress=progress)
     except KeyboardInterrupt:
         err.print(f"{run.output} keeps its answers: --resume continues")
         raise
     if distributed.is_process_0():
         print((run.output / "report.md").read_text(encoding="utf-8"), end="")
         asked = f"{done.answered} answered in {done.seconds:.0f} s" if done.answered else "no new answers"
-        there = f", {done.found} were already answered" if done.found else ""
+        there = f", {done.resumed} were already answered" if done.resumed else ""
         err.print(f"{run.output}: {asked}{there}; {result(json_object(run.output / 'report.json'))}")
         if (run.output / "wrong.html").exists():
             err.print(f"wrong answers: {(run.output / 'wrong.html').resolve().as_uri()}")

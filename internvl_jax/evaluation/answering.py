@@ -21,27 +21,32 @@ SCORE_INTERVAL = 20.0  # minimum seconds between scores of the answers so far
 SCORE_SHARE = 0.02  # maximum share of the time that is spent on these scores
 
 
-def pending_work(run: BenchmarkRun, mesh: str | None = None) -> offline.Work:
+def pending_job(run: BenchmarkRun, mesh: str | None = None) -> offline.BatchJob:
     """Find the questions that have no answer yet, longest prompts first.
 
     Sorted by length, the rows of a batch need little padding, and a prompt that does not fit fails at once. Arguments
     and errors are those of `offline.prepare`.
     """
-    work = offline.prepare(run.output / "questions.jsonl", run.output / "predictions.jsonl", mesh)
-    lengths = [len(question.question) for question in work.questions]
-    return replace(work, pending=sorted(work.pending, key=lambda number: -lengths[number]), ordered=False)
+    job = offline.prepare(run.output / "questions.jsonl", run.output / "predictions.jsonl", mesh)
+    lengths = [len(question.question) for question in job.questions]
+    return replace(job, pending=sorted(job.pending, key=lambda index: -lengths[index]), sort_output=False)
 
 
 def answer_benchmark(
-    chat: Chat, run: BenchmarkRun, work: offline.Work, *, size: int, progress: Callable[..., None] | None = None
+    chat: Chat,
+    run: BenchmarkRun,
+    job: offline.BatchJob,
+    *,
+    batch_size: int,
+    progress: Callable[..., None] | None = None,
 ) -> offline.Summary:
     """Answer the pending questions and write the report. All processes must call it; process 0 writes.
 
     Args:
         chat: The model.
         run: The benchmark run.
-        work: Its pending questions.
-        size: Questions per batch and model.
+        job: Its pending questions.
+        batch_size: Questions per batch and replica.
         progress: Called as progress(done, total, "answering", note), where note is the score of the answers so far.
     """
     if run.codebase == "llava" and chat.processor is not None:
@@ -52,10 +57,11 @@ def answer_benchmark(
         if progress is not None:  # at the end the report prints the score
             progress(done, total, what, partial_score.note() if done < total else "")
 
-    with PrefetchingChat(chat, work, size) as prefetching:
-        done = offline.run(prefetching, work, size=size, progress=report, **REFERENCE, **run.generation)  # type: ignore[arg-type]
+    with PrefetchingChat(chat, job, batch_size) as prefetching:
+        options = {**REFERENCE, **run.generation}
+        done = offline.run(prefetching, job, batch_size=batch_size, progress=report, **options)
     if distributed.is_process_0():
-        timing = Timing(done.answered, done.seconds, done.new_tokens, size)
+        timing = Timing(done.answered, done.seconds, done.new_tokens, batch_size)
         write_report(run, chat.name, _describe_precision(chat), read_answers(run), timing)
     return done
 

@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 from PIL import Image
 
 from internvl_jax.inference import offline
@@ -26,18 +25,16 @@ class PrefetchingChat:
 
     Args:
         chat: The model.
-        work: The questions, in the order in which they will be asked.
-        size: Questions per batch.
+        job: The questions, in the order in which they will be asked.
+        batch_size: Questions per batch.
     """
 
-    def __init__(self, chat: Chat, work: offline.Work, size: int):
+    def __init__(self, chat: Chat, job: offline.BatchJob, batch_size: int):
         self.name = chat.name
         self._chat = chat
-        shard = jax.process_index() if work.replicas > 1 else 0
-        rounds = range(0, len(work.pending), size * work.replicas)
-        own = [n for first in rounds for n in work.pending[first + shard * size : first + (shard + 1) * size]]
-        self._order = [path for number in own for path in work.questions[number].images]
-        self._done, self._window = 0, size * BATCHES_AHEAD
+        batches = job.own_batches(batch_size)
+        self._order = [path for batch in batches for question in batch for path in question.images]
+        self._done, self._window = 0, batch_size * BATCHES_AHEAD
         self._loading: dict[Path, Future[Image.Image]] = {}
         self._pool = ThreadPoolExecutor(THREADS)
 

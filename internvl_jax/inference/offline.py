@@ -1,15 +1,14 @@
-"""Questions from a JSONL file, answers into another: resumable, and shared out among the processes of a pod.
+"""Batch inference over a JSONL file: resumable, and shared among the processes of a pod.
 
-A question is a line {"question": "...", "images": ["a.jpg"], "id": 7}; images (or "image") and id may be left out (the
-id is then the line's number). It may bring a "history" of [question, answer] pairs, a "system" message, and settings of
-GenerationConfig ("max_new_tokens", "temperature", ...) of its own; fields that are not read are named. An answer is a
-line with the same id. A question that could not be answered gets a line with "error" in place of "answer", and the next
-run asks it again. When a run ends, the lines are in the order of the questions; a file that a stopped run left has the
-answers to questions that were asked again at its end.
+A question is a line {"question": "...", "images": ["a.jpg"], "id": 7}. "images" (or "image") and "id" are optional; the
+default id is the line number. "history" ([question, answer] pairs), "system" and settings of GenerationConfig
+("max_new_tokens", "temperature", ...) apply to their own line only. Each question gets one line of output with the same
+id, which has "error" instead of "answer" if the question failed; the next run retries those. When a run ends, the lines
+are in the order of the questions.
 
-The mesh decides how processes share the work. One that a process's own devices can hold is made on every process: each
-has a whole model and answers its own share of every round. A larger one spans all processes, which then compute every
-answer together. Either way process 0 writes the one file of answers, round by round: no other process needs to see it.
+The mesh decides how processes share the work. If it fits on the devices of one process, every process runs a replica of
+the model and answers its share of every round. Otherwise one model spans all processes, which compute every answer
+together. In both cases process 0 writes the output, round by round; other processes need not see that file.
 """
 
 from __future__ import annotations
@@ -26,244 +25,243 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
 
-from internvl_jax.inference.chat import Chat, Reply
+from internvl_jax.inference.chat import Reply
 from internvl_jax.inference.offline_files import (
     GENERATION,
     BatchError,
+    PreviousAnswers,
     Question,
-    file_state,
-    in_order,
+    file_version,
+    list_problems,
     read_answers,
     read_questions,
+    sorted_answers,
 )
 from internvl_jax.inference.sampling import SAMPLING, GenerationConfig
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.utils import files
 
-__all__ = ["BatchError", "Question", "Summary", "Work", "opened", "prepare", "read_questions", "run"]
+__all__ = ["BatchError", "BatchJob", "Question", "Summary", "claim", "prepare", "read_questions", "run"]
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 
-SIZE = 8  # questions per batch
-_TOLD = 20  # errors that are told one by one; all of them are in the file of answers
+BATCH_SIZE = 8  # questions per batch and replica
+MAX_LOGGED_ERRORS = 20  # all errors are in the output
+
+
+class Answerer(Protocol):
+    """What `run` needs of a Chat."""
+
+    name: str
+
+    def batch_chat(self, questions: Sequence[str], images: Sequence[Sequence[Path]], **options: Any) -> list[Reply]:
+        """Answer a batch of questions, as `Chat.batch_chat` does."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is to be done, the same on every process."""
+class BatchJob:
+    """Questions, and which of them need an answer; the same on every process.
+
+    Attributes:
+        questions: all questions.
+        pending: indices of the questions without an answer, in the order in which they are asked.
+        output: the file of answers.
+        mesh: the mesh of one model; None: one device per process.
+        replicas: number of models: one per process, or 1 if one model spans all processes.
+        previous: what `output` holds; on process 0 only.
+        models: names of the models that gave the answers in `output`.
+        claimed: whether the caller has claimed `output`.
+        sort_output: whether `run` sorts the answers by question at the end.
+    """
 
     questions: Sequence[Question]
-    pending: Sequence[int]  # those without an answer, in order
-    out: Path
-    mesh: Mesh | None
-    replicas: int  # models: one per process, or one over all
-    models: frozenset[str]  # that gave the answers found
-    content: bytes | None = None  # of `out`, before answers are appended; None: what is there (process 0 only)
-    state: tuple[int, int] | None = None  # of `out` when it was read (process 0 only)
-    claimed: bool = False  # whether the caller holds the claim of `out`
-    ordered: bool = True  # whether the answers are to be put in the order of the questions at the end
+    pending: Sequence[int]
+    output: Path
+    mesh: Mesh | None = None
+    replicas: int = 1
+    previous: PreviousAnswers | None = None
+    models: frozenset[str] = frozenset()
+    claimed: bool = False
+    sort_output: bool = True
+
+    @property
+    def num_answered(self) -> int:
+        """Number of questions that had an answer before the run."""
+        return len(self.questions) - len(self.pending)
+
+    def own_batches(self, batch_size: int) -> list[list[Question]]:
+        """The questions that this process asks in each round. The last batch may be shorter, or empty."""
+        replica = jax.process_index() if self.replicas > 1 else 0
+        rounds = range(0, len(self.pending), batch_size * self.replicas)
+        starts = (first + replica * batch_size for first in rounds)
+        return [[self.questions[index] for index in self.pending[start : start + batch_size]] for start in starts]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did."""
+    """What a run did.
+
+    Attributes:
+        answered: questions asked by this run, failed ones included.
+        resumed: questions that had been answered before.
+        failed: questions that failed.
+        new_tokens: tokens generated.
+        seconds: wall time.
+    """
 
     answered: int
-    found: int  # answers that were there already
-    failed: int  # of the answered ones: lines with an error in place of an answer
+    resumed: int
+    failed: int
     new_tokens: int
     seconds: float
 
 
 @contextmanager
-def opened(questions: Path, out: Path, mesh: str | None = None, *, images: Path | None = None) -> Iterator[Work]:
-    """As `prepare`, and `out` belongs to this run until the block ends.
+def claim(questions: Path, output: Path, mesh: str | None = None, *, root: Path | None = None) -> Iterator[BatchJob]:
+    """`prepare` a job and keep other runs from writing `output` until the block ends.
 
-    Raises files.OutputInUseError where another run writes it, naming that run.
+    Raises:
+        OutputInUseError: another run writes `output`; the message names that run.
     """
-    rows, devices, replicas = _asked(questions, mesh, images)
-    out = _target(out)
-    with _claimed(out):
-        yield replace(_work(rows, questions, out, mesh, devices, replicas), claimed=True)
+    asked, devices, replicas = _read_shared(questions, mesh, root)
+    output = _resolve_output(output)
+    with _claimed(output):
+        job = _make_job(asked, questions, output, mesh, devices, replicas)
+        yield replace(job, claimed=True)
 
 
-def prepare(questions: Path, out: Path, mesh: str | None = None, *, images: Path | None = None) -> Work:
-    """Read the questions and the answers that there are. Nothing is loaded or written.
+def prepare(questions: Path, output: Path, mesh: str | None = None, *, root: Path | None = None) -> BatchJob:
+    """Read the questions and the existing answers. Loads no model, writes nothing. All processes must call it.
 
-    mesh: as mesh.make_mesh reads it, "tensor=4"; None: one device per process.
-    images: where relative image paths start; None: at the questions' own directory.
-    Raises BatchError for malformed lines, all listed, and for a file `out` that holds anything but answers to these
-    questions; MeshError for a mesh that neither one process nor all of them together can hold. All processes must call
-    it.
+    Args:
+        questions: JSONL file of questions.
+        output: file of answers, which need not exist.
+        mesh: a mesh specification such as "tensor=4"; None: one device per process.
+        root: directory that relative image paths start from; None: that of `questions`.
+
+    Raises:
+        BatchError: lines are malformed (all are listed), or `output` holds anything but answers to these questions.
+        MeshError: the mesh fits neither on one process nor on all of them together.
     """
-    rows, devices, replicas = _asked(questions, mesh, images)
-    return _work(rows, questions, _target(out), mesh, devices, replicas)
+    asked, devices, replicas = _read_shared(questions, mesh, root)
+    return _make_job(asked, questions, _resolve_output(output), mesh, devices, replicas)
 
 
-def run(chat: Chat, work: Work, *, size: int = SIZE, progress: Progress | None = None, **generation: Any) -> Summary:
-    """Answer what is pending, `size` questions at once on every model, and append the answers to `work.out`.
+def run(
+    chat: Answerer, job: BatchJob, *, batch_size: int = BATCH_SIZE, progress: Progress | None = None, **generation: Any
+) -> Summary:
+    """Answer the pending questions and append the answers to the job's output. All processes must call it.
 
-    A question that cannot be answered (an image that does not decode, a prompt beyond the context) gets a line with
-    "error" in place of "answer". An error of the machine (a full disk, a device without memory) ends the run.
-    generation: settings of GenerationConfig, as for Chat.chat; a question's own come first. Sampled, the question on
-    line n gets the answer that it gets alone with seed + n - 1, in whatever batch it is.
-    progress: called as progress(done, total, "answering") with numbers of questions.
-    Raises BatchError where `work.out` has answers of another model or has changed since `prepare`, and
-    files.OutputInUseError where another run writes it. All processes must call it.
+    A question that cannot be answered (an unreadable image, a prompt beyond the context) gets a line with "error". A
+    system error (a full disk, a device out of memory) ends the run.
+
+    Args:
+        chat: the model.
+        job: from `prepare` or `claim`.
+        batch_size: questions per batch and replica.
+        progress: called as progress(done, total, "answering"), in questions.
+        **generation: options of `Chat.chat`; those of a question take precedence. When sampling, the question on line n
+            gets the answer that it gets alone with seed + n - 1, in whatever batch it is.
+
+    Raises:
+        BatchError: `output` has answers of another model, or has changed since `prepare`.
+        OutputInUseError: another run writes `output`.
     """
-    others = work.models - {chat.name}
+    others = job.models - {chat.name}
     if others:
-        raise BatchError(f"{work.out} has answers of {', '.join(sorted(others))}, not {chat.name}: use another file")
-    if size < 1:
-        raise BatchError(f"a batch has at least one question, not {size}")
-    _check_generation(work, generation)
+        raise BatchError(
+            f"{job.output} has answers of {', '.join(sorted(others))}, not {chat.name}: name another output file"
+        )
+    if batch_size < 1:
+        raise BatchError(f"the batch size must be at least 1, not {batch_size}")
+    _check_generation(job, generation)
     start = time.perf_counter()
-    place = jax.process_index() if work.replicas > 1 else 0
-    done, failed, tokens = len(work.questions) - len(work.pending), 0, 0
-    # Where one model spans the processes, what fails on one of them alone cannot be a question's error.
-    mine_alone = work.replicas > 1 or not distributed.is_multi_process()
+    done, failed, new_tokens = job.num_answered, 0, 0
     with ExitStack() as held:
-        if not work.claimed:
-            held.enter_context(_claimed(work.out))
+        if not job.claimed:
+            held.enter_context(_claimed(job.output))
         with distributed.barrier():
             if distributed.is_process_0():
-                _begin(work)
-        for first in range(0, len(work.pending), size * work.replicas):
-            mine = work.pending[first + place * size : first + (place + 1) * size]
-            with distributed.barrier():
-                answers = _answer(chat, [work.questions[number] for number in mine], size, generation, mine_alone)
-            if work.replicas > 1:
-                parts = distributed.all_gather(json.dumps(answers).encode())
-                answers = [answer for part in parts for answer in json.loads(part)]
+                _start_output(job)
+        asker = _Asker(chat, batch_size, generation, can_fail=job.replicas > 1 or not distributed.is_multi_process())
+        for batch in job.own_batches(batch_size):
+            answers = _answer_round(asker, batch, job.replicas)
             with distributed.barrier():
                 if distributed.is_process_0():
-                    _append(work.out, answers)
-            done += len(answers)
-            for answer in answers:
-                failed += "error" in answer
-                if "error" in answer and failed <= _TOLD and distributed.is_process_0():
-                    logger.warning("%s", answer["error"])
-            tokens += sum(answer.get("new_tokens", 0) for answer in answers)
+                    append_answers(job.output, answers)
+            errors = [answer["error"] for answer in answers if "error" in answer]
+            if distributed.is_process_0():
+                for error in errors[: max(0, MAX_LOGGED_ERRORS - failed)]:
+                    logger.warning("%s", error)
+            done, failed = done + len(answers), failed + len(errors)
+            new_tokens += sum(answer.get("new_tokens", 0) for answer in answers)
             if progress is not None:
-                progress(done, len(work.questions), "answering")
+                progress(done, len(job.questions), "answering")
         with distributed.barrier():
-            if (
-                distributed.is_process_0()
-                and work.ordered
-                and (content := in_order(work.out, work.questions)) is not None
-            ):
-                files.write_bytes(work.out, content)
-    if failed > _TOLD and distributed.is_process_0():
-        logger.warning("%d more errors are in %s", failed - _TOLD, work.out)
-    found = len(work.questions) - len(work.pending)
-    return Summary(len(work.pending), found, failed, tokens, time.perf_counter() - start)
+            if distributed.is_process_0() and job.sort_output:
+                content = sorted_answers(job.output, job.questions)
+                if content is not None:
+                    files.write_bytes(job.output, content)
+    if failed > MAX_LOGGED_ERRORS and distributed.is_process_0():
+        logger.warning("%d more errors are in %s", failed - MAX_LOGGED_ERRORS, job.output)
+    return Summary(len(job.pending), job.num_answered, failed, new_tokens, time.perf_counter() - start)
 
 
-def _asked(questions: Path, mesh: str | None, images: Path | None) -> tuple[list[Question], list[jax.Device], int]:
+# Preparing a job.
+
+
+def _read_shared(questions: Path, mesh: str | None, root: Path | None) -> tuple[list[Question], list[jax.Device], int]:
+    """The questions, which must be the same on every process; the devices of a model; and the number of replicas."""
     questions = files.resolve(questions)
     with distributed.barrier():
-        devices, replicas = _devices(mesh)
-        rows = read_questions(questions, questions.parent if images is None else files.resolve(images))
+        devices, replicas = model_devices(mesh)
+        asked = read_questions(questions, questions.parent if root is None else files.resolve(root))
     with distributed.barrier():
-        asked = repr([(row.id, row.question, row.history, row.system, dict(row.generation)) for row in rows])
-        if len(set(distributed.all_gather(hashlib.sha256(asked.encode()).digest()))) > 1:
+        text = repr([(one.id, one.question, one.history, one.system, dict(one.generation)) for one in asked])
+        if len(set(distributed.all_gather(hashlib.sha256(text.encode()).digest()))) > 1:
             raise BatchError(f"{questions} differs between the processes: copy the same file to every host")
-    return rows, devices, replicas
+    return asked, devices, replicas
 
 
-def _work(
-    rows: Sequence[Question],
+def _make_job(
+    asked: Sequence[Question],
     questions: Path,
-    out: Path,
+    output: Path,
     mesh: str | None,
     devices: Sequence[jax.Device],
     replicas: int,
-) -> Work:
+) -> BatchJob:
+    """Find the pending questions, which process 0 tells the others."""
     known: dict[str, Any] = {}
-    content = state = None
+    previous = None
     with distributed.barrier():
         if distributed.is_process_0():
-            if out.exists() and questions.exists() and out.samefile(questions):
-                raise BatchError(f"{out} is the file of questions: name another one for the answers")
-            found = read_answers(out, rows)
-            known = {"pending": found.pending, "models": found.models}
-            content, state = found.content, found.state
+            if output.exists() and questions.exists() and output.samefile(questions):
+                raise BatchError(f"{output} is the file of questions: name another file for the answers")
+            previous = read_answers(output, asked)
+            known = {"pending": previous.pending, "models": previous.models}
     known = json.loads(distributed.broadcast_from_process_0(json.dumps(known).encode()))
-    made = None if mesh is None else mesh_lib.make_mesh(mesh, devices)
-    return Work(rows, known["pending"], out, made, replicas, frozenset(known["models"]), content, state)
+    device_mesh = None if mesh is None else mesh_lib.make_mesh(mesh, devices)
+    return BatchJob(asked, known["pending"], output, device_mesh, replicas, previous, frozenset(known["models"]))
 
 
-def _target(out: Path) -> Path:
-    """The file itself, where a symbolic link is named: it is replaced, the link is not."""
-    return Path(os.path.realpath(files.resolve(out)))
+def model_devices(mesh: str | None) -> tuple[list[jax.Device], int]:
+    """The devices that one model may use, and the number of replicas.
 
-
-@contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    with ExitStack() as held:
-        with distributed.barrier():
-            if distributed.is_process_0():
-                held.enter_context(files.claim(out))
-                files.remove_leftovers(out)
-        yield
-
-
-def _begin(work: Work) -> None:
-    """Make the file of answers, or take from it what is not an answer."""
-    if file_state(work.out) != work.state:
-        raise BatchError(f"{work.out} has changed since it was read: another run has written it; start again")
-    if work.content is not None:
-        files.write_bytes(work.out, work.content)
-    else:
-        files.append_text(work.out, "")
-
-
-def _append(out: Path, answers: Sequence[Mapping[str, Any]]) -> None:
-    files.append_text(out, "".join(files.to_json(answer) + "\n" for answer in answers))
-
-
-def _check_generation(work: Work, generation: Mapping[str, Any]) -> None:
-    """Refuse settings of the run that do not go with those of a question, before any is asked."""
-    common = {name: value for name, value in generation.items() if name in GENERATION and value is not None}
-    GenerationConfig(**common)
-    problems, idle = [], []
-    for number in work.pending:
-        row = work.questions[number]
-        if not row.generation:
-            continue
-        try:
-            made = GenerationConfig(**{**common, **row.generation})
-        except ValueError as error:
-            problems.append(f"{row.where}: {error}")
-            continue
-        if made.temperature == 0 and row.generation.keys() & set(SAMPLING):
-            idle.append(row)
-    if idle and distributed.is_process_0():
-        more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
-        logger.warning(
-            "%s%s: %s are without effect, because nothing is sampled at temperature 0",
-            idle[0].where,
-            more,
-            ", ".join(SAMPLING),
-        )
-    if problems:
-        more = f"\n  and {len(problems) - _TOLD} more" if len(problems) > _TOLD else ""
-        raise BatchError("nothing was started:\n  " + "\n  ".join(problems[:_TOLD]) + more)
-
-
-def _devices(mesh: str | None) -> tuple[list[jax.Device], int]:
-    """The devices that one model may use, and how many models there are."""
+    Raises:
+        MeshError: the mesh needs more devices than a process has, and not all of them.
+    """
     own, everywhere = jax.local_devices(), jax.devices()
     needed = 1 if mesh is None else math.prod(mesh_lib.parse_mesh(mesh).values())
-    if needed <= len(own):  # with -1 too: the rest of this process's devices
+    if needed <= len(own):  # also with -1, which stands for the remaining devices of this process
         return own, jax.process_count()
     if needed != len(everywhere):
         choices = f"at most {len(own)} (a model on every process) or all {len(everywhere)}"
@@ -273,80 +271,172 @@ def _devices(mesh: str | None) -> tuple[list[jax.Device], int]:
     return everywhere, 1
 
 
-def _answer(
-    chat: Chat, rows: Sequence[Question], size: int, generation: Mapping[str, Any], alone: bool
-) -> list[dict[str, Any]]:
-    """Answers to at most `size` questions, those with the same settings at once."""
-    together: dict[str, list[int]] = {}
-    answers: dict[int, dict[str, Any]] = {}
-    for number, row in enumerate(rows):
-        if row.error is not None:
-            answers[number] = _failed(row, row.error, chat.name)
+def _resolve_output(output: Path) -> Path:
+    """The target of a symbolic link: the target is replaced, and the link stays."""
+    return Path(os.path.realpath(files.resolve(output)))
+
+
+# Writing the output.
+
+
+@contextmanager
+def _claimed(output: Path) -> Iterator[None]:
+    with ExitStack() as held:
+        with distributed.barrier():
+            if distributed.is_process_0():
+                held.enter_context(files.claim(output))
+                files.remove_leftovers(output)
+        yield
+
+
+def _start_output(job: BatchJob) -> None:
+    """Create the output, or remove from it what is not an answer."""
+    previous = job.previous
+    if file_version(job.output) != (None if previous is None else previous.version):
+        raise BatchError(f"{job.output} has changed since it was read: another run wrote to it; start again")
+    if previous is not None and previous.content is not None:
+        files.write_bytes(job.output, previous.content)
+    else:
+        files.append_text(job.output, "")
+
+
+def append_answers(output: Path, answers: Sequence[Mapping[str, Any]]) -> None:
+    """Append lines to the output and sync it to disk."""
+    files.append_text(output, "".join(files.to_json(answer) + "\n" for answer in answers))
+
+
+# Asking.
+
+
+def _check_generation(job: BatchJob, generation: Mapping[str, Any]) -> None:
+    """Check the settings of the run together with those of each pending question.
+
+    Raises:
+        BatchError: some questions have settings that contradict those of the run; all of them are listed.
+    """
+    common = {name: value for name, value in generation.items() if name in GENERATION and value is not None}
+    GenerationConfig(**common)
+    problems, ineffective = [], []
+    for index in job.pending:
+        question = job.questions[index]
+        if not question.generation:
             continue
-        own = {name: value for name, value in row.generation.items() if name != "seed"}
-        together.setdefault(json.dumps([row.system, own], sort_keys=True), []).append(number)
-    for numbers in together.values():
-        answers.update(zip(numbers, _ask(chat, [rows[n] for n in numbers], size, generation, alone)))
-    return [answers[number] for number in range(len(rows))]
+        try:
+            gen = GenerationConfig(**{**common, **question.generation})
+        except ValueError as error:
+            problems.append(f"{question.where}: {error}")
+            continue
+        if gen.temperature == 0 and question.generation.keys() & set(SAMPLING):
+            ineffective.append(question)
+    if ineffective and distributed.is_process_0():
+        more = f" and {len(ineffective) - 1} more" if len(ineffective) > 1 else ""
+        names = ", ".join(SAMPLING)
+        logger.warning("%s%s: %s are ignored at temperature 0", ineffective[0].where, more, names)
+    if problems:
+        raise BatchError(list_problems(problems))
 
 
-def _ask(
-    chat: Chat, rows: Sequence[Question], size: int, generation: Mapping[str, Any], alone: bool
-) -> list[dict[str, Any]]:
-    """Answers to questions of the same settings. A shorter batch is filled up, so that it does not compile again."""
-    filled = [*rows, *[rows[-1]] * (size - len(rows))]
-    options = {**generation, **rows[0].generation}
-    if rows[0].system is not None:
-        options["system"] = rows[0].system
-    seed = generation.get("seed", 0)
-    options.pop("seed", None)
-    if options.get("temperature") and not isinstance(seed, (tuple, list)):
-        options["seed"] = tuple(row.generation.get("seed", (seed or 0) + row.line - 1) % 2**31 for row in filled)
-    elif "seed" in generation:
-        options["seed"] = seed
-    if any(row.history for row in rows):
-        options["histories"] = [row.history for row in filled]
-    try:
-        replies = chat.batch_chat([row.question for row in filled], [list(row.images) for row in filled], **options)
-    except Exception as error:
-        if _of_the_machine(error) or not (alone or isinstance(error, ValueError)):
-            raise
-        if len(rows) > 1:
-            return [answer for row in rows for answer in _ask(chat, [row], size, generation, alone)]
-        return [_failed(rows[0], _reason(error), chat.name)]
-    return [_answered(row, reply, chat.name) for row, reply in zip(rows, replies)]
+def _answer_round(asker: _Asker, batch: Sequence[Question], replicas: int) -> list[dict[str, Any]]:
+    """The lines of a round: the answers of this process, and those of the other replicas."""
+    with distributed.barrier():
+        answers = asker.answer(batch)
+    if replicas == 1:
+        return answers
+    parts = distributed.all_gather(json.dumps(answers).encode())
+    return [answer for part in parts for answer in json.loads(part)]
 
 
-def _answered(row: Question, reply: Reply, model: str) -> dict[str, Any]:
-    error = getattr(reply, "error", None)
-    if error is not None:
-        return _failed(row, error, model)
-    return {
-        "id": row.id,
-        "question": row.question,
-        "answer": reply.text,
-        "finish_reason": reply.finish_reason,
-        "prompt_tokens": reply.prompt_tokens,
-        "new_tokens": len(reply.tokens),
-        "model": model,
-    }
+@dataclass(frozen=True)
+class _Asker:
+    """Asks a model batches of questions.
+
+    Attributes:
+        chat: the model.
+        batch_size: questions per batch.
+        generation: settings of the run.
+        can_fail: whether a question may fail with any error. Where one model spans all processes, an error that is not
+            a ValueError may have occurred on this process alone, and must end the run.
+    """
+
+    chat: Answerer
+    batch_size: int
+    generation: Mapping[str, Any]
+    can_fail: bool
+
+    def answer(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+        """The lines of at most `batch_size` questions. Questions with the same settings are asked together."""
+        groups: dict[str, list[int]] = {}
+        answers: dict[int, dict[str, Any]] = {}
+        for index, question in enumerate(questions):
+            if question.error is not None:
+                answers[index] = self._error_line(question, question.error)
+                continue
+            settings = {name: value for name, value in question.generation.items() if name != "seed"}
+            groups.setdefault(json.dumps([question.system, settings], sort_keys=True), []).append(index)
+        for indices in groups.values():
+            answers.update(zip(indices, self._ask([questions[index] for index in indices])))
+        return [answers[index] for index in range(len(questions))]
+
+    def _ask(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+        """Ask questions that have the same settings. If the batch fails, each of them is asked alone."""
+        # A shorter batch is filled up, so that it needs no compilation of its own.
+        filled = [*questions, *[questions[-1]] * (self.batch_size - len(questions))]
+        texts, images = [one.question for one in filled], [list(one.images) for one in filled]
+        try:
+            replies = self.chat.batch_chat(texts, images, **self._options(filled))
+        except Exception as error:
+            if _is_system_error(error) or not (self.can_fail or isinstance(error, ValueError)):
+                raise
+            if len(questions) > 1:
+                return [answer for question in questions for answer in self._ask([question])]
+            return [self._error_line(questions[0], _describe(error))]
+        return [self._line(question, reply) for question, reply in zip(questions, replies)]
+
+    def _options(self, questions: Sequence[Question]) -> dict[str, Any]:
+        """Keyword arguments of `batch_chat` for questions that have the same settings."""
+        first = questions[0]
+        options = {**self.generation, **first.generation}
+        if first.system is not None:
+            options["system"] = first.system
+        seed = self.generation.get("seed", 0)
+        options.pop("seed", None)
+        if options.get("temperature") and not isinstance(seed, (tuple, list)):
+            options["seed"] = tuple(one.generation.get("seed", (seed or 0) + one.line - 1) % 2**31 for one in questions)
+        elif "seed" in self.generation:
+            options["seed"] = seed
+        if any(one.history for one in questions):
+            options["histories"] = [one.history for one in questions]
+        return options
+
+    def _line(self, question: Question, reply: Reply) -> dict[str, Any]:
+        if reply.error is not None:
+            return self._error_line(question, reply.error)
+        return {
+            "id": question.id,
+            "question": question.question,
+            "answer": reply.text,
+            "finish_reason": reply.finish_reason,
+            "prompt_tokens": reply.prompt_tokens,
+            "new_tokens": len(reply.tokens),
+            "model": self.chat.name,
+        }
+
+    def _error_line(self, question: Question, reason: str) -> dict[str, Any]:
+        error = f"{question.where}: {reason}"
+        return {"id": question.id, "question": question.question, "error": error, "model": self.chat.name}
 
 
-def _failed(row: Question, reason: str, model: str) -> dict[str, Any]:
-    return {"id": row.id, "question": row.question, "error": f"{row.where}: {reason}", "model": model}
-
-
-def _reason(error: Exception) -> str:
-    """What a question's line says about an error of its own."""
+def _describe(error: Exception) -> str:
+    """The error of a single question, for its line."""
     if isinstance(error, MemoryError):
-        return "takes more memory than there is"
+        return "needs more memory than there is"
     if isinstance(error, ValueError):
-        return re.sub(r"^(question 1|row 0): ", "", str(error))  # of a batch filled up with this one
+        return re.sub(r"^(question 1|row 0): ", "", str(error))  # the position in a batch filled with this question
     return f"{type(error).__name__}: {error}"
 
 
-def _of_the_machine(error: Exception) -> bool:
-    """Whether the next question would meet this error too: no memory on the device, a full disk, a missing package."""
+def _is_system_error(error: Exception) -> bool:
+    """Whether every question would meet this error: device out of memory, disk full, package missing."""
     if isinstance(error, OSError):
         return files.is_full(error) or error.errno in (errno.EROFS, errno.EMFILE, errno.ENFILE)
     return isinstance(error, (jax.errors.JaxRuntimeError, ImportError)) or "RESOURCE_EXHAUSTED" in str(error)

@@ -1,4 +1,4 @@
-"""The two files of a batch: questions, and the answers that there are. What is in them is checked before any work."""
+"""The files of a batch job: questions, and answers of earlier runs. Both are validated before any work."""
 
 from __future__ import annotations
 
@@ -18,168 +18,200 @@ logger = logging.getLogger(__name__)
 
 GENERATION = tuple(one.name for one in fields(GenerationConfig))
 FIELDS = ("id", "question", "image", "images", "history", "system", *GENERATION)
-_SHOWN = 20  # problems in one message
+MAX_PROBLEMS = 20  # listed in one message
 
 
 class BatchError(ValueError):
-    """Files of questions or answers that cannot be used; the message names the file and the line."""
+    """A file of questions or answers cannot be used; the message names the file and the line."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One line of the questions."""
+    """One line of the questions.
+
+    Attributes:
+        id: unique in its file.
+        question: the text.
+        images: files of the whole conversation's images, those of the history first.
+        history: earlier (question, answer) turns.
+        system: system message; None: the run's.
+        generation: fields of GenerationConfig for this question.
+        line: line number, from 1.
+        where: FILE:LINE.
+        error: why the question cannot be asked; None if it can.
+    """
 
     id: str | int
     question: str
     images: tuple[Path, ...]
     history: tuple[tuple[str, str], ...] = ()
     system: str | None = None
-    generation: Mapping[str, Any] = field(default_factory=dict)  # settings of GenerationConfig, for this one only
-    line: int = 1  # in its file, from 1
-    where: str = ""  # FILE:LINE
-    error: str | None = None  # why it cannot be asked
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    line: int = 1
+    where: str = ""
+    error: str | None = None
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a file of answers holds."""
+class PreviousAnswers:
+    """What an output file holds when a run starts.
 
-    pending: list[int]  # questions without an answer
-    models: list[str]  # that gave the answers
-    content: bytes | None  # what must be in the file before answers are appended; None: what is in it
-    state: tuple[int, int] | None  # of the file when it was read; None: there was none
-
-
-def read_questions(path: Path, images: Path) -> list[Question]:
-    """The lines of a questions file. Raises BatchError with every line that is wrong, as FILE:LINE.
-
-    A question that no UTF-8 file can hold, with lone surrogates, is kept with its `error`.
+    Attributes:
+        pending: indices of the questions without an answer.
+        models: names of the models that gave the answers.
+        content: what the file must hold before answers are appended; None: what it holds.
+        version: `file_version` of the file; None: there is no file.
     """
-    rows: list[Question] = []
+
+    pending: list[int]
+    models: list[str]
+    content: bytes | None = None
+    version: tuple[int, int] | None = None
+
+
+def read_questions(path: Path, root: Path) -> list[Question]:
+    """Read a JSONL file of questions.
+
+    A question with lone surrogates, which no UTF-8 file can hold, is returned with its `error`.
+
+    Args:
+        path: the file.
+        root: directory that relative image paths start from.
+
+    Raises:
+        BatchError: lines are malformed; the message lists them as FILE:LINE.
+    """
+    questions: list[Question] = []
     problems: list[str] = []
     lines: dict[str | int, int] = {}
     ignored: dict[str, list[int]] = {}
-    for number, line in _lines(path, "questions"):
+    for number, line in _lines(path):
         try:
-            record = _object(line)
-            row = _question(record, number, f"{path}:{number}", images)
-            if row.id in lines:
-                raise ValueError(f"the id {row.id!r} is that of line {lines[row.id]} too")
+            record = _parse_object(line)
+            question = _parse_question(record, number, f"{path}:{number}", root)
+            if question.id in lines:
+                raise ValueError(f"id {question.id!r} is already used on line {lines[question.id]}")
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
             continue
         for name in record.keys() - set(FIELDS):
             ignored.setdefault(name, []).append(number)
-        lines[row.id] = number
-        rows.append(row)
+        lines[question.id] = number
+        questions.append(question)
     if problems:
-        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise BatchError("nothing was started:\n  " + "\n  ".join(problems[:_SHOWN]) + more)
-    if not rows:
+        raise BatchError(list_problems(problems))
+    if not questions:
         raise BatchError(f"{path} has no questions")
     if ignored and distributed.is_process_0():
-        named = (
+        named = [
             f"{name!r} (line {where[0]}{f' and {len(where) - 1} more' if len(where) > 1 else ''})"
             for name, where in sorted(ignored.items())
-        )
-        logger.warning("%s: fields that are not read: %s", path, ", ".join(list(named)[:_SHOWN]))
-    return rows
+        ]
+        logger.warning("%s: ignored fields: %s", path, ", ".join(named[:MAX_PROBLEMS]))
+    return questions
 
 
-def _lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
-    """Lines that are not empty, with their numbers, without byte order marks."""
+def list_problems(problems: Sequence[str]) -> str:
+    """A message that lists the first problems and counts the others."""
+    more = f"\n  and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+    return "nothing was started:\n  " + "\n  ".join(problems[:MAX_PROBLEMS]) + more
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Non-empty lines with their numbers, without byte order marks."""
     if path.is_dir():
-        raise BatchError(f"{path} is a directory: name the file of {what}")
+        raise BatchError(f"{path} is a directory: name the file of questions")
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             if number == 1 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise BatchError(f"{path} is not a text file in UTF-8, but in UTF-16: save it as UTF-8")
+                raise BatchError(f"{path} is UTF-16, not UTF-8: save it as UTF-8")
             try:
                 line = raw.decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                raise BatchError(f"{path}:{number}: not a text file in UTF-8 ({error}): save it as UTF-8") from None
+                raise BatchError(f"{path}:{number}: not UTF-8 ({error}): save it as UTF-8") from None
             if line.strip():
                 yield number, line
 
 
-def _object(line: str | bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _parse_object(line: str | bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         record = dict(pairs)
         if len(record) < len(pairs):
             names = [name for name, _ in pairs]
-            raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} is there twice")
+            raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} occurs twice")
         return record
 
     try:
-        record = json.loads(line, object_pairs_hook=once)
+        record = json.loads(line, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error})") from None
     except RecursionError:
-        raise ValueError("not JSON that can be read (nested too deeply)") from None
+        raise ValueError("not readable as JSON (nested too deeply)") from None
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object, but {type(record).__name__}")
     return record
 
 
-def _question(record: dict[str, Any], number: int, where: str, images: Path) -> Question:
+def _parse_question(record: dict[str, Any], number: int, where: str, root: Path) -> Question:
     text = record.get("question")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError('"question" must be a text that is not empty')
-    paths = _images(record, images)
-    row_id = record.get("id", number)
-    if not isinstance(row_id, (str, int)) or isinstance(row_id, bool):
-        raise ValueError('"id" must be a text or a whole number')
+        raise ValueError('"question" must be a non-empty string')
+    paths = _parse_images(record, root)
+    question_id = record.get("id", number)
+    if not isinstance(question_id, (str, int)) or isinstance(question_id, bool):
+        raise ValueError('"id" must be a string or an integer')
     system = record.get("system")
     if system is not None and not isinstance(system, str):
-        raise ValueError('"system" must be a text')
-    history = _history(record.get("history"))
+        raise ValueError('"system" must be a string')
+    history = _parse_history(record.get("history"))
     if not history:
-        expand_images(place_images(text, len(paths), False), 1, len(paths))  # refuses what does not agree
+        expand_images(place_images(text, len(paths), False), 1, len(paths))  # raises if placeholders and images differ
     generation = {name: record[name] for name in GENERATION if record.get(name) is not None}
     if isinstance(generation.get("seed"), list):
-        raise ValueError("seed must be a whole number")
+        raise ValueError("seed must be an integer")
     try:
         GenerationConfig(**generation)
     except TypeError as error:
-        raise ValueError(f"the settings of the answer are not understood ({error})") from None
+        raise ValueError(f"a generation setting has the wrong type ({error})") from None
     stop = generation.get("stop", ())
     texts = (text, system or "", *sum(history, ()), *([stop] if isinstance(stop, str) else stop))
-    reason = None
-    if isinstance(row_id, str) and not _encodable(row_id):
-        reason = "the id has a lone surrogate (half a character), which no UTF-8 file can hold: write it anew"
-    elif not all(map(_encodable, texts)):
-        reason = "the text has a lone surrogate (half a character), which no UTF-8 file can hold: write it anew"
-    return Question(row_id, text, paths, history, system, generation, number, where, reason)
+    surrogate = None
+    if isinstance(question_id, str) and not _is_encodable(question_id):
+        surrogate = "id"
+    elif not all(map(_is_encodable, texts)):
+        surrogate = "text"
+    reason = surrogate and f"the {surrogate} has a lone surrogate (half a character), which UTF-8 cannot encode"
+    return Question(question_id, text, paths, history, system, generation, number, where, reason)
 
 
-def _images(record: dict[str, Any], directory: Path) -> tuple[Path, ...]:
+def _parse_images(record: dict[str, Any], root: Path) -> tuple[Path, ...]:
     given = [name for name in ("image", "images") if record.get(name) not in (None, "", [])]
     if len(given) > 1:
-        raise ValueError('"image" and "images" are both there: write one of them')
+        raise ValueError('there are both "image" and "images": leave one out')
     value = record[given[0]] if given else []
     names = [value] if given == ["image"] and isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f'"{given[0]}" must be a {"path or a " if given[0] == "image" else ""}list of paths')
-    paths = tuple(_image(directory, name) for name in names)
+    paths = tuple(_image_path(root, name) for name in names)
     missing = [str(path) for path in paths if not _is_file(path)]
     if missing:
         raise ValueError(f"no such image: {', '.join(missing)}")
     return paths
 
 
-def _image(directory: Path, name: str) -> Path:
-    path = directory / name
+def _image_path(root: Path, name: str) -> Path:
+    path = root / name
     return files.resolve(name) if name.startswith("~/") and not _is_file(path) else path
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, or has a NUL
+    except (OSError, ValueError):  # the name is too long or contains a NUL
         return False
 
 
-def _history(value: Any) -> tuple[Turn, ...]:
+def _parse_history(value: Any) -> tuple[Turn, ...]:
     turns = [] if value is None else value
     try:
         if not isinstance(turns, list):
@@ -189,7 +221,7 @@ def _history(value: Any) -> tuple[Turn, ...]:
         raise ValueError('"history" must be a list of pairs [question, answer]') from None
 
 
-def _encodable(text: Any) -> bool:
+def _is_encodable(text: Any) -> bool:
     try:
         str(text).encode()
     except UnicodeEncodeError:
@@ -200,73 +232,84 @@ def _encodable(text: Any) -> bool:
 # Answers.
 
 
-def read_answers(out: Path, rows: Sequence[Question]) -> Found:
-    """What `out` holds, which need not exist. Questions with an error in place of an answer are pending.
+def read_answers(output: Path, questions: Sequence[Question]) -> PreviousAnswers:
+    """Read an output file, which need not exist. Nothing is written.
 
-    Nothing is written: `Found.content` is what has to be there, without those errors and without a last line that a
-    killed run left half-written.
-    Raises BatchError for a file that holds anything else.
+    Questions whose line has an error are pending. `PreviousAnswers.content` leaves out these lines, and an incomplete
+    last line of a killed run.
+
+    Raises:
+        BatchError: the file holds anything but answers to these questions.
     """
-    if out.is_dir():
-        raise BatchError(f"{out} is a directory: name a file for the answers")
-    if out.exists() and not out.is_file():
-        raise BatchError(f"{out} is not a file: answers are read again by the next run")
-    if not out.exists():
-        return Found(list(range(len(rows))), [], None, None)
-    state = file_state(out)
-    numbers = {row.id: number for number, row in enumerate(rows)}
+    if output.is_dir():
+        raise BatchError(f"{output} is a directory: name a file for the answers")
+    if output.exists() and not output.is_file():
+        raise BatchError(f"{output} is not a regular file: the next run reads the answers again")
+    if not output.exists():
+        return PreviousAnswers(list(range(len(questions))), [])
+    version = file_version(output)
+    indices = {question.id: index for index, question in enumerate(questions)}
     answered: set[int] = set()
     models: set[str] = set()
     kept: list[bytes] = []
     changed = False
-    with open(out, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if not raw.strip():
+    with open(output, "rb") as file:
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
                 continue
             try:
-                record = _answer(raw)
-                row = answered_row(record, numbers, rows)
+                record = _parse_answer(line)
+                index = question_index(record, indices, questions)
             except ValueError as error:
-                if not raw.endswith(b"\n") and _is_begun(raw, rows, bool(kept)):
-                    logger.warning("%s:%d: the last line was not finished: its question is asked again", out, number)
+                if not line.endswith(b"\n") and _is_truncated_answer(line, questions, bool(kept)):
+                    logger.warning("%s:%d: the last line is incomplete: its question is asked again", output, number)
                     changed = True
                     break
-                raise BatchError(f"{out}:{number}: {error}: nothing was changed there; use another file") from None
+                raise BatchError(f"{output}:{number}: {error}: nothing was changed there; name another file") from None
             if "error" in record:
                 changed = True
                 continue
-            changed = changed or not raw.endswith(b"\n")
-            kept.append(raw if raw.endswith(b"\n") else raw + b"\n")
-            answered.add(row)
+            changed = changed or not line.endswith(b"\n")
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
+            answered.add(index)
             models.add(str(record.get("model", "")))
-    pending = [number for number in range(len(rows)) if number not in answered]
-    return Found(pending, sorted(models), b"".join(kept) if changed else None, state)
+    pending = [index for index in range(len(questions)) if index not in answered]
+    return PreviousAnswers(pending, sorted(models), b"".join(kept) if changed else None, version)
 
 
-def answered_row(record: Mapping[str, Any], numbers: Mapping[Any, int], rows: Sequence[Question]) -> int:
-    """The number of the question that a line of answers belongs to. Raises ValueError where there is none."""
-    row_id = record.get("id")
-    number = numbers.get(row_id) if isinstance(row_id, (str, int)) and not isinstance(row_id, bool) else None
-    if number is None or rows[number].question != record.get("question"):
-        raise ValueError(f"answers no question of this file (id {row_id!r})")
+def question_index(record: Mapping[str, Any], indices: Mapping[Any, int], questions: Sequence[Question]) -> int:
+    """The index of the question that a line of output answers.
+
+    Args:
+        record: the line.
+        indices: the index of each question by its id.
+        questions: the questions.
+
+    Raises:
+        ValueError: there is no such question, or the line has neither answer nor error.
+    """
+    key = record.get("id")
+    index = indices.get(key) if isinstance(key, (str, int)) and not isinstance(key, bool) else None
+    if index is None or questions[index].question != record.get("question"):
+        raise ValueError(f"answers no question of this file (id {key!r})")
     if not isinstance(record.get("answer"), str) and not isinstance(record.get("error"), str):
-        raise ValueError(f"is no answer (id {row_id!r})")
-    return number
+        raise ValueError(f"has neither answer nor error (id {key!r})")
+    return index
 
 
-def in_order(out: Path, rows: Sequence[Question]) -> bytes | None:
-    """The content of `out` in the order of the questions; None where it is in order."""
-    numbers = {row.id: number for number, row in enumerate(rows)}
-    lines = [raw for raw in out.read_bytes().splitlines(keepends=True) if raw.strip()]
-    order = [answered_row(_answer(raw), numbers, rows) for raw in lines]
+def sorted_answers(output: Path, questions: Sequence[Question]) -> bytes | None:
+    """The content of an output file in the order of the questions; None if it is in that order."""
+    indices = {question.id: index for index, question in enumerate(questions)}
+    lines = [line for line in output.read_bytes().splitlines(keepends=True) if line.strip()]
+    order = [question_index(_parse_answer(line), indices, questions) for line in lines]
     if order == sorted(order):
         return None
-    return b"".join(lines[place] for place in sorted(range(len(lines)), key=order.__getitem__))
+    return b"".join(lines[position] for position in sorted(range(len(lines)), key=order.__getitem__))
 
 
-def file_state(path: Path) -> tuple[int, int] | None:
-    """By which a change of a file is noticed; None where there is none."""
+def file_version(path: Path) -> tuple[int, int] | None:
+    """Size and modification time of a file, which change when it is written; None if there is no file."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -274,19 +317,22 @@ def file_state(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _answer(raw: bytes) -> dict[str, Any]:
+def _parse_answer(line: bytes) -> dict[str, Any]:
     try:
-        return _object(raw.decode("utf-8-sig"))
+        return _parse_object(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not JSON ({error})") from None
 
 
-def _is_begun(raw: bytes, rows: Sequence[Question], ours: bool) -> bool:
-    """Whether a last line is the beginning of an answer to one of the questions. ours: other lines are answers."""
-    if len(raw) < len('{"id": ') and not ours:
+def _is_truncated_answer(line: bytes, questions: Sequence[Question], has_answers: bool) -> bool:
+    """Whether a last line is the beginning of an answer to one of the questions.
+
+    has_answers: whether other lines of the file are answers, so that the file is known to be an output.
+    """
+    if len(line) < len('{"id": ') and not has_answers:
         return False
-    for row in rows:
-        head = files.to_json({"id": row.id, "question": row.question})[:-1].encode() + b", "
-        if head.startswith(raw) or raw.startswith(head):
+    for question in questions:
+        head = files.to_json({"id": question.id, "question": question.question})[:-1].encode() + b", "
+        if head.startswith(line) or line.startswith(head):
             return True
     return False

@@ -234,3 +234,9 @@ def test_errors_of_any_text_reach_the_others(monkeypatch):
         raise ValueError("\ud800")
     assert len(sent) == 1
     assert b"ud800" in sent[0]
+
+
+def test_collectives_of_one_process():
+    assert distributed.all_gather(b"x") == [b"x"]
+    with pytest.raises(KeyError), distributed.barrier():
+        raise KeyError("an error keeps its type")

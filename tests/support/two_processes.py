@@ -102,8 +102,8 @@ def answers(directory):
     """Batch inference: a model per process, then one model over both."""
     options = {"max_new_tokens": 4}
     for name, mesh in (("each", None), ("both", "tensor=2")):
-        work = offline.prepare(directory / "questions.jsonl", directory / f"{name}.jsonl", mesh)
-        offline.run(load(directory / "model", work.mesh, "float32"), work, size=2, **options)
+        job = offline.prepare(directory / "questions.jsonl", directory / f"{name}.jsonl", mesh)
+        offline.run(load(directory / "model", job.mesh, "float32"), job, batch_size=2, **options)
     return {}
 
 

@@ -7,7 +7,7 @@ from support.evaluation_files import image_base64, lines, table, whole
 
 from internvl_jax.evaluation import run_report as report
 from internvl_jax.evaluation import scoring
-from internvl_jax.evaluation.answering import pending_work
+from internvl_jax.evaluation.answering import pending_job
 from internvl_jax.evaluation.benchmark_run import EvaluationOptions, RunInputs, prepare_run
 from internvl_jax.evaluation.benchmark_table import BENCHMARKS
 from internvl_jax.evaluation.datasets.data_folder import DataFolder
@@ -160,7 +160,7 @@ def made(tmp_path):
 
 
 def test_the_longest_prompts_come_first(made):
-    assert list(pending_work(made).pending) == [2, 1, 3, 0]
+    assert list(pending_job(made).pending) == [2, 1, 3, 0]
 
 
 def test_answers_that_are_partly_right_are_on_the_page(made):

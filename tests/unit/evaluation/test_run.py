@@ -228,7 +228,7 @@ def test_an_interrupted_run_says_how_to_go_on(run, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(offline, "_append", interrupt)
+    monkeypatch.setattr(offline, "append_answers", interrupt)
     code, out = run("gqa")
     assert code == 130
     assert f"{out} keeps its answers: --resume continues\ninterrupted\n" in capsys.readouterr().err
