@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import internvl_jax
-from internvl_jax.evaluation.answering import answer_benchmark, pending_work
+from internvl_jax.evaluation.answering import answer_benchmark, pending_job
 from internvl_jax.evaluation.benchmark_run import EvaluationOptions, RunInputs, prepare_run
 from internvl_jax.evaluation.datasets import tiny
 
@@ -28,7 +28,7 @@ with tempfile.TemporaryDirectory() as temporary:
         tiny.write(data, count=args.limit)
     inputs = RunInputs(args.benchmark, "internvl", data, output, model=args.checkpoint or "nano")
     run = prepare_run(inputs, EvaluationOptions(limit=args.limit))
-    work = pending_work(run, args.mesh)
-    chat = internvl_jax.load(args.checkpoint, mesh=work.mesh)
-    answer_benchmark(chat, run, work, size=8)
+    job = pending_job(run, args.mesh)
+    chat = internvl_jax.load(args.checkpoint, mesh=job.mesh)
+    answer_benchmark(chat, run, job, batch_size=8)
     print((output / "report.md").read_text(encoding="utf-8"))
