@@ -11,7 +11,7 @@ from pathlib import Path
 
 from checkpoints_convert.mapping import ConversionError
 from internvl_jax.config import ConfigError, find_vision_tower, vision_tower_name
-from internvl_jax.utils.files import not_itself, read_json_object
+from internvl_jax.utils.files import read_json_object, wrong_download
 
 # Configuration, tokenizer, model card and the like; neither weights nor their index.
 _SIDE_FILES = (".json", ".jinja", ".md", ".model", ".py", ".txt")
@@ -66,7 +66,7 @@ def check_side_files(source: Path, vision_tower: str | Path | None = None) -> No
     tower = find_vision_tower(source, read_json_object(source / "config.json", ConfigError), vision_tower)
     problems = []
     for path in [*_side_files(source), *(() if tower is None else _side_files(tower))]:
-        problem = not_itself(path)
+        problem = wrong_download(path)
         if path.suffix in _WHOLE and path.stat().st_size == 0:
             problem = f"{path} is empty: download it again"
         if problem is not None and (path.suffix in _WHOLE or "git-lfs" in problem):

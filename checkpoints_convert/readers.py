@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from checkpoints_convert.mapping import TOWER, ConversionError, is_buffer
 from internvl_jax.config import ConfigError, find_vision_tower, vision_tower_name
-from internvl_jax.utils.files import not_itself, read_json_object
+from internvl_jax.utils.files import read_json_object, wrong_download
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,9 @@ def _map(path: Path) -> dict[str, Any]:
         raise ConversionError(f"missing: {path.name} (named in the index)")
     if path.stat().st_size == 0:
         raise _damaged(path, "it is empty")
-    if (problem := not_itself(path)) is not None:  # opened and read: what the system refuses is not taken for damage
+    if (
+        problem := wrong_download(path)
+    ) is not None:  # opened and read: what the system refuses is not taken for damage
         raise ConversionError(problem.replace(str(path), path.name))
     try:
         str(path).encode()

@@ -133,7 +133,7 @@ class Chat:
         # A model may have rows for more tokens than its tokenizer has: those are never generated.
         self._known = None
         if tokenizer is not None and config.text is not None:
-            self._known = tokenizer.known(config.text.vocab_size)
+            self._known = tokenizer.known_ids(config.text.vocab_size)
         self.generator = Generator(
             config,
             params,

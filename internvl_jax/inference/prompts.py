@@ -14,11 +14,11 @@ from internvl_jax.config import ChatConfig
 from internvl_jax.config.conversation_templates import IMAGE_PLACEHOLDER, TEMPLATES
 from internvl_jax.processing.conversation import (
     Turn,
-    ambiguous,
     as_turn,
     combine_images,
+    count_images,
     count_placeholders,
-    images_of,
+    has_ambiguous_images,
     place_images,
     prepare_prompt,
     unused_character,
@@ -113,8 +113,8 @@ class PromptBuilder:
                     raise ValueError("the question is empty")
                 if row_images:
                     self._check_sees()
-                earlier = images_of(history) + count_placeholders(options.system or "")
-                if not ambiguous(history):
+                earlier = count_images(history) + count_placeholders(options.system or "")
+                if not has_ambiguous_images(history):
                     question = place_images(question, len(row_images) - earlier, has_history=False)
                 rows.append(self._encode_text(question, history, len(row_images), options))
                 for source in row_images:
@@ -138,7 +138,9 @@ class PromptBuilder:
         template = TEMPLATES[self.config.template]
         tokens = self.config.tokens_per_image if num_images else 0
         prompt = prepare_prompt(template, question, history, num_images, tokens, options.system, literal)
-        return encode_prompt(self.tokenizer, _unicode(prompt), template.image[1], self.image_token_id, literal=literal)
+        return encode_prompt(
+            self.tokenizer, _unicode(prompt), template.image[1], self.image_token_id, literal_mark=literal
+        )
 
     def _check_sees(self) -> None:
         if self.config.vision is None:

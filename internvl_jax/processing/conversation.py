@@ -18,55 +18,69 @@ from internvl_jax.config.conversation_templates import (
 
 
 class Turn(tuple[str, str]):
-    """A (question, answer) of a history, and how many images it has.
+    """The question and the answer of an earlier turn, and how many images the question has.
 
-    images: their number; None: as many as its question has placeholders, which is a guess where one stands for several.
-    An answer has no images: there, <image> is text that the model wrote.
+    An answer has no images: <image> in it is text that the model wrote.
+
+    Attributes:
+        images: the number of images.
+        images_stated: whether that number was given. If not, it is the number of placeholders in the question, which is
+            a guess where one placeholder stands for several images.
     """
 
     images: int
-    stated: bool
+    images_stated: bool
 
     def __new__(cls, texts: Iterable[str], images: int | None = None) -> Turn:
         turn: Turn = super().__new__(cls, texts)  # type: ignore[type-var]
         turn.images = count_placeholders(turn[0]) if images is None else images
-        turn.stated = images is not None
+        turn.images_stated = images is not None
         return turn
 
 
 def as_turn(turn: Any) -> Turn:
-    """A Turn of a pair of texts, or of texts and a number of images. Raises ValueError for anything else."""
+    """Convert (question, answer) or (question, answer, number of images) to a Turn.
+
+    Raises:
+        ValueError: `turn` is anything else.
+    """
     if isinstance(turn, Turn):
         return turn
     parts = list(turn) if isinstance(turn, (tuple, list)) else []
     images = parts.pop() if len(parts) == 3 else None
-    counted = images is None or (isinstance(images, int) and not isinstance(images, bool) and images >= 0)
-    if len(parts) != 2 or not counted or not all(isinstance(text, str) for text in parts):
+    is_count = images is None or (isinstance(images, int) and not isinstance(images, bool) and images >= 0)
+    if len(parts) != 2 or not is_count or not all(isinstance(text, str) for text in parts):
         raise ValueError(f"not a turn of a conversation, (question, answer): {turn!r}")
     return Turn(parts, images)
 
 
 def count_placeholders(*texts: str) -> int:
-    """How many image placeholders the texts have."""
+    """The number of image placeholders in the texts."""
     return sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
 
 
-def images_of(history: Turns) -> int:
-    """How many images the turns of a history have: one per placeholder, where they do not know it themselves."""
+def count_images(history: Turns) -> int:
+    """The number of images of a history's turns: one per placeholder, unless a Turn states another number."""
     return sum(as_turn(turn).images for turn in history)
 
 
-def ambiguous(history: Turns) -> bool:
-    """Whether images beyond the history's placeholders may be the history's: its only one may stand for several."""
+def has_ambiguous_images(history: Turns) -> bool:
+    """Whether further images may belong to the history, because its only placeholder may stand for several."""
     turns = [as_turn(turn) for turn in history]
     with_images = [turn for turn in turns if count_placeholders(turn[0])]
-    return sum(count_placeholders(turn[0]) for turn in with_images) == 1 and not with_images[0].stated
+    return sum(count_placeholders(turn[0]) for turn in with_images) == 1 and not with_images[0].images_stated
 
 
 def place_images(question: str, num_images: int, has_history: bool) -> str:
     """Put the image placeholder in front of a first question that has images and does not place them itself.
 
-    Of a later question: with num_images those that it brings, and has_history False.
+    Args:
+        question: the question.
+        num_images: the number of images that come with it.
+        has_history: whether earlier turns exist. Pass False for a later question that brings images of its own.
+
+    Returns:
+        The question with its placeholders.
     """
     if num_images > 0 and not has_history and IMAGE_PLACEHOLDER not in question:
         return f"{IMAGE_PLACEHOLDER}\n{question}"
@@ -74,20 +88,20 @@ def place_images(question: str, num_images: int, has_history: bool) -> str:
 
 
 def combine_images(history: Turns, num_images: int) -> list[Turn]:
-    """The reference's combined form: where the history has one placeholder, it stands for all images."""
+    """The reference's combined form: a history's only placeholder stands for all `num_images` images."""
     turns = [as_turn(turn) for turn in history]
     if sum(count_placeholders(turn[0]) for turn in turns) == 1:
         turns = [Turn(turn, num_images) if count_placeholders(turn[0]) else turn for turn in turns]
     return turns
 
 
-def literally(text: str, mark: str) -> str:
-    """Put a mark around what was typed, but for image placeholders: `encode_prompt` reads no special tokens there."""
+def mark_literal(text: str, mark: str) -> str:
+    """Put `mark` around typed text, except its image placeholders. `encode_prompt` reads no special tokens there."""
     return mark + text.replace(IMAGE_PLACEHOLDER, mark + IMAGE_PLACEHOLDER + mark) + mark
 
 
 def unused_character(*texts: str) -> str:
-    """A character for private use that none of the texts has."""
+    """A private-use character that occurs in none of the texts."""
     used = set("".join(texts))
     return next(mark for mark in map(chr, chain(range(0xE000, 0xF900), range(0xF0000, 0x10FFFE))) if mark not in used)
 
@@ -98,24 +112,36 @@ def expand_images(
     num_images: int,
     image: tuple[str, str, str] = (IMG_START, IMG_CONTEXT, IMG_END),
 ) -> str:
-    """Replace image placeholders by image tokens and what stands around them, <img> and </img> if not said otherwise.
+    """Replace image placeholders by image tokens.
 
-    One placeholder per image, or one for all of them together (the reference's combined form, all tokens in one pair
-    of brackets). Raises ValueError when neither fits.
+    There is one placeholder per image, or one for all of them together (the reference's combined form: all tokens in
+    one pair of brackets).
+
+    Args:
+        prompt: text with placeholders.
+        tokens_per_image: the number of visual tokens of an image.
+        num_images: the number of images.
+        image: what stands before the image tokens, the token, and what stands behind.
+
+    Returns:
+        The expanded text.
+
+    Raises:
+        ValueError: the number of placeholders does not fit the number of images.
     """
     placeholders = count_placeholders(prompt)
-    if not _agree(placeholders, num_images):
-        raise ValueError(_disagreement(placeholders, num_images))
+    if not _placeholders_fit(placeholders, num_images):
+        raise ValueError(_mismatch(placeholders, num_images))
     start, token, end = image
     share = num_images // placeholders if placeholders else 0
     return prompt.replace(IMAGE_PLACEHOLDER, start + token * (tokens_per_image * share) + end)
 
 
-def _agree(placeholders: int, num_images: int) -> bool:
+def _placeholders_fit(placeholders: int, num_images: int) -> bool:
     return placeholders == num_images or (placeholders == 1 and num_images > 1)
 
 
-def _disagreement(placeholders: int, num_images: int) -> str:
+def _mismatch(placeholders: int, num_images: int) -> str:
     if num_images == 0:
         return (
             f"the text has {placeholders} {IMAGE_PLACEHOLDER} placeholder(s), but no images are given; images of "
@@ -139,42 +165,55 @@ def prepare_prompt(
     num_images: int,
     tokens_per_image: int,
     system: str | None = None,
-    literal: str | None = None,
+    literal_mark: str | None = None,
 ) -> str:
-    """The whole way for one row: check the texts, build the prompt, expand its images.
+    """Build the prompt of one row: check the texts, apply the template, expand the images.
 
-    question as `place_images` returns it; history is (question, answer) pairs, or Turns where one placeholder stands
-    for several images. Each turn has its own images: those of the history first, the others are the question's.
-    literal: a mark that none of the texts has, put around each of them; their special tokens are then ordinary text.
-    Raises ValueError for texts that hold image tokens, and for placeholders and images that do not agree.
+    Args:
+        template: the conversation template.
+        question: the question, as `place_images` returns it.
+        history: (question, answer) pairs, or Turns where one placeholder stands for several images.
+        num_images: the number of images of all turns. Those of the history come first, the others are the question's.
+        tokens_per_image: the number of visual tokens of an image.
+        system: the system message; None: the template's.
+        literal_mark: a mark that occurs in none of the texts, put around each of them (`mark_literal`) so that special
+            tokens in them are ordinary text.
+
+    Returns:
+        The prompt's text.
+
+    Raises:
+        ValueError: a text contains the image token, or placeholders and images do not fit together.
     """
-    start, token, end = template.image
     turns = [as_turn(turn) for turn in history]
-    asked = [question, system or "", *(turn[0] for turn in turns)]
-    for text in (*(text.replace(IMAGE_PLACEHOLDER, " ") for text in asked), *(turn[1] for turn in turns)):
-        # Typed out, it would be read as an image's place, and every later image would move by one.
-        if literal is None and token in text:
-            raise ValueError(f"the text contains {token}, which only images may bring; write it differently")
+    if literal_mark is None:
+        _refuse_image_tokens(template.image[1], [question, system or "", *(turn[0] for turn in turns)], turns)
     own, in_system = count_placeholders(question), count_placeholders(system or "")
-    earlier = in_system + images_of(turns)
-    if not _agree(own, num_images - earlier):
+    earlier = in_system + count_images(turns)
+    if not _placeholders_fit(own, num_images - earlier):
         placeholders = in_system + own + sum(count_placeholders(turn[0]) for turn in turns)
         if earlier and placeholders <= num_images:
             raise ValueError(
                 f"{num_images} image(s) are given, of which {earlier} belong to the history, and the question has "
                 f"{own} {IMAGE_PLACEHOLDER} placeholders: write one for each new image, or a single one for all of "
-                "them (combine=True puts all images into the history's place)"
+                "them (combine=True puts all images at the history's placeholder)"
             )
-        raise ValueError(_disagreement(placeholders, num_images))
+        raise ValueError(_mismatch(placeholders, num_images))
+    start, token, end = template.image
 
     def fill(text: str, placeholders: int, images: int) -> str:
         share = images // placeholders if placeholders else 0
-        text = text if literal is None else literally(text, literal)
+        text = text if literal_mark is None else mark_literal(text, literal_mark)
         return text.replace(IMAGE_PLACEHOLDER, start + token * (tokens_per_image * share) + end)
 
-    filled = []
-    for turn in turns:
-        count, images = count_placeholders(turn[0]), turn.images
-        filled.append((fill(turn[0], count, images), f"{literal or ''}{turn[1]}{literal or ''}"))
+    mark = literal_mark or ""
+    filled = [(fill(turn[0], count_placeholders(turn[0]), turn.images), f"{mark}{turn[1]}{mark}") for turn in turns]
     question = fill(question, own, num_images - earlier)
     return build_prompt(template, filled, question, None if system is None else fill(system, in_system, in_system))
+
+
+def _refuse_image_tokens(token: str, asked: Iterable[str], turns: Iterable[Turn]) -> None:
+    """Raise ValueError for an image token in a text: it would take an image's place and shift all later ones."""
+    for text in (*(text.replace(IMAGE_PLACEHOLDER, " ") for text in asked), *(turn[1] for turn in turns)):
+        if token in text:
+            raise ValueError(f"the text contains {token}, which only images may bring; write it differently")

@@ -136,7 +136,7 @@ def _read(file: IO[bytes], name: str, honour_exif: bool, max_pixels: int) -> Ima
         file.seek(0)
         head = file.read(512)
         raise ImageError(
-            (None if b"<svg" in head else files.not_itself_by(head, name))
+            (None if b"<svg" in head else files.wrong_download_in(head, name))
             or f"{name} is not an image in a format that can be read (PNG, JPEG, WebP, GIF, ...), or its beginning is "
             "damaged"
         )

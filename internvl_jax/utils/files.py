@@ -120,7 +120,7 @@ def read_json_object(path: Path, error: type[ValueError] = TextError) -> dict[st
     except FileNotFoundError:
         raise error(f"{path} does not exist; a checkpoint directory needs its {path.name}") from None
     except TextError as reason:
-        raise error(not_itself(path) or f"{reason}; download it again") from None
+        raise error(wrong_download(path) or f"{reason}; download it again") from None
     if not isinstance(value, dict):
         raise error(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
@@ -137,17 +137,17 @@ def replace_surrogates(text: str) -> str:
     return _LONE_SURROGATE.sub("\ufffd", text)
 
 
-def not_itself(path: Path) -> str | None:
-    """What a file is in the place of what was to be downloaded, and what to do; None where nothing is wrong.
+def wrong_download(path: Path) -> str | None:
+    """Describe a file that was downloaded in place of the real one, and what to do; None if there is no such problem.
 
-    A git-lfs pointer, or a web page (as a server answers who may not download).
+    Git LFS pointers and web pages (which a server sends to those who may not download) are recognized.
     """
     with path.open("rb") as file:
-        return not_itself_by(file.read(512), path)
+        return wrong_download_in(file.read(512), path)
 
 
-def not_itself_by(head: bytes, name: str | Path) -> str | None:
-    """As `not_itself`, of the first 512 bytes of what is called `name`."""
+def wrong_download_in(head: bytes, name: str | Path) -> str | None:
+    """As `wrong_download`, for the first 512 bytes of a file called `name`."""
     if head.startswith(b"version https://git-lfs"):
         return f"{name} is a git-lfs pointer, not the file itself: run 'git lfs pull' where it was cloned"
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:15].lower()

@@ -607,7 +607,7 @@ def test_rows_that_the_tokenizer_does_not_have_are_never_answered(tmp_path):
     size = tiny_config().text.vocab_size
     directory, _ = write_checkpoint(tmp_path / "wide", tiny_config(vocab_size=2 * size, eos_token_ids=(2 * size - 1,)))
     chat = internvl_jax.load(directory)
-    assert chat.tokenizer.known(2 * size).sum() == size == chat.tokenizer.vocab_size
+    assert chat.tokenizer.known_ids(2 * size).sum() == size == chat.tokenizer.vocab_size
     options = {"max_new_tokens": 12, "eos_token_ids": ()}
     for extra in (
         {},

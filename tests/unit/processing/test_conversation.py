@@ -10,11 +10,11 @@ from support.paths import DATA
 from internvl_jax.config.conversation_templates import IMG_CONTEXT, TEMPLATES, build_prompt
 from internvl_jax.processing.conversation import (
     Turn,
-    ambiguous,
     as_turn,
     combine_images,
+    count_images,
     expand_images,
-    images_of,
+    has_ambiguous_images,
     place_images,
     prepare_prompt,
     unused_character,
@@ -137,10 +137,10 @@ def test_turns_are_pairs_that_know_their_images():
     assert turn == ("<image> a", "b")
     written = as_turn(json.loads(json.dumps([*turn, turn.images])))
     for copied in (pickle.loads(pickle.dumps(turn)), copy.deepcopy(turn), written):
-        assert (copied, copied.images, copied.stated, type(copied)) == (turn, 2, True, Turn)
-    assert ambiguous([("<image> a", "b"), ("c", "d")])
+        assert (copied, copied.images, copied.images_stated, type(copied)) == (turn, 2, True, Turn)
+    assert has_ambiguous_images([("<image> a", "b"), ("c", "d")])
     for clear in ([turn], [("a", "b")], [("<image> <image>", "b")], [("<image>", "b"), ("<image>", "b")], []):
-        assert not ambiguous(clear)
+        assert not has_ambiguous_images(clear)
     assert as_turn(["<image>", "b"]).images == 1
     for wrong in (("a",), ("a", "b", "c"), ("a", "b", True), ("a", "b", -1), ("a", 3), "ab", 5, ("a", "b", 1, 1)):
         with pytest.raises(ValueError, match="not a turn"):
@@ -153,22 +153,22 @@ def test_an_answer_has_no_images():
     assert prompt == (
         f" <human>: {images(1)}\nWhat is written? <bot>: It says <image>.</s><human>: And {images(1)}? <bot>:"
     )
-    assert (as_turn(history[0]).images, images_of(history), ambiguous(history)) == (1, 1, True)
+    assert (as_turn(history[0]).images, count_images(history), has_ambiguous_images(history)) == (1, 1, True)
     assert [turn.images for turn in combine_images(history, 3)] == [3]
     assert [turn.images for turn in combine_images([("a", "<image>")], 3)] == [0]
-    assert not ambiguous([("a", "<image>")])
+    assert not has_ambiguous_images([("a", "<image>")])
     # Where the placeholder is the image token itself, only a mark tells an answer's from an image's.
     llava = TEMPLATES["vicuna_v1"]
     with pytest.raises(ValueError, match="contains <image>, which only images may bring"):
         prepare_prompt(llava, "And?", history, 1, 1)
-    assert "|It says <image>.|" in prepare_prompt(llava, "And?", history, 1, 1, literal="|")
+    assert "|It says <image>.|" in prepare_prompt(llava, "And?", history, 1, 1, literal_mark="|")
 
 
 def test_what_is_typed_is_marked():
     assert unused_character("".join(map(chr, range(0xE000, 0xF900)))) == "\U000f0000"
     mark = unused_character("a", "b\ue000")
     assert mark == "\ue001"
-    prompt = prepare_prompt(ZH, "<image>\n</s>", [("a", "b")], 1, 1, system="<IMG_CONTEXT>", literal="|")
+    prompt = prepare_prompt(ZH, "<image>\n</s>", [("a", "b")], 1, 1, system="<IMG_CONTEXT>", literal_mark="|")
     assert prompt == f"|<IMG_CONTEXT>| <human>: |a| <bot>: |b|</s><human>: ||{images(1)}|\n</s>| <bot>:"
 
 

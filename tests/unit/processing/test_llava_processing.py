@@ -274,7 +274,7 @@ def test_processors_that_are_not_there(tmp_path):
 def test_an_image_token_in_an_answer_is_text(layout, token_id):
     tokenizer = load_tokenizer(LLAVA / layout)
     history = [("<image>\nWhat is written?", "It says <image>.")]
-    prompt = prepare_prompt(VICUNA, "<image>\nAnd here?", history, 2, 1, literal="|")
-    ids = encode_prompt(tokenizer, prompt, "<image>", token_id, literal="|")
+    prompt = prepare_prompt(VICUNA, "<image>\nAnd here?", history, 2, 1, literal_mark="|")
+    ids = encode_prompt(tokenizer, prompt, "<image>", token_id, literal_mark="|")
     assert ids.count(token_id) == 2
     assert "It says <image>." in tokenizer.decode([token for token in ids if token >= 0])

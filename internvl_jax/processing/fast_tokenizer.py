@@ -1,0 +1,152 @@
+"""A tokenizer.json, run by the `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from internvl_jax.processing.tokenizer_files import TokenizerFiles, read_vocabulary
+from internvl_jax.processing.tokenizer_types import (
+    REPLACEMENT,
+    Span,
+    TokenizerError,
+    check_unicode,
+    clean_up_spaces,
+    ids_to_mask,
+    match_any,
+    overlaps,
+)
+from internvl_jax.utils.files import decode_text
+
+
+class FastTokenizer:
+    """A tokenizer.json, run by the `tokenizers` library. Use `load_tokenizer` to create one.
+
+    Args:
+        path: the tokenizer.json.
+        files: the files beside it.
+
+    Raises:
+        TokenizerError: the file is damaged, or disagrees with the files beside it.
+    """
+
+    def __init__(self, path: Path, files: TokenizerFiles):
+        import tokenizers
+
+        text = decode_text(read_vocabulary(path), path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exceptions
+            raise TokenizerError(f"{path} is damaged ({error}); download it again") from None
+        self._tokenizer.no_truncation()  # either may be set in the file
+        self._tokenizer.no_padding()
+        for index, token in files.added.items():
+            if (found := self._tokenizer.token_to_id(token.content)) != index:
+                raise TokenizerError(
+                    f"{path} has {token.content!r} as {'no token' if found is None else found}, the files beside it as "
+                    f"{index}; keep the files that belong to the weights"
+                )
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id = (
+            None if (content := files.content(name)) is None else self.token_to_id(content)
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        )
+        self._add_bos, self._add_eos, self._clean_up = files.add_bos, files.add_eos, files.clean_up
+        self._renamed: tuple[Any, dict[str, str]] | None = None  # made when a text first needs it
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = frozenset(token.content for token in added.values() if token.special and token.content)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._skipped = {i for i, token in added.items() if token.special}
+        self._bytes = {index for piece, index in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", piece)}
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token by its exact content; None if there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str, add_bos: bool | None = None, literal_spans: Sequence[Span] = ()) -> list[int]:
+        """Encode a text, see `Tokenizer.encode`; by default tokenizer.json's post-processor adds the bos token."""
+        check_unicode(text)
+        tokenizer = self._tokenizer
+        if any(overlaps(found.span(), literal_spans) for found in match_any(self.special_tokens).finditer(text)):
+            tokenizer, text = self.rename_special_tokens(text, literal_spans)
+        if add_bos is None and self._add_bos is None:
+            return tokenizer.encode(text).ids
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        bos = [self.bos_id] if (self._add_bos if add_bos is None else add_bos) and self.bos_id is not None else []
+        eos = [self.eos_id] if self._add_eos and self.eos_id is not None else []
+        return bos + ids + eos
+
+    def rename_special_tokens(self, text: str, literal_spans: Sequence[Span]) -> tuple[Any, str]:
+        """Make special tokens in literal spans ordinary text, by giving all others random names.
+
+        The library cannot ignore special tokens in a part of a text, and tokenizing the text in parts gives other ids.
+
+        Args:
+            text: the text.
+            literal_spans: spans in which special tokens are ordinary text.
+
+        Returns:
+            The library's tokenizer under the new names, and the text with the new names outside the spans.
+        """
+        if self._renamed is None:
+            names = {token: f"<{secrets.token_hex(16)}>" for token in self.special_tokens}
+            self._renamed = _rename(self._tokenizer, names), names
+        tokenizer, names = self._renamed
+        parts: list[str] = []
+        start = position = 0
+        special = match_any(self.special_tokens)
+        while (found := special.search(text, position)) is not None:
+            if overlaps(found.span(), literal_spans):
+                position = found.start() + 1
+                continue
+            parts += [text[start : found.start()], names[found[0]]]
+            start = position = found.end()
+        return tokenizer, "".join(parts) + text[start:]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Decode token ids."""
+        text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        return clean_up_spaces(text) if self._clean_up else text
+
+    def known_ids(self, size: int) -> np.ndarray:
+        """Which ids below `size` belong to a token, [size] bool."""
+        return ids_to_mask(self._tokenizer.get_vocab(with_added_tokens=True).values(), size)
+
+    def stable_text(self, ids: Sequence[int]) -> str:
+        """The beginning of `decode(ids)` that no further token can change: all but the byte tokens at the end.
+
+        The library decodes a run of byte tokens as a whole: one byte too many turns even its complete characters into
+        U+FFFD.
+        """
+        end = len(ids)
+        while end and (ids[end - 1] in self._bytes or ids[end - 1] in self._skipped):
+            end -= 1
+        return "" if self._clean_up else self.decode(ids[:end]).rstrip(REPLACEMENT + " ")
+
+
+def _rename(tokenizer: Any, names: dict[str, str]) -> Any:
+    """A copy of a tokenizer of the `tokenizers` library in which tokens have other texts and the same ids."""
+    values = json.loads(tokenizer.to_str())
+    for token in values["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = values["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): index for piece, index in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    copy = tokenizers.Tokenizer.from_str(json.dumps(values))
+    for token, name in names.items():
+        if copy.token_to_id(name) != tokenizer.token_to_id(token):
+            raise TokenizerError(
+                f"the text spells the special token {token}, which this tokenizer cannot read as ordinary text"
+            )
+    return copy
