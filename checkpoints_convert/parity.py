@@ -445,7 +445,7 @@ def _prepare(
 
 
 def draw_image() -> Image.Image:
-    """The default test image, 300 x 200: smooth colours, edges, and fine noise, none of them symmetric."""
+    """The default test image, 300 x 200: smooth colors, edges, and fine noise, none of them symmetric."""
     across, down = np.meshgrid(np.linspace(0, 255, 300), np.linspace(0, 255, 200))
     values = np.stack([across, down, 255 - (across + down) / 2], axis=-1)
     values[120:180, 20:130] = np.random.RandomState(0).uniform(0, 255, (60, 110, 3))

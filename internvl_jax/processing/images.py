@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import logging
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -17,21 +15,19 @@ from PIL import ExifTags, Image, ImageFile
 
 from internvl_jax.config import ChatConfig, ConfigError, find_vision_tower
 from internvl_jax.processing.resampling import pad_and_resize, resize_and_crop
-from internvl_jax.utils import files
-from internvl_jax.utils.files import read_json_object
+from internvl_jax.utils.files import read_json_object, wrong_download_in
+from internvl_jax.utils.logs import warn_once
 
-logger = logging.getLogger(__name__)
-
-# PIL's own limit against decompression bombs, above which it refuses: an image of 20,000 x 8,900 pixels.
+# PIL's own limit against decompression bombs: an image of 20,000 x 8,900 pixels.
 MAX_PIXELS = 2 * 89_478_485
-MAX_SIDE = 1 << 23  # to resize a side, PIL makes a table of 32 bytes for each of its pixels
+MAX_SIDE = 1 << 23  # pixels; to resize a side, PIL needs a table of 32 bytes per pixel
 MAX_BYTES = 1 << 30  # of a file that has to be held in memory
 
-_BLOCK = 1 << 20  # pixels that are converted at once
+BLOCK_PIXELS = 1 << 20  # grey pixels that are scaled at once
 
 IMAGE_MODES = ("eval", "native")
 
-# EXIF's orientation -> what turns the image upright; 1 is upright.
+# EXIF orientation -> the transposition that turns the image upright; 1 is upright already.
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,26 +46,37 @@ class ImageError(ValueError):
 def load_image(
     source: str | Path | bytes | Image.Image | np.ndarray, *, honour_exif: bool, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """Open an image completely, in the mode that its file has; of an animation the first frame.
+    """Read an image completely, in the mode of its file; the first frame of an animation.
 
-    source: a path, the bytes of a file, a PIL image, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4] of uint8.
-    honour_exif: turn it upright as its EXIF orientation says (the reference does not).
-    Nothing here touches settings of the process: images are read in threads.
-    Raises ImageError for what is missing, unreadable, truncated, empty or larger than `max_pixels` or than memory.
+    It may be called in threads: settings of the process (PIL's, or warnings) are left alone.
+
+    Args:
+        source: a path, the bytes of a file, a PIL image, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4] of uint8.
+        honour_exif: turn the image upright as its EXIF orientation says, which the reference does not.
+        max_pixels: larger images are refused.
+
+    Returns:
+        The decoded image.
+
+    Raises:
+        ImageError: the image is missing, unreadable, truncated, empty, or larger than `max_pixels` or than memory.
     """
     with _memory_for("the image"):
         return _load(source, honour_exif, max_pixels)
 
 
 def read_once(source: str | Path) -> Path | bytes:
-    """The path of a file, or the bytes of what can be read a single time, as a pipe can.
+    """Return the path of a file as it is, but read a source that can be read only once, such as a pipe.
 
-    Raises ImageError for a pipe of more than MAX_BYTES. A file that cannot be opened is left to `load_image`.
+    A file that cannot be opened is returned as its path, for `load_image` to report.
+
+    Raises:
+        ImageError: a pipe delivers more than MAX_BYTES.
     """
     path = Path(source)
     try:
         with path.expanduser().open("rb") as file:
-            return path if file.seekable() else _whole(file, str(source))
+            return path if file.seekable() else read_whole(file, str(source))
     except ImageError:
         raise
     except (OSError, ValueError, RuntimeError):
@@ -78,7 +85,7 @@ def read_once(source: str | Path) -> Path | bytes:
 
 @contextmanager
 def _memory_for(what: str) -> Iterator[None]:
-    """An image that memory has no room for is that image's error, not the end of all others'."""
+    """Turn a MemoryError into an ImageError, so that one huge image does not end a run over many."""
     try:
         yield
     except MemoryError:
@@ -100,8 +107,8 @@ def _load(source: Any, honour_exif: bool, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name} is a URL; nothing is fetched here: download it and pass the file")
     try:
         with Path(source).expanduser().open("rb") as file:
-            # PIL jumps about in the file, which a pipe (/dev/stdin) does not allow.
-            return _read(file if file.seekable() else io.BytesIO(_whole(file, name)), name, honour_exif, max_pixels)
+            # PIL seeks in the file, which a pipe (/dev/stdin) does not allow.
+            return _read(file if file.seekable() else io.BytesIO(read_whole(file, name)), name, honour_exif, max_pixels)
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist") from None
     except IsADirectoryError:
@@ -110,11 +117,12 @@ def _load(source: Any, honour_exif: bool, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name} cannot be read ({error.strerror or error})") from None
     except ImageError:
         raise
-    except (ValueError, RuntimeError) as error:  # a NUL in the path; a home directory that nobody has
+    except (ValueError, RuntimeError) as error:  # a NUL in the path, or an unknown user's home directory
         raise ImageError(f"{name} is not a path ({error})") from None
 
 
-def _whole(file: IO[bytes], name: str) -> bytes:
+def read_whole(file: IO[bytes], name: str) -> bytes:
+    """All bytes of an open file or pipe. Raises ImageError for more than MAX_BYTES."""
     data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ImageError(f"{name} gives more than {MAX_BYTES:,} bytes: write it to a file")
@@ -136,7 +144,7 @@ def _read(file: IO[bytes], name: str, honour_exif: bool, max_pixels: int) -> Ima
         file.seek(0)
         head = file.read(512)
         raise ImageError(
-            (None if b"<svg" in head else files.wrong_download_in(head, name))
+            (None if b"<svg" in head else wrong_download_in(head, name))
             or f"{name} is not an image in a format that can be read (PNG, JPEG, WebP, GIF, ...), or its beginning is "
             "damaged"
         )
@@ -144,8 +152,10 @@ def _read(file: IO[bytes], name: str, honour_exif: bool, max_pixels: int) -> Ima
 
 
 def _open(file: IO[bytes]) -> ImageFile.ImageFile | None:
-    """What PIL.Image.open does without its opinion on size: it warns of a large image, and warnings can only be muted
-    for the whole process. `_decode` looks at the size that the header gives. None: no format of PIL's."""
+    """PIL.Image.open without its warning of large images, which could be muted only for the whole process.
+
+    `_decode` checks the size that the header gives. Returns None where no format of PIL fits.
+    """
     file.seek(0)
     prefix = file.read(16)
     tried: set[str] = set()
@@ -156,11 +166,11 @@ def _open(file: IO[bytes]) -> ImageFile.ImageFile | None:
             factory, accept = Image.OPEN[name]
             try:
                 accepted = accept is None or accept(prefix)
-                if accepted and not isinstance(accepted, str):  # a text says what the format would need
+                if accepted and not isinstance(accepted, str):  # a text names what PIL lacks for the format
                     file.seek(0)
                     return cast(ImageFile.ImageFile, factory(file, ""))
             except (SyntaxError, IndexError, TypeError, struct.error):
-                continue  # how a format says that the file is not its own
+                continue  # the file has another format
     return None
 
 
@@ -171,17 +181,17 @@ def _decode(image: Image.Image, name: str, honour_exif: bool, max_pixels: int) -
         image.load()
     except MemoryError:
         raise
-    except Image.DecompressionBombError:  # of an icon's file, whose header need not tell the truth
+    except Image.DecompressionBombError:  # an icon's header may give a wrong size
         raise ImageError(f"{name} has more than {max_pixels:,} pixels: scale it down first") from None
-    except Exception as error:  # the decoders of the formats raise whatever they stumble over
+    except Exception as error:  # decoders of damaged files raise anything
         raise ImageError(f"{name} is damaged or truncated ({error})") from None
     _check_size(image, name, max_pixels)
     return _upright(image) if honour_exif else image
 
 
 def _make_room(image: Image.Image) -> None:
-    """PIL warns of a large TIFF a second time where it makes room for the pixels, which is made here."""
-    size = getattr(image, "_tile_size", None)  # before it is turned
+    """Allocate a large TIFF's pixels here, because PIL would warn of its size again when it does."""
+    size = getattr(image, "_tile_size", None)  # before PIL transposes it
     if size is not None and size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or MAX_PIXELS):
         image.im = Image.new(image.mode, size).im
 
@@ -197,12 +207,12 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as the EXIF orientation says. EXIF data that cannot be read says nothing: the image is still good."""
+    """Apply the EXIF orientation. Unreadable EXIF data is ignored: the pixels are still good."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:
         return image
-    # PIL's exif_transpose also writes the EXIF data anew, which fails where another entry of it is odd.
+    # PIL's exif_transpose also rewrites the EXIF data, which fails where another entry is malformed.
     return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
 
 
@@ -219,18 +229,21 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB as PIL does, except for grey of more than 8 bits, which PIL makes black or white.
+    """Convert to RGB as PIL does, except for grey of more than 8 bits, which PIL turns black or white.
 
-    Whole numbers (modes I, I;16) and fractions (F) are scaled by the range that their largest value lies in:
+    Integers (modes I, I;16) and floats (F) are scaled by the range of their largest value:
 
-    - fractions up to 1: 1 is white;
-    - up to 255: 8 bits, as PIL has them;
-    - whole numbers up to 4095: 12 bits, which files hold in 16. A 16-bit image that is darker than 6% everywhere
-      becomes brighter by this, so a warning says once that it was done;
-    - whole numbers up to 65535: 16 bits;
+    - floats up to 1: 1 is white;
+    - up to 255: 8 bits, as PIL reads them;
+    - integers up to 4095: 12 bits, which files store in 16. This brightens a 16-bit image that is darker than 6%
+      everywhere, so it is warned of once;
+    - integers up to 65535: 16 bits;
     - above: the largest value is white.
 
-    Negative values and NaN are black; an image of nothing else than NaN and Inf is an ImageError.
+    Negative values and NaN are black.
+
+    Raises:
+        ImageError: every value of the image is NaN or Inf.
     """
     if image.mode == "RGB":
         return image  # PIL would copy it
@@ -238,30 +251,30 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "La":  # premultiplied grey, which PIL converts to LA only
         image = image.convert("LA")
     if "transparency" in image.info and image.mode in ("L", "P"):
-        # It does not change the RGB values, but PIL warns where it is more than one colour.
+        # It does not change the RGB values, but PIL warns where it is more than one color.
         image = image.copy()
         del image.info["transparency"]
     return image.convert("RGB")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey as `to_rgb` scales it, in mode L; every other image as it is."""
-    fractions = image.mode == "F"
-    if not fractions and not image.mode.startswith("I"):
+    """Grey as `to_rgb` scales it, in mode L; any other image unchanged."""
+    floats = image.mode == "F"
+    if not floats and not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
     finite = np.isfinite(values)
     if not finite.any():
         raise ImageError(f"an image of {image.width} x {image.height} pixels has no finite value: all are NaN or Inf")
     highest = float(values.max(where=finite, initial=0))
-    if not highest or (highest <= 255 and (not fractions or (highest > 1 and finite.all()))):
+    if not highest or (highest <= 255 and (not floats or (highest > 1 and finite.all()))):
         return image
-    bounds = (1, 255) if fractions else (4095, 65535)
+    bounds = (1, 255) if floats else (4095, 65535)
     white = next((bound for bound in bounds if highest <= bound), highest)
     if white == 4095:
-        _say_once("grey images of 16 bits without a value above 4095 are read as 12 bits, so that 4095 is white")
+        warn_once("grey images of 16 bits without a value above 4095 are read as 12 bits, so that 4095 is white")
     grey = np.empty(values.shape, np.uint8)
-    step = max(1, _BLOCK // image.width)
+    step = max(1, BLOCK_PIXELS // image.width)
     for row in range(0, image.height, step):
         block = np.nan_to_num(values[row : row + step].astype(np.float64), nan=0, posinf=white, neginf=0)
         scaled = np.floor(block * 255 / white + (0.5 if white == 1 else 0))
@@ -269,14 +282,17 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-@cache
-def _say_once(message: str) -> None:
-    logger.warning("%s", message)
-
-
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Images to normalised arrays of one size. mean and std are per channel, on a scale of 0 to 1."""
+    """Converts images to normalised arrays of one size.
+
+    Attributes:
+        image_size: side of the result, S, in pixels.
+        mean: mean of each channel, on a scale of 0 to 1.
+        std: standard deviation of each channel, on the same scale.
+        pad_to_square: pad to a square with the mean color before resizing.
+        center_crop: resize the shorter side and crop the longer one, instead of changing the aspect ratio.
+    """
 
     image_size: int
     mean: tuple[float, float, float]
@@ -293,10 +309,21 @@ class ImageProcessor:
         pad_to_square: bool = False,
         center_crop: bool = False,
     ) -> ImageProcessor:
-        """Read preprocessor_config.json. Raises ImageError naming a setting that is not implemented.
+        """Read preprocessor_config.json.
 
-        image_size: pixels per side that the model's config asks for; by default the processor's own `size`, which its
-        centre crop must not cut.
+        Args:
+            directory: where the file is.
+            image_size: the side in pixels that the model's configuration asks for; None: the file's own `size`, which
+                its center crop must not reduce.
+            pad_to_square: as the attribute.
+            center_crop: as the attribute.
+
+        Returns:
+            The processor.
+
+        Raises:
+            ImageError: the file has a setting that is not implemented.
+            ConfigError: the file is missing or damaged.
         """
         path = Path(directory) / "preprocessor_config.json"
         values = read_json_object(path, ConfigError)
@@ -320,13 +347,19 @@ class ImageProcessor:
         return cls(image_size, mean, std, pad_to_square=pad_to_square, center_crop=center_crop)
 
     def __call__(self, image: Image.Image, path: str = "eval") -> np.ndarray:
-        """The pixel values of one image, [3,S,S] float32.
+        """Compute the pixel values of one image.
 
-        path "eval": convert to RGB, then resize, as the reference's evaluation scripts do. "native": resize in the
-        file's own mode, then convert, as its quick-start page does; the two differ where there is transparency or a
-        palette (grey of 16 bits takes the first path always). The aspect ratio is not kept, unless `pad_to_square`
-        fills up with the mean colour first, or `center_crop` has the shorter side resized and the longer one cut; only
-        the first path does either.
+        Args:
+            image: an image in any mode.
+            path: "eval" converts to RGB and then resizes, as the reference's evaluation scripts do. "native" resizes in
+                the file's own mode and then converts, as its quick-start page does; it does not pad or crop. The two
+                differ where there is transparency or a palette. 16-bit grey is always converted first.
+
+        Returns:
+            [3,S,S] float32.
+
+        Raises:
+            ImageError: the path is unknown or not available for this processor, or the image has no finite value.
         """
         if path not in IMAGE_MODES:
             raise ImageError(f"there is no image path {path!r}; there are {' and '.join(IMAGE_MODES)}")
@@ -343,7 +376,7 @@ class ImageProcessor:
         return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
     def scaled(self, image: Image.Image) -> Image.Image:
-        """The image of the path "eval" in RGB, of its final size, not yet numbers. Scaled again, it stays so."""
+        """The image of path "eval" in RGB and final size, before normalisation. Scaling it again changes nothing."""
         with _memory_for(f"an image of {image.width} x {image.height} pixels"):
             rgb = to_rgb(image)
             if self.pad_to_square:
@@ -354,10 +387,16 @@ class ImageProcessor:
 
 
 def load_processor(directory: Path, config: ChatConfig, tower: Path | None = None) -> ImageProcessor | None:
-    """The processor of a checkpoint's model; None where the model sees nothing, or its file is absent.
+    """Load the image processor of a checkpoint.
 
-    preprocessor_config.json lies in the checkpoint's directory or, in LLaVA's layout, in its vision tower's: `tower`,
-    or where `find_vision_tower` finds it.
+    Args:
+        directory: the checkpoint's directory, which has preprocessor_config.json; in LLaVA's layout the vision tower's
+            directory may have it instead.
+        config: the model's configuration.
+        tower: the vision tower's directory; None: where `find_vision_tower` finds it.
+
+    Returns:
+        The processor; None if the model has no vision tower or the file is absent.
     """
     if config.vision is None:
         return None
@@ -370,16 +409,16 @@ def load_processor(directory: Path, config: ChatConfig, tower: Path | None = Non
     )
 
 
-def _triple(value: Any, complaint: str) -> tuple[float, float, float]:
+def _triple(value: Any, problem: str) -> tuple[float, float, float]:
     if not isinstance(value, list) or len(value) != 3 or not all(isinstance(v, (int, float)) for v in value):
-        raise ImageError(f"{complaint}, a list of three numbers")
+        raise ImageError(f"{problem}, a list of three numbers")
     first, second, third = map(float, value)
     return first, second, third
 
 
-def _size(value: Any, complaint: str) -> int:
+def _size(value: Any, problem: str) -> int:
     sides = list(value.values()) if isinstance(value, dict) else [value]
     known = not isinstance(value, dict) or value.keys() in ({"height", "width"}, {"shortest_edge"})
     if not known or not all(isinstance(side, int) and side > 0 and side == sides[0] for side in sides):
-        raise ImageError(f"{complaint} ({value}): a number, or one height and width, is needed")
+        raise ImageError(f"{problem} ({value}): a number, or one height and width, is needed")
     return sides[0]

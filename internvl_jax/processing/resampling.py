@@ -1,9 +1,8 @@
-"""PIL's bicubic resize of images that are padded or cropped, without their large intermediates. numpy and PIL only.
+"""PIL's bicubic resize of padded or cropped images, without large intermediates. numpy and PIL only.
 
-A 1 x 60,000 image padded to a square has 3.6 billion pixels, and twice as many when its short side is resized to 336.
-Nearly all of them are padding, or are cropped away: here only the others are computed, with PIL's own arithmetic
-(Resample.c), in which an image is resized along one axis after the other and rounded to 8 bits between them. The result
-is PIL's, bit for bit; ordinary images go through PIL itself.
+A 1 x 60,000 image padded to a square has 3.6 billion pixels, nearly all of them padding. Only the other pixels are
+computed here, with PIL's own arithmetic (Resample.c): one axis after the other, rounded to 8 bits in between. The
+result is PIL's, bit for bit. Ordinary images go through PIL itself.
 """
 
 from __future__ import annotations
@@ -11,30 +10,40 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-DIRECT = 1 << 25  # pixels of an intermediate that PIL may make of any image; more only of an image half as large
+DIRECT_PIXELS = 1 << 25  # PIL itself may make an intermediate of so many pixels, or of twice the image's
 
 _BITS = 22  # of PIL's fixed-point weights for 8-bit channels
 _BLOCK = 1 << 21  # numbers that are multiplied at once
-_GROUP = 16  # pixels that are made at once: those beside one another are made of much the same
+_GROUP = 16  # output pixels that are computed at once; neighbours share most of their inputs
 _SUPPORT = 2.0  # of the bicubic kernel, in pixels
 
 
-def pad_and_resize(image: Image.Image, colour: tuple[int, ...], size: int, direct: int = DIRECT) -> Image.Image:
-    """`image` (RGB) centred on a square of its longer side in `colour`; that square, resized to size x size."""
+def pad_and_resize(image: Image.Image, color: tuple[int, ...], size: int, direct: int = DIRECT_PIXELS) -> Image.Image:
+    """Centre an image on a square of its longer side and resize the square.
+
+    Args:
+        image: an RGB image.
+        color: the padding, 0 to 255 per channel.
+        size: side of the result in pixels.
+        direct: intermediates of up to so many pixels are left to PIL.
+
+    Returns:
+        The image, size x size.
+    """
     width, height = image.size
     side = max(width, height)
     if side * side <= max(direct, 2 * width * height):
-        return expand_to_square(image, colour).resize((size, size), Image.Resampling.BICUBIC)
+        return expand_to_square(image, color).resize((size, size), Image.Resampling.BICUBIC)
     first = (side - min(width, height)) // 2
     if width > height:
-        # PIL goes along rows first. Rows of padding are all alike.
+        # PIL resizes rows first. All rows of padding are equal.
         rows = np.asarray(image.resize((size, height), Image.Resampling.BICUBIC))
-        padding = Image.new("RGB", (width, 1), colour).resize((size, 1), Image.Resampling.BICUBIC)
+        padding = Image.new("RGB", (width, 1), color).resize((size, 1), Image.Resampling.BICUBIC)
         made = _resample(rows, first, side, size, range(size), np.asarray(padding)[0])
         return Image.fromarray(np.stack(made))
     columns = np.ascontiguousarray(np.asarray(image).transpose(1, 0, 2))
-    made = _resample(columns, first, side, size, range(size), np.asarray([colour], np.uint8))
-    # Columns that meet nothing but padding are of one colour: [1,3] stands for all of their pixels.
+    made = _resample(columns, first, side, size, range(size), np.asarray([color], np.uint8))
+    # A column of padding alone has a single color, [1,3].
     distinct = {column.tobytes(): column for column in made}
     number = {key: at for at, key in enumerate(distinct)}
     tall = np.empty((height, len(distinct), 3), np.uint8)
@@ -44,8 +53,17 @@ def pad_and_resize(image: Image.Image, colour: tuple[int, ...], size: int, direc
     return Image.fromarray(np.ascontiguousarray(short[:, [number[column.tobytes()] for column in made]]))
 
 
-def resize_and_crop(image: Image.Image, size: int, direct: int = DIRECT) -> Image.Image:
-    """The shorter side of `image` (RGB) resized to `size`, the longer one in proportion; then the centre of it."""
+def resize_and_crop(image: Image.Image, size: int, direct: int = DIRECT_PIXELS) -> Image.Image:
+    """Resize the shorter side of an image and crop the centre of the longer one.
+
+    Args:
+        image: an RGB image.
+        size: side of the result in pixels.
+        direct: intermediates of up to so many pixels are left to PIL.
+
+    Returns:
+        The image, size x size.
+    """
     width, height = image.size
     short = min(width, height)
     new_width, new_height = int(size * width / short), int(size * height / short)
@@ -63,13 +81,13 @@ def resize_and_crop(image: Image.Image, size: int, direct: int = DIRECT) -> Imag
     return Image.fromarray(np.stack(_resample(np.asarray(rows), first, height, new_height, range(top, top + size))))
 
 
-def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Centre an image on a square of its longer side, filled with `colour`."""
+def expand_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
+    """Centre an image on a square of its longer side, filled with `color`."""
     width, height = image.size
     if width == height:
         return image
     side = max(width, height)
-    square = Image.new(image.mode, (side, side), colour)
+    square = Image.new(image.mode, (side, side), color)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
 
@@ -77,15 +95,18 @@ def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image
 def _resample(
     strip: np.ndarray, first: int, length: int, size: int, wanted: range, padding: np.ndarray | None = None
 ) -> list[np.ndarray]:
-    """The pixels numbered `wanted` of an axis of `length` pixels that is resized to `size`, as PIL computes them.
+    """Compute output pixels of one resized axis as PIL does.
 
     Args:
-        strip: [n,M,3] uint8, the pixels from number `first` on of the axis, for M others.
-        padding: [M,3] or [1,3] uint8, what all pixels of the axis are that are not in the strip; None: no other pixel
-            is needed.
+        strip: [n,M,3] uint8, n pixels of the axis, for M positions of the other axis.
+        first: the index of the strip's first pixel on the axis.
+        length: pixels of the axis before.
+        size: pixels of the axis after.
+        wanted: indices of the output pixels.
+        padding: [M,3] or [1,3] uint8, the value of all pixels outside the strip; None: they are not needed.
 
     Returns:
-        For each wanted pixel [M,3] uint8; [1,3] where `padding` is so and nothing else contributes.
+        For each wanted pixel [M,3] uint8; [1,3] where only a padding of that shape contributes.
     """
     made: dict[int, np.ndarray] = {}
     for at in range(0, len(wanted), _GROUP):
@@ -103,7 +124,14 @@ def _resample(
 
 
 def _weighted(strip: np.ndarray, parts: list[tuple[int, float, np.ndarray]], padding: np.ndarray | None) -> np.ndarray:
-    """[N,M,3] uint8: for each of N parts (first pixel of the strip, sum of all weights, weights within the strip)."""
+    """Weighted sums of a strip's pixels, [N,M,3] uint8.
+
+    Args:
+        strip: as for `_resample`.
+        parts: for each of N output pixels the first input pixel in the strip, the sum of all weights, and the weights
+            within the strip.
+        padding: as for `_resample`.
+    """
     low, high = min(first for first, *_ in parts), max(first + len(weights) for first, _, weights in parts)
     matrix = np.zeros((len(parts), high - low))
     for row, (first, _, weights) in zip(matrix, parts):
@@ -113,7 +141,7 @@ def _weighted(strip: np.ndarray, parts: list[tuple[int, float, np.ndarray]], pad
     step = max(1, _BLOCK // (3 * max(matrix.shape)))
     for at in range(0, strip.shape[1], step):
         block = strip[low:high, at : at + step].astype(np.float64)
-        # Sums of whole numbers below 2^53 are exact in any order.
+        # Sums of integers below 2^53 are exact in any order.
         total = (matrix @ block.reshape(high - low, -1)).reshape(len(parts), -1, 3)
         if padding is not None:
             total += outside[:, None, None] * (padding if len(padding) == 1 else padding[at : at + step])
@@ -122,13 +150,15 @@ def _weighted(strip: np.ndarray, parts: list[tuple[int, float, np.ndarray]], pad
 
 
 def _rounded(total: np.ndarray) -> np.ndarray:
-    """From fixed point to 8 bits, as PIL rounds: half of a unit is added, the rest cut off."""
+    """From fixed point to 8 bits, rounded as PIL does: half a unit is added, then the fraction dropped."""
     return np.clip(np.floor((total + (1 << (_BITS - 1))) / (1 << _BITS)), 0, 255).astype(np.uint8)
 
 
 def _weights(length: int, size: int, number: int) -> tuple[int, np.ndarray]:
-    """Which pixels of an axis pixel `number` of its resized form is made of: the first one, and their weights times
-    2^22, whole numbers as float64. Operations and their order are PIL's, so that every rounding is."""
+    """The input pixels of output pixel `number`: index of the first, and weights times 2^22, integers as float64.
+
+    Operations and their order are PIL's, so that all roundings are the same.
+    """
     scale = length / size
     wide = max(scale, 1.0)
     centre, support = (number + 0.5) * scale, _SUPPORT * wide
@@ -144,7 +174,7 @@ def _weights(length: int, size: int, number: int) -> tuple[int, np.ndarray]:
 
 
 def _span(length: int, size: int, wanted: range) -> tuple[int, int]:
-    """The first pixel that any of the pixels `wanted` is made of, and the one after the last."""
+    """The range of input pixels of the output pixels `wanted`: the first, and one past the last."""
     start, _ = _weights(length, size, wanted[0])
     end, weights = _weights(length, size, wanted[-1])
     return start, end + len(weights)

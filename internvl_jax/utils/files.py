@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import glob
 import hashlib
 import json
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+
+from internvl_jax.utils.logs import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ def append_text(path: str | Path, text: str, *, sync: bool = True) -> None:
 
 
 def cache_directory(name: str) -> Path | None:
-    """$XDG_CACHE_HOME/internvl_jax/NAME (or in ~/.cache), made; None where it cannot be written, after a warning."""
+    """Create $XDG_CACHE_HOME/internvl_jax/NAME (~/.cache by default); None, with a warning, if that fails."""
     path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "internvl_jax" / name
     try:
         path = resolve(path)
@@ -210,17 +211,12 @@ def cache_directory(name: str) -> Path | None:
 
 
 def warn_of_cache(path: Path, error: Exception) -> None:
-    """Say once that the cache cannot be used, whichever of its directories is found so first."""
+    """Warn, once per reason, that the cache cannot be used."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    _warn_once(
+    warn_once(
         f"the cache {path.parent} cannot be used ({reason}): compiled programs and indexes of annotations are made "
         "anew by every process; set XDG_CACHE_HOME to a directory that can be written"
     )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning("%s", message)
 
 
 @contextmanager

@@ -6,13 +6,22 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from internvl_jax.utils.progress import err, printable
 
+logger = logging.getLogger(__name__)
+
 # The loggers of this project, and the one that Python's `warnings` are sent to.
 LOGGERS = ("internvl_jax", "checkpoints_convert", "tpu_scripts", "py.warnings")
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning the first time that it is given, once per process. `warn_once.cache_clear()` forgets them."""
+    logger.warning("%s", message)
 
 
 class _Terminal(logging.Handler):

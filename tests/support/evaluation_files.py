@@ -9,9 +9,9 @@ from PIL import Image
 from internvl_jax.evaluation.scorers.yes_no import COGNITION, PERCEPTION
 
 
-def png(size=(30, 20), colour=(200, 30, 30)):
+def png(size=(30, 20), color=(200, 30, 30)):
     file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "PNG")
+    Image.new("RGB", size, color).save(file, "PNG")
     return file.getvalue()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from internvl_jax.data import annotations
 from internvl_jax.data.annotations import Corpus, DataError, Entries, read_meta
-from internvl_jax.utils import files
+from internvl_jax.utils import logs
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_byte_order_marks(tmp_path):
 
 @pytest.mark.parametrize("home", ["missing", "file", "read-only", "full", "full later"])
 def test_a_cache_that_cannot_be_used(tmp_path, monkeypatch, logged, home):
-    files._warn_once.cache_clear()
+    logs.warn_once.cache_clear()
     if home == "missing":
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(Path, "home", no_home)

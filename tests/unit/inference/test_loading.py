@@ -15,7 +15,7 @@ import internvl_jax
 from internvl_jax.config import ConfigError, load_config
 from internvl_jax.inference import loading
 from internvl_jax.inference.chat import Chat
-from internvl_jax.utils import files
+from internvl_jax.utils import logs
 
 pytest.importorskip("torch")  # the golden checkpoint is PyTorch's
 
@@ -196,7 +196,7 @@ def test_bare_language_model_that_chats(chat):
 def test_the_compilation_cache_where_it_can_be_written_and_where_not(tmp_path, monkeypatch, logged):
     before = jax.config.values["jax_compilation_cache_dir"]
     seconds = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
-    files._warn_once.cache_clear()
+    logs.warn_once.cache_clear()
     (tmp_path / "file").touch()
     try:
         for home, expected in (

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvl_jax.processing.resampling import DIRECT, expand_to_square, pad_and_resize, resize_and_crop
+from internvl_jax.processing.resampling import DIRECT_PIXELS, expand_to_square, pad_and_resize, resize_and_crop
 
 BICUBIC = Image.Resampling.BICUBIC
 
 
-def padded_by_pil(image, colour, size):
-    return expand_to_square(image, colour).resize((size, size), BICUBIC)
+def padded_by_pil(image, color, size):
+    return expand_to_square(image, color).resize((size, size), BICUBIC)
 
 
 def cropped_by_pil(image, size):
@@ -40,9 +40,9 @@ def test_random_sizes_are_pils_bit_for_bit(seed):
         width, height = sides if rng.integers(2) else sides[::-1]
         image = random_image(rng, width, height)
         size = int(rng.choice([14, 28, 112, 224, 336]))
-        colour = tuple(int(value) for value in rng.integers(0, 256, 3))
+        color = tuple(int(value) for value in rng.integers(0, 256, 3))
         if max(sides) > 2 * min(sides):  # otherwise PIL is asked
-            assert_same(pad_and_resize(image, colour, size, direct=0), padded_by_pil(image, colour, size))
+            assert_same(pad_and_resize(image, color, size, direct=0), padded_by_pil(image, color, size))
             padded += 1
         if size * size * max(sides) / min(sides) < 4e6:
             assert_same(resize_and_crop(image, size, direct=0), cropped_by_pil(image, size))
@@ -55,14 +55,14 @@ def test_random_sizes_are_pils_bit_for_bit(seed):
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_large_image_is_pils_bit_for_bit(sides, turned):
     image = random_image(np.random.default_rng(0), *(sides[::-1] if turned else sides))
-    assert max(image.size) ** 2 > DIRECT
+    assert max(image.size) ** 2 > DIRECT_PIXELS
     assert_same(pad_and_resize(image, (123, 116, 103), 224), padded_by_pil(image, (123, 116, 103), 224))
 
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_long_center_crop_is_pils_bit_for_bit(turned):
     image = random_image(np.random.default_rng(0), *((2, 700) if turned else (700, 2)))
-    assert 336 * 336 * 700 / 2 > DIRECT
+    assert 336 * 336 * 700 / 2 > DIRECT_PIXELS
     assert_same(resize_and_crop(image, 336), cropped_by_pil(image, 336))
 
 
