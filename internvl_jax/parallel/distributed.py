@@ -1,4 +1,4 @@
-"""Runs of several processes: how they find each other, and what they exchange on the host.
+"""Runs of several processes: start-up, and collectives on the host.
 
 A pod slice is several hosts, and the same command must start on all of them. jax.distributed waits five minutes for
 missing processes, then ends from C++ with a stack trace that names none of them. So a roll call comes first: the
@@ -91,15 +91,15 @@ def detect(
     Raises:
         DistributedError: arguments or variables contradict each other.
     """
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        return _cluster("--coordinator, --num-processes and --process-id", coordinator, num_processes, process_id, {})
     given = {"coordinator": coordinator, "num-processes": num_processes, "process-id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) < len(given):
-        if missing:
-            raise DistributedError(
-                f"--{', --'.join(missing)} must be given too: the coordinator's host:port (the same on every process), "
-                "the number of processes, and this one's number from 0"
-            )
-        return _cluster("--coordinator, --num-processes and --process-id", coordinator, num_processes, process_id, {})
+        raise DistributedError(
+            f"--{', --'.join(missing)} must be given too: the coordinator's host:port (the same on every process), "
+            "the number of processes, and this one's number from 0"
+        )
     workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
     if workers and "TPU_WORKER_ID" in environ:
         hosts = [worker.strip().rsplit(":", 1)[0] for worker in workers.split(",")]
@@ -113,21 +113,23 @@ def detect(
         return _tpu_slices(
             "Cloud TPU VM (metadata server)", worker_id, hosts, lambda name: environ.get(name) or tpu_env.get(name)
         )
-    if {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"} <= set(environ):
-        count = _number("SLURM_STEP_NUM_TASKS", environ["SLURM_STEP_NUM_TASKS"])
-        if count == 1:
-            return None
-        first = re.match(r"([^,\[]+)(?:\[(\w+))?", environ["SLURM_STEP_NODELIST"])
-        host = first.group(1) + (first.group(2) or "")
-        port = 61440 + _number("SLURM_JOB_ID", environ["SLURM_JOB_ID"]) % 4096  # jobs that share a node do not collide
-        return _cluster(
-            "Slurm (SLURM_PROCID, SLURM_STEP_NODELIST)",
-            f"{host}:{port}",
-            count,
-            _number("SLURM_PROCID", environ["SLURM_PROCID"]),
-            {},
-        )
-    return None
+    return _slurm(environ)
+
+
+def _slurm(environ: Mapping[str, str]) -> Cluster | None:
+    """The processes that srun started; None where it did not, or started one."""
+    if not {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"} <= set(environ):
+        return None
+    source, nodes = "Slurm (SLURM_PROCID, SLURM_STEP_NODELIST)", environ["SLURM_STEP_NODELIST"]
+    count = _number("SLURM_STEP_NUM_TASKS", environ["SLURM_STEP_NUM_TASKS"])
+    if count == 1:
+        return None
+    first = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
+    if first is None:
+        raise DistributedError(f"{source}: the node list {nodes!r} is not understood; pass --coordinator instead")
+    host = first.group(1) + (first.group(2) or "")
+    port = 61440 + _number("SLURM_JOB_ID", environ["SLURM_JOB_ID"]) % 4096  # jobs that share a node do not collide
+    return _cluster(source, f"{host}:{port}", count, _number("SLURM_PROCID", environ["SLURM_PROCID"]), {})
 
 
 def _tpu_slices(source: str, worker_id: str, hosts: list[str], get: Callable[[str], str | None]) -> Cluster | None:
@@ -139,10 +141,10 @@ def _tpu_slices(source: str, worker_id: str, hosts: list[str], get: Callable[[st
     coordinator = hosts[0]
     if slices > 1:
         source += f" with MEGASCALE_* ({slices} slices, this is slice {slice_id})"
-        coordinator = get("MEGASCALE_COORDINATOR_ADDRESS")
-        if not coordinator:
+        address = get("MEGASCALE_COORDINATOR_ADDRESS")
+        if not address:
             raise DistributedError(f"{source}: MEGASCALE_COORDINATOR_ADDRESS is not set, so the slices cannot meet")
-        coordinator = coordinator.split(":")[0]
+        coordinator = address.split(":")[0]
     first = slice_id * len(hosts)
     return _cluster(
         source,
@@ -232,7 +234,11 @@ def restore_handler(number: int) -> None:
 
 
 def roll_call(cluster: Cluster, wait_seconds: float) -> None:
-    """Return once all processes are present; raise DistributedError on those present if some are missing."""
+    """Wait until all processes have connected to process 0.
+
+    Raises:
+        DistributedError: on every process that is present, if others are missing after `wait_seconds` or do not match.
+    """
     deadline = time.monotonic() + wait_seconds
     hello = {
         "greeting": _GREETING,
@@ -351,12 +357,12 @@ def _read_line(connection: socket.socket) -> str:
 
 
 def is_multi_process() -> bool:
-    """Whether other processes take part. Starts no backend where there are none."""
+    """Whether other processes take part. Does not start a backend in a single process."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_process_0() -> bool:
-    """Whether this is process 0, which prints, and writes what all processes share."""
+    """Whether this is process 0, which prints and writes the outputs of all."""
     return not is_multi_process() or jax.process_index() == 0
 
 
@@ -402,7 +408,7 @@ def barrier() -> Iterator[None]:
 
 @contextmanager
 def process_0_first() -> Iterator[bool]:
-    """Run a block between two barriers, with True on process 0, which does the work that the others wait for."""
+    """Run a block between two barriers; yields whether this is process 0, whose work the others wait for."""
     with barrier():
         pass
     with barrier():

@@ -1,9 +1,9 @@
-"""Meshes of devices: which sizes a model allows, and how the rows of a batch are shared out to processes.
+"""Device meshes: the sizes that a model allows, and which process loads which rows of a batch.
 
-Mesh axes, always all three, so that every rule means something on every mesh:
-    data      rows of the batch; parameters are replicated along it
-    fsdp      rows of the batch too, and one axis of every large parameter, which is gathered where it is used
-    tensor    heads, mlp hidden and vocabulary: each device computes its part, and two all-reduces per layer sum them
+A mesh always has three axes, so that every sharding rule applies to every mesh:
+    data      rows of the batch; parameters are replicated
+    fsdp      rows of the batch, and one axis of every large parameter, which is gathered where it is used
+    tensor    heads, mlp hidden and vocabulary; two all-reduces per layer sum the devices' parts
 """
 
 from __future__ import annotations
@@ -22,19 +22,28 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the mesh axes over which the rows of a batch are sharded
 TENSOR = "tensor"
 
-# Vision modes, and the mesh axes over which each shards images. "tensor" splits the vision tower's heads and mlp over
-# the tensor axis, as the language model's: each device holds its share, and all encode one image together. "data" keeps
-# images whole: every device along tensor holds the tower (gathered along fsdp, layer by layer) and encodes images of
-# its own without collectives.
+# The mesh axes over which each vision mode shards images. "tensor" splits the vision tower's heads and mlp over the
+# tensor axis, as in the language model. "data" does not split the tower (it is gathered along fsdp, layer by layer):
+# every device encodes images of its own without collectives.
 IMAGE_AXES = {"tensor": BATCH, "data": AXES}
 
 
 class MeshError(ValueError):
-    """A mesh that this model, batch or machine cannot use; the message lists what can be used."""
+    """The model, the batch or the devices do not fit the mesh; the message lists the legal choices."""
 
 
 def parse_mesh(spec: str | Mapping[str, int]) -> dict[str, int]:
-    """Sizes of all three axes from "data=2,tensor=8" or a mapping; axes not named are 1, one may be -1 (the rest)."""
+    """Parse mesh sizes.
+
+    Args:
+        spec: "data=2,tensor=8" or a mapping. Axes that are not named have size 1; one may be -1, for all other devices.
+
+    Returns:
+        The sizes of all three axes.
+
+    Raises:
+        MeshError: the text cannot be parsed, or an axis is unknown or has an illegal size.
+    """
     if isinstance(spec, str):
         pairs = [part.split("=") for part in spec.replace(" ", "").split(",") if part]
         if not all(len(pair) == 2 and re.fullmatch(r"-?\d+", pair[1]) for pair in pairs):
@@ -57,11 +66,19 @@ def make_mesh(
     devices: Sequence[jax.Device] | None = None,
     config: ChatConfig | None = None,
 ) -> Mesh:
-    """A mesh over the first devices that `spec` needs.
+    """Create a mesh over the first devices that `spec` needs.
 
-    spec: "data=2,tensor=8" or a mapping. None: the largest tensor axis that the config's sizes (if given) and the
-        number of devices allow, the rest on data.
-    Raises MeshError where there are too few devices, or, with a config, where its sizes do not divide.
+    Args:
+        spec: sizes, as `parse_mesh` takes them. None: the largest tensor axis that the config (if given) and the number
+            of devices allow; other devices go to data.
+        devices: the devices; None: all.
+        config: the model that will run on it.
+
+    Returns:
+        The mesh, with axes "data", "fsdp" and "tensor".
+
+    Raises:
+        MeshError: there are too few devices, or the config's sizes do not divide.
     """
     devices = list(jax.devices() if devices is None else devices)
     if spec is None:
@@ -84,10 +101,10 @@ def make_mesh(
     types = (AxisType.Auto,) * len(AXES)
     try:
         return jax.make_mesh(tuple(sizes.values()), AXES, types, devices=devices[:needed])
-    except NotImplementedError:  # an axis that is no product of the torus's own: jax splits these on v5e alone
+    except NotImplementedError:  # an axis is not a product of torus axes, which jax splits on v5e only
         split = create_device_mesh(tuple(sizes.values()), devices[:needed], allow_split_physical_axes=True)
         return Mesh(split, AXES, axis_types=types)
-    except AssertionError:  # of a TPU slice jax takes what forms a block
+    except AssertionError:  # jax needs a contiguous block of a TPU slice
         raise MeshError(
             f"the mesh {_named(sizes)} takes {needed} of the slice's {len(devices)} devices, and the first {needed} "
             f"form no block: use all {len(devices)}, or fewer that do (the powers of 2)"
@@ -95,9 +112,15 @@ def make_mesh(
 
 
 def validate_mesh(config: ChatConfig, mesh: Mesh, batch: int | None = None) -> None:
-    """Refuse, before anything is read or compiled, a mesh that the model (or a batch of rows) does not divide over.
+    """Check, before anything is read or compiled, that a model and a batch divide over a mesh.
 
-    Raises MeshError with the legal choices.
+    Args:
+        config: the model.
+        mesh: the mesh.
+        batch: the number of rows of a batch; None: not checked.
+
+    Raises:
+        MeshError: they do not; the message lists the legal choices.
     """
     if tuple(mesh.axis_names) != AXES:
         raise MeshError(f"the mesh has the axes {tuple(mesh.axis_names)}, not {AXES}: make it with make_mesh")
@@ -127,11 +150,11 @@ def _named(sizes: Mapping[str, int]) -> str:
 
 
 def data_shards(mesh: Mesh) -> tuple[tuple[int, ...], dict[int, int]]:
-    """Which process loads which rows of a batch.
+    """Assign the rows of a batch to the processes that load them.
 
     The rows are split into equal parts over data and fsdp, in order. A shard is the parts of one process, or of several
-    that tensor spans: these hold the same parts and load the same rows. The parts of a shard need not be contiguous,
-    because a mesh follows the wires of a TPU, not its hosts.
+    processes along tensor, which load the same rows. The parts of a shard need not be contiguous, because a mesh
+    follows the TPU's interconnect, not its hosts.
 
     Returns:
         The shard of every part, and the shard of every process.
@@ -158,21 +181,21 @@ def data_shards(mesh: Mesh) -> tuple[tuple[int, ...], dict[int, int]]:
 
 
 def default_vision_mode(mesh: Mesh) -> str:
-    """ "data" where the tensor axis is 1 and there is nothing to split, else "tensor".
+    """ "data" if the tensor axis has size 1, else "tensor".
 
-    "tensor" is the rule because the tower is 11 GB in bfloat16, and because a chat encodes one image at a time. "data"
-    is worth choosing where many images come at once and every device has room for the tower.
+    The tower is 11 GB in bfloat16, and a chat encodes one image at a time. "data" is better for batches of images where
+    every device has room for the tower.
     """
     return "data" if mesh.shape["tensor"] == 1 else "tensor"
 
 
 def legal_tensor_sizes(config: ChatConfig, devices: int) -> list[int]:
-    """Sizes of the tensor axis that divide both the model and the number of devices, ascending."""
+    """The sizes of the tensor axis that divide both the model and the number of devices, ascending."""
     return _divisors(math.gcd(devices, *_tensor_sizes(config).values()))
 
 
 def _tensor_sizes(config: ChatConfig) -> dict[str, int]:
-    """What the tensor axis must divide. Vision heads and vocabulary are padded instead, few kv heads repeated."""
+    """Sizes that the tensor axis must divide. Vision heads and vocabulary are padded instead, kv heads repeated."""
     sizes = {}
     if config.vision is not None:
         sizes["the vision tower's intermediate_size"] = config.vision.intermediate_size

@@ -1,4 +1,4 @@
-"""Logical axes to mesh axes: one short table, from which every PartitionSpec follows."""
+"""Logical axes to mesh axes: one table, from which every PartitionSpec follows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "images": BATCH,
     "layers": None,
     "embed": "fsdp",
-    "embed_vector": None,  # the width of norms, biases, layer scales and small tables: every device holds them whole
+    "embed_vector": None,  # the width of norms, biases, layer scales and small tables: replicated
     "features": "fsdp",  # the input of the projector
     "heads": TENSOR,
     "kv_heads": TENSOR,
@@ -32,7 +32,7 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "position": None,
     "rank": None,  # of an adapter
 }
-VISION_AXES = ("vision_heads", "vision_mlp", "projector_mlp")  # whole on each device in vision mode "data"
+VISION_AXES = ("vision_heads", "vision_mlp", "projector_mlp")  # not split in vision mode "data"
 
 
 def logical_spec(*axes: str | None, image_axes: tuple[str, ...] = BATCH) -> P:
@@ -55,26 +55,34 @@ def logical_spec(*axes: str | None, image_axes: tuple[str, ...] = BATCH) -> P:
 
 
 def constrain(x: jax.Array, *axes: str | None, image_axes: tuple[str, ...] = BATCH) -> jax.Array:
-    """Shard an activation by the logical names of its axes; mesh axes that do not divide it are left out.
+    """Constrain an activation's sharding by the logical names of its axes.
 
-    Without a mesh (jax.set_mesh), x is returned as it is. Arguments as `logical_spec`.
+    Mesh axes that do not divide it are left out. Without a mesh (jax.set_mesh), x is returned unchanged.
+
+    Args:
+        x: the activation.
+        axes: as for `logical_spec`.
+        image_axes: as for `logical_spec`.
+
+    Returns:
+        x with the constraint.
     """
     return constrain_to(x, logical_spec(*axes, image_axes=image_axes))
 
 
 def constrain_to(x: jax.Array, spec: P) -> jax.Array:
-    """Shard an activation by a PartitionSpec; mesh axes that do not divide it are left out."""
+    """Constrain an activation's sharding by a PartitionSpec; mesh axes that do not divide it are left out."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, fit_spec(spec, x.shape, mesh.shape))
 
 
 def fit_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:
-    """A PartitionSpec without the mesh axes that do not divide `shape`; sizes: devices per mesh axis."""
+    """Leave out of a PartitionSpec the mesh axes that do not divide `shape`. sizes: devices per mesh axis."""
     return P(*(axes if size % axis_size(axes, sizes) == 0 else None for size, axes in zip(shape, spec)))
 
 
 def axis_size(axes: str | tuple[str, ...] | None, sizes: Any) -> int:
-    """Devices along one entry of a PartitionSpec."""
+    """The number of devices along one entry of a PartitionSpec. sizes: devices per mesh axis."""
     return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 

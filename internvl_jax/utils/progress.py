@@ -1,4 +1,4 @@
-"""What people see: progress on stderr, silent where it is not a terminal, and safe text on stdout."""
+"""Terminal output: progress on stderr, silent where that is not a terminal, and safe text on stdout."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def printable(text: str) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print one line of JSON on stdout: readable, or escaped where stdout's encoding does not hold it."""
+    """Print one line of JSON on stdout; non-ASCII characters are escaped only if stdout's encoding lacks them."""
     # json escapes the C0 characters; DEL and the C1 characters can only occur inside strings.
     text = CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
     try:
@@ -47,12 +47,13 @@ def print_json(value: Any) -> None:
 
 @contextmanager
 def counting() -> Iterator[Callable[..., None]]:
-    """As `progress_bar`, for things that are counted; progress(done, total, what, note) shows a note beside them.
+    """A progress bar on stderr for things that are counted: `progress(done, total, what, note="")`.
 
-    Where stderr is no terminal, a line every half minute.
+    Where stderr is not a terminal, a line is printed every half minute.
     """
     columns = ("[progress.description]{task.description}", "{task.completed}/{task.total}", "{task.fields[rate]}")
-    first, last, counted = None, time.monotonic(), ""
+    last = time.monotonic()
+    first, counted = (last, 0), ""  # when the current kind of work began, and how much was done
     with Progress(
         *map(TextColumn, columns),
         BarColumn(),
@@ -81,7 +82,7 @@ def counting() -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on stderr for `progress(done_bytes, total_bytes, what)`; silent where stderr is no terminal."""
+    """A progress bar on stderr for `progress(done_bytes, total_bytes, what)`; silent if stderr is not a terminal."""
     columns = ("[progress.description]{task.description}", BarColumn())
     with Progress(
         *(TextColumn(c) if isinstance(c, str) else c for c in columns),
@@ -101,7 +102,7 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
 
 @contextmanager
 def status(what: str) -> Iterator[Any]:
-    """A spinner on stderr, silent where stderr is not a terminal."""
+    """A spinner on stderr; silent if stderr is not a terminal."""
     spinner = err.status(what)
     if err.is_terminal:
         spinner.start()
@@ -114,7 +115,15 @@ def status(what: str) -> Iterator[Any]:
 def in_background(work: Callable[[], int], what: str) -> int:
     """Run `work` in a thread with a spinner, so that Ctrl-C ends the process at once.
 
-    A compilation holds its thread until it is done. For work that writes no files, because it is killed.
+    A compilation cannot be interrupted in the main thread. On Ctrl-C the process is killed, so the work must not write
+    files.
+
+    Args:
+        work: returns an exit code.
+        what: what the spinner says.
+
+    Returns:
+        The exit code of `work`.
     """
     outcome: Future[int] = Future()
 
