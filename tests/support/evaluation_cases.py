@@ -11,6 +11,16 @@ from support import paths
 DATA = paths.DATA / "evaluation"
 # Third-party predictions, never part of the project: the tests that need them are skipped without.
 REAL = Path(os.environ.get("REAL_PREDICTIONS", paths.ROOT.parent / "shared" / "real_predictions"))
+# Of MMBench's and CCBench's tables: key in the bundles, name of the benchmark, whose scripts.
+MMBENCH_TABLES = [
+    ("mmbench_dev_20230712", "mmbench-en-dev", "internvl"),
+    ("mmbench_dev_cn_20231003", "mmbench-cn-dev", "internvl"),
+    ("mmbench_test_en_20231003", "mmbench-en-test", "internvl"),
+    ("mmbench_test_cn_20231003", "mmbench-cn-test", "internvl"),
+    ("ccbench_dev_cn", "ccbench", "internvl"),
+    ("mmbench_dev_20230712", "mmbench-en-dev", "llava"),
+    ("mmbench_dev_cn_20231003", "mmbench-cn-dev", "llava"),
+]
 
 
 def cases(name):

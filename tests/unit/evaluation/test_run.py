@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from support.evaluation_cases import cases
+from support.evaluation_cases import MMBENCH_TABLES, cases
 from support.evaluation_files import FAST, rows
 from support.paths import DATA
 
@@ -424,18 +424,7 @@ def test_submissions_equal_the_scripts(tmp_path):
     assert json.loads(path.read_text()) == case["converted_predictions"]
 
 
-@pytest.mark.parametrize(
-    ("key", "name", "codebase"),
-    [
-        ("mmbench_dev_20230712", "mmbench-en-dev", "internvl"),
-        ("mmbench_dev_cn_20231003", "mmbench-cn-dev", "internvl"),
-        ("mmbench_test_en_20231003", "mmbench-en-test", "internvl"),
-        ("mmbench_test_cn_20231003", "mmbench-cn-test", "internvl"),
-        ("ccbench_dev_cn", "ccbench", "internvl"),
-        ("mmbench_dev_20230712", "mmbench-en-dev", "llava"),
-        ("mmbench_dev_cn_20231003", "mmbench-cn-dev", "llava"),
-    ],
-)
+@pytest.mark.parametrize(("key", "name", "codebase"), MMBENCH_TABLES)
 def test_tables_to_hand_in_equal_the_scripts(tmp_path, key, name, codebase):
     openpyxl = pytest.importorskip("openpyxl")
     from support.evaluation_files import table

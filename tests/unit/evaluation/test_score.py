@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.evaluation_cases import REAL, cases, real
+from support.evaluation_cases import MMBENCH_TABLES, REAL, cases, real
 from support.evaluation_files import lines, mme_files, table, whole
 
 from internvl_jax.cli.eval import WatchedAnswers
@@ -178,18 +178,7 @@ def test_mme(tmp_path):
         assert item.gold == (c["record"]["gt"].lower(),)
 
 
-@pytest.mark.parametrize(
-    ("key", "name", "codebase"),
-    [
-        ("mmbench_dev_20230712", "mmbench-en-dev", "internvl"),
-        ("mmbench_dev_cn_20231003", "mmbench-cn-dev", "internvl"),
-        ("mmbench_test_en_20231003", "mmbench-en-test", "internvl"),
-        ("mmbench_test_cn_20231003", "mmbench-cn-test", "internvl"),
-        ("ccbench_dev_cn", "ccbench", "internvl"),
-        ("mmbench_dev_20230712", "mmbench-en-dev", "llava"),
-        ("mmbench_dev_cn_20231003", "mmbench-cn-dev", "llava"),
-    ],
-)
+@pytest.mark.parametrize(("key", "name", "codebase"), MMBENCH_TABLES)
 def test_tables(tmp_path, key, name, codebase):
     case = (V1_1 if codebase == "internvl" else LLAVA)[key]
     file = "CCBench_legacy" if key == "ccbench_dev_cn" else key
