@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -162,3 +163,46 @@ def test_meshes_of_a_slice(spec, words):
 
     with pytest.raises(mesh_lib.MeshError, match=words):
         mesh_lib.make_mesh(spec, parse_topology("v5e-8").devices(), PRESETS["internvl_chat_v1_1"]())
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM")])
+def test_background_work_ends_at_once(number, said):
+    """A compilation holds its thread and does not notice signals."""
+    code = """
+import os, signal
+from internvl_jax.utils.progress import in_background
+def work():
+    print("begun", flush=True)
+    time.sleep(60)
+    return 0
+sys.exit(runner.run_command(lambda: in_background(work, "compiling")))
+"""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", START + code], **options) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (128 + number, f"{said}\n")
+
+
+def test_termination_at_the_prompt_of_a_terminal():
+    """prompt_toolkit has an event loop of its own, which must not swallow the signal."""
+    code = """
+from internvl_jax.cli.terminal import Prompt
+prompt = Prompt({})
+sys.exit(runner.run_command(lambda: len(prompt("> "))))
+"""
+    controller, terminal = os.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    with subprocess.Popen([sys.executable, "-c", START + code], **streams) as process:
+        os.close(terminal)
+        shown = b""
+        while b">" not in shown:
+            shown += os.read(controller, 1024)
+        process.send_signal(signal.SIGTERM)
+        with suppress(OSError):  # the end of the terminal, after its last process
+            while piece := os.read(controller, 1024):
+                shown += piece
+    os.close(controller)
+    assert process.returncode == 143
+    assert b"ended by SIGTERM" in shown
