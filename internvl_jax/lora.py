@@ -2,9 +2,9 @@
 
     {"language_model": {"layers": {"self_attn": {"q_proj": {"lora_a": [L,D,R], "lora_b": [L,R,N,H]}, ...}}}}
 
-A product x @ kernel becomes x @ kernel + alpha / rank * (dropout(x) @ lora_a) @ lora_b. `attach` puts adapters beside
-their kernels, where models.layers.Linear finds them, for training and for serving unmerged; kernels may be quantized.
-`merge` adds them to the kernels. On disk an adapter is a directory with adapter.json and its own params/.
+A product x @ kernel becomes x @ kernel + alpha / rank * (dropout(x) @ lora_a) @ lora_b. `attach` makes of them the Flax
+collection "lora", where models.layers.Linear finds them, for training and for serving unmerged; kernels may be
+quantized. `merge` adds them to the kernels. On disk an adapter is a directory with adapter.json and its own params/.
 
 What was trained as a whole beside adapters, LLaVA's projector or an embedding, stands under REPLACED at the path that
 it has in the parameters, {"replaced": {"mlp1": {"fc1": {"kernel": [D,D], ...}}}}, and replaces the model's own.
@@ -25,7 +25,8 @@ import numpy as np
 
 from internvl_jax import checkpoint
 from internvl_jax.models.axes import axes_of, linear_layers
-from internvl_jax.models.layers import Array, Params, precision_of
+from internvl_jax.models.layers import ADAPTER, Adapter, Array, Params, Variables, precision_of
+from internvl_jax.models.stack import depth
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel.partitioning import path_of
 from internvl_jax.quantize import is_quantized, quantize_kernel
@@ -98,27 +99,37 @@ def init_adapters(key: Array, params: Params, settings: Settings) -> Params:
     return adapters
 
 
-def attach(params: Params, adapters: Params, settings: Settings, key: Array | None = None) -> Params:
-    """`params` with adapters beside their kernels; both are left as they are. Works under jit.
+def attach(params: Params, adapters: Params, settings: Settings) -> Variables:
+    """Make a model's variables, {"params": ..., "lora": ...}, of parameters and adapters. Works under jit.
 
-    Layers may be stacked or a tuple of per-layer trees. key: for dropout, in training; without it there is none.
-    Replaced parameters become what those of `params` are: padded, quantized and laid out on devices.
+    With an rng "dropout", applying a module to them drops inputs of the adapters at the rate of their settings.
+
+    Args:
+        params: the model's parameters, which stay as they are. Replaced parameters become what theirs are: padded,
+            quantized and laid out on devices.
+        adapters: adapters of all of a tower's layers or of the first ones, stacked.
+        settings: of each tower that has adapters.
+
+    Returns:
+        Parameters with the replaced ones in place, and the collection "lora", its layers stacked.
     """
-    result = _with_replaced(params, adapters)
-    params = result
-    for number, tower in enumerate(sorted(_towers(adapters))):
-        lora, layers, pairs = settings[tower], params[tower]["layers"], adapters[tower]["layers"]
-        dropped = None if key is None or not lora.dropout else jax.random.fold_in(key, number)
-        if not isinstance(layers, tuple):
-            placed: Any = _beside(layers, pairs, lora, dropped)
-        elif dropped is None:
-            count = jax.tree.leaves(pairs)[0].shape[0]
-            own = [jax.tree.map(lambda leaf, i=i: leaf[i], pairs) for i in range(count)]
-            placed = (*(_beside(layer, pair, lora, None) for layer, pair in zip(layers, own)), *layers[count:])
-        else:
-            raise LoraError("dropout is for training, whose layers are stacked")
-        result[tower] = {**params[tower], "layers": placed}
-    return result
+    attached: Params = {}
+    for tower, tree in _towers(adapters).items():
+        count = depth(params[tower]["layers"])
+        attached[tower] = {"layers": _to_collection(tree["layers"], settings[tower], count)}
+    return {"params": _with_replaced(params, adapters), "lora": attached}
+
+
+def _to_collection(pairs: Params, lora: Lora, count: int) -> Params:
+    """The adapters of `count` layers as variables; zeros where there are fewer."""
+
+    def fill(leaf: Any) -> Any:
+        missing = count - leaf.shape[0]
+        return jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)) if missing else leaf
+
+    if "lora_a" not in pairs:
+        return {name: _to_collection(pair, lora, count) for name, pair in pairs.items()}
+    return {ADAPTER: Adapter(fill(pairs["lora_a"]), fill(pairs["lora_b"]) * lora.scale, lora.dropout)}
 
 
 def _towers(adapters: Params) -> Params:
@@ -149,21 +160,6 @@ def _in_place_of(old: Any, new: Any, name: str) -> Any:
         return fitted if under_jit else jax.device_put(fitted, old.sharding)
 
     return jax.tree.map(fit, new, old)
-
-
-def _beside(kernels: Params, pairs: Params, lora: Lora, key: Array | None) -> Params:
-    merged = dict(kernels)
-    for number, (name, pair) in enumerate(sorted(pairs.items())):
-        own = None if key is None else jax.random.fold_in(key, number)
-        if "lora_a" not in pair:
-            merged[name] = _beside(kernels[name], pair, lora, own)
-            continue
-        merged[name] = {**kernels[name], **pair, "lora_b": pair["lora_b"] * lora.scale}
-        if own is not None:
-            count = pair["lora_a"].shape[0]
-            merged[name]["lora_key"] = jax.random.split(own, count)
-            merged[name]["lora_dropout"] = jnp.full(count, lora.dropout, jnp.float32)
-    return merged
 
 
 def merge(params: Params, adapters: Params, settings: Settings) -> Params:

@@ -34,7 +34,7 @@ from internvl_jax.inference.chat import Chat, Reply, answered
 from internvl_jax.inference.generate import read_prompt
 from internvl_jax.inference.loading import load
 from internvl_jax.inference.sampling import GenerationConfig
-from internvl_jax.models.layers import Array
+from internvl_jax.models.layers import Array, part_variables
 from internvl_jax.models.llama import Llama
 from internvl_jax.nano.render import KINDS, QAPair, heldout_questions
 from internvl_jax.quantize import Scheme
@@ -78,11 +78,10 @@ def answer_logits(model: BoundModel, prompt: PromptBatch, answer: Array) -> Arra
         [B,A,V] float32, logits of each answer token given those before it.
     """
     config, dtype = model.config, model.dtype
-    language = model.params["language_model"]
     first, cache = read_prompt(model, prompt, slots=prompt.input_ids.shape[1] + answer.shape[1])
     given = answer[:, :-1]
     positions = prompt.valid.sum(axis=1, dtype=jnp.int32)[:, None] + jnp.arange(given.shape[1])
-    llama, variables = Llama(config.text, dtype), {"params": language}
+    llama, variables = Llama(config.text, dtype), part_variables(model.variables, "language_model")
     x = llama.apply(variables, given, method="embed")
     hidden, _ = llama.apply(variables, x, positions, jnp.ones(given.shape, bool), cache)
     return jnp.concatenate([first[:, None], llama.apply(variables, hidden, method="logits")], axis=1)

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from internvl_jax.inference.bound_model import BoundModel
 from internvl_jax.inference.sampling import RowSettings, all_finite, end_tokens, penalize
 from internvl_jax.models.kv_cache import KVCache
-from internvl_jax.models.layers import Array
+from internvl_jax.models.layers import Array, part_variables
 from internvl_jax.models.llama import next_logits
 
 EARLY_STOPPING = {False: 0, True: 1, "never": 2}
@@ -105,7 +105,7 @@ def beam_search(
         whether the row failed because its logits were not finite [B] bool.
     """
     config, dtype, num_beams, max_tokens = model.config, model.dtype, search.num_beams, search.max_tokens
-    language = model.params["language_model"]
+    language = part_variables(model.variables, "language_model")
     batch, vocabulary = logits.shape
     prompt_slots = cache.slots
 

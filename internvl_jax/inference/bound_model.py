@@ -7,7 +7,7 @@ from typing import Any
 import flax.struct
 
 from internvl_jax.config import ChatConfig
-from internvl_jax.models.layers import Array, Params
+from internvl_jax.models.layers import Array, Params, Variables
 from internvl_jax.parallel.partitioning import BATCH
 
 
@@ -21,6 +21,8 @@ class BoundModel(flax.struct.PyTreeNode):
         dtype: compute dtype.
         cache_dtype: dtype of the KV cache: int8 or a floating-point type.
         image_axes: mesh axes over which the vision tower's images are split (`partitioning.IMAGE_AXES`).
+        adapters: the collection "lora", as `lora.attach` makes it, its layers laid out as those of `params`; None
+            without adapters.
     """
 
     params: Params
@@ -29,6 +31,12 @@ class BoundModel(flax.struct.PyTreeNode):
     dtype: Any = flax.struct.field(pytree_node=False)
     cache_dtype: Any = flax.struct.field(pytree_node=False)
     image_axes: tuple[str, ...] = flax.struct.field(pytree_node=False, default=BATCH)
+    adapters: Params | None = None
+
+    @property
+    def variables(self) -> Variables:
+        """What the model's modules are applied to, by collection."""
+        return {"params": self.params, "lora": self.adapters or {}}
 
 
 class PromptBatch(flax.struct.PyTreeNode):

@@ -121,6 +121,7 @@ class Chat:
         name: str = "model",
         mesh: jax.sharding.Mesh | None = None,
         image_axes: tuple[str, ...] = BATCH,
+        adapters: Params | None = None,
     ):
         self.config = config
         self.tokenizer = tokenizer
@@ -142,6 +143,7 @@ class Chat:
             image_token_id=self.image_token_id,
             mesh=mesh,
             image_axes=image_axes,
+            adapters=adapters,
             known=self._known,
         )
 
@@ -164,10 +166,15 @@ class Chat:
     def processor(self, processor: ImageProcessor | None) -> None:
         self.prompts = replace(self.prompts, processor=processor)
 
-    def with_params(self, params: Params) -> Chat:
-        """The same chat with other parameters. Nothing is compiled again if their shapes and dtypes are the same."""
+    def with_params(self, params: Params, adapters: Params | None = None) -> Chat:
+        """The same chat with other parameters. Nothing is compiled again if their shapes and dtypes are the same.
+
+        Args:
+            params: parameters of the model.
+            adapters: the collection "lora" of adapters (`lora.attach`); None: none.
+        """
         other = copy.copy(self)
-        other.generator = self.generator.with_params(params)
+        other.generator = self.generator.with_params(params, adapters)
         return other
 
     def __repr__(self) -> str:

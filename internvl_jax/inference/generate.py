@@ -30,7 +30,7 @@ from internvl_jax.models import cpu
 from internvl_jax.models.chat_model import InternVLChat
 from internvl_jax.models.intern_vit import InternViT
 from internvl_jax.models.kv_cache import KVCache, cache_specs, init_cache
-from internvl_jax.models.layers import Array, positions_from_valid
+from internvl_jax.models.layers import Array, part_variables, positions_from_valid
 from internvl_jax.models.llama import Llama, next_logits
 from internvl_jax.models.stack import is_stacked
 from internvl_jax.parallel.partitioning import BATCH, TENSOR, constrain, constrain_to
@@ -112,22 +112,26 @@ def read_prompt(model: BoundModel, prompt: PromptBatch, *, slots: int) -> tuple[
         Logits of the last position [B,V] float32, and the cache.
     """
     config, dtype = model.config, model.dtype
-    language = model.params["language_model"]
+    language = part_variables(model.variables, "language_model")
     x = _embed(model, prompt)
     cache = init_cache(
-        config.text, prompt.input_ids.shape[0], slots, model.cache_dtype, stacked=is_stacked(language["layers"])
+        config.text,
+        prompt.input_ids.shape[0],
+        slots,
+        model.cache_dtype,
+        stacked=is_stacked(language["params"]["layers"]),
     )
     cache = jax.tree.map(constrain_to, cache, cache_specs(cache))
     llama = Llama(config.text, dtype)
     positions = positions_from_valid(prompt.valid)
-    hidden, cache = llama.apply({"params": language}, x, positions, prompt.valid, cache, fresh=True)
-    return llama.apply({"params": language}, hidden[:, -1], method="logits"), cache
+    hidden, cache = llama.apply(language, x, positions, prompt.valid, cache, fresh=True)
+    return llama.apply(language, hidden[:, -1], method="logits"), cache
 
 
 def _embed(model: BoundModel, prompt: PromptBatch) -> Array:
     """Embeddings of the prompts with image features in place, [B,T,D]."""
     return InternVLChat(model.config, model.dtype).apply(
-        {"params": model.params}, prompt.input_ids, prompt.features, model.image_token_id, method="embed_prompt"
+        model.variables, prompt.input_ids, prompt.features, model.image_token_id, method="embed_prompt"
     )
 
 
@@ -166,7 +170,7 @@ def decode_loop(model: BoundModel, state: DecodeState, steps: Array) -> DecodeSt
         state, left = carry
         positions = (state.prompt_length + state.count - 1)[:, None]
         logits, cache = next_logits(
-            model.params["language_model"],
+            part_variables(model.variables, "language_model"),
             state.last,
             positions,
             ~state.done[:, None],
@@ -188,7 +192,7 @@ def decode_loop(model: BoundModel, state: DecodeState, steps: Array) -> DecodeSt
 @jax.jit
 def score_step(model: BoundModel, prompt: PromptBatch) -> Array:
     """Logits at every position, [B,T,V] float32. Padding may be on either side."""
-    language = {"params": model.params["language_model"]}
+    language = part_variables(model.variables, "language_model")
     llama = Llama(model.config.text, model.dtype)
     hidden, _ = llama.apply(language, _embed(model, prompt), positions_from_valid(prompt.valid), prompt.valid)
     return llama.apply(language, hidden, method="logits")
@@ -207,10 +211,10 @@ def encode_step(model: BoundModel, pixel_values: Array) -> Array:
     """
     if model.config.projector is None:
         tower = InternViT(model.config.vision, model.dtype, image_axes=model.image_axes)
-        encoded = tower.apply({"params": model.params["vision_model"]}, pixel_values)
+        encoded = tower.apply(part_variables(model.variables, "vision_model"), pixel_values)
     else:
         chat_model = InternVLChat(model.config, model.dtype, image_axes=model.image_axes)
-        encoded = chat_model.apply({"params": model.params}, pixel_values, method="encode_images")
+        encoded = chat_model.apply(model.variables, pixel_values, method="encode_images")
     return constrain(encoded, *[None] * encoded.ndim)
 
 

@@ -49,6 +49,7 @@ class Generator:
         cache_dtype: dtype of the KV cache, int8 or a floating-point type; None: `dtype`.
         mesh: the mesh over which `params` are sharded (`partitioning.place_params`); None: one device.
         image_axes: mesh axes over which the vision tower's images are split (`partitioning.IMAGE_AXES`).
+        adapters: the collection "lora" of low-rank adapters (`lora.attach`); None: none.
         known: [vocab_size] bool, tokens that may be generated; None: all. End tokens always may.
     """
 
@@ -62,6 +63,7 @@ class Generator:
         cache_dtype: Any = None,
         mesh: jax.sharding.Mesh | None = None,
         image_axes: tuple[str, ...] = BATCH,
+        adapters: Params | None = None,
         known: np.ndarray | None = None,
     ):
         dtype = jnp.dtype(dtype)
@@ -72,6 +74,7 @@ class Generator:
             dtype=dtype,
             cache_dtype=dtype if cache_dtype is None else jnp.dtype(cache_dtype),
             image_axes=image_axes,
+            adapters=adapters,
         )
         self.mesh = mesh
         self.image_token_id = image_token_id
@@ -105,10 +108,15 @@ class Generator:
         pad = self.config.text.pad_token_id
         return pad if pad is not None else next(iter(self.config.text.eos_token_ids), 0)
 
-    def with_params(self, params: Params) -> Generator:
-        """The same model with other parameters. Nothing is compiled again if their shapes and dtypes are the same."""
+    def with_params(self, params: Params, adapters: Params | None = None) -> Generator:
+        """The same model with other parameters. Nothing is compiled again if their shapes and dtypes are the same.
+
+        Args:
+            params: parameters, as the constructor takes them.
+            adapters: adapters for them; None: none.
+        """
         other = copy.copy(self)
-        other.model = self.model.replace(params=params)
+        other.model = self.model.replace(params=params, adapters=adapters)
         return other
 
     def encode(self, pixel_values: np.ndarray | Array) -> Array:

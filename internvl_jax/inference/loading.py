@@ -104,13 +104,17 @@ def load(
     added = None if adapters is None else lora.load(adapters, abstract_for_running(config, dtype))
     enable_compilation_cache()
     params = _load_params(directory, config, dtype, mesh, vision, quantize, progress)
+    attached = None
     if added is not None:
         pairs, settings = added
         pairs = jax.device_get(pairs)
         if mesh is not None:
             replaced = {name: pairs.pop(name) for name in (lora.REPLACED,) if name in pairs}
             pairs = {**param_sharding.place_adapters(pairs, config, mesh, vision=vision), **replaced}
-        params = lora.attach(params, pairs, settings)
+        variables = lora.attach(params, pairs, settings)
+        params, attached = variables["params"], variables["lora"]
+        if _runs_unstacked(mesh):
+            attached = unstack_towers(attached)
     return Chat(
         config,
         params,
@@ -122,6 +126,7 @@ def load(
         name="nano" if path is None else directory.resolve().name,
         mesh=mesh,
         image_axes=BATCH if mesh is None else mesh_lib.IMAGE_AXES[vision],
+        adapters=attached,
     )
 
 
@@ -142,10 +147,17 @@ def abstract_for_running(config: ChatConfig, dtype: Any) -> Params:
     return tree
 
 
+def _runs_unstacked(mesh: Mesh | None) -> bool:
+    return mesh is None and jax.default_backend() == "cpu"
+
+
 def unstack_towers(params: Params) -> Params:
     """Both towers' layers as tuples, for CPU, where a scan copies every layer's weights at each step.
 
     On the host, where it is free: sliced by jax, every leaf would be copied by a program that is compiled first.
+
+    Args:
+        params: one collection, parameters or adapters.
     """
 
     def layer(stack: Params, index: int) -> Params:
@@ -193,7 +205,7 @@ def _load_params(
     abstract = _quantized(abstract_for_running(config, dtype), directory, scheme)
     if mesh is None:
         params = _read(directory, abstract, progress)
-        return unstack_towers(params) if jax.default_backend() == "cpu" else params
+        return unstack_towers(params) if _runs_unstacked(mesh) else params
     shardings = param_sharding.storage_shardings(abstract, mesh, vision=vision)
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings

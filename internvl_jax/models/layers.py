@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,12 +27,20 @@ from internvl_jax.parallel.partitioning import AXIS_RULES, BATCH, TENSOR, fit_sp
 
 Array = jax.Array
 Params = dict[str, Any]
+Variables = dict[str, Params]  # by collection: "params", and "lora" where there are adapters
 
 # Finite, so that a row which may attend to nothing (padding) stays a number; the value is gemma's and big_vision's.
 MASK_VALUE = -2.3819763e38
 
 LANES = 128  # the innermost axis of an array on a TPU is stored in multiples of this
 SUBLANES = 8  # and the one before it, where its neighbours allow no denser order
+
+ADAPTER = "adapter"  # the name of a linear layer's Adapter in the collection "lora"
+
+
+def part_variables(variables: Variables, part: str) -> Variables:
+    """The variables of one part of a model, "language_model", in every collection that has some."""
+    return {collection: tree[part] for collection, tree in variables.items() if part in tree}
 
 
 def precision_of(dtype: Any) -> jax.lax.Precision:
@@ -128,11 +137,26 @@ def split_groups(kernel: QArray) -> QArray:
     )
 
 
+class Adapter(flax.struct.PyTreeNode):
+    """A low-rank adapter of a linear layer (Hu et al., "LoRA", 2021), in the collection "lora".
+
+    Attributes:
+        lora_a: [inputs..., R].
+        lora_b: [R, outputs...], already multiplied by alpha / rank.
+        dropout: the rate at which inputs are dropped where there is an rng "dropout".
+    """
+
+    lora_a: Array
+    lora_b: Array
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+
+
 class Linear(nn.Module):
     """A matrix product over named axes, `eqn` in capitals, for example "BTD,DNH->BTNH".
 
     The kernel has the axes of the equation's second operand; the bias those of them that reach the output.
     Parameters may be stored in any dtype, or quantized: they are cast to `dtype` where they are used.
+    An `Adapter` that the collection "lora" has for this layer is added to the product.
     `axes` are the kernel's logical axes, `image_axes` the mesh axes over which the vision tower's images are sharded.
     """
 
@@ -153,8 +177,8 @@ class Linear(nn.Module):
         if self.axes[0] == "embed" and AXIS_RULES[self.axes[1]] == TENSOR:  # [D,F] or [D,N,H]
             kernel = pin_matrix(kernel, logical_spec(*self.axes, image_axes=self.image_axes))
         y = product(self.eqn, x, kernel, self.dtype)
-        if self.has_variable("params", "lora_a"):
-            y = y + self._lora_delta(x)
+        if self.has_variable("lora", ADAPTER):
+            y = y + self._lora_delta(x, self.get_variable("lora", ADAPTER))
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
             bias_axes = tuple("embed_vector" if self.axes[i] == "embed" else self.axes[i] for i in kept)
@@ -162,23 +186,22 @@ class Linear(nn.Module):
             y = y + bias.astype(self.dtype)
         return y
 
-    def _lora_delta(self, x: Array) -> Array:
-        """The output of the low-rank adapter beside the kernel, which lora.attach put there."""
+    def _lora_delta(self, x: Array, adapter: Adapter) -> Array:
+        """The adapter's output: dropout(x) @ lora_a @ lora_b."""
         left, right, out = self.eqn.replace("->", ",").split(",")
-        a, b, key = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "key"))
         summed = "".join(axis for axis in right if axis not in out)
-        if key is not None:
-            keep = 1 - self.get_variable("params", "lora_dropout")
+        if adapter.dropout and self.has_rng("dropout"):
+            keep, key = 1 - adapter.dropout, self.make_rng("dropout")
             # Without the barrier, XLA for TPU fuses the mask's random numbers into the product: minutes to compile.
-            mask = jax.lax.optimization_barrier(_dropout_mask(key, keep, x.shape, heads=len(summed) > 1))
-            x = jnp.where(mask, x / keep.astype(x.dtype), 0)
+            mask = jax.lax.optimization_barrier(dropout_mask(key, keep, x.shape, heads=len(summed) > 1))
+            x = jnp.where(mask, x / keep, 0)
         outputs = "".join(axis for axis in right if axis in out)
         rows = "".join(axis for axis in left if axis not in summed)
-        narrow = product(f"{left},{summed}R->{rows}R", x, a, self.dtype)
-        return product(f"{rows}R,R{outputs}->{out}", narrow, b, self.dtype)
+        narrow = product(f"{left},{summed}R->{rows}R", x, adapter.lora_a, self.dtype)
+        return product(f"{rows}R,R{outputs}->{out}", narrow, adapter.lora_b, self.dtype)
 
 
-def _dropout_mask(key: Array, keep: Array, shape: tuple[int, ...], *, heads: bool) -> Array:
+def dropout_mask(key: Array, keep: float, shape: tuple[int, ...], *, heads: bool) -> Array:
     """Bool of shape [B,...], or with heads [B,...,N,H], True (kept) with probability `keep`.
 
     Rows and heads that padding for a mesh adds at the end do not change what the others draw.

@@ -24,6 +24,7 @@ from internvl_jax.models.layers import (
     Linear,
     Params,
     RMSNorm,
+    Variables,
     apply_rope,
     rope_angles,
 )
@@ -192,10 +193,10 @@ class Llama(nn.Module):
 
 
 def next_logits(
-    params: Params, tokens: Array, positions: Array, valid: Array, cache: KVCache, config: TextConfig, dtype: Any
+    variables: Variables, tokens: Array, positions: Array, valid: Array, cache: KVCache, config: TextConfig, dtype: Any
 ) -> tuple[Array, KVCache]:
     """Run one token of each row: tokens [B] int32, positions and valid [B,1]. Returns logits [B,V] and the cache."""
-    llama, variables = Llama(config, dtype), {"params": params}
+    llama = Llama(config, dtype)
     x = llama.apply(variables, tokens[:, None], method="embed")
     hidden, cache = llama.apply(variables, x, positions, valid, cache)
     return llama.apply(variables, hidden[:, 0], method="logits"), cache

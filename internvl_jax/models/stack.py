@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from qwix import QArray
 
-from internvl_jax.models.layers import Params, split_groups
+from internvl_jax.models.layers import Params, Variables, split_groups
 
 # Rematerialization of a layer in the backward pass: none, all of it, or what a policy of jax.checkpoint_policies does
 # not save.
@@ -22,6 +22,9 @@ LAYERS = "layers"  # the name of the stack's parameters in its parent
 
 class LayerStack(nn.Module):
     """Equal layers that run one after the other, and the parameters "layers" of the module that it shares a scope with.
+
+    Where the collection "lora" has "layers" too, in the same layout, they are the layers' adapters. An rng "dropout"
+    gives every layer one of its own, which depends on the layer's number alone.
 
     Parameters are one tree stacked on axis 0, or a tuple with one tree per layer. Stacked layers run as a lax.scan: the
     compile time does not grow with depth, and on TPU nothing is copied. A tuple runs as a Python loop, because on CPU a
@@ -64,19 +67,31 @@ class LayerStack(nn.Module):
         block = self.make_block()
         if not self.has_variable("params", LAYERS):
             self._init(block, step, carry, per_layer)
-        layers = self.get_variable("params", LAYERS)
-        layers = flax.core.unfreeze(layers) if isinstance(layers, flax.core.FrozenDict) else layers
+        layers = self._layers("params")
         stored = depth(layers)
         count = stored if num_layers is None else num_layers
         if count > stored:
             raise ValueError(f"{count} layers are asked for, but the parameters hold {stored}")
+        layers, keys = _split_groups(layers), None
+        if self.has_variable("lora", LAYERS):
+            layers = _join(params=layers, lora=self._layers("lora"))
+            if self.has_rng("dropout"):
+                keys = jax.random.split(self.make_rng("dropout"), stored)
+        else:
+            layers = _join(params=layers)
 
-        def apply(carry: Any, layer: Params, index: Any, extra: Any) -> tuple[Any, Any]:
-            return step(lambda *args: block.apply({"params": layer}, *args), carry, index, extra)
+        def apply(carry: Any, layer: Variables, index: Any, extra: Any) -> tuple[Any, Any]:
+            extra, key = extra
+            rngs = {} if key is None else {"dropout": key}
+            return step(lambda *args: block.apply(layer, *args, rngs=rngs), carry, index, extra)
 
         if self.remat:
             apply = jax.checkpoint(apply, policy=None if self.remat is True else self.remat)
-        return _run(apply, _split_groups(layers), carry, count, per_layer)
+        return _run(apply, layers, carry, count, (per_layer, keys))
+
+    def _layers(self, collection: str) -> Any:
+        layers = self.get_variable(collection, LAYERS)
+        return flax.core.unfreeze(layers) if isinstance(layers, flax.core.FrozenDict) else layers
 
     def _init(self, block: nn.Module, step: Callable[..., Any], carry: Any, per_layer: Any) -> None:
         """Make the stacked parameters, each layer from a key of its own."""
@@ -102,6 +117,13 @@ def depth(layers: Params | tuple[Params, ...]) -> int:
     return jax.tree.leaves(layers)[0].shape[0] if is_stacked(layers) else len(layers)
 
 
+def _join(**collections: Any) -> Any:
+    """Layers of several collections as layers of variables, in the layout that they have."""
+    if all(map(is_stacked, collections.values())):
+        return collections
+    return tuple(dict(zip(collections, layer)) for layer in zip(*collections.values(), strict=True))
+
+
 def _split_groups(layers: Any) -> Any:
     quantized = lambda leaf: isinstance(leaf, QArray)  # noqa: E731
     return jax.tree.map(lambda leaf: split_groups(leaf) if quantized(leaf) else leaf, layers, is_leaf=quantized)
@@ -118,6 +140,5 @@ def _run(apply: Callable[..., tuple[Any, Any]], layers: Any, carry: Any, count: 
         return carry, None
     if count < depth(layers):
         layers = jax.tree.map(lambda leaf: leaf[:count], layers)
-    if per_layer is not None:
-        per_layer = jax.tree.map(lambda leaf: leaf[:count], per_layer)
+    per_layer = jax.tree.map(lambda leaf: leaf[:count], per_layer)
     return jax.lax.scan(lambda carry, xs: apply(carry, *xs), carry, (layers, jnp.arange(count), per_layer))

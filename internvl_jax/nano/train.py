@@ -38,7 +38,7 @@ from internvl_jax.data.batch import Batch
 from internvl_jax.data.loader import open_data
 from internvl_jax.data.packing import Layout
 from internvl_jax.models import chat_model
-from internvl_jax.models.layers import Array, Params
+from internvl_jax.models.layers import Array, Params, Variables
 from internvl_jax.nano import build_tokenizer, dataset
 from internvl_jax.nano.render import CELL_CLASSES, CONTENTS, PICTURE_CLASSES
 from internvl_jax.processing.images import ImageProcessor
@@ -110,26 +110,30 @@ def cell_means(features: Array, config: ChatConfig) -> Array:
 
 
 def vision_loss(
-    params: Params, config: ChatConfig, batch: Batch, weights: Array, image_token_id: int, *, dtype: Any, remat: Any,
-    z_loss: float, chunk: int, owners: tuple[int, ...], **vit: Any,
+    variables: Variables, config: ChatConfig, batch: Batch, weights: Array, image_token_id: int, *,
+    dtype: Any, remat: Any, z_loss: float, chunk: int, owners: tuple[int, ...], rngs: objective.Rngs, **vit: Any,
 ) -> Sums:  # fmt: skip
     """Loss of the first stage, with the signature of objective.loss: the label loss. Counts are of images."""
-    features = objective.encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
-    loss, right = label_loss(params["labels"], config, features, batch.image_labels)
+    features = objective.encode_images(
+        variables, config, batch.pixel_values, dtype=dtype, remat=remat, rngs=rngs, **vit
+    )
+    loss, right = label_loss(variables["params"]["labels"], config, features, batch.image_labels)
     pictures = jnp.float32(len(batch.pixel_values))
     return Sums(loss, right, pictures, jnp.sum(batch.segment_ids > 0, dtype=jnp.float32))
 
 
 def answer_loss(
-    params: Params, config: ChatConfig, batch: Batch, weights: Array, image_token_id: int, *, dtype: Any, remat: Any,
-    z_loss: float, chunk: int, owners: tuple[int, ...], **vit: Any,
+    variables: Variables, config: ChatConfig, batch: Batch, weights: Array, image_token_id: int, *,
+    dtype: Any, remat: Any, z_loss: float, chunk: int, owners: tuple[int, ...], rngs: objective.Rngs, **vit: Any,
 ) -> Sums:  # fmt: skip
     """Loss of the other stages, with the signature of objective.loss: answers, plus the weighted label loss."""
-    features = objective.encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
-    seen, _ = label_loss(params["labels"], config, features, batch.image_labels)
+    features = objective.encode_images(
+        variables, config, batch.pixel_values, dtype=dtype, remat=remat, rngs=rngs, **vit
+    )
+    seen, _ = label_loss(variables["params"]["labels"], config, features, batch.image_labels)
     sums = objective.language_loss(
-        params, config, batch, features, weights, image_token_id,
-        z_loss=z_loss, chunk=chunk, dtype=dtype, remat=remat, owners=owners,
+        variables, config, batch, features, weights, image_token_id,
+        z_loss=z_loss, chunk=chunk, dtype=dtype, remat=remat, owners=owners, rngs=rngs,
     )  # fmt: skip
     return sums.replace(loss=sums.loss + LABEL_WEIGHT * seen)
 

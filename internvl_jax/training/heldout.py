@@ -98,10 +98,10 @@ class HeldOut:
         )
 
         def sums(trained: Params, frozen: Params, batch: Batch) -> objective.Sums:
-            params = assemble_params(trained, frozen, recipe, None)
+            variables = assemble_params(trained, frozen, recipe)
             part = jax.tree.map(lambda leaf: leaf[0], batch)
             return objective.loss(
-                params,
+                variables,
                 config,
                 part,
                 objective.loss_weights(part.labels, part.segment_ids),
@@ -140,9 +140,11 @@ class HeldOut:
             iterator.close()
 
     def _answer(self, step: int, state: State, frozen: Params) -> None:
-        params = assemble_params(state.trained, frozen, self._recipe, None)
+        variables = assemble_params(state.trained, frozen, self._recipe)
         alone = self._place.mesh is None and jax.default_backend() == "cpu"
-        chat = self._chat.with_params(unstack_towers(params) if alone else params)
+        if alone:
+            variables = {collection: unstack_towers(tree) for collection, tree in variables.items()}
+        chat = self._chat.with_params(variables["params"], variables["lora"])
         # A question that fails is logged as a warning; it does not end the run.
         options: dict[str, Any] = {"honour_exif": False, "parse_special": True, "max_new_tokens": ANSWER_TOKENS}
         replies = [chat.batch_chat([q.text], [q.images], **options)[0] for q in self._questions]

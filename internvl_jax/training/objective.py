@@ -9,7 +9,7 @@ runs, from labels and segments alone: so parts of a batch (devices, accumulated 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -21,11 +21,14 @@ from internvl_jax.config import ChatConfig
 from internvl_jax.data.batch import IGNORED, Batch
 from internvl_jax.models import cpu, llama
 from internvl_jax.models.chat_model import InternVLChat
-from internvl_jax.models.layers import Array, Params
+from internvl_jax.models.layers import Array, Params, Variables, part_variables
 from internvl_jax.models.stack import Remat
 from internvl_jax.parallel.partitioning import BATCH
 
 CHUNK = 256  # tokens of every row whose logits exist at once
+
+Rngs = Mapping[str, Array]  # by name: "dropout", "drop_path"
+NO_RNGS: Rngs = {}
 
 
 class Sums(flax.struct.PyTreeNode):
@@ -69,7 +72,7 @@ def loss_weights(labels: Any, segment_ids: Any, groups: int | None = None) -> An
 
 
 def loss(
-    params: Params,
+    variables: Variables,
     config: ChatConfig,
     batch: Batch,
     weights: Array,
@@ -80,6 +83,7 @@ def loss(
     dtype: Any = jnp.float32,
     remat: Remat = False,
     owners: tuple[int, ...] = (0,),
+    rngs: Rngs = NO_RNGS,
     **vit: Any,
 ) -> Sums:
     """The weighted loss of a batch, or of a micro-batch of one.
@@ -88,14 +92,15 @@ def loss(
     z_loss: adds this times the squared log of the softmax's normaliser (Chowdhery et al., "PaLM", 2022), which keeps
         logits from drifting; 0, the reference's, for none.
     chunk: tokens of each row whose logits exist at once. remat: what the backward pass recomputes of each layer.
+    rngs: "dropout" of the adapters, "drop_path" of the vision tower's branches; what has no rng drops nothing.
     vit: to encode_images.
     owners: who brought each part of the rows and image slots, as chat_model.merge_images takes it (Place.owners).
     """
     features = None
     if batch.pixel_values.shape[0]:
-        features = encode_images(params, config, batch.pixel_values, dtype=dtype, remat=remat, **vit)
+        features = encode_images(variables, config, batch.pixel_values, dtype=dtype, remat=remat, rngs=rngs, **vit)
     return language_loss(
-        params,
+        variables,
         config,
         batch,
         features,
@@ -106,27 +111,27 @@ def loss(
         dtype=dtype,
         remat=remat,
         owners=owners,
+        rngs=rngs,
     )
 
 
 def encode_images(
-    params: Params,
+    variables: Variables,
     config: ChatConfig,
     pixel_values: Array,
     *,
     dtype: Any,
     remat: Remat,
-    drop_path_key: Array | None = None,
+    rngs: Rngs = NO_RNGS,
     image_axes: tuple[str, ...] = BATCH,
 ) -> Array:
-    """Visual tokens [M,P,D] of images [M,3,h,w]. drop_path_key: drops branches of the vision tower; None: none."""
-    rngs = {} if drop_path_key is None else {"drop_path": drop_path_key}
+    """Visual tokens [M,P,D] of images [M,3,h,w]. rngs: as `loss` takes them."""
     model = InternVLChat(config, dtype, remat=remat, image_axes=image_axes)
-    return model.apply({"params": params}, pixel_values, method="encode_images", rngs=rngs)
+    return model.apply(variables, pixel_values, method="encode_images", rngs=dict(rngs))
 
 
 def language_loss(
-    params: Params,
+    variables: Variables,
     config: ChatConfig,
     batch: Batch,
     features: Array | None,
@@ -138,17 +143,18 @@ def language_loss(
     dtype: Any = jnp.float32,
     remat: Remat = False,
     owners: tuple[int, ...] = (0,),
+    rngs: Rngs = NO_RNGS,
 ) -> Sums:
     """As `loss`, of images that are encoded already: features [M,P,D], or None."""
     model = InternVLChat(config, dtype)
-    x = model.apply({"params": params}, batch.input_ids, features, image_token_id, owners, method="embed_prompt")
+    x = model.apply(variables, batch.input_ids, features, image_token_id, owners, method="embed_prompt")
     real = batch.segment_ids > 0
-    language = params["language_model"]
+    language = part_variables(variables, "language_model")
     hidden, _ = llama.Llama(config.text, dtype, remat).apply(
-        {"params": language}, x, batch.positions, real, segments=batch.segment_ids
+        language, x, batch.positions, real, segments=batch.segment_ids, rngs=dict(rngs)
     )
     targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
-    total, right = _head_loss(language, config, hidden, targets, weights, z_loss, chunk)
+    total, right = _head_loss(language["params"], config, hidden, targets, weights, z_loss, chunk)
     counted = jnp.sum(weights > 0, dtype=jnp.float32)
     return Sums(total, right, counted, jnp.sum(real, dtype=jnp.float32))
 

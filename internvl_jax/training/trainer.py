@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from internvl_jax import lora
 from internvl_jax.config import ChatConfig
 from internvl_jax.data.batch import Batch, pad_rows
-from internvl_jax.models.layers import Params
+from internvl_jax.models.layers import Params, Variables
 from internvl_jax.models.stack import Remat
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as mesh_lib
@@ -130,10 +130,12 @@ def make_step(
     dtype = jnp.dtype(settings.dtype)
 
     def micro(trained: Params, frozen: Params, batch: Batch, weights: Any, key: Any) -> tuple[Any, objective.Sums]:
-        params = assemble(trained, frozen, recipe, jax.random.fold_in(key, 0))
-        dropping = recipe.drop_path > 0 and "vision_model" in recipe.train
+        variables = assemble(trained, frozen, recipe)
+        rngs = {"dropout": jax.random.fold_in(key, 0)} if recipe.lora else {}
+        if recipe.drop_path > 0 and "vision_model" in recipe.train:
+            rngs["drop_path"] = jax.random.fold_in(key, 1)
         sums = loss(
-            params,
+            variables,
             config,
             batch,
             weights,
@@ -143,7 +145,7 @@ def make_step(
             dtype=dtype,
             remat=REMAT[settings.remat],
             owners=place.owners,
-            drop_path_key=jax.random.fold_in(key, 1) if dropping else None,
+            rngs=rngs,
             image_axes=BATCH if place.mesh is None else mesh_lib.IMAGE_AXES[place.vision],
         )
         return sums.loss, sums
@@ -192,15 +194,15 @@ def training_config(config: ChatConfig, recipe: Recipe) -> ChatConfig:
     return replace(config, vision=replace(config.vision, drop_path_rate=recipe.drop_path))
 
 
-def assemble(trained: Params, frozen: Params, recipe: Recipe, key: Any) -> Params:
-    """One tree of what is trained and what is not, adapters beside their kernels. key: of their dropout, or None.
+def assemble(trained: Params, frozen: Params, recipe: Recipe) -> Variables:
+    """The model's variables, of what is trained and what is not; adapters are the collection "lora".
 
     Layers stay stacked on a CPU too, unlike for decoding: a scan copies each layer's weights, which is little beside
     the products of a batch, and its backward pass writes their gradients where they belong. A loop holds slices of all
     layers and their gradients twice, and XLA's CPU backend undoes its rematerialization.
     """
     params = {**frozen, **{name: part for name, part in trained.items() if name != ADAPTERS}}
-    return lora.attach(params, trained[ADAPTERS], recipe.lora, key) if ADAPTERS in trained else params
+    return lora.attach(params, trained.get(ADAPTERS, {}), recipe.lora)
 
 
 # Batches.

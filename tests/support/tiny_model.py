@@ -56,6 +56,10 @@ def batch_of(config, rows, total, images=1):
 
 
 def evaluate(params, config, batch, weights=None, **options):
+    return evaluate_variables({"params": params}, config, batch, weights, **options)
+
+
+def evaluate_variables(variables, config, batch, weights=None, **options):
     weights = objective.loss_weights(batch.labels, batch.segment_ids) if weights is None else weights
-    run = jax.jit(lambda p, b, w: objective.loss(p, config, b, w, IMAGE, **options))
-    return jax.device_get(run(params, batch, weights))
+    run = jax.jit(lambda v, b, w: objective.loss(v, config, b, w, IMAGE, **options))
+    return jax.device_get(run(variables, batch, weights))

@@ -10,16 +10,18 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from support import modules
 from support.adapter_cases import BOTH, adapters_of, llama
-from support.golden import assert_close, torch_tree, unstack
-from support.tiny_model import IMAGE, batch_of, evaluate, random_params, tiny
+from support.golden import assert_close, torch_tree
+from support.tiny_model import IMAGE, batch_of, evaluate, evaluate_variables, random_params, tiny
 
 from internvl_jax import checkpoint, lora
 from internvl_jax.cli import train
 from internvl_jax.config import config_from_hf
+from internvl_jax.inference.loading import unstack_towers
 from internvl_jax.lora import Lora, LoraError
-from internvl_jax.models import param_sharding
+from internvl_jax.models import layers, param_sharding
 from internvl_jax.models.axes import linear_layers
-from internvl_jax.models.layers import Linear
+from internvl_jax.models.chat_model import InternVLChat
+from internvl_jax.models.layers import ADAPTER, Adapter, Linear
 from internvl_jax.parallel import partitioning
 from internvl_jax.quantize import quantize_params
 from internvl_jax.training import objective, recipes, resizing
@@ -30,12 +32,15 @@ def test_fresh_adapters_change_nothing_and_train_only_their_second_matrix():
     config = tiny()
     params, batch = random_params(config), batch_of(config, [[40]], 48)
     adapters = lora.init_adapters(jax.random.key(0), params, BOTH)
-    layers = adapters["language_model"]["layers"]
-    assert layers["self_attn"]["q_proj"]["lora_a"].shape == (2, 128, 4)
-    assert layers["self_attn"]["q_proj"]["lora_b"].shape == (2, 4, 4, 32)
-    assert layers["self_attn"]["o_proj"]["lora_a"].shape == (2, 4, 32, 4)
-    assert np.abs(layers["self_attn"]["q_proj"]["lora_a"]).max() == pytest.approx(1 / np.sqrt(128), rel=0.02)
-    assert evaluate(lora.attach(params, adapters, BOTH), config, batch).loss == evaluate(params, config, batch).loss
+    attention = adapters["language_model"]["layers"]["self_attn"]
+    assert attention["q_proj"]["lora_a"].shape == (2, 128, 4)
+    assert attention["q_proj"]["lora_b"].shape == (2, 4, 4, 32)
+    assert attention["o_proj"]["lora_a"].shape == (2, 4, 32, 4)
+    assert np.abs(attention["q_proj"]["lora_a"]).max() == pytest.approx(1 / np.sqrt(128), rel=0.02)
+    assert (
+        evaluate_variables(lora.attach(params, adapters, BOTH), config, batch).loss
+        == evaluate(params, config, batch).loss
+    )
 
     @jax.jit
     @jax.grad
@@ -51,14 +56,13 @@ def test_merged_equals_unmerged():
     config = tiny()
     params, batch = random_params(config), batch_of(config, [[40], [45]], 48)
     adapters = adapters_of(params)
-    attached = evaluate(lora.attach(params, adapters, BOTH), config, batch)
+    attached = evaluate_variables(lora.attach(params, adapters, BOTH), config, batch)
     merged = evaluate(lora.merge(params, adapters, BOTH), config, batch)
     assert abs(attached.loss - evaluate(params, config, batch).loss) > 0.01
     assert float(attached.loss) == pytest.approx(float(merged.loss), abs=2e-5)
-    loose = {
-        name: {**part, "layers": unstack(part["layers"])} if "layers" in part else part for name, part in params.items()
-    }
-    assert evaluate(lora.attach(loose, adapters, BOTH), config, batch).loss == pytest.approx(attached.loss, abs=2e-5)
+    variables = lora.attach(params, adapters, BOTH)
+    by_layer = {collection: unstack_towers(tree) for collection, tree in variables.items()}
+    assert evaluate_variables(by_layer, config, batch).loss == pytest.approx(attached.loss, abs=2e-5)
 
 
 def test_a_merged_kernel_is_rounded_once():
@@ -80,13 +84,15 @@ def test_every_target_matters():
     config = tiny()
     params, batch = random_params(config), batch_of(config, [[40]], 48)
     adapters = adapters_of(params)
-    whole = evaluate(lora.attach(params, adapters, BOTH), config, batch).loss
+    whole = evaluate_variables(lora.attach(params, adapters, BOTH), config, batch).loss
     for tower, targets in {tower: linear_layers(tower) for tower in lora.ADAPTABLE}.items():
         for target in targets:
             without = {**BOTH, tower: dataclasses.replace(BOTH[tower], targets=(target,))}
             zeroed = jax.tree.map(jnp.copy, adapters)
             lora.leaf_at(zeroed[tower]["layers"], target)["lora_b"] *= 0
-            assert abs(evaluate(lora.attach(params, zeroed, without), config, batch).loss - whole) > 1e-5, target
+            assert abs(evaluate_variables(lora.attach(params, zeroed, without), config, batch).loss - whole) > 1e-5, (
+                target
+            )
 
 
 def test_dropout_is_the_adapters_alone_and_right_on_average():
@@ -95,20 +101,25 @@ def test_dropout_is_the_adapters_alone_and_right_on_average():
     settings = {"language_model": Lora(4, dropout=0.5)}
     adapters = adapters_of(params, settings, 0.05)
 
-    @jax.jit
-    def hidden(key):
-        dropped = lora.attach(params, adapters, settings, key)["language_model"]["layers"]["self_attn"]["q_proj"]
-        x = jax.random.normal(jax.random.key(9), (1, 3, 128))
-        layer = jax.tree.map(lambda leaf: leaf[0], dropped)
-        axes = ("embed", "heads", "head_dim")
-        return Linear("BTD,DNH->BTNH", (128, 4, 32), axes, jnp.float32).apply({"params": layer}, x)
+    variables = lora.attach(params, adapters, settings)
+    first = jax.tree.map(
+        lambda leaf: leaf[0], {name: tree["language_model"]["layers"] for name, tree in variables.items()}
+    )
+    q_proj = {name: tree["self_attn"]["q_proj"] for name, tree in first.items()}
+    layer = Linear("BTD,DNH->BTNH", (128, 4, 32), ("embed", "heads", "head_dim"), jnp.float32)
+    x = jax.random.normal(jax.random.key(9), (1, 3, 128))
+    hidden = jax.jit(lambda key: layer.apply(q_proj, x, rngs={"dropout": key}))
 
     one, other = hidden(jax.random.key(1)), hidden(jax.random.key(2))
     assert np.abs(one - other).max() > 0.01
     mean = np.mean([hidden(jax.random.key(i)) for i in range(400)], axis=0)
-    assert_close(mean, hidden(None), 0.15, "mean over 400 draws")
+    assert_close(mean, layer.apply(q_proj, x), 0.15, "mean over 400 draws")
+    alone = layer.apply({"params": q_proj["params"]}, x)
+    assert_close(
+        layer.apply({"params": q_proj["params"]}, x, rngs={"dropout": jax.random.key(1)}), alone, 0, "no adapter"
+    )
     losses = {
-        float(evaluate(lora.attach(params, adapters, settings, jax.random.key(i)), config, batch).loss) for i in (1, 2)
+        float(evaluate_variables(variables, config, batch, rngs={"dropout": jax.random.key(i)}).loss) for i in (1, 2)
     }
     assert len(losses) == 2
 
@@ -122,15 +133,13 @@ def test_dropout_drops_its_share_and_scales_the_rest(eqn, axes, inputs):
     width, drop = 96, 0.1
     x = 1 + jax.random.uniform(jax.random.key(0), (8, 50, *inputs))  # nowhere zero
     identity = np.eye(width, dtype=np.float32)
-    params = {
-        "kernel": np.zeros((*inputs, width), np.float32),
-        "lora_a": identity.reshape(*inputs, width),
-        "lora_b": identity,
-        "lora_key": jax.random.key(5),
-        "lora_dropout": np.float32(drop),
+    variables = {
+        "params": {"kernel": np.zeros((*inputs, width), np.float32)},
+        "lora": {ADAPTER: Adapter(identity.reshape(*inputs, width), identity, drop)},
     }
     layer = Linear(eqn, (*inputs, width), axes, jnp.float32)
-    out = np.asarray(jax.jit(lambda params, x: layer.apply({"params": params}, x))(params, x)).reshape(8, 50, width)
+    apply = jax.jit(lambda variables, x: layer.apply(variables, x, rngs={"dropout": jax.random.key(5)}))
+    out = np.asarray(apply(variables, x)).reshape(8, 50, width)
     x = np.asarray(x).reshape(out.shape)
     dropped = out == 0
     assert dropped.mean() == pytest.approx(drop, abs=0.01)
@@ -140,19 +149,31 @@ def test_dropout_drops_its_share_and_scales_the_rest(eqn, axes, inputs):
     assert np.sum(out * x) / np.sum(x * x) == pytest.approx(1, abs=0.02)
 
 
-def test_layers_targets_and_towers_drop_apart():
-    params = random_params(tiny())
+def test_layers_targets_and_towers_drop_apart(monkeypatch):
+    """Every adapter draws its mask from a key of its own, at its tower's rate; without an rng nothing is dropped."""
+    config = tiny()
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, num_hidden_layers=5))
+    params, batch = random_params(config), batch_of(config, [[40]], 48)
     settings = {"language_model": Lora(2, dropout=0.25), "vision_model": Lora(2, dropout=0.5)}
-    attached = lora.attach(params, adapters_of(params, settings), settings, jax.random.key(3))
-    keys = []
-    for tower, one in settings.items():
-        for target in linear_layers(tower):
-            layer = lora.leaf_at(attached[tower]["layers"], target)
-            assert set(np.asarray(layer["lora_dropout"])) == {np.float32(one.dropout)}
-            keys += [tuple(key) for key in np.asarray(jax.random.key_data(layer["lora_key"]))]
-    assert len(set(keys)) == len(keys)
-    without = lora.attach(params, adapters_of(params, settings), settings)
-    assert "lora_key" not in without["language_model"]["layers"]["mlp"]["up_proj"]
+    drawn = []
+
+    def record(key, keep, shape, *, heads):
+        jax.debug.callback(lambda data: drawn.append((keep, tuple(data.tolist()))), jax.random.key_data(key))
+        return jnp.ones(shape, bool)
+
+    monkeypatch.setattr(layers, "dropout_mask", record)
+    variables = lora.attach(params, adapters_of(params, settings), settings)
+    evaluate_variables(variables, config, batch)
+    jax.effects_barrier()
+    assert not drawn
+    evaluate_variables(variables, config, batch, rngs={"dropout": jax.random.key(3)})
+    jax.effects_barrier()
+    expected = {
+        1 - one.dropout: len(linear_layers(tower)) * jax.tree.leaves(params[tower]["layers"])[0].shape[0]
+        for tower, one in settings.items()
+    }
+    assert {keep: sum(one == keep for one, _ in drawn) for keep in expected} == expected
+    assert len({key for _, key in drawn}) == len(drawn) == sum(expected.values())
 
 
 def test_fresh_adapters_are_drawn_within_pefts_bounds():
@@ -202,8 +223,8 @@ def test_adapters_on_quantized_weights():
     config = tiny()
     params, batch = random_params(config), batch_of(config, [[40]], 48)
     adapters, low = adapters_of(params), quantize_params(params, "int8")
-    assert evaluate(lora.attach(low, adapters, BOTH), config, batch).loss == pytest.approx(
-        evaluate(lora.attach(params, adapters, BOTH), config, batch).loss, rel=0.02
+    assert evaluate_variables(lora.attach(low, adapters, BOTH), config, batch).loss == pytest.approx(
+        evaluate_variables(lora.attach(params, adapters, BOTH), config, batch).loss, rel=0.02
     )
     with pytest.raises(LoraError, match="merge first, then quantize"):
         lora.merge(low, adapters, BOTH)
@@ -336,8 +357,8 @@ def test_resized_tower_sees_as_the_reference_would_have_it_see():
 # peft.
 
 
-def logits_of(params, config, ids):
-    return jax.device_get(jax.jit(lambda p: modules.forward(p, config, ids)[0])(params))
+def logits_of(variables, config, ids):
+    return jax.device_get(jax.jit(lambda variables: InternVLChat(config).apply(variables, ids))(variables))
 
 
 def test_llama_adapters_equal_pefts_both_ways(tmp_path):
@@ -356,9 +377,10 @@ def test_llama_adapters_equal_pefts_both_ways(tmp_path):
     with torch.no_grad():
         expected = theirs(torch.tensor(ids)).logits.numpy()
     ours = logits_of(lora.attach(params, adapters, settings), config, ids)
-    assert np.abs(ours - logits_of(params, config, ids)).max() > 0.1
+    assert np.abs(ours - logits_of({"params": params}, config, ids)).max() > 0.1
     assert_close(ours, expected, 1e-3, "unmerged logits")
-    assert_close(logits_of(lora.merge(params, adapters, settings), config, ids), expected, 1e-3, "merged logits")
+    merged = {"params": lora.merge(params, adapters, settings)}
+    assert_close(logits_of(merged, config, ids), expected, 1e-3, "merged logits")
 
     theirs.save_pretrained(tmp_path / "theirs" / "language_model")
     again, read = import_peft(tmp_path / "theirs", config)

@@ -448,7 +448,7 @@ def test_llavas_projector_comes_with_its_adapter(tmp_path, llava):
     again, _ = lora.load(tmp_path / "ours", params)
     jax.tree.map(np.testing.assert_array_equal, again, adapters)
 
-    attached, merged = lora.attach(params, again, settings), lora.merge(params, again, settings)
+    attached, merged = lora.attach(params, again, settings)["params"], lora.merge(params, again, settings)
     for tree in (attached, merged):
         for name, part in (("0", "fc1"), ("2", "fc2")):
             kernel, bias = tree["mlp1"][part]["kernel"], tree["mlp1"][part]["bias"]
@@ -456,7 +456,7 @@ def test_llavas_projector_comes_with_its_adapter(tmp_path, llava):
             np.testing.assert_array_equal(kernel, projector[f"{key}.weight"].numpy().T)
             np.testing.assert_array_equal(bias, projector[f"{key}.bias"].numpy())
     assert np.abs(np.asarray(params["mlp1"]["fc1"]["kernel"]) - first.T).max() > 0.1  # params stays as it was
-    low = lora.attach(quantize_params(params, "int8"), again, settings)["mlp1"]["fc1"]["kernel"]
+    low = lora.attach(quantize_params(params, "int8"), again, settings)["params"]["mlp1"]["fc1"]["kernel"]
     assert is_quantized(low)
     assert_close(np.asarray(low.qvalue, np.float32) * np.asarray(low.scale), first.T, 0.03, "projector in 8 bits")
 

@@ -68,7 +68,7 @@ def gradients(golden):
     def run(params):
         def of(params):
             sums = objective.loss(
-                params, golden.config, golden.batch, weights, golden.image_token, chunk=40, remat=True
+                {"params": params}, golden.config, golden.batch, weights, golden.image_token, chunk=40, remat=True
             )
             return sums.loss, sums
 
@@ -162,7 +162,7 @@ def test_chunks_and_z_loss_equal_the_plain_formula():
     @jax.jit
     @jax.value_and_grad
     def ours(params):
-        return objective.loss(params, config, batch, weights, IMAGE, z_loss=0.01, chunk=16).loss
+        return objective.loss({"params": params}, config, batch, weights, IMAGE, z_loss=0.01, chunk=16).loss
 
     (expected, expected_grads), (value, grads) = plain(params), ours(params)
     assert float(value) == pytest.approx(float(expected), abs=1e-5)
@@ -178,7 +178,7 @@ def test_logits_of_the_whole_batch_are_never_held():
     config = tiny(vocab_size=4096)
     params, batch = random_params(config), batch_of(config, [[200], [200]], 256)
     weights = objective.loss_weights(batch.labels, batch.segment_ids)
-    grad = jax.jit(jax.grad(lambda p: objective.loss(p, config, batch, weights, IMAGE, chunk=32).loss))
+    grad = jax.jit(jax.grad(lambda p: objective.loss({"params": p}, config, batch, weights, IMAGE, chunk=32).loss))
     text = grad.lower(params).compile().as_text()
     assert "f32[2,32,4096]" in text
     for shape in ("[2,256,4096]", "[8,2,32,4096]", "[512,4096]"):
