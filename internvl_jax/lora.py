@@ -315,10 +315,9 @@ def check(params: Params, adapters: Params) -> None:
         if kernel is None:
             problems.append(f"{name}: no such layer")
             continue
-        stacked = len(kernel) - (0 if isinstance(params[name.split("/")[0]]["layers"], tuple) else 1)
-        inputs, outputs = sides(name, kernel[-stacked:])
+        inputs, outputs = sides(name, kernel[1:])
         expected, found = (inputs, leaf.shape[1:-1]) if kind == "lora_a" else (outputs, leaf.shape[2:])
-        if stacked < len(kernel) and leaf.shape[0] > kernel[0]:
+        if leaf.shape[0] > kernel[0]:
             problems.append(f"{name}/{kind} is for {leaf.shape[0]} layers, the model has {kernel[0]}")
         if tuple(expected) != tuple(found):
             problems.append(f"{name}/{kind} is for {list(found)}, the model has {list(expected)}")

@@ -32,7 +32,6 @@ from internvl_jax.models.intern_vit import InternViT
 from internvl_jax.models.kv_cache import KVCache, cache_specs, init_cache
 from internvl_jax.models.layers import Array, part_variables, positions_from_valid
 from internvl_jax.models.llama import Llama, next_logits
-from internvl_jax.models.stack import is_stacked
 from internvl_jax.parallel.partitioning import BATCH, TENSOR, constrain, constrain_to
 
 
@@ -119,7 +118,7 @@ def read_prompt(model: BoundModel, prompt: PromptBatch, *, slots: int) -> tuple[
         prompt.input_ids.shape[0],
         slots,
         model.cache_dtype,
-        stacked=is_stacked(language["params"]["layers"]),
+        layers=language["params"]["layers"],
     )
     cache = jax.tree.map(constrain_to, cache, cache_specs(cache))
     llama = Llama(config.text, dtype)

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from internvl_jax import checkpoint, lora
@@ -21,6 +20,7 @@ from internvl_jax.config.conversation_templates import TEMPLATES
 from internvl_jax.inference.chat import Chat
 from internvl_jax.models import chat_model, param_sharding
 from internvl_jax.models.layers import Params
+from internvl_jax.models.stack import unstack
 from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.processing.images import load_processor
@@ -154,22 +154,11 @@ def _runs_unstacked(mesh: Mesh | None) -> bool:
 def unstack_towers(params: Params) -> Params:
     """Both towers' layers as tuples, for CPU, where a scan copies every layer's weights at each step.
 
-    On the host, where it is free: sliced by jax, every leaf would be copied by a program that is compiled first.
-
     Args:
         params: one collection, parameters or adapters.
     """
-
-    def layer(stack: Params, index: int) -> Params:
-        return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[index]), stack)
-
-    towers: Params = {}
-    for name in ("vision_model", "language_model"):
-        if name in params:
-            stack = params[name]["layers"]
-            count = jax.tree.leaves(stack)[0].shape[0]
-            towers[name] = {**params[name], "layers": tuple(layer(stack, index) for index in range(count))}
-    return {**params, **towers}
+    towers = {name: params[name] for name in ("vision_model", "language_model") if name in params}
+    return {**params, **{name: {**tower, "layers": unstack(tower["layers"])} for name, tower in towers.items()}}
 
 
 def _dtype(dtype: Any, what: str = "dtype", names: tuple[str, ...] = DTYPES) -> jnp.dtype:

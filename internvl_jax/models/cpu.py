@@ -138,7 +138,7 @@ def unfold_cache(cache: Any) -> Any:
 
 
 def _regroup_cache(cache: Any, *axes: int) -> Any:
-    if not isinstance(cache.k, tuple):
+    if cache.stacked:
         return cache
     k, v = jax.tree.map(lambda leaf: leaf.reshape(*axes, *leaf.shape[-2:]), (cache.k, cache.v))
     scales = jax.tree.map(lambda leaf: leaf.reshape(*axes, leaf.shape[-1]), cache.scales)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from internvl_jax.config import TextConfig
 from internvl_jax.models import cpu
 from internvl_jax.models.layers import Array, pin_layout
+from internvl_jax.models.stack import is_stacked, zero_layers
 from internvl_jax.parallel.partitioning import logical_spec
 
 CACHE_AXES = ("layers", "batch", "kv_heads", None, None)  # [L,B,K,S,H]
@@ -33,7 +35,7 @@ class KVCache(flax.struct.PyTreeNode):
     Rows share slots: token i of a call goes to slot length + i of every row, whatever its position.
     """
 
-    k: Any  # Array [L,B,K,S,H], or a tuple of L arrays [B,K,S,H] where the layers' parameters are a tuple
+    k: Any  # layers (stack.py): Array [L,B,K,S,H], or a tuple of L arrays [B,K,S,H]
     v: Any
     positions: Array  # [B,S] int32, the position of the token in each slot
     valid: Array  # [B,S] bool, False for padding and for slots not yet written
@@ -43,7 +45,13 @@ class KVCache(flax.struct.PyTreeNode):
 
     @property
     def slots(self) -> int:
+        """Tokens that a row has room for."""
         return self.positions.shape[1]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the layers' keys and values are one array."""
+        return is_stacked(self.k)
 
     def append_positions(self, positions: Array, valid: Array) -> KVCache:
         """Record the positions and validity of T new tokens [B,T], before the layers append their k and v."""
@@ -64,7 +72,7 @@ class KVCache(flax.struct.PyTreeNode):
 
     def _write(self, stack: Any, layer: int | Array, new: Array) -> Any:
         """One layer's new [B,K,T,H] or [B,K,T] into a stack (or tuple) of them."""
-        if isinstance(stack, tuple):
+        if not self.stacked:
             old = stack[layer]
             axis = old.ndim - new.ndim + 2  # of the slots: one less where rows and heads are folded
             new = new.reshape(*old.shape[:axis], *new.shape[2:]).astype(old.dtype)
@@ -78,22 +86,25 @@ class KVCache(flax.struct.PyTreeNode):
 
     def read(self, layer: int | Array) -> KeysValues:
         """The layer's view, for `attention`."""
-        if isinstance(self.k, tuple):
+        if not self.stacked:
             cache = cpu.unfold_cache(self)
             scales = cache.scales and tuple(stack[layer] for stack in cache.scales)
             return KeysValues(cache.k[layer], cache.v[layer], scales)
         return KeysValues(self.k, self.v, self.scales, layer)
 
 
-def init_cache(config: TextConfig, batch: int, slots: int, dtype: Any, *, stacked: bool = True) -> KVCache:
-    """An empty cache of `slots` tokens for `batch` rows; dtype int8 keeps a scale beside each token's k and v."""
+def init_cache(config: TextConfig, batch: int, slots: int, dtype: Any, *, layers: Any) -> KVCache:
+    """Make an empty cache.
+
+    Args:
+        config: sizes of the language model.
+        batch: rows, B.
+        slots: tokens that a row has room for, S.
+        dtype: of keys and values; int8 keeps a scale beside each token's k and v.
+        layers: the layers' parameters, whose layout (stacked or not) the cache takes over.
+    """
     per_token = (batch, config.num_key_value_heads, slots)
-
-    def zeros(shape: tuple[int, ...], dtype: Any) -> Array | tuple[Array, ...]:
-        if stacked:
-            return jnp.zeros((config.num_hidden_layers, *shape), dtype)
-        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
-
+    zeros = partial(zero_layers, config.num_hidden_layers, like=layers)
     scaled = jnp.dtype(dtype) == jnp.int8
     return KVCache(
         k=zeros((*per_token, config.head_dim), dtype),
@@ -109,7 +120,7 @@ def cache_specs(cache: KVCache) -> KVCache:
     """PartitionSpecs of a cache, as a KVCache: rows over BATCH, kv heads over TENSOR."""
 
     def heads(stack: Any, axes: tuple[str | None, ...]) -> Any:
-        return tuple(logical_spec(*axes[1:]) for _ in stack) if isinstance(stack, tuple) else logical_spec(*axes)
+        return logical_spec(*axes) if cache.stacked else tuple(logical_spec(*axes[1:]) for _ in stack)
 
     return KVCache(
         k=heads(cache.k, CACHE_AXES),

@@ -1,4 +1,8 @@
-"""A stack of equal layers, and how it runs: a scan over stacked parameters, or a loop over one tree per layer."""
+"""A stack of equal layers, and how it runs: a scan over stacked parameters, or a loop over one tree per layer.
+
+"Layers" of parameters, adapters or a KV cache are one tree stacked on axis 0, or a tuple with one tree per
+layer. Only this file asks which; others use its functions.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from qwix import QArray
 
 from internvl_jax.models.layers import Params, Variables, split_groups
@@ -26,9 +31,8 @@ class LayerStack(nn.Module):
     Where the collection "lora" has "layers" too, in the same layout, they are the layers' adapters. An rng "dropout"
     gives every layer one of its own, which depends on the layer's number alone.
 
-    Parameters are one tree stacked on axis 0, or a tuple with one tree per layer. Stacked layers run as a lax.scan: the
-    compile time does not grow with depth, and on TPU nothing is copied. A tuple runs as a Python loop, because on CPU a
-    scan copies every layer's weights. Nothing outside this file depends on which it is.
+    Stacked layers run as a lax.scan: the compile time does not grow with depth, and on TPU nothing is copied. A tuple
+    runs as a Python loop, because on CPU a scan copies every layer's weights.
 
     Attributes:
         make_block: makes one unbound layer.
@@ -110,6 +114,28 @@ class LayerStack(nn.Module):
 def is_stacked(layers: Params | tuple[Params, ...]) -> bool:
     """Whether a stack's parameters are one tree with a leading layer axis, rather than a tuple of trees."""
     return not isinstance(layers, tuple)
+
+
+def unstack(layers: Params) -> tuple[Params, ...]:
+    """Stacked layers as a tuple of trees.
+
+    Arrays are sliced on the host, where it is free; by jax, every leaf would be copied by a program that is compiled
+    first. Under jit and jax.eval_shape, jax slices.
+    """
+
+    def layer_of(leaf: Any, index: int) -> Any:
+        return leaf[index] if isinstance(leaf, jax.core.Tracer) else jax.device_put(np.asarray(leaf)[index])
+
+    return tuple(
+        jax.tree.map(lambda leaf, index=index: layer_of(leaf, index), layers) for index in range(depth(layers))
+    )
+
+
+def zero_layers(count: int, shape: tuple[int, ...], dtype: Any, *, like: Any) -> Any:
+    """Zeros of `shape` for every layer: one array [count, *shape] or a tuple, as the layers `like` are laid out."""
+    if is_stacked(like):
+        return jnp.zeros((count, *shape), dtype)
+    return tuple(jnp.zeros(shape, dtype) for _ in range(count))
 
 
 def depth(layers: Params | tuple[Params, ...]) -> int:

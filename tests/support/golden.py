@@ -136,9 +136,3 @@ def kl(reference, ours):
     """Kullback-Leibler divergence at every position: logits [...,V] -> [...]."""
     p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (reference, ours))
     return np.sum(np.exp(p) * (p - q), axis=-1)
-
-
-def unstack(layers):
-    """A stacked tree of layers as a tuple of trees, as loading.unstack_towers makes them for a CPU; under jit too."""
-    count = jax.tree.leaves(layers)[0].shape[0]
-    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count))

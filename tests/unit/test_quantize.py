@@ -147,9 +147,9 @@ def test_int8_cache_equals_attention_to_what_it_holds():
     valid[1, :3] = False
     positions = np.maximum(np.cumsum(valid, 1) - 1, 0).astype(np.int32)
 
-    @partial(jax.jit, static_argnames=("dtype", "stacked"))
-    def read(params, dtype, stacked):
-        cache = kv_cache.init_cache(text, 2, 16, dtype, stacked=stacked)
+    @partial(jax.jit, static_argnames="dtype")
+    def read(params, dtype):
+        cache = kv_cache.init_cache(text, 2, 16, dtype, layers=params["layers"])
         return modules.run_llama(params, text, x, positions, valid, cache, fresh=True)[1]
 
     @jax.jit
@@ -164,9 +164,9 @@ def test_int8_cache_equals_attention_to_what_it_holds():
 
     for stacked in (True, False):
         tree = params if stacked else unstack_towers({"language_model": params})["language_model"]
-        cache = read(tree, jnp.int8, stacked)
+        cache = read(tree, jnp.int8)
         assert {leaf.dtype.name for leaf in jax.tree.leaves((cache.k, cache.v))} == {"int8"}
-        plain, exact = in_float32(cache), read(tree, jnp.float32, stacked)
+        plain, exact = in_float32(cache), read(tree, jnp.float32)
         for ours, theirs in zip(*(jax.tree.leaves((c.k, c.v)) for c in (plain, exact))):
             largest = np.abs(theirs).max(axis=-1, keepdims=True)  # of a token and head
             assert np.all(np.abs(ours - theirs) <= largest / 127.5 / 2 * 1.001 + 1e-7)  # half a step

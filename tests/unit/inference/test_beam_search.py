@@ -18,13 +18,13 @@ from support.generation_cases import (
     torch_beams,
     torch_llama,
 )
-from support.golden import unstack
 
 from internvl_jax.config import config_from_hf
 from internvl_jax.inference import beam_search, generate
 from internvl_jax.inference.generator import Generator
 from internvl_jax.inference.sampling import GenerationConfig, make_row_settings
 from internvl_jax.models import kv_cache
+from internvl_jax.models.stack import unstack
 
 CONFIG = config_from_hf(LLAMA)
 CASES = beam_cases()
@@ -208,7 +208,7 @@ def search_settings(gen):
 )
 def test_when_a_search_is_over(early_stopping, length_penalty, worst, over):
     gen = GenerationConfig(10, num_beams=2, length_penalty=length_penalty, early_stopping=early_stopping, **NO_END)
-    cache = kv_cache.init_cache(CONFIG.text, 2, 4, jnp.float32)
+    cache = kv_cache.init_cache(CONFIG.text, 2, 4, jnp.float32, layers={})
     state = beam_search.BeamState(
         cache=cache,
         tokens=jnp.zeros((1, 2, 10), jnp.int32),
@@ -232,7 +232,7 @@ def test_an_open_beam_that_wins_at_the_limit():
     """It is the answer in place of one that ended, and did not stop; what it has generated is its parent's and more."""
     gen = GenerationConfig(2, num_beams=2, **NO_END)
     state = beam_search.BeamState(
-        cache=kv_cache.init_cache(CONFIG.text, 2, 4, jnp.float32),
+        cache=kv_cache.init_cache(CONFIG.text, 2, 4, jnp.float32, layers={}),
         tokens=jnp.asarray([[[0, 0], [1, 0]]], jnp.int32),
         scores=jnp.asarray([[-1.0, -1.5]]),
         seen=jnp.asarray([[[True, False, False, False], [False, True, False, False]]]),

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from support import modules
 from support.generation_cases import IMAGE, LLAMA, NO_END, llama_weights, padded, rows_of, tokens_of
-from support.golden import unstack
 from support.paths import DATA
 
 from internvl_jax.config import config_from_hf, load_config
@@ -17,6 +16,7 @@ from internvl_jax.inference.generator import Generator, bucket
 from internvl_jax.inference.sampling import EOS_SLOTS, GenerationConfig, all_finite
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import positions_from_valid
+from internvl_jax.models.stack import unstack
 
 CONFIG = config_from_hf(LLAMA)
 VOCABULARY, CONTEXT, PAD = LLAMA["vocab_size"], LLAMA["max_position_embeddings"], LLAMA["pad_token_id"]

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import modules
-from support.golden import unstack
 
 from internvl_jax.config import PRESETS
 from internvl_jax.models import attention as seam
@@ -21,6 +20,7 @@ from internvl_jax.models.attention import (
     self_mask,
 )
 from internvl_jax.models.layers import positions_from_valid
+from internvl_jax.models.stack import unstack
 
 HEAD_DIM = 8
 
@@ -223,7 +223,7 @@ def test_prefill_and_decode_with_kernels(text, stacked):
 
     def run(params, ids, valid, *, program):
         with implementation(program):
-            cache, collected = kv_cache.init_cache(config, 2, 256, jnp.float32, stacked=stacked), []
+            cache, collected = kv_cache.init_cache(config, 2, 256, jnp.float32, layers=params["layers"]), []
             for start, end in ((0, 128), (128, 129), (129, 130), (130, 131)):
                 x = modules.embed(params, ids[:, start:end], jnp.float32)
                 hidden, cache, _ = modules.run_llama(

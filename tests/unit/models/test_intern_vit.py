@@ -17,11 +17,11 @@ from support.golden import (
     spread,
     torch_tree,
     tree_of,
-    unstack,
 )
 
 from internvl_jax.config import VisionConfig, config_from_hf, load_config
 from internvl_jax.models import intern_vit
+from internvl_jax.models.stack import is_stacked, unstack
 
 BUNDLE = DATA / "intern_vit"
 INTERPOLATED = ["interp_up_168", "interp_down_70", "interp_rect_84x140", "interp_remainder_177"]
@@ -221,10 +221,7 @@ def test_loop_and_remat_equal_the_scan(norm_type):
 def kept(params, layers):
     """A tower with its first `layers` layers only, stacked or a tuple."""
     stack = params["layers"]
-    return {
-        **params,
-        "layers": stack[:layers] if isinstance(stack, tuple) else jax.tree.map(lambda x: x[:layers], stack),
-    }
+    return {**params, "layers": jax.tree.map(lambda x: x[:layers], stack) if is_stacked(stack) else stack[:layers]}
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "tuple"])

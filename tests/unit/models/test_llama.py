@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from support import modules
 from support.generation_cases import LLAMA, llama_weights
-from support.golden import assert_close, kl, spread, torch_tree, unstack
+from support.golden import assert_close, kl, spread, torch_tree
 
 from internvl_jax.config import config_from_hf
 from internvl_jax.models import kv_cache, llama
 from internvl_jax.models.layers import positions_from_valid
+from internvl_jax.models.stack import unstack
 
 TOKENS = 497  # a wrong rotary base hides in short prompts
 CONFIG = config_from_hf(LLAMA).text
@@ -125,7 +126,7 @@ def test_cache_equals_the_whole_sequence(weights, stacked, fresh):
         hidden, cache, _ = modules.run_llama(params, CONFIG, x, positions, valid, cache, fresh=fresh)
         return modules.logits(params, CONFIG, hidden), cache
 
-    cache = kv_cache.init_cache(CONFIG, 2, 48, jnp.float32, stacked=stacked)
+    cache = kv_cache.init_cache(CONFIG, 2, 48, jnp.float32, layers=params["layers"])
     start = 0
     for step in (27, 1, 1, 1, 1, 1, 1, 7):
         now = slice(start, start + step)

@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from support import modules
-from support.golden import unstack
 
 from internvl_jax.config import PRESETS
 from internvl_jax.models import chat_model, param_sharding
+from internvl_jax.models.stack import unstack
 from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.parallel.mesh import AXES, MeshError, make_mesh, parse_mesh, validate_mesh
 
