@@ -50,7 +50,7 @@ def answer_benchmark(
         progress: Called as progress(done, total, "answering", note), where note is the score of the answers so far.
     """
     if run.codebase == "llava" and chat.processor is not None:
-        chat.processor = replace(chat.processor, pad_to_square=run.benchmark.pad)
+        chat = chat.with_processor(replace(chat.processor, pad_to_square=run.benchmark.pad))
     partial_score = PartialScore(run)
 
     def report(done: int, total: int, what: str) -> None:

@@ -30,7 +30,7 @@ from rich.progress import track
 from rich.table import Table
 
 from internvl_jax.inference.bound_model import BoundModel, PromptBatch
-from internvl_jax.inference.chat import Chat, Reply, answered
+from internvl_jax.inference.chat import Chat, Reply, require_answers
 from internvl_jax.inference.generate import read_prompt
 from internvl_jax.inference.loading import load
 from internvl_jax.inference.sampling import GenerationConfig
@@ -103,7 +103,7 @@ class Questions:
 
     def ask(self, chat: Chat, new_tokens: int) -> list[Reply]:
         """The model's own greedy answers."""
-        return list(answered(chat.batch_chat(self.texts, self.images, max_new_tokens=new_tokens)))
+        return list(require_answers(chat.batch_chat(self.texts, self.images, max_new_tokens=new_tokens)))
 
     def logits(self, chat: Chat, answers: list[Reply]) -> np.ndarray:
         """The model's logits at each token of given answers, one after the other, [sum of their tokens, V]."""

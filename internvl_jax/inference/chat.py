@@ -5,100 +5,35 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import math
 import time
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.config.conversation_templates import IMG_CONTEXT, TEMPLATES
+from internvl_jax.inference.answer_text import AnswerDecoder, AnswerStream, cut_at_stop
 from internvl_jax.inference.generate import DecodeState
 from internvl_jax.inference.generator import Generator
+from internvl_jax.inference.input_checks import check_pixels, check_settings, complete_settings, features_shape
 from internvl_jax.inference.prompts import AskOptions, History, ImageSource, PromptBuilder, QuestionBatch
+from internvl_jax.inference.replies import NOT_FINITE, AnswerError, Reply, Stream, require_answers
 from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.models.layers import Params
 from internvl_jax.parallel.partitioning import BATCH
-from internvl_jax.processing.conversation import Turn, count_placeholders
 from internvl_jax.processing.images import ImageProcessor
-from internvl_jax.processing.tokenizer import StreamDecoder, Tokenizer
+from internvl_jax.processing.tokenizer import Tokenizer
 from internvl_jax.quantize import scheme_of
 
-DEFAULT_NEW_TOKENS = 1024  # the longest answer where the caller sets no limit and the context has room
+__all__ = ["AnswerError", "Chat", "Reply", "Stream", "require_answers"]
+
 STREAM_CHUNK = 4  # tokens per piece of a streamed answer
 STOP_CHUNK = 16  # tokens between searches for a stop string
 
-
 logger = logging.getLogger(__name__)
-
-NOT_FINITE = (
-    "the model's logits are not finite (NaN or Inf): its weights are damaged or diverged, or overflow in this dtype"
-)
-
-
-class AnswerError(ValueError):
-    """The model gave no answer: its logits are not finite, or its tokens cannot be decoded."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer. With `error` there is none: text is empty."""
-
-    text: str
-    tokens: list[int]  # new token ids, with the end token, or what completes the stop string, where there was one
-    finish_reason: str  # "stop" (end token or stop string), "length" or "error"
-    history: list[tuple[str, str]]  # for the next call's `history`
-    prompt_tokens: int
-    timings: dict[str, float]  # seconds: encode, prefill, decode, total (of the whole batch)
-    error: str | None = None  # why there is no answer; history then lacks this turn
-
-    def __repr__(self) -> str:
-        if self.error is not None:
-            return f"Reply(error={self.error!r})"
-        return f"Reply({self.text!r}, {len(self.tokens)} tokens, finish_reason={self.finish_reason!r})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: the fields, with `text` under the name `answer`; `error` where there is one."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["history"] = [list(turn) for turn in self.history]
-        if self.error is None:
-            del values["error"]
-        return {"answer": values.pop("text"), **values}
-
-
-def answered(replies: Sequence[Reply]) -> Sequence[Reply]:
-    """Return the replies. Raises AnswerError if one has an error."""
-    for reply in replies:
-        if reply.error is not None:
-            raise AnswerError(reply.error)
-    return replies
-
-
-class Stream:
-    """A streamed answer: iterate over its pieces of text; afterwards `reply` is the whole answer."""
-
-    def __init__(self, pieces: Iterator[str | Reply]):
-        self._pieces = pieces
-        self._reply: Reply | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        for piece in self._pieces:
-            if isinstance(piece, Reply):
-                self._reply = piece
-            else:
-                yield piece
-
-    @property
-    def reply(self) -> Reply:
-        """The whole answer. Raises RuntimeError before the pieces are used up."""
-        if self._reply is None:
-            raise RuntimeError("the answer is not finished: iterate over the stream first")
-        return self._reply
 
 
 class Chat:
@@ -162,9 +97,11 @@ class Chat:
         """Preprocessing of images; None if the checkpoint has no preprocessor_config.json."""
         return self.prompts.processor
 
-    @processor.setter
-    def processor(self, processor: ImageProcessor | None) -> None:
-        self.prompts = replace(self.prompts, processor=processor)
+    def with_processor(self, processor: ImageProcessor) -> Chat:
+        """The same chat with another preprocessing of images."""
+        other = copy.copy(self)
+        other.prompts = replace(self.prompts, processor=processor)
+        return other
 
     def with_params(self, params: Params, adapters: Params | None = None) -> Chat:
         """The same chat with other parameters. Nothing is compiled again if their shapes and dtypes are the same.
@@ -202,23 +139,22 @@ class Chat:
         """Answer one question.
 
         Args:
-            question: its text, which may place each of its images with "<image>"; by default they precede the text.
-            images: all images of the conversation, those of its history first: paths, bytes, PIL images or arrays.
-                Those beyond the history's are the question's.
-            history: (question, answer) pairs. A previous reply's `history` also knows how many images each question
-                has. In pairs from elsewhere (JSON) it is one per placeholder, unless a third element gives the number;
-                where the only placeholder of such pairs may stand for several images, the question has to place a later
-                image.
+            question: the text. "<image>" marks the place of an image; unmarked images stand before the text.
+            images: all images of the conversation, those of the history first, then those of the question: paths,
+                bytes, PIL images or arrays.
+            history: earlier turns: a previous reply's `history`, or (question, answer) pairs. Such pairs have one image
+                per "<image>", unless a third element gives the number; if a single "<image>" may stand for several
+                images, the new question must place its own.
             **options: fields of `AskOptions` (system, honour_exif, ...) and of `GenerationConfig` (max_new_tokens,
-                temperature, num_beams, stop, ...). Without max_new_tokens an answer may take 1024 tokens or what the
-                context has room for.
+                temperature, num_beams, stop, ...). The default of max_new_tokens is 1024, or what the context has room
+                for.
 
         Raises:
             ValueError: an image is unreadable, placeholders and images do not match, the question is empty, or prompt
                 and answer exceed the context.
             AnswerError: the logits are not finite.
         """
-        (reply,) = answered(self._replies([question], [images], [history], options))
+        (reply,) = require_answers(self._answer([question], [images], [history], options))
         return reply
 
     def batch_chat(
@@ -228,9 +164,14 @@ class Chat:
         histories: Sequence[History] | None = None,
         **options: Any,
     ) -> list[Reply]:
-        """Answer several questions in one batch; each gets the answer that it gets alone. Arguments as for `chat`.
+        """Answer several questions in one batch. Each gets the answer that it gets alone.
 
-        When sampling, row i gets the answer that it gets alone with seed + i; `seed` may also be a tuple, one per row.
+        Args:
+            questions: one per row.
+            images: images of each row, as for `chat`; None: no images.
+            histories: history of each row, as for `chat`; None: no histories.
+            **options: as for `chat`. When sampling, row i gets the answer that it gets alone with seed + i; `seed` may
+                also be a tuple with one seed per row.
 
         Returns:
             One Reply per question. A row whose logits are not finite, or whose tokens cannot be decoded, gets a Reply
@@ -239,41 +180,12 @@ class Chat:
         Raises:
             ValueError: as for `chat`.
         """
-        replies = self._replies(questions, images, histories, options)
+        replies = self._answer(questions, images, histories, options)
         failed = [number for number, reply in enumerate(replies, 1) if reply.error is not None]
         if failed:
             names = ", ".join(map(str, failed[:10])) + (", ..." if len(failed) > 10 else "")
             logger.warning("question %s of %d: no answer (%s)", names, len(replies), replies[failed[0] - 1].error)
         return replies
-
-    def _replies(
-        self,
-        questions: Sequence[str],
-        images: Sequence[Any] | None,
-        histories: Sequence[History] | None,
-        options: dict[str, Any],
-    ) -> list[Reply]:
-        batch, gen = self._prepare(questions, images, histories, options)
-        timer = _Timer()
-        features = self._encode_batch(batch, timer)
-        if gen.num_beams > 1:
-            tokens, reasons = self.generator.generate(batch.input_ids, batch.attention_mask, features, gen)
-            timer.lap("decode")
-            rows = [
-                [] if reason == "error" else _trim(row, reason, self._ends(gen)) for row, reason in zip(tokens, reasons)
-            ]
-        else:
-            state = self.generator.prefill(batch.input_ids, batch.attention_mask, features, gen)
-            jax.block_until_ready(state.done)
-            timer.lap("prefill")
-            rows, reasons = self._decode(state, gen)
-            timer.lap("decode")
-        return [
-            self._reply(row, reason, gen, question, history, prompt_tokens, timer)
-            for row, reason, question, history, prompt_tokens in zip(
-                rows, reasons, batch.questions, batch.histories, batch.attention_mask.sum(axis=1)
-            )
-        ]
 
     def stream(
         self,
@@ -282,7 +194,7 @@ class Chat:
         history: History = (),
         **options: Any,
     ) -> Stream:
-        """Answer one question and stream the answer; the pieces joined are the reply's text. Arguments as for `chat`.
+        """Answer one question and stream the answer. The joined pieces are the reply's text. Arguments as for `chat`.
 
         Raises:
             ValueError: as for `chat`, before the first piece; also for beam search, which cannot be streamed.
@@ -302,20 +214,29 @@ class Chat:
         attention_mask: np.ndarray | None = None,
         **generation: Any,
     ) -> np.ndarray:
-        """New token ids [B, <=max_new_tokens] int32 for prompts that are already tokens.
+        """Generate tokens for prompts that are already tokens.
 
-        input_ids [B,T] (or [T]) with image tokens in place; pixel_values [images,3,H,W] float, normalised, in prompt
-        order over the batch; attention_mask [B,T], 0 on padding, on either side. The end token is kept, rows that end
-        early are filled with the pad id. `generation`: fields of GenerationConfig, `stop` excepted.
-        Raises AnswerError, naming the rows, where logits are not finite.
+        Args:
+            input_ids: [B,T] or [T] integers, with image tokens in place.
+            pixel_values: [M,3,H,W] float, normalized, in prompt order over the batch; None: no images.
+            attention_mask: [B,T] of 0 and 1, 0 on padding, on either side; None: no padding.
+            **generation: fields of GenerationConfig except `stop`.
+
+        Returns:
+            New tokens [B,<=max_new_tokens] int32, end tokens included, padded with the pad token.
+
+        Raises:
+            ValueError: an input or a setting cannot be used.
+            AnswerError: the logits of some rows, which the message names, are not finite.
         """
-        self._check_generation(generation)
-        input_ids, attention_mask = _rows(input_ids), _rows(attention_mask)
-        gen = self._generation_config(generation, np.ones_like(input_ids) if attention_mask is None else attention_mask)
+        check_settings(self.config, generation, self.name)
+        input_ids, mask = _rows(input_ids), None if attention_mask is None else _rows(attention_mask)
+        lengths = np.ones_like(input_ids) if mask is None else mask
+        gen = complete_settings(self.config, generation, lengths, self.eos_token_ids)
         if gen.stop:
             raise ValueError("stop strings need text: use chat(), or eos_token_ids here")
-        features = self._features(input_ids, attention_mask, pixel_values, gen)
-        tokens, reasons = self.generator.generate(input_ids, attention_mask, features, gen)
+        features = self._features(input_ids, mask, pixel_values, gen)
+        tokens, reasons = self.generator.generate(input_ids, mask, features, gen)
         failed = [str(row) for row, reason in enumerate(reasons) if reason == "error"]
         if failed:
             raise AnswerError(f"row {', '.join(failed)}: {NOT_FINITE}")
@@ -327,21 +248,30 @@ class Chat:
         pixel_values: np.ndarray | None = None,
         attention_mask: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Logits at every position, [B,T,V] float32; arguments as for `generate`. Rows of padding mean nothing."""
-        self._check_generation({})
-        input_ids, attention_mask = _rows(input_ids), _rows(attention_mask)
-        features = self._features(input_ids, attention_mask, pixel_values, None)
-        return self.generator.logits(input_ids, attention_mask, features)
+        """Logits at every position, [B,T,V] float32, undefined on padding. Arguments as for `generate`."""
+        check_settings(self.config, {}, self.name)
+        input_ids, mask = _rows(input_ids), None if attention_mask is None else _rows(attention_mask)
+        return self.generator.logits(input_ids, mask, self._features(input_ids, mask, pixel_values, None))
 
     def encode(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Visual tokens [M,P,D] float32 of pixel_values [M,3,H,W]; of a bare InternViT its last state [M,1+P,D]."""
-        return np.asarray(self.generator.encode(self._check_pixels(pixel_values)), np.float32)
+        """Encode images.
 
-    # What is behind them.
+        Args:
+            pixel_values: [M,3,H,W], or [3,H,W] for one image; float, normalized.
+
+        Returns:
+            Image features [M,P,D] float32; of a vision tower alone its last hidden state [M,1+P,D].
+        """
+        pixels = check_pixels(self.config, pixel_values, self.name)
+        return np.asarray(self.generator.encode(pixels), np.float32)
 
     def check_ready(self) -> None:
-        """Raise the ValueError that every question would meet: no language model, no tokenizer, no known template."""
-        self._check_generation({})
+        """Check that the model can answer questions at all.
+
+        Raises:
+            ValueError: there is no language model, no tokenizer or no known conversation template.
+        """
+        check_settings(self.config, {}, self.name)
         if self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer files: put them beside its config.json, or use generate()")
         if self.config.template not in TEMPLATES:
@@ -351,73 +281,7 @@ class Chat:
                 "--template if it is one of them, or write the prompt yourself and use generate()"
             )
 
-    def _check_generation(self, values: dict[str, Any]) -> None:
-        if self.config.text is None:
-            raise ValueError(f"{self.name} is a vision tower without a language model: it can only `encode`")
-        unknown = set(values) - set(GenerationConfig.__dataclass_fields__)
-        if unknown:
-            known = ", ".join(GenerationConfig.__dataclass_fields__)
-            raise ValueError(f"no such generation setting: {', '.join(sorted(unknown))}; there are {known}")
-        GenerationConfig(**{name: value for name, value in values.items() if value is not None})
-
-    def _generation_config(self, values: dict[str, Any], attention_mask: np.ndarray) -> GenerationConfig:
-        """The caller's settings with this checkpoint's defaults. Without max_new_tokens the context sets the limit."""
-        values = {name: value for name, value in values.items() if value is not None}
-        longest = int(np.asarray(attention_mask).sum(axis=-1).max(initial=0))
-        context = self.config.text.max_position_embeddings
-        if "max_new_tokens" not in values:
-            if longest >= context:
-                raise ValueError(
-                    f"the prompt has {longest} tokens, which leaves no room for an answer in the context of {context}: "
-                    "shorten the question or its history, or show fewer images"
-                )
-            values["max_new_tokens"] = min(DEFAULT_NEW_TOKENS, context - longest)
-        values.setdefault("eos_token_ids", self.eos_token_ids)
-        return GenerationConfig(**values)
-
-    def _check_pixels(self, pixel_values: np.ndarray) -> np.ndarray:
-        if self.config.vision is None:
-            raise ValueError(f"{self.name} is a language model without a vision tower: it reads no images")
-        given = np.asarray(pixel_values)
-        pixels = given[None] if given.ndim == 3 else given
-        vision = self.config.vision
-        if pixels.ndim != 4 or pixels.shape[1] != vision.num_channels:
-            raise ValueError(f"pixel_values must be [images, 3, height, width], not {list(given.shape)}")
-        if not pixels.shape[0]:
-            raise ValueError("pixel_values holds no images: leave it out for prompts without images")
-        if not jnp.issubdtype(given.dtype, jnp.floating):
-            raise ValueError(
-                f"pixel_values must be normalised numbers, not {given.dtype}: use chat.processor(image), or scale to "
-                "0...1, subtract the mean and divide by the standard deviation of preprocessor_config.json"
-            )
-        ratio = 1 if self.config.projector is None else self.config.unshuffle
-        grid = [side // vision.patch_size for side in pixels.shape[2:]]
-        if not all(grid) or any(side % ratio for side in grid):
-            raise ValueError(
-                f"pixel_values of {pixels.shape[2]} x {pixels.shape[3]} pixels have {grid[0]} x {grid[1]} patches: "
-                f"whole multiples of {ratio * vision.patch_size} pixels are needed, best {self.config.image_size}"
-            )
-        return pixels.astype(np.float32, copy=False)
-
-    def _features(
-        self,
-        input_ids: np.ndarray,
-        attention_mask: np.ndarray | None,
-        pixel_values: np.ndarray | None,
-        gen: GenerationConfig | None,
-    ) -> jax.Array | None:
-        """Visual tokens of a call's images; first everything that can be refused is."""
-        if pixel_values is None:
-            self.generator.check(input_ids, attention_mask, None, gen)
-            return None
-        pixels = self._check_pixels(pixel_values)
-        self.generator.check(input_ids, attention_mask, self._features_like(pixels), gen)
-        return self.generator.encode(pixels)
-
-    def _features_like(self, pixels: np.ndarray) -> jax.ShapeDtypeStruct:
-        """The shape of what `Generator.encode` makes of checked pixels."""
-        tokens = math.prod(side // self.config.vision.patch_size // self.config.unshuffle for side in pixels.shape[2:])
-        return jax.ShapeDtypeStruct((len(pixels), tokens, self.config.text.hidden_size), self.dtype)
+    # Implementation.
 
     def _prepare(
         self,
@@ -426,17 +290,50 @@ class Chat:
         histories: Sequence[History] | None,
         options: dict[str, Any],
     ) -> tuple[QuestionBatch, GenerationConfig]:
-        """Text and images to arrays. All inputs are validated here, before the model runs."""
-        asked = {name: options[name] for name in options.keys() & AskOptions.__dataclass_fields__.keys()}
-        generation = {name: value for name, value in options.items() if name not in asked}
+        """Turn text and images into arrays. All inputs are validated here, before the model runs."""
+        ask = {name: options[name] for name in options.keys() & AskOptions.__dataclass_fields__.keys()}
+        settings = {name: value for name, value in options.items() if name not in ask}
         self.check_ready()
-        self._check_generation(generation)
-        batch = self.prompts.build(questions, images, histories, AskOptions(**asked))
-        gen = self._generation_config(generation, batch.attention_mask)
+        check_settings(self.config, settings, self.name)
+        batch = self.prompts.build(questions, images, histories, AskOptions(**ask))
+        gen = complete_settings(self.config, settings, batch.attention_mask, self.eos_token_ids)
         pixels = batch.pixel_values
-        features = None if pixels is None else self._features_like(pixels)
+        features = None if pixels is None else features_shape(self.config, pixels, self.dtype)
         self.generator.check(batch.input_ids, batch.attention_mask, features, gen)
         return batch, gen
+
+    def _features(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None,
+        pixel_values: np.ndarray | None,
+        gen: GenerationConfig | None,
+    ) -> jax.Array | None:
+        """Validate the inputs of `generate` or `logits`, then encode the images."""
+        if pixel_values is None:
+            self.generator.check(input_ids, attention_mask, None, gen)
+            return None
+        pixels = check_pixels(self.config, pixel_values, self.name)
+        shape = features_shape(self.config, pixels, self.dtype)
+        self.generator.check(input_ids, attention_mask, shape, gen)
+        return self.generator.encode(pixels)
+
+    def _answer(
+        self,
+        questions: Sequence[str],
+        images: Sequence[Any] | None,
+        histories: Sequence[History] | None,
+        options: dict[str, Any],
+    ) -> list[Reply]:
+        batch, gen = self._prepare(questions, images, histories, options)
+        timer = _Timer()
+        features = self._encode_batch(batch, timer)
+        if gen.num_beams > 1:
+            rows, reasons = self.generator.beam_search(batch.input_ids, batch.attention_mask, features, gen)
+        else:
+            rows, reasons = self._decode(self._prefill(batch, features, gen, timer), gen)
+        timer.lap("decode")
+        return [self._reply(batch, row, tokens, reasons[row], gen, timer) for row, tokens in enumerate(rows)]
 
     def _encode_batch(self, batch: QuestionBatch, timer: _Timer) -> jax.Array | None:
         if batch.pixel_values is None:
@@ -445,16 +342,25 @@ class Chat:
         timer.lap("encode")
         return features
 
+    def _prefill(
+        self, batch: QuestionBatch, features: jax.Array | None, gen: GenerationConfig, timer: _Timer
+    ) -> DecodeState:
+        state = self.generator.prefill(batch.input_ids, batch.attention_mask, features, gen)
+        jax.block_until_ready(state.done)
+        timer.lap("prefill")
+        return state
+
     def _decode(self, state: DecodeState, gen: GenerationConfig) -> tuple[list[list[int]], list[str]]:
-        """Decode every row to its end; with stop strings the host looks between chunks and ends rows itself."""
+        """Decode every row to its end. With stop strings, the host looks for them between chunks and ends rows."""
+        decoder = self._answer_decoder()
         chunk = STOP_CHUNK if gen.stop else gen.max_new_tokens
         while True:
             rows, reasons, running = self.generator.read(state)
             if gen.stop:
-                for number in np.flatnonzero(running):
-                    with contextlib.suppress(ValueError):  # a row without a text is `_reply`'s to report
-                        if self._cut_at_stop(self._text(rows[number]), gen.stop) is not None:
-                            reasons[number], running[number] = "stop", False
+                for row in np.flatnonzero(running):
+                    with contextlib.suppress(ValueError):  # `_reply` reports tokens that cannot be decoded
+                        if cut_at_stop(decoder.text(rows[row]), gen.stop) is not None:
+                            reasons[row], running[row] = "stop", False
                 state = self.generator.end_rows(state, ~running)
             if not running.any():
                 return rows, reasons
@@ -462,131 +368,59 @@ class Chat:
 
     def _stream(self, batch: QuestionBatch, gen: GenerationConfig) -> Iterator[str | Reply]:
         timer = _Timer()
-        features = self._encode_batch(batch, timer)
-        state = self.generator.prefill(batch.input_ids, batch.attention_mask, features, gen)
-        jax.block_until_ready(state.done)
-        timer.lap("prefill")
-        decoder, seen, given, text = StreamDecoder(self.tokenizer), 0, "", ""
+        state = self._prefill(batch, self._encode_batch(batch, timer), gen, timer)
+        answer = AnswerStream(self._answer_decoder(), gen.stop)
         while True:
-            (row,), (reason,), running = self.generator.read(state)
+            (tokens,), (reason,), running = self.generator.read(state)
             if reason == "error":
                 raise AnswerError(NOT_FINITE)
-            text += decoder.push(self._decodable(row[seen:]))
-            seen = len(row)
-            finished = not running[0]
-            if finished:
-                text += decoder.flush()
-            cut = self._cut_at_stop(text, gen.stop)
-            if cut is not None:
-                text, reason, finished = cut, "stop", True
-            # Leading and trailing blanks are not part of the answer, nor may the beginning of a stop string be shown.
-            visible = text.strip() if finished else _held_back(text.lstrip().rstrip(), gen.stop)
-            if len(visible) > len(given):
-                yield visible[len(given) :]
-                given = visible
-            if finished:
+            piece = answer.push(tokens, last=not running[0])
+            if piece:
+                yield piece
+            if answer.finished:
                 timer.lap("decode")
-                prompt_tokens = batch.attention_mask[0].sum()
-                yield self._reply(row, reason, gen, batch.questions[0], batch.histories[0], prompt_tokens, timer)
+                yield self._reply(batch, 0, tokens, "stop" if answer.stopped else reason, gen, timer)
                 return
             state = self.generator.decode(state, STREAM_CHUNK)
 
-    def _text(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(self._decodable(tokens), skip_special_tokens=True)
-
-    def _decodable(self, tokens: Sequence[int]) -> list[int]:
-        """Without an end token that the tokenizer does not have: no other such token is ever generated."""
-        return [token for token in tokens if self._known[token]]
-
-    @staticmethod
-    def _cut_at_stop(text: str, stops: Sequence[str]) -> str | None:
-        """The text before the first stop string, None where there is none."""
-        found = [text.find(stop) for stop in stops if stop in text]
-        return text[: min(found)] if found else None
-
-    def _ends(self, gen: GenerationConfig) -> tuple[int, ...]:
-        return gen.eos_token_ids if gen.eos_token_ids is not None else self.config.text.eos_token_ids
-
     def _reply(
-        self,
-        tokens: list[int],
-        reason: str,
-        gen: GenerationConfig,
-        question: tuple[str, int],
-        history: list[Turn],
-        prompt_tokens: int,
-        timer: _Timer,
+        self, batch: QuestionBatch, row: int, tokens: list[int], reason: str, gen: GenerationConfig, timer: _Timer
     ) -> Reply:
-        """The Reply of a row; one with `error` where the row has no answer."""
-        error = NOT_FINITE if reason == "error" else None
-        if error is None:
+        """The Reply of a row; one with `error` if the row has no answer."""
+        prompt_tokens, seconds = int(batch.attention_mask[row].sum()), timer.seconds()
+        error = NOT_FINITE
+        if reason != "error":
             try:
-                return self._answer(tokens, reason, gen, question, history, prompt_tokens, timer)
+                text, tokens, reason = self._answer_decoder().finish(tokens, reason, gen.stop)
+                return Reply(text, tokens, reason, batch.history_with(row, text), prompt_tokens, seconds)
             except ValueError as problem:
-                error = f"the answer's tokens are no text ({problem})"
-        return Reply("", tokens, "error", list(history), int(prompt_tokens), timer.seconds(), error)
+                error = f"the answer's tokens cannot be decoded ({problem})"
+        return Reply("", tokens, "error", list(batch.histories[row]), prompt_tokens, seconds, error)
 
-    def _answer(
-        self,
-        tokens: list[int],
-        reason: str,
-        gen: GenerationConfig,
-        question: tuple[str, int],
-        history: list[Turn],
-        prompt_tokens: int,
-        timer: _Timer,
-    ) -> Reply:
-        text = self._text(tokens)
-        cut = self._cut_at_stop(text, gen.stop)
-        if cut is not None:
-            text, reason = cut, "stop"
-            # The host looks for stop strings now and then only: what was generated in between is not the answer's.
-            complete = bisect_left(
-                range(len(tokens)),
-                True,
-                key=lambda count: self._cut_at_stop(self._text(tokens[:count]), gen.stop) is not None,
-            )
-            tokens = tokens[:complete]
-        text = text.strip()
-        asked, images = question
-        turns: list[tuple[str, str]] = [
-            *(Turn(turn, turn.images) for turn in history),
-            Turn((asked, text), images + count_placeholders(text)),
-        ]
-        return Reply(text, [int(t) for t in tokens], reason, turns, int(prompt_tokens), timer.seconds())
+    def _answer_decoder(self) -> AnswerDecoder:
+        self.check_ready()
+        assert self.tokenizer is not None
+        assert self._known is not None
+        return AnswerDecoder(self.tokenizer, self._known)
 
 
 class _Timer:
-    """Wall time by phase."""
+    """Wall time by phase, in seconds."""
 
     def __init__(self) -> None:
         self._start = self._last = time.perf_counter()
         self._laps: dict[str, float] = {}
 
-    def lap(self, name: str) -> None:
+    def lap(self, phase: str) -> None:
+        """End a phase."""
         now = time.perf_counter()
-        self._laps[name] = now - self._last
+        self._laps[phase] = now - self._last
         self._last = now
 
     def seconds(self) -> dict[str, float]:
         return {**self._laps, "total": self._last - self._start}
 
 
-def _rows(array: Any) -> np.ndarray | None:
-    """An array of one row or several as several."""
-    return None if array is None else np.atleast_2d(np.asarray(array))
-
-
-def _held_back(text: str, stops: Sequence[str]) -> str:
-    """`text` without an ending that may turn out to be the beginning of a stop string."""
-    longest = max(
-        (n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0
-    )
-    return text[: len(text) - longest]
-
-
-def _trim(row: np.ndarray, reason: str, ends: tuple[int, ...]) -> list[int]:
-    """A padded row of tokens up to its end token."""
-    tokens = [int(token) for token in row]
-    hits = [index for index, token in enumerate(tokens) if token in ends]
-    return tokens[: hits[0] + 1] if reason == "stop" and hits else tokens
+def _rows(array: Any) -> np.ndarray:
+    """[B,T] from [B,T] or a single row [T]."""
+    return np.atleast_2d(np.asarray(array))

@@ -203,10 +203,41 @@ class Generator:
         """
         gen = gen or GenerationConfig()
         if gen.num_beams > 1:
-            return self._search(*self.prepare(input_ids, attention_mask, features, gen), gen)
-        state = self.prefill(input_ids, attention_mask, features, gen)
-        rows, reasons, _ = self.read(self.decode(state, gen.max_new_tokens))
+            rows, reasons = self.beam_search(input_ids, attention_mask, features, gen)
+        else:
+            state = self.prefill(input_ids, attention_mask, features, gen)
+            rows, reasons, _ = self.read(self.decode(state, gen.max_new_tokens))
         return self._padded(rows), reasons
+
+    def beam_search(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None,
+        features: Array | None,
+        gen: GenerationConfig,
+    ) -> tuple[list[list[int]], list[str]]:
+        """Search for an answer to each prompt with gen.num_beams beams. Arguments and errors as for `generate`.
+
+        Returns:
+            Each row's tokens, and its finish reason; rows that failed have no tokens.
+        """
+        prompt, settings = self.prepare(input_ids, attention_mask, features, gen)
+        width = prompt.input_ids.shape[1]
+        prompt_length = prompt.valid.sum(axis=1, dtype=np.int32)
+        search = SearchSettings(
+            rows=settings,
+            length_penalty=np.float32(gen.length_penalty),
+            early_stopping=np.int32(EARLY_STOPPING[gen.early_stopping]),
+            num_beams=gen.num_beams,
+            max_tokens=bucket(width + gen.max_new_tokens) - width,
+        )
+        with self._on_mesh():
+            logits, cache = generate.read_prompt_step(self.model, prompt, slots=width)
+            result = generate.beam_search_step(self.model, logits, cache, prompt_length, search)
+        fields = (field[prompt_length > 0] for field in jax.device_get(result))
+        tokens, lengths, stopped, failed = fields
+        rows = [row[:length].tolist() for row, length in zip(tokens, lengths)]
+        return rows, _reasons(stopped, failed)
 
     def logits(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, features: Array | None = None
@@ -268,26 +299,6 @@ class Generator:
             aligned[number, width - len(row) :] = row
             valid[number, width - len(row) :] = True
         return PromptBatch(aligned, valid, None if features is None else pad_images(features)), settings
-
-    def _search(
-        self, prompt: PromptBatch, settings: RowSettings, gen: GenerationConfig
-    ) -> tuple[np.ndarray, list[str]]:
-        width = prompt.input_ids.shape[1]
-        prompt_length = prompt.valid.sum(axis=1, dtype=np.int32)
-        search = SearchSettings(
-            rows=settings,
-            length_penalty=np.float32(gen.length_penalty),
-            early_stopping=np.int32(EARLY_STOPPING[gen.early_stopping]),
-            num_beams=gen.num_beams,
-            max_tokens=bucket(width + gen.max_new_tokens) - width,
-        )
-        with self._on_mesh():
-            logits, cache = generate.read_prompt_step(self.model, prompt, slots=width)
-            result = generate.beam_search_step(self.model, logits, cache, prompt_length, search)
-        fields = (field[prompt_length > 0] for field in jax.device_get(result))
-        tokens, lengths, stopped, failed = fields
-        rows = [row[:length].tolist() for row, length in zip(tokens, lengths)]
-        return self._padded(rows), _reasons(stopped, failed)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -1,4 +1,4 @@
-"""FLOPs that each inference program needs at least: matrix products of true sizes, over all devices."""
+"""Least FLOPs of each inference program: matrix products of true sizes, summed over all devices."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def prefill(config: ChatConfig, rows: int, prompt: int) -> int:
 
 def decode(config: ChatConfig, rows: int, slots: int) -> int:
     """One token per row: layers, attention over `slots` slots of the KV cache, and logits."""
-    text = config.text
+    text = config.required_text
     attention = 4 * slots * text.num_attention_heads * text.head_dim * text.num_hidden_layers
     return rows * (2 * flops.text_weights(config) + attention + flops.head(config))

@@ -30,7 +30,6 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from internvl_jax.inference.chat import Reply
 from internvl_jax.inference.offline_files import (
     GENERATION,
     BatchError,
@@ -42,6 +41,7 @@ from internvl_jax.inference.offline_files import (
     read_questions,
     sorted_answers,
 )
+from internvl_jax.inference.replies import Reply
 from internvl_jax.inference.sampling import SAMPLING, GenerationConfig
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as mesh_lib

@@ -1,4 +1,4 @@
-"""From questions and images to arrays: what `Chat` does before the model runs."""
+"""From questions and images to arrays, before the model runs."""
 
 from __future__ import annotations
 
@@ -69,10 +69,24 @@ class QuestionBatch:
     questions: list[tuple[str, int]]
     histories: list[list[Turn]]
 
+    def history_with(self, row: int, answer: str) -> list[tuple[str, str]]:
+        """The history of a row after its answer; each turn has its number of images."""
+        question, images = self.questions[row]
+        turns: list[tuple[str, str]] = [Turn(turn, turn.images) for turn in self.histories[row]]
+        return [*turns, Turn((question, answer), images + count_placeholders(answer))]
+
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """Builds the prompts of one model. `name` is the model's, for error messages."""
+    """Builds the prompts of one model.
+
+    Attributes:
+        config: configuration of the model.
+        tokenizer: its tokenizer; None if the checkpoint has none.
+        processor: its preprocessing of images; None if the checkpoint has none.
+        image_token_id: token that image features replace; None for text-only models.
+        name: the model's name, for error messages.
+    """
 
     config: ChatConfig
     tokenizer: Tokenizer | None
@@ -102,47 +116,37 @@ class PromptBuilder:
                 f"{len(questions)} questions, {len(image_rows)} lists of images and {len(turns)} histories: give "
                 "one of each per row"
             )
-        placed, rows, pixels = [], [], []
-        turns = [combine_images(row, len(own)) if options.combine else row for row, own in zip(turns, image_rows)]
-        for number, (question, row_images, history) in enumerate(zip(questions, image_rows, turns)):
-            where = f"question {number + 1}: " if len(questions) > 1 else ""
+        if options.combine:
+            turns = [combine_images(row, len(own)) for row, own in zip(turns, image_rows)]
+        tokenizer = self._required_tokenizer()
+        asked: list[tuple[str, int]] = []
+        rows: list[list[int]] = []
+        pixels: list[np.ndarray] = []
+        for index, (question, sources, history) in enumerate(zip(questions, image_rows, turns)):
             try:
-                if not isinstance(question, str):
-                    raise ValueError(f"a question is a text, not {type(question).__name__}")
-                if not question.strip():
-                    raise ValueError("the question is empty")
-                if row_images:
-                    self._check_sees()
                 earlier = count_images(history) + count_placeholders(options.system or "")
-                if not has_ambiguous_images(history):
-                    question = place_images(question, len(row_images) - earlier, has_history=False)
-                rows.append(self._encode_text(question, history, len(row_images), options))
-                for source in row_images:
-                    image = load_image(source, honour_exif=options.honour_exif)
-                    pixels.append(self.processor(image, path=options.image_path))
+                question = self._place_images(question, history, len(sources) - earlier)
+                processor = self._required_processor() if sources else None
+                rows.append(self._encode_text(question, history, len(sources), options))
+                if processor is not None:
+                    loaded = (load_image(source, honour_exif=options.honour_exif) for source in sources)
+                    pixels += [processor(image, path=options.image_path) for image in loaded]
             except ValueError as error:
+                where = f"question {index + 1}: " if len(questions) > 1 else ""
                 raise type(error)(f"{where}{error}") from None
-            placed.append((question, len(row_images) - earlier))
-        input_ids, mask = pad_left(rows, self.tokenizer.pad_id or 0)
-        return QuestionBatch(input_ids, mask, np.stack(pixels) if pixels else None, placed, turns)
+            asked.append((question, len(sources) - earlier))
+        input_ids, mask = pad_left(rows, tokenizer.pad_id or 0)
+        return QuestionBatch(input_ids, mask, np.stack(pixels) if pixels else None, asked, turns)
 
-    def _encode_text(self, question: str, history: Sequence[Turn], num_images: int, options: AskOptions) -> list[int]:
-        """Token ids of a row's prompt. What people typed holds no special tokens, unless they ask for it."""
-        typed = (question, options.system or "", *(text for turn in history for text in turn))
-        literal = None
-        if not options.parse_special:
-            without = (_unicode(text).replace(IMAGE_PLACEHOLDER, " ") for text in typed)
-            answers = (answer for _, answer in history)
-            if any(special_tokens_in(self.tokenizer, text) for text in without) or count_placeholders(*answers):
-                literal = unused_character(*typed)
-        template = TEMPLATES[self.config.template]
-        tokens = self.config.tokens_per_image if num_images else 0
-        prompt = prepare_prompt(template, question, history, num_images, tokens, options.system, literal)
-        return encode_prompt(
-            self.tokenizer, _unicode(prompt), template.image[1], self.image_token_id, literal_mark=literal
-        )
+    def _place_images(self, question: Any, history: Sequence[Turn], num_images: int) -> str:
+        """The question with a placeholder for each of its images."""
+        if not isinstance(question, str):
+            raise ValueError(f"a question is a string, not {type(question).__name__}")
+        if not question.strip():
+            raise ValueError("the question is empty")
+        return question if has_ambiguous_images(history) else place_images(question, num_images, has_history=False)
 
-    def _check_sees(self) -> None:
+    def _required_processor(self) -> ImageProcessor:
         if self.config.vision is None:
             raise ValueError(f"{self.name} is a language model without a vision tower: ask without images")
         if self.processor is None:
@@ -150,13 +154,33 @@ class PromptBuilder:
                 f"{self.name} has no preprocessor_config.json: put it beside its config.json, or pass pixel_values to "
                 "generate()"
             )
+        return self.processor
+
+    def _required_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} has no tokenizer files: put them beside its config.json, or use generate()")
+        return self.tokenizer
+
+    def _encode_text(self, question: str, history: Sequence[Turn], num_images: int, options: AskOptions) -> list[int]:
+        """Token ids of a row's prompt. Special tokens in the texts are ordinary text unless `parse_special` is set."""
+        tokenizer, template = self._required_tokenizer(), TEMPLATES[self.config.template or ""]
+        typed = (question, options.system or "", *(text for turn in history for text in turn))
+        literal = None
+        if not options.parse_special:
+            without = (_unicode(text).replace(IMAGE_PLACEHOLDER, " ") for text in typed)
+            answers = (answer for _, answer in history)
+            if any(special_tokens_in(tokenizer, text) for text in without) or count_placeholders(*answers):
+                literal = unused_character(*typed)
+        tokens = self.config.tokens_per_image if num_images else 0
+        prompt = prepare_prompt(template, question, history, num_images, tokens, options.system, literal)
+        return encode_prompt(tokenizer, _unicode(prompt), template.image[1], self.image_token_id, literal_mark=literal)
 
 
 def _unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("the text holds bytes that are no UTF-8 (lone surrogates): type or decode it anew") from None
+        raise ValueError("the text is not valid UTF-8 (it has lone surrogates): decode it again") from None
     return text
 
 
@@ -166,7 +190,7 @@ def _turns(history: Any) -> list[Turn]:
             raise ValueError
         return [as_turn(turn) for turn in history or ()]
     except ValueError:
-        raise ValueError("a history is a list of (question, answer) texts, as a reply's `history`") from None
+        raise ValueError("a history is a list of (question, answer) pairs, such as a reply's `history`") from None
 
 
 def _as_list(images: Any) -> list[Any]:

@@ -21,7 +21,7 @@ _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float3
 NO_TOKEN = np.iinfo(np.int32).max  # padding of end tokens: no token has this id
 
 
-SAMPLING = ("top_p", "top_k", "seed")  # settings that are ignored at temperature 0
+SAMPLING = ("top_p", "top_k", "seed")  # settings that have no effect at temperature 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class GenerationConfig:
         if isinstance(self.stop, str):
             self._set("stop", (self.stop,))
         if not isinstance(self.stop, (tuple, list)) or not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop must be strings that are not empty, not {self.stop!r}")
+            raise ValueError(f"stop must be non-empty strings, not {self.stop!r}")
         self._set("stop", tuple(self.stop))
         if self.eos_token_ids is not None:
             ids = self.eos_token_ids
@@ -183,53 +183,77 @@ def end_tokens(settings: RowSettings, vocabulary: int) -> Array:
 
 
 def penalize(scores: Array, seen: Array, count: Array, settings: RowSettings) -> Array:
-    """Repetition penalty, then no end token before min_new_tokens, and no unknown one. scores [B,V], count [B].
+    """Apply the repetition penalty, and rule out end tokens before min_new_tokens and unknown tokens.
 
-    scores are float32: logits, or log-probabilities in beam search, as in transformers. seen [B,V] bool. Only
-    generated tokens count as seen: the reference generates from embeddings, so its list of earlier tokens does not hold
-    the prompt. (Its version 4.37 starts that list with one bos token, which it therefore penalises from the first step;
-    later ones, and this code, start with nothing.)
+    Only generated tokens count as seen: the reference generates from embeddings, so its list of previous tokens does
+    not hold the prompt. transformers 4.37 starts that list with one bos token, which it therefore penalizes from the
+    first step; transformers 5 and this code start with an empty list.
+
+    Args:
+        scores: [B,V] float32, logits, or log-probabilities in beam search.
+        seen: [B,V] bool, tokens that each row has generated.
+        count: [B] int32, number of tokens that each row has generated.
+        settings: generation settings of the rows.
+
+    Returns:
+        [B,V] float32, -inf for tokens that may not be selected.
     """
     penalty = settings.repetition_penalty[:, None]
     scores = jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
     too_early = (count < settings.min_new_tokens)[:, None]
     ends = end_tokens(settings, scores.shape[-1])
     forbidden = ends & too_early
-    if settings.known is not None:  # an end token is never decoded, so that the tokenizer need not know it
-        known = jnp.pad(settings.known, (0, scores.shape[-1] - settings.known.shape[0]))  # rows added for a mesh
+    if settings.known is not None:  # end tokens are allowed: they are never decoded
+        known = jnp.pad(settings.known, (0, scores.shape[-1] - settings.known.shape[0]))  # vocabulary padded for a mesh
         forbidden |= ~known & ~ends
     return jnp.where(forbidden, -jnp.inf, scores)
 
 
 def all_finite(logits: Array) -> Array:
-    """Whether every logit of a row is a number, [...,V] -> [...] bool: one NaN or Inf, and no token means anything."""
+    """Whether all logits of a row are finite, [...,V] -> [...] bool. With one NaN or Inf, no token is meaningful."""
     return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 def keep_likely(logits: Array, top_k: Array, top_p: Array) -> Array:
-    """Top-k, then top-p: -inf for every token that may not be sampled. logits [B,V], top_k [B], top_p [B].
+    """Apply top-k, then top-p (Holtzman et al., 2020).
 
-    Top-k keeps the k largest. Top-p (Holtzman et al., 2020) keeps the fewest of those whose probabilities, summed from
-    the largest, reach top_p, and at least one. Tokens that tie with the last one kept are kept too.
+    Top-k keeps the k largest logits. Top-p keeps the fewest tokens whose probabilities, summed from the largest, reach
+    top_p, and at least one. Tokens that tie with the last one kept are kept too.
+
+    Args:
+        logits: [B,V] float32.
+        top_k: [B] int32, 0 is off.
+        top_p: [B] float32, 1 is off.
+
+    Returns:
+        [B,V] float32, -inf for tokens that are not kept.
     """
-    # All of a row on one device: a single gather, where each of the many sums below would need one of its own.
+    # Replicate the vocabulary axis: one all-gather instead of a collective for each of the sums below.
     logits = constrain(logits, "batch", None)
     logits = keep_top(logits, jnp.ones_like(logits), jnp.where(top_k > 0, top_k, jnp.inf))
     return keep_top(logits, jax.nn.softmax(logits, axis=-1), jnp.where(top_p < 1, top_p, jnp.inf))
 
 
 def keep_top(scores: Array, weights: Array, limit: Array) -> Array:
-    """-inf for every score above which the scores weigh `limit` or more. scores and weights [B,V], limit [B] > 0.
+    """Keep the largest scores until their weights sum to `limit`.
 
-    Without sorting, which takes a TPU's compiler longer than the whole model (9 of 12.5 s): the bits of floats are
-    ordered as integers, so that 32 halvings of their range find the threshold exactly.
+    Without sorting, which takes longer to compile for TPU than the whole model (9 of 12.5 s). The bits of floats are
+    ordered like integers, so 32 bisections of their range find the threshold exactly.
+
+    Args:
+        scores: [B,V] float32.
+        weights: [B,V] float32, not negative.
+        limit: [B] float32, above 0.
+
+    Returns:
+        [B,V] float32, -inf for every score above which the scores weigh `limit` or more.
     """
     bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)  # no -0
     keys = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
     def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down, without overflow
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean rounded down, without overflow
         above = jnp.sum(jnp.where(keys > middle[:, None], weights, 0.0), axis=-1)
         return jnp.where(above < limit, low, middle + 1), jnp.where(above < limit, middle, high)
 
@@ -240,16 +264,24 @@ def keep_top(scores: Array, weights: Array, limit: Array) -> Array:
 
 
 def sample_tokens(logits: Array, count: Array, settings: RowSettings) -> Array:
-    """Draw a token per row: temperature, top-k, top-p, then the draw. logits [B,V] float32, count [B] -> [B] int32.
+    """Draw a token per row, after temperature, top-k and top-p.
 
-    The draw depends on the row's seed, on how many tokens the row has and on its logits: not on the batch around it.
+    The draw depends on the row's seed, token count and logits, not on the batch around it.
+
+    Args:
+        logits: [B,V] float32.
+        count: [B] int32, number of tokens that each row has generated.
+        settings: generation settings of the rows.
+
+    Returns:
+        [B] int32.
     """
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)  # so that a tiny temperature cannot overflow
     logits = logits / jnp.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
     filtered = jnp.any((settings.top_k > 0) | (settings.top_p < 1))
     logits = jax.lax.cond(
         filtered, lambda: keep_likely(logits, settings.top_k, settings.top_p), lambda: logits
-    )  # searching a vocabulary is worth avoiding
+    )  # the search costs time, so it is skipped if no row needs it
 
     def draw(seed: Array, count: Array, row: Array) -> Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), count), row)
@@ -258,9 +290,18 @@ def sample_tokens(logits: Array, count: Array, settings: RowSettings) -> Array:
 
 
 def select_tokens(logits: Array, seen: Array, count: Array, settings: RowSettings) -> Array:
-    """The next token of each row, greedy where its temperature is 0. logits [B,V] float32 -> [B] int32.
+    """Select the next token of each row: greedy where its temperature is 0, sampled elsewhere.
 
-    The order is transformers': repetition penalty, min_new_tokens, temperature, top-k, top-p.
+    The order is that of transformers: repetition penalty, min_new_tokens, temperature, top-k, top-p.
+
+    Args:
+        logits: [B,V] float32.
+        seen: [B,V] bool, tokens that each row has generated.
+        count: [B] int32, number of tokens that each row has generated.
+        settings: generation settings of the rows.
+
+    Returns:
+        [B] int32.
     """
     logits = penalize(logits, seen, count, settings)
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 import internvl_jax
-from internvl_jax.inference.chat import Chat, answered
+from internvl_jax.inference.chat import Chat, require_answers
 from internvl_jax.nano.dataset import save_image
 from internvl_jax.nano.render import KINDS, heldout_questions, make_sample
 
@@ -62,7 +62,7 @@ def score(chat: Chat, kind: str, language: str, count: int) -> KindScore:
     for start in range(0, count, BATCH):
         part = asked[start : start + BATCH]
         questions, images = [question.text for _, question in part], [image for image, _ in part]
-        replies = answered(chat.batch_chat(questions, images, max_new_tokens=16))
+        replies = require_answers(chat.batch_chat(questions, images, max_new_tokens=16))
         num_correct += sum(reply.text == question.answer for reply, (_, question) in zip(replies, part))
     return KindScore(kind, language, count, num_correct, float(np.mean([question.chance for _, question in asked])))
 

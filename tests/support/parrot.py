@@ -3,7 +3,7 @@
 import json
 import time
 
-from internvl_jax.inference.chat import Reply
+from internvl_jax.inference.replies import Reply
 
 
 class Parrot:

@@ -1,55 +1,27 @@
-"""Chat: golden answers from the published files, every refusal, meshes, compiles."""
+"""Chat: golden answers from the published files, histories, streams, stop strings, compiles."""
 
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from support.golden import DATA, assert_close, bundle, kl
-from support.tiny_checkpoint import tiny_config, write_checkpoint
+from support.chat_cases import (
+    CHECKPOINT,
+    FACTS,
+    PROMPTS,
+    REFERENCE,
+    asked,
+    image_path,
+    without_timings,
+)
 
 import internvl_jax
-from internvl_jax.inference.chat import AnswerError
-from internvl_jax.processing.images import ImageError
-from internvl_jax.processing.tokenizer import TokenizerError
 
 pytest.importorskip("torch")  # the golden checkpoint is PyTorch's
-
-BUNDLE = DATA / "internvl_chat_v1_1"
-CHECKPOINT = BUNDLE / "checkpoint"
-ARRAYS, FACTS = bundle("internvl_chat_v1_1")
-PROMPTS = {prompt["id"]: prompt for prompt in FACTS["prompts"]}
-
-# The goldens are the quick-start page's: images resized in their own mode, EXIF ignored.
-REFERENCE = {"honour_exif": False, "image_path": "native", "max_new_tokens": 32}
-
-
-@pytest.fixture(scope="module")
-def chat():
-    return internvl_jax.load(CHECKPOINT)
-
-
-def image_path(name):
-    return BUNDLE / FACTS["images"][name]["file"]
-
-
-def asked(prompt):
-    """question, images, history of a golden prompt."""
-    history = [tuple(turn) for turn in prompt["history"] or ()]
-    return prompt["question"], [image_path(name) for name in prompt["images"]], history
-
-
-def without_timings(reply):
-    return replace(reply, timings={})
-
-
-# Against the golden bundle.
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -228,9 +200,6 @@ def test_system_message_is_read(chat):
     assert told.tokens != plain.tokens
 
 
-# Streams, stop strings, samples.
-
-
 @pytest.mark.parametrize("name", ["en_single", "zh_single", "text_only_turn2"])
 def test_stream_equals_chat(chat, name):
     asking = asked(PROMPTS[name])
@@ -316,177 +285,6 @@ def test_without_a_limit_the_context_is_one(chat):
     assert reply.finish_reason == "length"
 
 
-# What is refused, and before anything runs.
-
-
-HISTORY = [("<image>\nWhat is shown?", "A bird.")]
-NUMBERS = np.zeros((4, 4), np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("question", "options", "message"),
-    [
-        ("", {}, "the question is empty"),
-        (" \n", {}, "the question is empty"),
-        (None, {}, "a question is a text, not NoneType"),
-        ("\udcff", {}, "no UTF-8"),
-        ("Hi", {"max_tokens": 3}, "no such generation setting: max_tokens; there are max_new_tokens, "),
-        ("Hi", {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ("Hi", {"max_new_tokens": -1}, "max_new_tokens must be at least 1"),
-        ("Hi", {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
-        ("Hi", {"temperature": -0.5}, "temperature must be 0"),
-        ("Hi", {"top_p": 0}, "top_p must lie in"),
-        ("Hi", {"num_beams": 2, "temperature": 1.0}, "beam search does not sample"),
-        ("Hi", {"seed": (1, 2), "temperature": 1.0}, "2 seeds for 1 rows"),
-        ("Hi", {"eos_token_ids": (900,)}, "outside the vocabulary of 869"),
-        ("Hi", {"max_new_tokens": 600}, r"row 0: \d+ prompt tokens \+ 600 new ones exceed the context of 512 tokens"),
-        ("word " * 600, {}, "leaves no room for an answer in the context of 512: shorten the question"),
-        ("Hi", {"images": ["nowhere.png"]}, "nowhere.png does not exist"),
-        ("Hi", {"images": [DATA]}, "is a directory, not an image"),
-        ("Hi", {"images": [CHECKPOINT / "config.json"]}, "is not an image in a format that can be read"),
-        ("Hi", {"images": b"nothing"}, "the image of 7 bytes is not an image"),
-        ("Hi", {"images": [3]}, "an image must be a path, bytes, a PIL image or an array, not int"),
-        ("Hi", {"images": NUMBERS.astype(float)}, "an array must be uint8"),
-        ("Hi", {"images": "https://example.com/a.png"}, "download it"),
-        ("Hi", {"images": NUMBERS, "image_path": "fast"}, "there is no image path 'fast'; there are eval and native"),
-        ("<image>\n<image>", {"images": NUMBERS}, "2 <image> placeholders for 1 image"),
-        ("What is in <image>?", {}, "1 <image> placeholder.s., but no images are given"),
-        ("Where?", {"history": HISTORY}, "images of earlier turns have to be given again"),
-        (
-            "Where?",
-            {"history": [("Hello <image>", "Hi")], "images": []},
-            "images of earlier turns have to be given again",
-        ),
-        ("<image>?", {"history": HISTORY, "images": NUMBERS}, "2 <image> placeholders for 1 image"),
-        ("<image><image>", {"history": HISTORY, "images": [NUMBERS] * 2}, "3 <image> placeholders for 2 image"),
-        ("<image><image>", {"history": HISTORY, "images": [NUMBERS] * 4}, "4 .* of which 1 belong to the history"),
-        ("<IMG_CONTEXT>", {"parse_special": True}, "which only images may bring"),
-        ("Hi", {"history": "Hello"}, "a history is a list of .question, answer. texts"),
-        ("Hi", {"history": [("a", "b", "c")]}, "a history is a list of .question, answer. texts"),
-        ("Hi", {"history": [("a", None)]}, "a history is a list of .question, answer. texts"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-@pytest.mark.parametrize("call", ["chat", "stream"])
-def test_bad_questions(chat, question, options, message, call, monkeypatch):
-    for name in ("encode", "prefill", "generate"):
-        monkeypatch.setattr(chat.generator, name, lambda *_: pytest.fail("work has started"))
-    with pytest.raises(ValueError, match=message):
-        getattr(chat, call)(question, **options)
-
-
-def test_bad_batches(chat, monkeypatch):
-    for name in ("encode", "prefill", "generate"):
-        monkeypatch.setattr(chat.generator, name, lambda *_: pytest.fail("work has started"))
-    for arguments, message in (
-        (([],), "at least one question"),
-        (("Hello",), "takes a list"),
-        ((["a", "b"], [[]]), "2 questions, 1 lists of images and 2 histories"),
-        ((["a", "b"], None, [[]]), "2 questions, 2 lists of images and 1 histories"),
-        ((["a", " "],), "question 2: the question is empty"),
-        ((["a", "b"], [None, "nowhere.png"]), "question 2: nowhere.png does not exist"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            chat.batch_chat(*arguments)
-    with pytest.raises(ImageError):
-        chat.batch_chat(["a", "b"], [None, "nowhere.png"])
-    with pytest.raises(ValueError, match="beam search cannot be streamed: use chat"):
-        chat.stream("Hello", num_beams=2)
-
-
-# On arrays.
-
-
-def golden_pixels(names):
-    return np.stack([ARRAYS[f"images/{name}/quickstart"] for name in names])
-
-
-def flipped(ids, mask):
-    """The same rows padded on the other side."""
-    return [np.stack([np.roll(row, -(keep == 0).sum()) for row, keep in zip(x, mask)]) for x in (ids, mask)]
-
-
-def test_generate_on_arrays(chat):
-    batch = FACTS["batches"][0]
-    ids, mask, expected = (
-        ARRAYS[f"batch/batch_two/{name}"] for name in ("input_ids", "attention_mask", "generated_ids")
-    )
-    pixels = golden_pixels(batch["images"])
-    tokens = chat.generate(ids, pixels, mask, max_new_tokens=32)
-    assert tokens.dtype == np.int32
-    np.testing.assert_array_equal(tokens, expected)
-    right, right_mask = flipped(ids, mask)
-    np.testing.assert_array_equal(chat.generate(right, pixels, right_mask, max_new_tokens=32), expected)
-    prompt = PROMPTS["text_only"]
-    assert chat.generate(prompt["input_ids"], max_new_tokens=32).tolist() == [prompt["generated_ids"]]
-    assert chat.generate([prompt["input_ids"]], attention_mask=[1] * 24, max_new_tokens=3).shape == (1, 3)
-    search = FACTS["beam_search"][1]
-    assert chat.generate(prompt["input_ids"], max_new_tokens=32, num_beams=5).tolist() == [search["generated_ids"]]
-
-
-def test_logits_on_arrays(chat):
-    for name in ("en_single", "zh_multi_turn", "two_separate"):
-        pixels = golden_pixels(PROMPTS[name]["images"])
-        logits = chat.logits(ARRAYS[f"logits/{name}/input_ids"], pixels)
-        assert logits.dtype == np.float32
-        assert_close(logits[0], ARRAYS[f"logits/{name}/fp32"], 2e-4, name)
-    ids, mask = ARRAYS["batch/batch_two/input_ids"], ARRAYS["batch/batch_two/attention_mask"]
-    pixels, expected = golden_pixels(FACTS["batches"][0]["images"]), ARRAYS["logits/batch_two/fp32"][mask > 0]
-    assert_close(chat.logits(ids, pixels, mask)[mask > 0], expected, 2e-4, "left padding")
-    right, right_mask = flipped(ids, mask)
-    assert_close(chat.logits(right, pixels, right_mask)[right_mask > 0], expected, 2e-4, "right padding")
-
-
-def test_encode(chat):
-    names = ["rgb", "exif_rot", "rgba", "gray", "palette"]
-    assert_close(chat.encode(golden_pixels(names)), ARRAYS["vision/mlp1_batch"], 1e-4, "visual tokens")
-    single = chat.encode(ARRAYS["images/rgb/quickstart"])
-    assert single.shape == (1, 16, 64)
-    assert_close(single[0], ARRAYS["vision/mlp1_v1"], 1e-4, "visual tokens of one image")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"pixel_values": np.zeros((1, 3, 112, 112), np.float32)}, "0 image tokens .id 862; none., but 1 images x 16"),
-        ({"pixel_values": np.zeros((1, 112, 112, 3), np.float32)}, r"\[images, 3, height, width\], not \[1, 112"),
-        ({"pixel_values": np.zeros((0, 3, 112, 112), np.float32)}, "holds no images: leave it out"),
-        ({"pixel_values": np.zeros((1, 3, 112, 112), np.uint8)}, "must be normalised numbers, not uint8"),
-        ({"pixel_values": np.zeros((1, 3, 126, 112), np.float32)}, "9 x 8 patches: whole multiples of 28 pixels"),
-        ({"pixel_values": np.zeros((1, 3, 8, 112), np.float32)}, "0 x 8 patches"),
-        ({"input_ids": [[862] * 16]}, "16 image tokens .* but there are no images"),
-        ({"input_ids": [[869]]}, "token 869 at position 0 is outside the vocabulary of 869"),
-        ({"input_ids": [[1.5]]}, "input_ids must be integers"),
-        ({"attention_mask": [[1, 1, 1]]}, "attention_mask must hold 0 and 1"),
-        ({"max_new_tokens": 511}, r"row 0: 2 prompt tokens \+ 511 new ones exceed the context"),
-        ({"stop": "end"}, "stop strings need text: use chat"),
-        ({"beams": 2}, "no such generation setting: beams"),
-    ],
-    ids=str,
-)
-def test_bad_arrays(chat, options, message, monkeypatch):
-    monkeypatch.setattr(chat.generator, "encode", lambda *_: pytest.fail("work has started"))
-    arguments = {"input_ids": [[5, 6]], **options}
-    with pytest.raises(ValueError, match=message):
-        chat.generate(**arguments)
-    if set(options) <= {"input_ids", "pixel_values", "attention_mask"}:
-        with pytest.raises(ValueError, match=message):
-            chat.logits(**arguments)
-
-
-def test_bfloat16(chat):
-    """The bfloat16 model's logits, on the golden prompts that have some."""
-    half = internvl_jax.load(CHECKPOINT, dtype="bfloat16")
-    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}
-    for name in ("en_single", "zh_multi_turn"):
-        ids, pixels = ARRAYS[f"logits/{name}/input_ids"], golden_pixels(PROMPTS[name]["images"])
-        divergence = kl(ARRAYS[f"logits/{name}/fp32"], half.logits(ids, pixels)[0])
-        assert divergence.mean() <= 1e-2, f"{name}: KL {divergence.mean():.2g}, at most {divergence.max():.2g}"
-
-
-# Meshes and compiles.
-
-
 def test_a_mesh_of_one_device(chat):
     """The smallest mesh: layers stay stacked, nothing is padded, and the answers are the same."""
     meshed = internvl_jax.load(CHECKPOINT, mesh="tensor=1", vision="tensor")
@@ -545,90 +343,6 @@ def test_the_second_process_compiles_nothing(tmp_path):
     assert (requests, hits, misses) == (3, 0, 3)  # encode, prefill, decode
     assert second == [tokens, 3, 3, 0]
     assert len(list((tmp_path / "internvl_jax" / "xla").glob("*-cache"))) == 3
-
-
-# Rows that have no answer.
-
-
-def test_a_row_without_an_answer_leaves_the_others_theirs(chat, logged):
-    """The embedding of one token is NaN: whoever writes it gets an error, by every way of asking; others an answer."""
-    question, _, _ = asked(PROMPTS["text_only"])
-    token = chat.tokenizer.token_to_id("<box>")
-    params = jax.tree.map(lambda leaf: leaf, chat.params)
-    embedding = params["language_model"]["embed_tokens"]["embedding"]
-    params["language_model"]["embed_tokens"] = {"embedding": embedding.at[token].set(np.nan)}
-    spoiled = internvl_jax.inference.chat.Chat(
-        chat.config, params, dtype=chat.dtype, tokenizer=chat.tokenizer, processor=chat.processor
-    )
-    bad = f"{question} <box>"
-    options = {"max_new_tokens": 6, "parse_special": True}
-    for extra in ({}, {"num_beams": 2}, {"stop": "not in there"}, {"temperature": 1.0}):
-        first, second, third = spoiled.batch_chat([question, bad, question], **options, **extra)
-        assert (first.error, third.error) == (None, None)
-        assert first.text == chat.chat(question, **options, **extra).text
-        assert "not finite (NaN or Inf)" in second.error
-        assert (second.text, second.finish_reason, second.history) == ("", "error", [])
-        assert second.to_dict()["error"] == second.error
-        assert "error" not in first.to_dict()
-        assert logged[-1].startswith("question 2 of 3: no answer (the model's logits are not finite")
-        with pytest.raises(AnswerError, match="not finite"):
-            spoiled.chat(bad, **options, **extra)
-    with pytest.raises(AnswerError, match="not finite"):
-        list(spoiled.stream(bad, **options))
-    with pytest.raises(AnswerError, match="row 1: the model's logits are not finite"):
-        spoiled.generate([[5, 6], [5, token]], max_new_tokens=2)
-    # Finite numbers whose squares overflow in the first norm.
-    params["language_model"]["embed_tokens"] = {"embedding": embedding.at[token].set(1e30)}
-    overflowing = internvl_jax.inference.chat.Chat(chat.config, params, dtype=chat.dtype, tokenizer=chat.tokenizer)
-    with pytest.raises(AnswerError, match="row 1: the model's logits are not finite"):
-        overflowing.generate([[5, 6], [5, token]], max_new_tokens=2)
-
-
-def test_one_undecodable_answer_loses_no_other(chat, monkeypatch):
-    question = PROMPTS["text_only"]["question"]
-    expected = chat.batch_chat([question] * 2, **REFERENCE, temperature=1.5, seed=(3, 4))
-    decode, bad = chat.tokenizer.decode, expected[1].tokens[-1]
-    assert bad not in expected[0].tokens
-
-    def broken(ids, **options):
-        if bad in ids:
-            raise TokenizerError(f"token {bad} is outside the tokenizer's tokens")
-        return decode(ids, **options)
-
-    monkeypatch.setattr(chat.tokenizer, "decode", broken)
-    for extra in ({}, {"stop": "not in there"}):
-        first, second = chat.batch_chat([question] * 2, **REFERENCE, temperature=1.5, seed=(3, 4), **extra)
-        assert without_timings(first) == without_timings(expected[0])
-        assert f"the answer's tokens are no text (token {bad} is outside" in second.error
-
-
-def test_rows_that_the_tokenizer_does_not_have_are_never_answered(tmp_path):
-    """As of llava-1.5-13b-hf: 32064 rows of the vocabulary for 32002 tokens."""
-    size = tiny_config().text.vocab_size
-    directory, _ = write_checkpoint(tmp_path / "wide", tiny_config(vocab_size=2 * size, eos_token_ids=(2 * size - 1,)))
-    chat = internvl_jax.load(directory)
-    assert chat.tokenizer.known_ids(2 * size).sum() == size == chat.tokenizer.vocab_size
-    options = {"max_new_tokens": 12, "eos_token_ids": ()}
-    for extra in (
-        {},
-        {"temperature": 10.0},
-        {"temperature": 10.0, "top_k": 50, "repetition_penalty": 1.5},
-        {"temperature": 10.0, "top_p": 0.9},
-        {"num_beams": 4},
-    ):
-        replies = chat.batch_chat(["What is this?", "And that?"] * 4, **options, **extra)
-        assert all(token < size for reply in replies for token in reply.tokens)
-        assert [reply.error for reply in replies] == [None] * 8
-    # The checkpoint's end token ends an answer although the tokenizer lacks it: it is no part of the text.
-    (first,) = chat.batch_chat(["What is this?"], max_new_tokens=12, eos_token_ids=())
-    kernel = chat.params["language_model"]["lm_head"]["kernel"]
-    chat.params["language_model"]["lm_head"] = {
-        "kernel": kernel.at[:, 2 * size - 1].set(kernel[:, first.tokens[0]] * 2)
-    }
-    stream = chat.stream("What is this?")
-    assert list(stream) == []
-    for reply in (chat.chat("What is this?"), stream.reply):
-        assert (reply.tokens, reply.text, reply.finish_reason) == ([2 * size - 1], "", "stop")
 
 
 def test_repr(chat):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from support.chat_cases import ARRAYS, CHECKPOINT, PROMPTS, image_path
 from support.generation_cases import LLAMA, llama_weights, torch_llama
 from support.golden import DATA, assert_close, bundle
 
@@ -18,20 +19,6 @@ from internvl_jax.inference.chat import Chat
 from internvl_jax.utils import logs
 
 pytest.importorskip("torch")  # the golden checkpoint is PyTorch's
-
-BUNDLE = DATA / "internvl_chat_v1_1"
-CHECKPOINT = BUNDLE / "checkpoint"
-ARRAYS, FACTS = bundle("internvl_chat_v1_1")
-PROMPTS = {prompt["id"]: prompt for prompt in FACTS["prompts"]}
-
-
-@pytest.fixture(scope="module")
-def chat():
-    return internvl_jax.load(CHECKPOINT)
-
-
-def image_path(name):
-    return BUNDLE / FACTS["images"][name]["file"]
 
 
 def test_only_what_runs_is_loaded(chat):

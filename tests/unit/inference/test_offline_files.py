@@ -7,8 +7,8 @@ from support.parrot import Parrot, read_lines, write_lines
 from support.paths import DATA
 
 from internvl_jax.inference import offline, offline_files
-from internvl_jax.inference.chat import Reply
 from internvl_jax.inference.offline import BatchError
+from internvl_jax.inference.replies import Reply
 from internvl_jax.utils import files
 
 IMAGES = DATA / "internvl_chat_v1_1" / "images"
