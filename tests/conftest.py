@@ -4,11 +4,14 @@ import logging
 import os
 import signal
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, where it is installed, would look for a TPU first
-
-import jax
 import pytest
+from support.compiler import compile_fast, share_compiled_programs
 from support.paths import SUPPORT
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, where it is installed, would look for a TPU first
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # products this small run slower when torch splits them between threads
+compile_fast()
+share_compiled_programs()
 
 # Processes that tests start find `support` as this one does.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(SUPPORT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -56,9 +59,3 @@ def no_ignored_fields(request):
     logger.removeHandler(handler)
     if "logged" not in request.fixturenames and "run" not in request.fixturenames:
         assert not handler.texts
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_compilation_cache(tmp_path_factory):
-    """Loading a model turns jax's cache on disk on: here, not in the home of whoever runs the tests."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))

@@ -1,0 +1,41 @@
+"""How XLA compiles the programs of the tests and of the processes that they start.
+
+Tests compile thousands of small programs and run each a few times: without expensive optimizations they take less than
+half as long. XLA_FLAGS from outside come last and win: XLA_FLAGS="--xla_backend_optimization_level=3 ..." tests the
+programs that users get (see PRODUCTION).
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+FAST = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+)
+# jax.jit(..., compiler_options=PRODUCTION) compiles one program as it is compiled outside the tests.
+PRODUCTION = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+}
+
+
+def compile_fast():
+    """Set XLA_FLAGS of this process and its children. To be called before jax starts; a second call changes nothing."""
+    given = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in FAST]
+    os.environ["XLA_FLAGS"] = " ".join([*FAST, *given])
+
+
+def share_compiled_programs():
+    """One cache on disk for the session: workers of pytest-xdist and the processes that tests start compile each
+    program once. To be called before jax is imported."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # made by the process that started this one
+        return
+    directory = tempfile.mkdtemp(prefix="internvl-jax-tests-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
