@@ -1,10 +1,13 @@
 """A small training run, for tests and for the processes that they start: model, data, recipe.
 
-python training_cases.py DIRECTORY STEPS CACHE [DIE_AT]    trains there; prints each step's loss, exactly
+python training_cases.py DIRECTORY STEPS [die|fill NUMBER]    trains there; prints each step's loss, exactly
+
+Before batch NUMBER it ends as after kill -9, or the file system takes no more.
 """
 
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -31,15 +34,13 @@ RECIPES = {
 
 
 class Batches:
-    """Batch i is a function of i; some have longer rows."""
+    """Batch i is a function of i; some have longer rows. `before` is called with i before it is made."""
 
-    def __init__(self, config, rows=2, wait=0.0, die_at=None):
-        self.config, self.rows, self.wait, self.die_at, self.next = config, rows, wait, die_at, 0
+    def __init__(self, config, rows=2, before=lambda number: None):
+        self.config, self.rows, self.before, self.next = config, rows, before, 0
 
     def __next__(self):
-        time.sleep(self.wait)
-        if self.next == self.die_at:
-            os._exit(9)  # nothing is cleaned up, as after kill -9
+        self.before(self.next)
         number, self.next = self.next, self.next + 1
         return self.make(number)
 
@@ -126,17 +127,30 @@ def run(
     return train(directory, config, recipe, settings, params, batches, IMAGE, place, **options)
 
 
-if __name__ == "__main__":
-    jax.config.update("jax_compilation_cache_dir", sys.argv[3])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+def steps_of(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def main(directory, steps, what=None, at=None):
+    def die(number):
+        time.sleep(0.05)
+        if what == "die" and number == int(at):
+            os._exit(9)  # nothing is cleaned up
+
+    def fill(number):
+        if number == int(at):
+            while not (directory / "steps" / str(number - 1)).exists():
+                time.sleep(0.01)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
     done = run(
-        Path(sys.argv[1]),
-        int(sys.argv[2]),
-        batches=Batches(tiny(), wait=0.05, die_at=int(sys.argv[4]) if len(sys.argv) > 4 else None),
+        directory,
+        int(steps),
+        batches=Batches(tiny(), before=fill if what == "fill" else die),
         log=lambda entry: print(entry["step"], entry["loss"].hex(), entry["grad_norm"].hex(), flush=True),
     )
     print("finished" if done.finished else f"stopped at {done.step}", flush=True)
 
 
-def steps_of(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

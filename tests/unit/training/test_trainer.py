@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import random
-import resource
+import re
 import shutil
 import signal
 import subprocess
@@ -165,10 +165,11 @@ def test_resumes_bit_for_bit(tmp_path):
         run(tmp_path / "parts", 8, "stage1", save_every=3)
 
 
-def process(directory, cache, steps=12, *more):
+def process(directory, steps=12, *more, **pipes):
     return subprocess.Popen(
-        [sys.executable, str(CASES), str(directory), str(steps), str(cache), *map(str, more)],
+        [sys.executable, str(CASES), str(directory), str(steps), *map(str, more)],
         stdout=subprocess.PIPE,
+        **pipes,
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
@@ -181,7 +182,7 @@ def losses(text):
 def test_killed_while_a_step_is_written(tmp_path):
     """A process that ends with nothing cleaned up, just after it began to save: the next goes on, the same numbers."""
     straight = run(tmp_path / "straight", 6)
-    victim = process(tmp_path / "killed", jax.config.jax_compilation_cache_dir, 6, 4)  # saves after steps 2 and 4
+    victim = process(tmp_path / "killed", 6, "die", 4)  # saves after steps 2 and 4
     lines, _ = victim.communicate(timeout=200)
     assert victim.returncode == 9
     assert max(losses(lines)) in (3, 4)
@@ -199,14 +200,14 @@ def test_killed_while_a_step_is_written(tmp_path):
 @pytest.mark.slow  # four processes
 def test_killed_at_a_random_moment(tmp_path):
     """kill -9 while it trains, saves or begins to: it goes on from the last whole step, with the same numbers."""
-    whole, _ = process(tmp_path / "straight", tmp_path / "cache").communicate(timeout=200)
+    whole, _ = process(tmp_path / "straight").communicate(timeout=200)
     assert whole.splitlines()[-1] == "finished"
     expected = losses(whole)
     assert sorted(expected) == list(range(1, 13))
     seen = {}
     chance = random.Random(os.urandom(4))
     for _ in range(2):
-        victim = process(tmp_path / "killed", tmp_path / "cache")
+        victim = process(tmp_path / "killed")
         lines = ""
         for _ in range(chance.randint(2, 4)):
             lines += victim.stdout.readline()
@@ -214,7 +215,7 @@ def test_killed_at_a_random_moment(tmp_path):
         victim.kill()
         lines += victim.communicate()[0].rpartition("\n")[0]
         seen |= losses(lines)
-    rest, _ = process(tmp_path / "killed", tmp_path / "cache").communicate(timeout=200)
+    rest, _ = process(tmp_path / "killed").communicate(timeout=200)
     assert rest.splitlines()[-1] == "finished"
     assert min(losses(rest)) > 1  # it did go on, and did not begin anew
     seen |= losses(rest)
@@ -303,24 +304,13 @@ def test_no_room_leaves_the_last_good_step(tmp_path, monkeypatch):
     assert [entry["step"] for entry in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 3, 4, 5, 6]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what could not be written
 def test_disk_that_fills_up_while_a_step_is_written(tmp_path):
     """The file system itself refuses to write more, in the middle of a step that goes out in the background."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    class Fills(Batches):
-        def __next__(self):
-            if self.next == 3:
-                while not (tmp_path / "run" / "steps" / "2").exists():
-                    time.sleep(0.01)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
-            return super().__next__()
-
-    try:
-        with pytest.raises(RunError, match=r"could not be written .*step 2 is the last good one: make room"):
-            run(tmp_path / "run", 6, batches=Fills(tiny()))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    victim = process(tmp_path / "run", 6, "fill", 3, stderr=subprocess.PIPE)
+    _, errors = victim.communicate(timeout=200)
+    assert victim.returncode == 1
+    error = next(line for line in errors.splitlines() if "RunError: " in line)
+    assert re.search(r"could not be written .*step 2 is the last good one: make room", error)
     again = run(tmp_path / "run", 6)
     straight = run(tmp_path / "straight", 6)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.state), jax.device_get(straight.state))
