@@ -105,12 +105,12 @@ def equal(found, expected):
 @pytest.mark.parametrize(
     ("name", "mesh_spec", "options"),
     [
-        ("stage1", "data=8", {}),
+        pytest.param("stage1", "data=8", {}, marks=pytest.mark.long),
         ("stage1", "data=2,tensor=4", {"vision": "data"}),
-        ("stage2", "fsdp=8", {}),
+        pytest.param("stage2", "fsdp=8", {}, marks=pytest.mark.long),
         ("stage2", "data=2,fsdp=2,tensor=2", {"accumulate": 2}),
         ("full", "tensor=8", {}),
-        ("both", "tensor=4", {}),
+        pytest.param("both", "tensor=4", {}, marks=pytest.mark.long),
         ("both", "fsdp=2,tensor=4", {"vision": "data", "remat": "full"}),
     ],
 )
