@@ -173,7 +173,7 @@ def test_steps_and_image_slots_follow_the_data(place, tmp_path):
 # Stops.
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_a_stopped_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, workers):
     """The real loader, its place saved in the checkpoint; with worker processes too."""
     assert train("lora", tmp_path / "straight", save_every=2)[0] == 0
@@ -237,7 +237,7 @@ def test_bfloat16_parameters(train, place, tmp_path, monkeypatch):
     assert "param_dtype was 'bfloat16', is 'float32'" in printed
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_ctrl_c_saves_and_says_how_to_go_on(place, tmp_path, workers):
     """To the whole group, as a terminal sends it: workers that read data get it too."""
     out = tmp_path / "run"

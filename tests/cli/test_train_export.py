@@ -25,7 +25,7 @@ def converted(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("recipe", ["stage2", "lora-both"])
+@pytest.mark.parametrize("recipe", [pytest.param("stage2", marks=pytest.mark.long), "lora-both"])
 def test_fine_tuned_model_gives_the_same_logits_in_torch(converted, tmp_path, monkeypatch, recipe):
     from checkpoints_convert.parity import run_parity
     from checkpoints_convert.readers import open_weights

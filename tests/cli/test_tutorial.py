@@ -20,6 +20,7 @@ def commands():
     return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
 
 
+@pytest.mark.long  # what its commands do is tested on smaller models too
 def test_nano_learns_a_new_question(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "internvl_jax").symlink_to(ROOT / "internvl_jax")

@@ -14,6 +14,7 @@ from internvl_jax.cli.main import main
 from internvl_jax.config import PRESETS, config_to_hf, vision_tower_name, vision_tower_to_hf
 from internvl_jax.parallel.mesh import MeshError
 
+LONG = pytest.mark.long
 LAYERS, WIDTH, HIDDEN, HEADS, HEAD_DIM, VOCABULARY = 4, 512, 768, 8, 128, 1000
 
 
@@ -157,7 +158,8 @@ def test_images_over_all_chips_need_no_sums(compile_report, small):
 
 
 @pytest.mark.parametrize(
-    ("preset", "tokens", "tower"), [("llava_1_5_13b", 577, 1024), ("internvl_chat_v1_0_13b", 577, 3200)]
+    ("preset", "tokens", "tower"),
+    [("llava_1_5_13b", 577, 1024), pytest.param("internvl_chat_v1_0_13b", 577, 3200, marks=LONG)],
 )
 def test_the_other_systems(compile_report, tmp_path, preset, tokens, tower):
     """The tower at its true width, one layer of it, from the files of a directory."""

@@ -290,7 +290,7 @@ def test_table(run, tmp_path, capsys):
     assert "has no report.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mesh", [None, "data=2"])
+@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.long), "data=2"])
 def test_two_processes(run, data, tmp_path, mesh):
     """A model on each, or one over both; one file of answers: that of one process."""
     from support.processes import free_port

@@ -22,6 +22,7 @@ from internvl_jax.models.attention import (
 from internvl_jax.models.layers import positions_from_valid
 from internvl_jax.models.stack import unstack
 
+LONG = pytest.mark.long
 HEAD_DIM = 8
 
 
@@ -43,7 +44,10 @@ def loss(q, k, v, weights, mask, valid, *, program):
     return jnp.sum(y * weights), y
 
 
-@pytest.mark.parametrize(("length", "causal", "kv_heads"), [(256, True, 2), (128, True, 1), (161, False, 2)])
+@pytest.mark.parametrize(
+    ("length", "causal", "kv_heads"),
+    [(256, True, 2), pytest.param(128, True, 1, marks=LONG), (161, False, 2)],
+)
 def test_splash_equals_xla(length, causal, kv_heads, monkeypatch):
     """Rows padded on the left, on the right and not at all, several blocks, lengths that need padding."""
     monkeypatch.setattr(kernels, "SPLASH_BLOCK", 128)
