@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from checkpoints_convert.files import ConversionReport, check_side_files, copy_all_side_files, make_report
+from checkpoints_convert.conversion_report import ConversionReport, make_report
 from checkpoints_convert.mapping import EMBEDDING, ConversionError, Tensor, canonical, plan, quantized_by
 from checkpoints_convert.readers import Weights, open_checkpoint, read_index
+from checkpoints_convert.side_files import check_side_files, copy_all_side_files
 from internvl_jax import checkpoint
 from internvl_jax.checkpoint import Progress
 from internvl_jax.chunk_store import not_finite

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoints_convert.conversion_report import ConversionReport, make_report
 from checkpoints_convert.convert import BUFFERS, PUBLISHED, published_dtypes, published_map
-from checkpoints_convert.files import ConversionReport, copy_all_side_files, make_report
 from checkpoints_convert.mapping import EMBEDDING, TOWER, ConversionError, Tensor, canonical, tensors
 from checkpoints_convert.readers import PICKLES, SAFETENSORS, Weights
+from checkpoints_convert.side_files import copy_all_side_files
 from checkpoints_convert.writers import Specs, assign_files, is_safe, lay_out, write_at, write_index
 from internvl_jax import checkpoint
 from internvl_jax.checkpoint import Progress
@@ -95,7 +96,7 @@ def _published(source: Path, config: ChatConfig) -> tuple[Specs, Callable[[str],
         if name is None and buffers is not None and key in buffers.shapes:
             specs[key] = buffers.shapes[key], buffers.dtypes[key]
             continue
-        tensor = table.get(name)
+        tensor = None if name is None else table.get(name)
         if tensor is None and config.text is not None and config.text.tie_word_embeddings:
             tensor = next(t for t in table.values() if t.path == EMBEDDING)  # a head that only repeats it
         if tensor is None:
@@ -107,7 +108,7 @@ def _published(source: Path, config: ChatConfig) -> tuple[Specs, Callable[[str],
         raise ConversionError(f"{source / PUBLISHED} does not name {', '.join(absent)}: {_NOT_THE_SAME}")
 
     def read(key: str) -> np.ndarray:
-        if key not in chosen:
+        if key not in chosen and buffers is not None:
             return buffers.read(key)
         tensor = chosen[key]
         return tensor.to_theirs(stored.read(tensor.path, tensor.index)).astype(specs[key][1], copy=False)

@@ -1,7 +1,7 @@
-"""Which published tensor is which part of our parameter tree: one table per layout, and the way there and back.
+"""Mapping tables between published tensors and our parameter tree, one per layout.
 
-A row says: this key is this leaf. Weights of linear layers are transposed, [out, in] to [in, out]; then everything is
-reshaped to our axes (heads apart, for example). Both steps only move numbers, so the way back is exact.
+A row maps a key to a leaf. Weights of linear layers are transposed from [out, in] to [in, out]; then every tensor is
+reshaped to our axes (separate heads, for example). Both steps only move numbers, so the inverse is exact.
 """
 
 from __future__ import annotations
@@ -17,37 +17,46 @@ from internvl_jax.config import ChatConfig, TextConfig, VisionConfig
 
 
 class ConversionError(ValueError):
-    """A checkpoint that cannot be converted; the message lists everything that is wrong with it."""
+    """A checkpoint cannot be converted; the message lists all problems."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A published tensor and its place in the tree."""
+    """A published tensor and its place in the tree.
 
-    key: str  # in the file
-    shape: tuple[int, ...]  # in the file
-    path: str  # leaf of our tree, "a/b/c"
-    index: tuple[Any, ...]  # which part of the leaf: (layer,) of a stack, (layer, slice, part) of a fused one, or ()
+    Attributes:
+        key: its name in the file.
+        shape: its shape in the file.
+        path: the leaf of our tree, "a/b/c".
+        index: the part of the leaf: (layer,) of a stack, (layer, slice, part) of a fused leaf in a stack, else ().
+        transposed: whether its first axis comes last in our tree.
+        our_shape: the shape of that part of the leaf.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    path: str
+    index: tuple[Any, ...]
     transposed: bool
-    our_shape: tuple[int, ...]  # of that part
+    our_shape: tuple[int, ...]
 
     def to_ours(self, values: np.ndarray) -> np.ndarray:
-        """From the file's shape to ours."""
+        """Convert values from the file's shape to ours."""
         if self.transposed:
             values = _transpose(values.reshape(values.shape[0], -1))
         return values.reshape(self.our_shape)
 
     def to_theirs(self, values: np.ndarray) -> np.ndarray:
-        """From our shape back to the file's."""
+        """Convert values from our shape to the file's."""
         if self.transposed:
             values = _transpose(values.reshape(-1, self.shape[0]))
         return values.reshape(self.shape)
 
 
 def _transpose(values: np.ndarray) -> np.ndarray:
-    """[a,b] to [b,a], copied: a strip at a time stays in the processor's cache, which is five times as fast."""
+    """Copy [a,b] to [b,a] in strips that fit into the processor's cache, which is five times as fast."""
     result = np.empty(values.shape[::-1], values.dtype)
-    # As integers: numpy moves bfloat16, which is not its own, one number at a time.
+    # As integers: numpy copies bfloat16, an extension type, one number at a time.
     source, target = (array.view(f"i{values.itemsize}") for array in (np.ascontiguousarray(values), result))
     for row in range(0, len(source), 32):
         target[:, row : row + 32] = source[row : row + 32].T
@@ -56,7 +65,7 @@ def _transpose(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of a table; `{}` in key stands for the layer's number, a path under /layers/ is a stack."""
+    """One row of a table. `{}` in the key stands for the layer's number."""
 
     key: str
     shape: tuple[int, ...]
@@ -71,14 +80,22 @@ _HEAD = re.compile(r"(language_model\.)?lm_head\.weight")
 
 
 def tensors(config: ChatConfig) -> list[Tensor]:
-    """Every tensor of a checkpoint with this configuration, in the layout's own order, layer after layer."""
+    """All tensors of a checkpoint with this configuration, in the layout's own order, layer after layer."""
     return [tensor for rows, layers in _tables(config) for tensor in _expand(rows, layers)]
 
 
 def plan(config: ChatConfig, found: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Match the tensors in a checkpoint's files (key -> shape) with the tree: the files' key -> Tensor.
+    """Match the tensors in a checkpoint's files with the parameter tree.
 
-    Raises ConversionError that lists every missing, unexpected and misshapen tensor.
+    Args:
+        config: the checkpoint's configuration.
+        found: the shapes of the tensors, by key in the files.
+
+    Returns:
+        The matched tensors by key in the files, without buffers.
+
+    Raises:
+        ConversionError: tensors are missing, unexpected or have the wrong shape; all are listed.
     """
     expected = {tensor.key: tensor for tensor in tensors(config)}
     names = {name: canonical(config, name) for name in found}
@@ -94,11 +111,11 @@ def plan(config: ChatConfig, found: Mapping[str, tuple[int, ...]]) -> dict[str, 
         else:
             matched[name] = tensor
     tied = config.text is not None and config.text.tie_word_embeddings
-    if tied:  # some files hold the head although it is the embedding, or in its place
+    if tied:  # some files hold the head beside the embedding, or instead of it
         heads = [name for name, key in names.items() if key is not None and _HEAD.fullmatch(key)]
         absent = next((key for key, tensor in expected.items() if tensor.path == EMBEDDING), None)
-        for head in heads[: absent is not None]:
-            if tuple(found[head]) == expected[absent].shape:
+        for head in heads[:1]:
+            if absent is not None and tuple(found[head]) == expected[absent].shape:
                 matched[head] = expected.pop(absent)
         problems = [p for p in problems if not any(p.startswith(f"unexpected: {head} ") for head in heads)]
     problems += [f"missing: {tensor.key} {list(tensor.shape)}" for tensor in expected.values()]
@@ -114,7 +131,7 @@ def _at_most(count: int, lines: list[str]) -> list[str]:
     return lines[:count] + ([f"and {len(lines) - count} more"] if len(lines) > count else [])
 
 
-# Other names of the same tensors, by version of transformers, and buffers that are no parameters.
+# Names of the same tensors in other versions of transformers.
 _RENAMED = {
     "internvl": (
         (r"^model\.vision_tower\.", "vision_tower."),
@@ -130,14 +147,14 @@ _RENAMED = {
         (r"^lm_head\.", "language_model.lm_head."),
     ),
 }
-# What transformers computes anew: files and index may have them or not, in any version.
+# Buffers, which transformers recomputes: whether files and index have them depends on its version.
 _BUFFERS = re.compile(
     r"(^|\.)(rotary_emb\.(original_)?inv_freq|(rotary_emb\.)?_?(cos|sin)_cached|embeddings\.position_ids|masked_bias"
     r"|causal_mask|num_batches_tracked)$"
     # CLIP's post_layernorm is a parameter of models that read the pooled output; no chat model does.
     r"|vision_tower.*\.post_layernorm\.(weight|bias)$"
 )
-# Tensors that only quantized weights have, and whose they are.
+# Tensors that only quantized weights have, and the method that writes them.
 _QUANTIZED = (
     (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ"),
     (
@@ -150,12 +167,12 @@ _QUANTIZED = (
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor called `name` is no parameter: nothing depends on whether it is there."""
+    """Whether a tensor called `name` is a buffer and not a parameter; files may have it or not."""
     return _BUFFERS.search(name) is not None
 
 
 def quantized_by(names: Iterable[str]) -> str | None:
-    """Which method of quantization wrote tensors of these names, and one of them; None where they are plain."""
+    """The quantization method that wrote tensors of these names, with one of the names; None if not quantized."""
     for name in names:
         for pattern, method in _QUANTIZED:
             if pattern.search(name):
@@ -163,17 +180,17 @@ def quantized_by(names: Iterable[str]) -> str | None:
     return None
 
 
-# LLaVA's prefix of its vision tower's own names, under which the tower is found or, published apart, read.
+# LLaVA's prefix for the tensors of its vision tower, whether they are in its files or published apart.
 TOWER = "model.vision_tower.vision_tower."
 # transformers 5 saves a CLIPVisionModel without "vision_model.".
 _CLIP_RENAMED = ((rf"^{re.escape(TOWER)}(vision_model\.)?", f"{TOWER}vision_model."),)
 
 
 def canonical(config: ChatConfig, name: str) -> str | None:
-    """The name that the tables use for a tensor called `name` in a file; None for what is no parameter."""
+    """The tables' name of a tensor called `name` in a file; None for a buffer."""
     if is_buffer(name):
         return None
-    has_clip = config.layout == "llava" and config.vision.embedding_norm
+    has_clip = config.layout == "llava" and config.required_vision.embedding_norm
     for pattern, replacement in _CLIP_RENAMED if has_clip else _RENAMED.get(config.layout, ()):
         renamed = re.sub(pattern, replacement, name)
         if renamed != name:
@@ -184,21 +201,21 @@ def canonical(config: ChatConfig, name: str) -> str | None:
 def _tables(config: ChatConfig) -> Iterator[tuple[list[_Row], int]]:
     layout, vision, text = config.layout, config.vision, config.text
     if layout == "internvl":
-        yield from _hf_vision(vision, "vision_tower.")
+        yield from _hf_vision(config.required_vision, "vision_tower.")
         yield _projector(config, "multi_modal_projector.", ("layer_norm", "linear_1", "linear_2")), 0
-        yield from _llama(text, "language_model.")
+        yield from _llama(config.required_text, "language_model.")
         return
     if layout == "llava_hf":
-        yield from _clip_vision(vision, "vision_tower.vision_model.")
+        yield from _clip_vision(config.required_vision, "vision_tower.vision_model.")
         yield _projector(config, "multi_modal_projector.", ("", "linear_1", "linear_2")), 0
-        yield from _llama(text, "language_model.")
+        yield from _llama(config.required_text, "language_model.")
         return
     if layout == "llava":
         # In the order of the files: the language model, the projector, the tower.
-        yield from _llama(text, "")
+        yield from _llama(config.required_text, "")
         yield _projector(config, "model.mm_projector.", ("", "0", "2")), 0
-        is_clip = vision.embedding_norm
-        yield from _clip_vision(vision, f"{TOWER}vision_model.") if is_clip else _intern_vit(vision, TOWER)
+        tower = config.required_vision
+        yield from _clip_vision(tower, f"{TOWER}vision_model.") if tower.embedding_norm else _intern_vit(tower, TOWER)
         return
     if vision is not None:
         yield from _intern_vit(vision, "vision_model." if layout == "internvl_chat" else "")
@@ -209,7 +226,7 @@ def _tables(config: ChatConfig) -> Iterator[tuple[list[_Row], int]]:
 
 
 def _expand(rows: list[_Row], layers: int) -> Iterator[Tensor]:
-    """Rows to tensors: as they stand (layers 0), or once per layer."""
+    """Expand rows to tensors: once if `layers` is 0, else once per layer."""
     for layer in range(layers) if layers else (None,):
         for row in rows:
             index: tuple[Any, ...] = () if layer is None else (layer,)
@@ -227,7 +244,7 @@ def _vector(key: str, path: str, width: int) -> _Row:
 
 
 def _linear(key: str, path: str, inputs: int, outputs: int, *, bias: bool, kernel: Any = None) -> list[_Row]:
-    """A torch Linear: weight [out,in] and maybe bias. `kernel`: our axes where they are more than [in,out]."""
+    """A torch Linear: weight [out,in] and perhaps bias. kernel: our axes, if they are not [in,out]."""
     rows = [_Row(f"{key}.weight", (outputs, inputs), f"{path}/kernel", kernel or (inputs, outputs), transposed=True)]
     return rows + [_vector(f"{key}.bias", f"{path}/bias", outputs)] if bias else rows
 
@@ -284,7 +301,7 @@ def _intern_vit(vision: VisionConfig, prefix: str) -> Iterator[tuple[list[_Row],
 
 
 def _hf_vision(vision: VisionConfig, prefix: str) -> Iterator[tuple[list[_Row], int]]:
-    """transformers' InternVLVisionModel: the same tower with q, k and v apart and other names."""
+    """transformers' InternVLVisionModel: the same tower with separate q, k and v, and other names."""
     width, heads, dim, hidden = (
         vision.hidden_size,
         vision.num_attention_heads,
@@ -359,9 +376,10 @@ def _clip_vision(vision: VisionConfig, prefix: str) -> Iterator[tuple[list[_Row]
 
 
 def _projector(config: ChatConfig, prefix: str, names: tuple[str, str, str]) -> list[_Row]:
-    """LayerNorm, where there is one, Linear and Linear under the layout's names."""
-    inputs, outputs = config.projector.in_features, config.projector.out_features
-    rows = _norm(prefix + names[0], "mlp1/norm", inputs, bias=True) if config.projector.layer_norm else []
+    """LayerNorm (in some layouts), Linear and Linear, under the layout's names."""
+    projector = config.required_projector
+    inputs, outputs = projector.in_features, projector.out_features
+    rows = _norm(prefix + names[0], "mlp1/norm", inputs, bias=True) if projector.layer_norm else []
     rows += _linear(prefix + names[1], "mlp1/fc1", inputs, outputs, bias=True)
     return rows + _linear(prefix + names[2], "mlp1/fc2", outputs, outputs, bias=True)
 

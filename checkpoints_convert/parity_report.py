@@ -1,4 +1,4 @@
-"""What a comparison with the reference found: errors, limits, the table and its JSON form."""
+"""The report of a comparison with the reference: errors, limits, a table and its JSON form."""
 
 from __future__ import annotations
 
@@ -18,27 +18,39 @@ from rich.text import Text
 
 TINY = float(np.finfo(np.float32).tiny)
 
-# Largest relative error, (local, accumulated), by kind of stage: single operations, blocks, the end of the whole model.
-LIMITS = {"pixels": (None, 1e-6), "op": (1e-5, 1e-3), "block": (1e-4, 1e-3), "probe": (1e-4, None)}
+# Limits on the relative error, (local, accumulated), by kind of stage: single operations, blocks, the whole model.
+LIMITS: dict[str, tuple[float | None, float | None]] = {
+    "pixels": (None, 1e-6),
+    "op": (1e-5, 1e-3),
+    "block": (1e-4, 1e-3),
+    "probe": (1e-4, None),
+}
 KL_LIMIT = 1e-4  # nats, at every position
 
 
 class ParityError(ValueError):
-    """Two directories that cannot be compared, or inputs that do not fit them; the message says why."""
+    """The directories cannot be compared, or the inputs do not fit the model; the message says why."""
 
 
 @dataclass(frozen=True)
 class Errors:
-    """How far an array is from the reference's."""
+    """How far an array is from the reference's.
+
+    Attributes:
+        max_abs: the largest absolute error.
+        mean_abs: the mean absolute error.
+        relative: the largest |error| / (|reference| + root mean square of the reference).
+        cosine: the cosine similarity.
+    """
 
     max_abs: float
     mean_abs: float
-    relative: float  # largest |error| / (|reference| + its root mean square)
+    relative: float
     cosine: float
 
     @classmethod
     def of(cls, theirs: np.ndarray, ours: np.ndarray) -> Errors:
-        """Raises ParityError where the shapes differ."""
+        """Compare two arrays. Raises ParityError if their shapes differ."""
         if theirs.shape != ours.shape:
             raise ParityError(f"the reference has shape {list(theirs.shape)}, this implementation {list(ours.shape)}")
         a, b = theirs.astype(np.float64), ours.astype(np.float64)
@@ -55,35 +67,50 @@ class Errors:
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the report."""
+    """One row of the report.
+
+    Attributes:
+        name: the stage, such as "vision.layers.3".
+        kind: a key of LIMITS.
+        local: errors on the reference's input.
+        accumulated: errors on the chain's own input.
+    """
 
     name: str
-    kind: str  # of LIMITS
+    kind: str
     local: Errors | None
     accumulated: Errors | None
 
     @property
     def local_passed(self) -> bool:
-        return self.local is None or self.local.relative <= LIMITS[self.kind][0]
+        """Whether the stage's own error is within its limit."""
+        return _within(self.local, LIMITS[self.kind][0])
 
     @property
     def passed(self) -> bool:
-        # Written so that NaN fails.
-        return self.local_passed and (self.accumulated is None or self.accumulated.relative <= LIMITS[self.kind][1])
+        """Whether both errors are within their limits."""
+        return self.local_passed and _within(self.accumulated, LIMITS[self.kind][1])
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """How far the next-token distributions of the two chains differ."""
+    """How far the next-token distributions of the two chains differ.
 
-    max_kl: float  # KL(reference || ours), nats, the worst position's
+    Attributes:
+        max_kl: the largest KL(reference || ours) of any position, in nats.
+        mean_kl: its mean over positions.
+        greedy_agreement: the share of positions with the same most likely token.
+        greedy_passed: at all other positions the reference's logits of the two tokens are equal within the limit.
+    """
+
+    max_kl: float
     mean_kl: float
-    greedy_agreement: float  # share of positions with the same best token
-    greedy_passed: bool  # where they differ, the reference holds both for equal within the logits' limit
+    greedy_agreement: float
+    greedy_passed: bool
 
     @classmethod
     def of(cls, theirs: np.ndarray, ours: np.ndarray) -> Distribution:
-        """Logits [1,T,V] of either side."""
+        """Compare logits [1,T,V] of both sides."""
         if not (np.isfinite(theirs).all() and np.isfinite(ours).all()):
             return cls(math.nan, math.nan, 0.0, False)
         a, b = (x[0].astype(np.float64) for x in (theirs, ours))
@@ -105,36 +132,49 @@ class Distribution:
 
 @dataclass
 class Report:
-    """What was compared, how far it differs, and what it cost."""
+    """What was compared, how far it differs, and what it cost.
+
+    Attributes:
+        checkpoint: the directory that this implementation ran.
+        reference: the directory that the reference ran.
+        image: the image file, "drawn" or "random" (without preprocessor_config.json); None without a vision tower.
+        prompt: the question; None for random tokens, or without a language model.
+        prompt_tokens: length of the prompt.
+        stages: the errors of each stage.
+        distribution: how far the next-token distributions differ.
+        seconds: how long it took.
+        peak_rss: the process's peak memory since it started, in bytes.
+    """
 
     checkpoint: Path
     reference: Path
-    image: str | None  # the file, "drawn" or "random" (no preprocessor_config.json)
-    prompt: str | None  # None: random tokens, or no language model
+    image: str | None
+    prompt: str | None
     prompt_tokens: int
     stages: list[Stage] = field(default_factory=list)
     distribution: Distribution | None = None
     seconds: float = 0.0
-    peak_rss: int = 0  # bytes, of this process since it started
+    peak_rss: int = 0
 
     @property
     def passed(self) -> bool:
+        """Whether every stage and the distribution are within their limits."""
         return all(stage.passed for stage in self.stages) and (self.distribution is None or self.distribution.passed)
 
     @property
     def culprits(self) -> list[str]:
-        """The stages that add an error of their own."""
+        """The stages whose own error exceeds its limit."""
         return [stage.name for stage in self.stages if not stage.local_passed]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. A number that is not finite is null."""
+        """The report for JSON; NaN and infinity become null."""
         stages = [
             {
                 "stage": stage.name,
                 "passed": stage.passed,
                 "limits": dict(zip(("local", "accumulated"), LIMITS[stage.kind])),
-                "local": _finite(stage.local),
-                "accumulated": _finite(stage.accumulated),
+                "local": None if stage.local is None else _finite(stage.local),
+                "accumulated": None if stage.accumulated is None else _finite(stage.accumulated),
             }
             for stage in self.stages
         ]
@@ -158,7 +198,7 @@ class Report:
     def print(self, console: Console) -> None:
         """Print the table, then the verdict.
 
-        On a narrow console the table has the relative errors, their limits and the verdict only.
+        On a narrow console the table has only the relative errors, their limits and the verdict.
         """
         table = self._table(ALL_COLUMNS)
         width = console.measure(table, options=console.options.update(width=UNLIMITED)).maximum
@@ -211,7 +251,7 @@ MAIN_COLUMNS = ("local relative", "accum. relative")
 
 
 def _cells(stage: Stage) -> dict[str, str]:
-    """A stage's errors as text, by column; empty where there are none."""
+    """A stage's errors as text, by column; empty where there is none."""
     values: dict[str, float] = {}
     if stage.local is not None:
         values |= {"local max": stage.local.max_abs, "local relative": stage.local.relative}
@@ -230,10 +270,13 @@ def rms(x: np.ndarray) -> float:
     return math.sqrt(float(np.mean(np.square(x, dtype=np.float64))))
 
 
-def _finite(values: Any) -> dict[str, Any] | None:
-    """A dataclass for JSON, which has no NaN and no infinity."""
-    if values is None:
-        return None
+def _within(errors: Errors | None, limit: float | None) -> bool:
+    """Whether errors are absent or within a limit; NaN is not."""
+    return errors is None or limit is None or errors.relative <= limit
+
+
+def _finite(values: Any) -> dict[str, Any]:
+    """A dataclass for JSON, in which NaN and infinity become null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(values).items()}
 
 

@@ -349,7 +349,7 @@ def _read_replaced(read: _Read, weights: Weights, names: _Names, keys: list[str]
             read.problems.append(f"unexpected: {key}, {_why_unexpected(key)}; {MERGE_IT}")
         elif weights.shapes[key] != tensor.shape:
             read.problems.append(f"{key} is {weights.shapes[key]}, the model asks for {tensor.shape}")
-        elif tensor.path.startswith("language_model/embed") and names.config.text.tie_word_embeddings:
+        elif tensor.path.startswith("language_model/embed") and names.config.required_text.tie_word_embeddings:
             read.problems.append(f"unexpected: {key}, the head shares the embedding of this model; {MERGE_IT}")
         elif (values := _values(read, weights, key)) is not None:
             if tensor.path in read.replaced:
@@ -383,7 +383,7 @@ def _stacked(
     tower: str, pairs: dict[tuple[str, int], list[_Pair]], peft: PeftConfig, config: ChatConfig
 ) -> tuple[Params, Lora]:
     """A tower's adapters in our form: every layer, one rank, one scale."""
-    depth = config.num_vision_layers if tower == "vision_model" else config.text.num_hidden_layers
+    depth = config.num_vision_layers if tower == "vision_model" else config.required_text.num_hidden_layers
     idle = sorted(
         {layer for (_, layer), parts in pairs.items() if layer >= depth and any(part.b.any() for part in parts)}
     )

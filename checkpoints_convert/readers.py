@@ -139,8 +139,9 @@ def open_checkpoint(directory: str | Path, vision_tower: str | Path | None = Non
     weights = open_weights(directory)
     config = read_json_object(directory / "config.json", ConfigError)
     tower = find_vision_tower(directory, config, vision_tower)
-    if tower is not None and not any(key.startswith(TOWER) for key in weights.weight_map):
-        weights.add_tower(tower, vision_tower_name(config))
+    name = vision_tower_name(config)
+    if tower is not None and name is not None and not any(key.startswith(TOWER) for key in weights.weight_map):
+        weights.add_tower(tower, name)
     return weights
 
 

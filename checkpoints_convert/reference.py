@@ -1,6 +1,6 @@
-"""The PyTorch side of a comparison, one stage at a time: transformers' modules under a published checkpoint's weights.
+"""The PyTorch side of a comparison, one stage at a time: transformers' modules with a published checkpoint's weights.
 
-What stands for the original code at each stage:
+The module for each stage of the original code:
     pixels              PIL (convert to RGB) and transformers' CLIPImageProcessor; EXIF orientation is ignored
     vision.embeddings   transformers' InternVLVisionEmbeddings; of CLIP CLIPVisionEmbeddings, torch.nn LayerNorm
     vision.layers.N     transformers' InternVLVisionLayer (rms_norm, use_qk_norm, eager attention) or CLIPEncoderLayer
@@ -10,8 +10,8 @@ What stands for the original code at each stage:
     text.embeddings     torch.nn.functional.embedding; rows of image tokens are overwritten
     text.layers.N       transformers' LlamaDecoderLayer under LlamaRotaryEmbedding and create_causal_mask
     text.norm, logits   transformers' LlamaRMSNorm, torch.nn.functional.linear
-Everything is float32, weights upcast. This file reads config.json and key names itself and shares nothing with the
-code that it judges; the tests hold it to hidden states that the original InternVL code computed.
+Everything is float32. This file reads config.json and key names itself and shares no code with the implementation that
+it is compared with; tests compare it with hidden states that the original InternVL code computed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 Stage = Callable[[np.ndarray], np.ndarray]
 
-# OpenGVLab's names -> transformers', inside the embeddings and inside a layer (qkv is split besides).
+# OpenGVLab's names -> transformers', within the embeddings and within a layer (qkv is also split).
 _VISION_NAMES = (
     (r"^class_embedding$", "cls_token"),
     (r"^position_embedding$", "position_embeddings"),
@@ -48,15 +48,30 @@ _VISION_NAMES = (
 _PROJECTOR_NAMES = ((r"^layer_norm\.", "0."), (r"^linear_1\.", "1."), (r"^linear_2\.", "3."))
 _LLAVA_PROJECTOR_NAMES = ((r"^linear_1\.", "0."), (r"^linear_2\.", "2."))
 _TOWER = "model.vision_tower.vision_tower."  # in LLaVA's own layout
+_PIXEL_SHUFFLE: Any = InternVLModel.pixel_shuffle  # a method that does not use its object
+
+# How the names of tensors begin, by layout: vision tower, projector, language model. Parts that a layout lacks have "".
+_PREFIXES = {
+    "internvl_chat": ("vision_model.", "mlp1.", "language_model."),
+    "internvl": ("vision_tower.", "multi_modal_projector.", "language_model."),
+    "llava": (_TOWER, "model.mm_projector.", ""),
+    "llava_hf": ("vision_tower.vision_model.", "multi_modal_projector.", "language_model."),
+    "intern_vit_6b": ("", "", ""),
+    "llama": ("", "", ""),
+}
 
 
 class Reference:
     """The reference model of one published config.json.
 
-    keys: the names of the checkpoint's tensors (of the layout's current form). read: name -> its values.
-    tower: the directory of the vision tower's configuration, where the layout has one of its own.
-    A method that has weights reads them and returns the function that holds them: drop it to free them.
-    Arrays are float32: pixels [1,3,S,S], hidden states [1,T,D].
+    A method for a stage reads the stage's weights and returns a function that holds them: drop it to free them. Arrays
+    are float32: pixels [1,3,S,S], hidden states [1,T,D].
+
+    Args:
+        directory: the checkpoint's directory.
+        keys: the names of the checkpoint's tensors, in the layout's current form.
+        read: returns a tensor's values by name.
+        tower: the directory of the vision tower's configuration, where the layout has one of its own.
     """
 
     def __init__(self, directory: Path, keys: list[str], read: Callable[[str], np.ndarray], tower: Path | None = None):
@@ -69,37 +84,9 @@ class Reference:
             layout = "llava_hf" if "text_config" in raw else "llava"
         self._is_llava = layout in ("llava", "llava_hf")
         self._native = layout == "internvl"  # transformers' own layout
-        self._prefixes = {
-            "internvl_chat": ("vision_model.", "mlp1.", "language_model."),
-            "internvl": ("vision_tower.", "multi_modal_projector.", "language_model."),
-            "llava": (_TOWER, "model.mm_projector.", ""),
-            "llava_hf": ("vision_tower.vision_model.", "multi_modal_projector.", "language_model."),
-            "intern_vit_6b": ("", None, None),
-            "llama": (None, None, ""),
-        }[layout]
-        self._vision: Any = None
-        self._text: Any = None
-        select = -1
-        if layout == "internvl":
-            self._vision = InternVLVisionConfig.from_dict(raw["vision_config"])
-            self._text, select = LlamaConfig.from_dict(raw["text_config"]), raw.get("vision_feature_layer", -1)
-            self._ps_version = "v2"
-            # transformers 5 ties by the outer flag.
-            self._text.tie_word_embeddings = raw.get("tie_word_embeddings", self._text.tie_word_embeddings)
-        elif layout == "internvl_chat":
-            self._vision, select = _vision_config(raw["vision_config"]), raw.get("select_layer", -1)
-            self._text, self._ps_version = LlamaConfig.from_dict(raw["llm_config"]), raw.get("ps_version", "v1")
-        elif layout == "llava_hf":
-            self._vision, select = CLIPVisionConfig.from_dict(raw["vision_config"]), raw.get("vision_feature_layer", -2)
-            self._text = LlamaConfig.from_dict(raw["text_config"])
-            self._text.tie_word_embeddings = raw.get("tie_word_embeddings", self._text.tie_word_embeddings)
-        elif layout == "llava":
-            self._vision, select = _tower_config(_read_json(tower / "config.json")), raw["mm_vision_select_layer"]
-            self._text = LlamaConfig.from_dict({k: v for k, v in raw.items() if k != "model_type" and k[:3] != "mm_"})
-        elif layout == "intern_vit_6b":
-            self._vision = _vision_config(raw)
-        else:
-            self._text = LlamaConfig.from_dict(raw)
+        self._prefixes = _PREFIXES[layout]
+        self._vision, self._text, select = _part_configs(layout, raw, tower)
+        self._ps_version = "v2" if layout == "internvl" else raw.get("ps_version", "v1")
         for config in (self._vision, self._text):
             if config is not None:
                 config._attn_implementation = "eager"
@@ -117,7 +104,7 @@ class Reference:
             else:
                 self._pad_to_square = raw.get("pad2square", False)
             self._size = raw.get("force_image_size") or native
-            # The original passes the config's eps on to q_norm and k_norm; transformers' module does not.
+            # The original passes the config's eps to q_norm and k_norm; transformers' module does not.
             self._qk_norm_eps = None if self._native or self._is_clip else self._vision.layer_norm_eps
         self.num_text_layers = 0 if self._text is None else self._text.num_hidden_layers
 
@@ -131,7 +118,7 @@ class Reference:
             square.paste(rgb, ((side - rgb.width) // 2, (side - rgb.height) // 2))
             rgb = square
         sides = {"height": self._size, "width": self._size}
-        # V1-1's scripts resize to S x S before the processor, whose own resize and crop then change nothing.
+        # V1-1's scripts resize to S x S first, so that the processor's own resize and crop change nothing.
         sizes: dict[str, Any] = (
             {"size": {"shortest_edge": self._size}, "crop_size": sides} if self._is_llava else {"size": sides}
         )
@@ -151,7 +138,7 @@ class Reference:
     def _clip_embeddings(self) -> Stage:
         prefix, config = self._prefixes[0], self._vision
         embeddings: Any = _module(lambda: CLIPVisionEmbeddings(config), self._state(f"{prefix}embeddings."))
-        embeddings.position_ids = torch.arange(embeddings.num_positions)[None]  # no tensor of the checkpoint
+        embeddings.position_ids = torch.arange(embeddings.num_positions)[None]  # not in the checkpoint
         state = self._state(f"{prefix}pre_layrnorm.")
         norm = _module(lambda: nn.LayerNorm(config.hidden_size, config.layer_norm_eps), state)
         return _run(lambda x: norm(embeddings(x, interpolate_pos_encoding=True)))
@@ -183,7 +170,7 @@ class Reference:
     def _fold(self, x: torch.Tensor) -> torch.Tensor:
         side = round((x.shape[1] - 1) ** 0.5)
         grid = x[:, 1:].reshape(x.shape[0], side, side, -1)
-        folded = InternVLModel.pixel_shuffle(None, grid, scale_factor=self._ratio)
+        folded = _PIXEL_SHUFFLE(None, grid, scale_factor=self._ratio)
         if self._ps_version == "v1":
             folded = folded.transpose(1, 2)
         return folded.reshape(x.shape[0], -1, folded.shape[-1])
@@ -241,16 +228,25 @@ class Reference:
         return _run(lambda x: nn.functional.linear(x, head))
 
     def whole(self, image_token_id: int) -> nn.Module:
-        """All stages of an InternVL model as one module that can be trained; its language model transformers' own.
+        """Build an InternVL model as one trainable module, with transformers' own language model.
 
-        Parts: embeddings, layers (those that run), projector, language. forward(pixel_values [M,3,S,S], input_ids,
-        attention_mask, labels [B,T]) -> loss. Raises ValueError for other models, and those without a part.
+        Its parts are embeddings, layers (those that run), projector and language. forward(pixel_values [M,3,S,S],
+        input_ids, attention_mask, labels [B,T]) returns the loss.
+
+        Args:
+            image_token_id: the id of the tokens that visual tokens replace.
+
+        Returns:
+            The module.
+
+        Raises:
+            ValueError: the model has another layout or lacks a part.
         """
         if self._vision is None or self._text is None or self._is_llava:
-            raise ValueError("only an InternVL model with both of its parts can be put together")
+            raise ValueError("only an InternVL model with both of its parts can be built as a whole")
         state = self._state(self._prefixes[2])
         language: Any = _module(lambda: LlamaForCausalLM(self._text), state)
-        language.model.rotary_emb = LlamaRotaryEmbedding(self._text)  # no tensor of the checkpoint
+        language.model.rotary_emb = LlamaRotaryEmbedding(self._text)  # not in the checkpoint
         return _Whole(
             self._intern_embeddings(),
             [self._intern_layer(layer) for layer in range(self.num_vision_layers)],
@@ -281,8 +277,8 @@ class _Whole(nn.Module):
             x = layer(x)
         features = self.projector(self.fold(x))
         embedded = self.language.get_input_embeddings()(input_ids)
-        places = (input_ids == self.image)[..., None].expand_as(embedded)
-        embedded = embedded.masked_scatter(places, features)
+        is_image = (input_ids == self.image)[..., None].expand_as(embedded)
+        embedded = embedded.masked_scatter(is_image, features)
         return self.language(inputs_embeds=embedded, attention_mask=attention_mask, labels=labels).loss
 
 
@@ -290,15 +286,36 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
+def _part_configs(layout: str, raw: dict[str, Any], tower: Path | None) -> tuple[Any, Any, int]:
+    """The configurations of vision tower and language model, None for a part that is absent; and select_layer."""
+    if layout == "internvl_chat":
+        text = LlamaConfig.from_dict(raw["llm_config"])
+        return _vision_config(raw["vision_config"]), text, raw.get("select_layer", -1)
+    if layout in ("internvl", "llava_hf"):
+        text = LlamaConfig.from_dict(raw["text_config"])
+        text.tie_word_embeddings = raw.get("tie_word_embeddings", text.tie_word_embeddings)  # transformers 5's rule
+        if layout == "internvl":
+            return InternVLVisionConfig.from_dict(raw["vision_config"]), text, raw.get("vision_feature_layer", -1)
+        return CLIPVisionConfig.from_dict(raw["vision_config"]), text, raw.get("vision_feature_layer", -2)
+    if layout == "llava":
+        if tower is None:
+            raise ValueError("a checkpoint of LLaVA's layout needs the directory of its vision tower")
+        text = LlamaConfig.from_dict({k: v for k, v in raw.items() if k != "model_type" and k[:3] != "mm_"})
+        return _tower_config(_read_json(tower / "config.json")), text, raw["mm_vision_select_layer"]
+    if layout == "intern_vit_6b":
+        return _vision_config(raw), None, -1
+    return None, LlamaConfig.from_dict(raw), -1
+
+
 def _tower_config(raw: dict[str, Any]) -> Any:
-    """The configuration of LLaVA's vision tower: InternViT, a CLIP's vision half, or a whole CLIP's."""
+    """The configuration of LLaVA's vision tower: InternViT, a CLIP vision model, or a whole CLIP."""
     if raw["model_type"] == "intern_vit_6b":
         return _vision_config(raw)
     return CLIPVisionConfig.from_dict(raw["vision_config"] if raw["model_type"] == "clip" else raw)
 
 
 def _vision_config(raw: dict[str, Any]) -> InternVLVisionConfig:
-    """OpenGVLab's intern_vit_6b configuration, its defaults included, under transformers' names."""
+    """OpenGVLab's intern_vit_6b configuration, with its defaults, under transformers' names."""
     return InternVLVisionConfig(
         hidden_size=raw["hidden_size"],
         num_hidden_layers=raw["num_hidden_layers"],
@@ -327,7 +344,7 @@ def _rename(state: dict[str, torch.Tensor], names: tuple[tuple[str, str], ...]) 
 
 
 def _module(build: Callable[[], nn.Module], state: dict[str, torch.Tensor]) -> nn.Module:
-    """A module that holds these very tensors: built without memory of its own, every name required."""
+    """Build a module on the meta device and assign these tensors to it; every name is required."""
     with torch.device("meta"):
         module = build()
     module.load_state_dict(state, strict=True, assign=True)

@@ -47,7 +47,7 @@ def write_synthetic(destination: str | Path, *, preset: str = "internvl_chat_v1_
     name = vision_tower_name(hf)
     # V1-0's files hold the tower, LLaVA-1.5's leave it in CLIP's.
     parts = dict.fromkeys(table, "")
-    if name is not None and config.vision.embedding_norm:
+    if name is not None and config.required_vision.embedding_norm:
         parts = {key: f"{name}/" if key.startswith(TOWER) else "" for key in table}
     weight_map = {}
     for part in dict.fromkeys(parts.values()):
@@ -56,7 +56,7 @@ def write_synthetic(destination: str | Path, *, preset: str = "internvl_chat_v1_
     filled = [t for t in table.values() if random_layers and (not t.index or t.index[0] < random_layers)]
     with new_directory(destination, sum(sizes[tensor.key] for tensor in filled)) as directory:
         contents = {"config.json": hf}
-        if name is not None:
+        if name is not None and tower is not None:
             (directory / name).mkdir()
             contents[f"{name}/config.json"] = tower
         contents[f"{name}/preprocessor_config.json" if name else "preprocessor_config.json"] = _preprocessor(config)
@@ -84,7 +84,7 @@ def _preprocessor(config: ChatConfig) -> dict[str, Any]:
         "do_normalize": True,
         "do_resize": True,
         "feature_extractor_type": "CLIPFeatureExtractor",
-        **(CLIP if config.vision.embedding_norm else IMAGENET),
+        **(CLIP if config.required_vision.embedding_norm else IMAGENET),
         "resample": 3,
         "size": config.image_size,
     }

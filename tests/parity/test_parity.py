@@ -21,7 +21,8 @@ from support.golden import DATA, assert_close, bundle, spread  # noqa: E402
 
 from checkpoints_convert import parity  # noqa: E402
 from checkpoints_convert.parity import ParityError, run_parity  # noqa: E402
-from checkpoints_convert.parity_report import Distribution, Errors  # noqa: E402
+from checkpoints_convert.parity_inputs import RANDOM_TOKENS  # noqa: E402
+from checkpoints_convert.parity_report import Distribution, Errors, Stage  # noqa: E402
 from checkpoints_convert.readers import open_weights  # noqa: E402
 from checkpoints_convert.reference import Reference  # noqa: E402
 from internvl_jax.cli import main  # noqa: E402
@@ -33,7 +34,7 @@ from internvl_jax.config import (  # noqa: E402
     vision_tower_to_hf,
 )
 from internvl_jax.models import intern_vit  # noqa: E402
-from internvl_jax.processing.images import ImageError  # noqa: E402
+from internvl_jax.processing.images import ImageError, load_image  # noqa: E402
 
 CHAT = DATA / "internvl_chat_v1_1" / "checkpoint"
 VIT = DATA / "intern_vit" / "checkpoint_bin"
@@ -53,7 +54,7 @@ def reference_of(directory):
 def test_reference_vision_equals_the_goldens():
     arrays, _ = bundle("internvl_chat_v1_1")
     reference = reference_of(CHAT)
-    pixels = reference.pixels(parity.load_image(RGB, honour_exif=False))
+    pixels = reference.pixels(load_image(RGB, honour_exif=False))
     np.testing.assert_array_equal(pixels[0], arrays["images/rgb/eval"])
     states = chain([reference.vision_layer(n) for n in range(6)], reference.vision_embeddings()(pixels))
     assert_close(states, arrays["vision/hidden_states"], 5e-5, "hidden states")
@@ -193,7 +194,7 @@ def test_transformers_llama_passes(tmp_path, tied):
     report = run_parity(tmp_path)
     assert report.passed
     assert names(report)[0] == "text.embeddings"
-    assert (report.image, report.prompt, report.prompt_tokens) == (None, None, parity.RANDOM_TOKENS)
+    assert (report.image, report.prompt, report.prompt_tokens) == (None, None, RANDOM_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +374,7 @@ def test_numbers_that_are_not_finite_fail():
     a = np.ones((1, 2, 4), np.float32)
     b = a.copy()
     b[0, 1, 2] = np.nan
-    stage = parity.Stage("logits", "op", Errors.of(a, b), None)
+    stage = Stage("logits", "op", Errors.of(a, b), None)
     assert not stage.passed
     assert not Distribution.of(a, b).passed
 
