@@ -1,7 +1,7 @@
-"""From a published directory to this project's format, or straight into memory, one tensor at a time.
+"""Convert a published directory to this project's format, or load it into memory, one tensor at a time.
 
-What is converted: the layouts of `internvl_jax.config.LAYOUTS`. A leaf keeps the dtype that its tensors have in the
-files, so that the way back (export.py) is bit for bit; what a parameter tree has no place for is kept beside it.
+The layouts of `internvl_jax.config.LAYOUTS` can be converted. A leaf keeps the dtype of its tensors in the files, so
+that export.py restores them bit for bit; what has no place in a parameter tree is stored beside it.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from internvl_jax.parallel import distributed
 from internvl_jax.quantize import Scheme, is_quantized, quantize_kernel, quantize_params, quantize_while_reading
 from internvl_jax.utils.files import new_directory, read_json_object, resolve
 
-PUBLISHED = "published.json"  # which file held which tensor
-BUFFERS = "published_buffers.safetensors"  # tensors that are no parameters
+PUBLISHED = "published.json"  # the file of each tensor
+BUFFERS = "published_buffers.safetensors"  # tensors that are not parameters
 FLOATS = tuple(np.dtype(name) for name in ("float32", "float16", "bfloat16"))
-FLOAT64 = np.dtype("float64")  # read as float32, which is what jax computes in
+FLOAT64 = np.dtype("float64")  # read as float32
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A whole leaf, or one layer of a stack, and the tensors that make it (several where we fuse what they split)."""
+    """A leaf, or one layer of a stack, and its tensors by key: several where our leaf is fused, as q, k and v."""
 
     path: str
     layer: int | None
-    tensors: tuple[tuple[str, Tensor], ...]  # by key in the files
+    tensors: tuple[tuple[str, Tensor], ...]
 
     def read(self, weights: Weights, dtype: np.dtype) -> np.ndarray:
-        """The part in our shape."""
+        """Read the part in our shape."""
         parts = [_read_tensor(weights, key, tensor, dtype) for key, tensor in self.tensors]
         if len(parts) == 1:
             return parts[0]
@@ -63,12 +63,12 @@ class _Part:
 
 
 def _read_tensor(weights: Weights, key: str, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):  # an overflow is what is looked for next
+    with np.errstate(over="ignore"):  # an overflow is found below
         values = tensor.to_ours(weights.read(key)).astype(dtype, copy=False)
     if (found := not_finite(values)) is not None:
         raise ConversionError(
-            f"{weights.directory}: {key} holds numbers that are not finite ({found} in {dtype}), so that no answer can "
-            "come of it: its training diverged, its type was too narrow, or the file is damaged; take another copy"
+            f"{weights.directory}: {key} has values that are not finite ({found} in {dtype}): its training diverged, "
+            "its dtype was too narrow, or the file is damaged; take another copy"
         )
     return values
 
@@ -81,16 +81,26 @@ def convert(
     vision_tower: str | Path | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Write the checkpoint of the published directory `source` to `destination`, in this project's format.
+    """Convert a published directory to this project's format.
 
-    Memory is bounded by a few copies of the largest tensor. Beside the parameters come config.json, tokenizer and other
-    small files as they are, and `published.json`, by which an export restores the published files.
-    quantize: "int8" or "int4" weights, layer by layer as they come; such parameters cannot be exported.
-    vision_tower: the directory of the vision tower, where the layout has one of its own; None: it is looked for in
-        source and beside it (config.find_vision_tower). What is written holds the tower.
-    progress: called as progress(done_bytes, total_bytes, what).
-    Raises ConversionError or ConfigError that lists all that is wrong before anything is written; whatever goes wrong
-    later, `destination` does not come into being.
+    Memory is bounded by a few copies of the largest tensor. config.json, the tokenizer and other small files are
+    copied; `published.json` records what an export needs to restore the published files. If the conversion fails,
+    `destination` is not created.
+
+    Args:
+        source: the published directory.
+        destination: the directory to write; it must not exist.
+        quantize: "int8" or "int4" weights; such a directory cannot be exported.
+        vision_tower: the directory of the vision tower, where the layout has one of its own; None: it is looked for in
+            source and beside it (config.find_vision_tower). The destination will contain the tower.
+        progress: called as progress(done_bytes, total_bytes, what).
+
+    Returns:
+        A report of what was written.
+
+    Raises:
+        ConversionError: tensors or files are missing, unexpected or damaged; all are listed before anything is written.
+        ConfigError: config.json has a problem.
     """
     started = time.perf_counter()
     source, destination = resolve(source), resolve(destination)
@@ -133,14 +143,25 @@ _quantize = jax.jit(quantize_kernel, static_argnames=("inputs", "qtype", "name")
 
 
 def load_hf(directory: str | Path, abstract: Any, *, progress: Progress | None = None) -> Any:
-    """Read a published directory as it is into a tree of jax arrays, without converting it first.
+    """Load a published directory into a tree of jax arrays, without converting it first.
 
-    abstract: a tree of jax.ShapeDtypeStruct as in checkpoint.load: dtypes, and shardings where arrays shall have one;
-    kernels that are quantized in it are quantized here, a layer at a time.
-    Where its vision stack is shorter than the stored one, the layers beyond are not read. Host memory is bounded by the
-    largest leaf beside what is loaded.
-    Raises ConversionError, ConfigError or CheckpointError that list all that is wrong, before a tensor is read; and
-    ConversionError for a tensor that holds numbers that are not finite.
+    Host memory is bounded by the largest leaf beside the loaded arrays.
+
+    Args:
+        directory: the published directory.
+        abstract: a tree of jax.ShapeDtypeStruct as in `checkpoint.load`, with dtypes and, if wanted, shardings. Kernels
+            that are quantized in it are quantized here, a layer at a time. If its vision stack is shorter than the
+            stored one, further layers are not read.
+        progress: called as progress(done_bytes, total_bytes, what).
+
+    Returns:
+        The tree of arrays.
+
+    Raises:
+        ConversionError: tensors are missing, unexpected or damaged (all are listed before one is read), or have values
+            that are not finite.
+        ConfigError: config.json has a problem.
+        CheckpointError: `abstract` does not fit the checkpoint.
     """
     with distributed.barrier():
         return _load_hf(resolve(directory), abstract, progress)
@@ -171,32 +192,38 @@ def _load_hf(directory: Path, abstract: Any, progress: Progress | None) -> Any:
 
         for path, leaf in wanted.items():
             if is_quantized(leaf):
-                part_of = lambda layer, where, path=path: _place(read(path, layer), where)  # noqa: E731
+                part_of = lambda layer, where, path=path: _put(read(path, layer), where)  # noqa: E731
                 leaves.append(quantize_while_reading(path, leaf, part_of))
                 continue
             host = np.empty(leaf.shape, leaf.dtype)
             for layer in by_path[path]:
                 host[... if layer is None else layer] = read(path, layer)
-            leaves.append(_place(host, getattr(leaf, "sharding", None)))
+            leaves.append(_put(host, getattr(leaf, "sharding", None)))
     return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=is_quantized), leaves)
 
 
-def _place(host: np.ndarray, sharding: Any) -> jax.Array:
+def _put(host: np.ndarray, sharding: Any) -> jax.Array:
     if sharding is None:
         return jax.device_put(host)  # jnp.asarray would compile a program for every shape
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _match(config: ChatConfig, weights: Weights) -> tuple[list[_Part], dict[str, np.dtype]]:
-    """Parts of our tree in the order of the files, and the dtype of every leaf. Raises where something does not fit.
+    """Match a checkpoint's tensors with our tree.
 
-    A stack whose layers have several dtypes gets the one that holds all their numbers exactly.
+    A stack whose layers have several dtypes gets the one that represents all their values exactly.
+
+    Returns:
+        The parts of our tree in the order of the files, and the dtype of every leaf.
+
+    Raises:
+        ConversionError: tensors do not fit, are quantized, or have a dtype that is not supported.
     """
     method = quantized_by(weights.shapes)
     if method is not None:
         raise ConversionError(
-            f"{weights.directory} is quantized by {method}, which is not read: take the checkpoint that it was made "
-            "from (--quantize int8 or int4 quantizes it here)"
+            f"{weights.directory} is quantized by {method}, which is not supported: take the checkpoint that it "
+            "was made from (--quantize int8 or int4 quantizes it here)"
         )
     matched = plan(config, weights.shapes)
     grouped: dict[tuple[str, int | None], list[tuple[str, Tensor]]] = {}
@@ -221,7 +248,7 @@ def _match(config: ChatConfig, weights: Weights) -> tuple[list[_Part], dict[str,
         raise ConversionError(f"{weights.directory} cannot be read:\n  " + "\n  ".join(problems))
     if mixed:
         logger.info(
-            "%s: the layers of %s are stored in several dtypes, or in float64: read in the one that holds all, %s",
+            "%s: the layers of %s are stored in several dtypes, or in float64: read as %s",
             weights.directory,
             ", ".join(sorted(mixed)[:3]) + (f" and {len(mixed) - 3} more" if len(mixed) > 3 else ""),
             ", ".join(sorted({str(dtypes[path]) for path in mixed})),
@@ -230,10 +257,10 @@ def _match(config: ChatConfig, weights: Weights) -> tuple[list[_Part], dict[str,
 
 
 def _untied(config: ChatConfig, weights: Weights, matched: dict[str, Tensor]) -> list[str]:
-    """A head that config.json calls tied, stored all the same, has to be the embedding."""
+    """Problems of a stored head that config.json calls tied: it has to equal the embedding."""
     problems = []
     heads = [key for key in weights.shapes if key not in matched and canonical(config, key) is not None]
-    for head in heads:  # the only tensors that `plan` leaves out beside buffers
+    for head in heads:  # apart from buffers, `plan` leaves out only these
         embedding = next(key for key, tensor in matched.items() if tensor.path == EMBEDDING)
         same = weights.shapes[head] == weights.shapes[embedding]
         if not same or not _equal(weights.read(head), weights.read(embedding)):
@@ -242,7 +269,7 @@ def _untied(config: ChatConfig, weights: Weights, matched: dict[str, Tensor]) ->
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    """Of one dtype: bit for bit. Else: rounded to the narrower."""
+    """Whether two arrays are equal bit for bit, in the narrower of their dtypes."""
     if a.dtype != b.dtype:
         narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
         a, b = a.astype(narrow), b.astype(narrow)
@@ -257,7 +284,7 @@ def _with_dtypes(abstract: Any, dtypes: dict[str, np.dtype]) -> Any:
 def _keep_published(
     config: ChatConfig, weights: Weights, directory: Path, parts: Sequence[_Part], dtypes: Mapping[str, np.dtype]
 ) -> None:
-    """Record what the tree does not say: each tensor's file, its dtype where it is not its stack's, and buffers."""
+    """Record what the tree does not: each tensor's file, dtypes that differ from the stack's, and buffers."""
     record: dict[str, Any] = {"weight_map": weights.weight_map}
     other = {
         key: str(weights.dtypes[key])
@@ -274,20 +301,20 @@ def _keep_published(
 
 
 def as_torch(values: np.ndarray) -> torch.Tensor:
-    """The same memory as a tensor of torch."""
+    """A torch tensor that shares the memory of a numpy array."""
     if values.dtype == jnp.bfloat16:
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(values)
 
 
 def published_map(directory: Path) -> dict[str, str] | None:
-    """The weight_map that `convert` recorded: key -> file; None where the parameters never were published."""
+    """The file of each tensor as recorded by `convert`; None for parameters that were not converted."""
     path = directory / PUBLISHED
     return read_index(path) if path.exists() else None
 
 
 def published_dtypes(directory: Path) -> dict[str, np.dtype]:
-    """The dtypes that `convert` recorded: of tensors that were widened because other layers of their stack were."""
+    """The dtypes that `convert` recorded, of tensors that are stored in a wider dtype with the rest of their stack."""
     path = directory / PUBLISHED
     recorded = read_json_object(path, ConfigError).get("dtypes", {}) if path.exists() else {}
     wrong = [name for name in recorded.values() if name not in map(str, FLOATS)]

@@ -1,4 +1,4 @@
-"""From this project's format back to the published layout, bit for bit, one tensor at a time."""
+"""Export this project's format to the published layout, bit for bit, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from internvl_jax.config import ChatConfig, load_config
 from internvl_jax.models import chat_model
 from internvl_jax.utils.files import new_directory, resolve
 
-MAX_SHARD = 5 * 10**9  # bytes, where the published files are not known
+MAX_SHARD = 5 * 10**9  # bytes, where the published files are unknown
 
 _PICKLED_LAYOUTS = ("internvl_chat", "intern_vit_6b", "llava")
-_NOT_THE_SAME = "it belongs to other parameters; without that file the export chooses names and files itself"
+_NOT_THE_SAME = "it belongs to other parameters; remove that file and the export chooses names and files itself"
 
 
 def export(
@@ -34,17 +34,27 @@ def export(
     safe_serialization: bool | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Write the parameters of `source`, a directory in this project's format, under their published names.
+    """Export a directory in this project's format under the published names.
 
-    What `convert` wrote goes back into the same files, layers past select_layer, repeated heads and buffers included;
-    a vision tower that came from a directory of its own goes into one of that name (of a CLIP the vision half only).
-    Parameters that never were published go into files of at most MAX_SHARD bytes. config.json, tokenizer and other
-    small files come along as they are. Memory is bounded by a few copies of the largest tensor.
-    safe_serialization: True writes model*.safetensors, False pytorch_model*.bin; None: the form that was converted, or
-        the one in which the layout is published.
-    progress: called as progress(done_bytes, total_bytes, what).
-    Raises CheckpointError, ConversionError (for quantized parameters too) or ConfigError before anything is written;
-    whatever goes wrong later, `destination` does not come into being.
+    Converted parameters go back into the same files, including layers past select_layer, repeated heads and buffers. A
+    vision tower that had a directory of its own gets one of the same name (of a CLIP, the vision model only). Other
+    parameters go into files of at most MAX_SHARD bytes. config.json, the tokenizer and other small files are copied.
+    Memory is bounded by a few copies of the largest tensor. If the export fails, `destination` is not created.
+
+    Args:
+        source: a directory in this project's format.
+        destination: the directory to write; it must not exist.
+        safe_serialization: True writes model*.safetensors, False pytorch_model*.bin; None: the form that was converted,
+            or the one in which the layout is published.
+        progress: called as progress(done_bytes, total_bytes, what).
+
+    Returns:
+        A report of what was written.
+
+    Raises:
+        CheckpointError: the source is damaged.
+        ConversionError: the source is quantized, or its parameters do not fit config.json.
+        ConfigError: config.json has a problem.
     """
     started = time.perf_counter()
     source, destination = resolve(source), resolve(destination)
@@ -73,16 +83,16 @@ def export(
 
 
 def _name(key: str, file: str) -> str:
-    """The name of a tensor in its file: a vision tower in a directory of its own has its own names."""
+    """The name of a tensor in its file: in a directory of its own, a vision tower has names without a prefix."""
     return key.removeprefix(TOWER) if Path(file).parent.name else key
 
 
 def _published(source: Path, config: ChatConfig) -> tuple[Specs, Callable[[str], np.ndarray]]:
-    """What there is to write, in the order of the published files, and the function that reads one tensor."""
+    """The tensors to write, in the order of the published files, and the function that reads one of them."""
     stored = checkpoint.Reader(source)
     if any(name.endswith(f"/{checkpoint.QVALUE}") for name in stored.leaves):
         raise ConversionError(
-            f"{source} is quantized, and the published weights cannot be made from it again: export the checkpoint "
+            f"{source} is quantized, and the published weights cannot be restored from it: export the checkpoint "
             "that was converted without --quantize"
         )
     _check_complete(source, config, {name: shape for name, (shape, _) in stored.leaves.items()})
@@ -98,7 +108,7 @@ def _published(source: Path, config: ChatConfig) -> tuple[Specs, Callable[[str],
             continue
         tensor = None if name is None else table.get(name)
         if tensor is None and config.text is not None and config.text.tie_word_embeddings:
-            tensor = next(t for t in table.values() if t.path == EMBEDDING)  # a head that only repeats it
+            tensor = next(t for t in table.values() if t.path == EMBEDDING)  # a tied head
         if tensor is None:
             raise ConversionError(f"{source / PUBLISHED} names {key}, which {source} does not have: {_NOT_THE_SAME}")
         chosen[key] = tensor
@@ -117,7 +127,7 @@ def _published(source: Path, config: ChatConfig) -> tuple[Specs, Callable[[str],
 
 
 def _check_complete(source: Path, config: ChatConfig, stored: dict[str, tuple[int, ...]]) -> None:
-    """An export drops nothing and invents nothing: names and shapes have to be config.json's."""
+    """Check that names and shapes are those of config.json, so that the export is complete."""
     wanted = {name: leaf.shape for name, leaf in checkpoint.named_leaves(chat_model.abstract_params(config))}
     problems = [
         f"{name}: {stored.get(name, 'missing')}, config.json asks for {wanted.get(name, 'none')}"
@@ -129,7 +139,7 @@ def _check_complete(source: Path, config: ChatConfig, stored: dict[str, tuple[in
 
 
 def _files(source: Path, config: ChatConfig, sizes: dict[str, int], safe: bool | None) -> dict[str, str]:
-    """The file of every tensor: the published one, where it is known and of the form that is asked for."""
+    """The file of every tensor: the published one, if it is known and has the requested form."""
     recorded = published_map(source)
     if recorded is not None and safe in (None, is_safe(recorded)):
         return recorded

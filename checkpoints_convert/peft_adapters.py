@@ -1,9 +1,9 @@
-"""Low-rank adapters in the layout of Hugging Face's peft, and back.
+"""Read and write low-rank adapters in the layout of Hugging Face's peft.
 
-The reference wraps each tower on its own, so that is what is written: DST/language_model/ and DST/vision_model/ with
+The reference wraps each tower separately, and so adapters are written: DST/language_model/ and DST/vision_model/ with
 adapter_config.json and adapter_model.safetensors, which peft's PeftModel.from_pretrained takes for
-`model.language_model` or `model.vision_model`. A matrix lora_A is [rank, in] there, lora_B [out, rank]. Adapters of a
-whole model are read too, and what LLaVA trains beside them and leaves in non_lora_trainables.bin.
+`model.language_model` or `model.vision_model`. lora_A is [rank, in] there, lora_B [out, rank]. Adapters of a whole
+model can be read too, with the parameters that LLaVA trains beside them and saves in non_lora_trainables.bin.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from internvl_jax.utils import files
 logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-BESIDE = "non_lora_trainables.bin"  # LLaVA's: what was trained with an adapter and is none, the projector above all
-_WRAPPED = "base_model.model."  # what peft puts before a wrapped model's own names
+BESIDE = "non_lora_trainables.bin"  # LLaVA's parameters that were trained beside an adapter, mostly the projector
+_WRAPPED = "base_model.model."  # peft's prefix for the names of a wrapped model
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _PAIR = re.compile(r"(?P<name>.+)\.lora_(?P<side>[AB])\.weight")
 _TRAINING_ONLY = (".lora_velora_embed",)  # VeLoRA's, for the backward pass
-_LAYER = re.compile(r"(?:^|(?<=\.))layers?\.\d+\.")  # from here on the layouts' names are what a tower's layer holds
+_LAYER = re.compile(r"(?:^|(?<=\.))layers?\.\d+\.")  # the rest of a name is within a layer
 _PROJECTOR = re.compile(r"(?:.*\.)?mm_projector\.(0|2)\.(weight|bias)")  # LLaVA's names, for its other layouts too
-# What trainers leave beside an adapter and what says nothing about its numbers.
+# Files that trainers leave beside an adapter and that do not change its result.
 _ORDINARY = re.compile(
     r"(README|LICEN[SC]E|NOTICE|USE_POLICY).*|\..*|.*token.*\.(json|model)|vocab\..*|merges\.txt|chat_template.*|"
     r"(generation_|preprocessor_|processor_|video_preprocessor_)?config\.json|training_args\.(bin|json|yaml)|"
@@ -53,10 +53,16 @@ _ORDINARY = re.compile(
 
 
 def export_peft(directory: str | Path, adapters: Params, settings: Settings, config: ChatConfig) -> None:
-    """Write adapters for peft, float32, a directory for each tower.
+    """Write adapters for peft in float32, a subdirectory for each tower.
 
-    config: of the model that the adapters are for, in the published layout of V1-1, LLaMA or InternViT.
-    Raises ConversionError where `directory` exists, and for layouts whose towers have other layers.
+    Args:
+        directory: the directory to write; it must not exist.
+        adapters: the adapters, as `lora.load` returns them.
+        settings: their settings by tower.
+        config: of the model that the adapters are for, in the published layout of V1-1, LLaMA or InternViT.
+
+    Raises:
+        ConversionError: `directory` exists, or the layout's towers have other layers.
     """
     with files.new_directory(directory, error=ConversionError) as temporary:
         for tower in (name for name in adapters if name != REPLACED):
@@ -99,7 +105,7 @@ def _export_tower(directory: Path, tower: str, tree: Params, lora: Lora, config:
 
 
 def _targets(tower: str, lora: Lora, config: ChatConfig) -> Iterator[tuple[str, Tensor, str]]:
-    """The layers that have an adapter: our target, the published tensor of its kernel, peft's name for it."""
+    """The layers with an adapter: our target, the published tensor of its kernel, and peft's name."""
     wanted = {f"{tower}/layers/{target}/kernel": target for target in lora.targets_of(tower)}
     missing = set(wanted)
     for tensor in tensors(config):
@@ -134,19 +140,22 @@ def _leaf_or_none(tree: Params, path: str) -> Any:
 
 
 def import_peft(directory: str | Path, config: ChatConfig) -> tuple[Params, dict[str, Lora]]:
-    """Adapters and settings from directories that peft or `export_peft` wrote, float32 numpy arrays.
+    """Read adapters that peft or `export_peft` wrote.
 
-    The numbers are peft's: where ranks or scales differ from layer to layer, or layers have no adapter, matrices are
-    filled up with zeros and scales go into lora_b. What was trained beside the adapters (modules_to_save, LLaVA's
-    non_lora_trainables.bin) comes under lora.REPLACED. Files that are not read are named in a warning.
+    The result is peft's: where ranks or scales differ between layers, or layers have no adapter, matrices are padded
+    with zeros and scales are multiplied into lora_b. Parameters that were trained beside the adapters (modules_to_save,
+    LLaVA's non_lora_trainables.bin) are under lora.REPLACED. Other files are named in a warning.
 
     Args:
-        directory: of an adapter, of the whole model or of one tower, or one that has a directory for each tower.
+        directory: an adapter of the whole model or of one tower, or a directory with one for each tower.
         config: of the model that the adapters are for.
 
+    Returns:
+        The adapters, float32 numpy arrays, and their settings by tower.
+
     Raises:
-        ConversionError: there is no adapter, it is of a kind that is not read, or tensors are missing, unexpected, of
-            another shape or not finite, all listed.
+        ConversionError: there is no adapter, it is of a kind that is not supported, or tensors are missing, unexpected,
+            of another shape or not finite; all are listed.
         OSError: a file cannot be read.
     """
     directory = files.resolve(directory)
@@ -189,17 +198,17 @@ def _no_adapter(directory: Path) -> str:
 
 
 class _Pair(NamedTuple):
-    """The adapter of one layer, or of one part of a fused one."""
+    """The adapter of one layer, or of one part of a fused layer."""
 
     a: np.ndarray  # [inputs, R]
     b: np.ndarray  # [R, outputs]
     scale: float
-    part: int | None  # of q, k and v that are one kernel here
+    part: int | None  # 0, 1, 2 for q, k and v, which are one kernel here
 
 
 @dataclass
 class _Read:
-    """What one directory holds."""
+    """The contents of one directory."""
 
     directory: Path
     config: PeftConfig
@@ -210,7 +219,7 @@ class _Read:
 
 
 class _Names:
-    """peft's names of a model's layers: those of the whole model, or of a part of it that was wrapped alone."""
+    """peft's names of a model's layers, of the whole model or of a tower that was wrapped separately."""
 
     def __init__(self, config: ChatConfig, tower: str | None):
         self.config = config
@@ -223,7 +232,7 @@ class _Names:
                 self.whole[tensor.key] = tensor
             elif target in linear_layers(one) and tower in (None, one):
                 self.kernels[tensor.key.removesuffix(".weight")] = one, target, tensor
-        # The language model first: CLIP's layers have names that end like its layers'.
+        # The language model first: names of CLIP's layers end like those of its layers.
         self._order = sorted(self.kernels, key=lambda key: ADAPTABLE.index(self.kernels[key][0]))
 
     def kernel(self, name: str) -> str | None:
@@ -272,7 +281,7 @@ def _read(directory: Path, config: ChatConfig, tower: str | None) -> _Read:
 
 
 def _read_beside(directory: Path, config: ChatConfig) -> _Read:
-    """What LLaVA trained beside adapters, where it lies beside the towers' directories."""
+    """Read the parameters that LLaVA trained beside adapters, from a file beside the towers' directories."""
     read = _Read(directory, PeftConfig())
     with Weights(directory, [BESIDE], None) as weights:
         _read_replaced(read, weights, _Names(config, None), list(weights.shapes))
@@ -323,7 +332,7 @@ def _values(read: _Read, weights: Weights, key: str) -> np.ndarray | None:
 
 
 def _left_out(read: _Read, names: _Names, found: list[str]) -> list[str]:
-    """Layers that adapter_config.json selects, in the towers that have adapters, and the file does not hold."""
+    """Layers that adapter_config.json selects and the file lacks, in the towers that have adapters."""
     prefixes: dict[str, set[tuple[str, str]]] = {}  # by tower, how names begin: in the file, and in the tables
     for name in found:
         key, start = names.kernel(name), _LAYER.search(name)
@@ -340,7 +349,7 @@ def _left_out(read: _Read, names: _Names, found: list[str]) -> list[str]:
 
 
 def _read_replaced(read: _Read, weights: Weights, names: _Names, keys: list[str]) -> None:
-    """Take in what was trained as a whole, and note what has no place."""
+    """Read the parameters that were trained as a whole, and report those that the model lacks."""
     saved = set()
     for key in keys:
         name = key.removeprefix(_WRAPPED)
@@ -382,7 +391,7 @@ def _why_unexpected(key: str) -> str:
 def _stacked(
     tower: str, pairs: dict[tuple[str, int], list[_Pair]], peft: PeftConfig, config: ChatConfig
 ) -> tuple[Params, Lora]:
-    """A tower's adapters in our form: every layer, one rank, one scale."""
+    """A tower's adapters in our form: all layers, one rank, one scale."""
     depth = config.num_vision_layers if tower == "vision_model" else config.required_text.num_hidden_layers
     idle = sorted(
         {layer for (_, layer), parts in pairs.items() if layer >= depth and any(part.b.any() for part in parts)}
@@ -423,7 +432,7 @@ def _stacked(
 
 
 def _name_unread(directory: Path, read: set[str]) -> None:
-    """Name what lies beside and is not read, except for what trainers always leave."""
+    """Warn of files that are not read, except for those that trainers always leave."""
     unread = sorted(path.name for path in directory.iterdir() if path.name not in read)
     unread = [name for name in unread if not _ORDINARY.fullmatch(name)]
     if unread:

@@ -1,8 +1,7 @@
-"""peft's adapter_config.json: which layers have an adapter, of which rank and scale.
+"""peft's adapter_config.json: which layers have an adapter, and their rank and scale.
 
-A field that changes the numbers and that is not implemented here is refused by name, and so is a field that is not
-known; a field that cannot change the numbers is skipped. The lists are those of peft 0.21 and of the adapters that
-earlier versions wrote.
+A field that changes the result and is not implemented is refused by name, and so is an unknown field; a field that
+cannot change the result is ignored. The lists are those of peft 0.21 and of adapters that earlier versions wrote.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from internvl_jax.utils import files
 
 MERGE_IT = "merge the adapter with peft (model.merge_and_unload(), save_pretrained) and convert that model"
 
-# What says where an adapter comes from, how it was trained or how it is run.
-_HARMLESS = frozenset(
+# Fields about where an adapter comes from, how it was trained or how it is run.
+HARMLESS_FIELDS = frozenset(
     """auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config fan_in_fan_out inference_mode
     lora_ga_config loftq_config megatron_core merge_weights peft_version qalora_group_size revision runtime_config
     task_type unsloth_fixed velora_config""".split()
 )
-# Fields whose empty value alone is plain LoRA, and why.
-_REFUSED = {
+# Fields that only an empty value makes plain LoRA, and what other values mean.
+REFUSED_FIELDS = {
     "alora_invocation_tokens": "activated LoRA works from certain tokens on, not on whole texts",
     "arrow_config": "Arrow chooses among adapters token by token",
     "enable_lora": "adapters of parts of a layer are not read",
@@ -41,7 +40,7 @@ _REFUSED = {
     "use_dora": "DoRA scales the sum of weights and adapter",
     "use_qalora": "QALoRA sums inputs in groups",
 }
-# Values of init_lora_weights that leave the base weights alone, and those that change them, by their beginning.
+# Values of init_lora_weights that do not change the base weights, and prefixes of those that do.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -50,7 +49,7 @@ _LAYER_LISTS = "target_modules exclude_modules modules_to_save layers_pattern".s
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """Plain LoRA as peft describes it. Names are those of the modules inside the model that peft wrapped."""
+    """Plain LoRA, with the fields of peft's LoraConfig. Names are those of modules in the model that peft wrapped."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -80,7 +79,7 @@ class PeftConfig:
         return _named(name, self.target_modules) and self._is_transformed(name)
 
     def saves(self, name: str) -> bool:
-        """Whether `name` is, or lies in, a module that was trained and saved as a whole."""
+        """Whether `name` is, or is in, a module that was trained and saved as a whole."""
         return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in self.modules_to_save)
 
     def rank_of(self, name: str) -> int:
@@ -88,7 +87,7 @@ class PeftConfig:
         return self.rank_pattern.get(_pattern_of(self.rank_pattern, name), self.r)
 
     def scale_of(self, name: str) -> float:
-        """By what the product of the two matrices of layer `name` is multiplied."""
+        """The scale of layer `name`: alpha / rank."""
         alpha = self.alpha_pattern.get(_pattern_of(self.alpha_pattern, name), self.lora_alpha)
         rank = self.rank_of(name)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -141,7 +140,7 @@ def _refusals(written: Mapping[str, Any]) -> list[str]:
     problems = []
     if written.get("peft_type") != "LORA":
         problems.append(f"peft_type = {written.get('peft_type')!r}: only LORA is read")
-    for name, why in _REFUSED.items():
+    for name, why in REFUSED_FIELDS.items():
         if written.get(name):
             problems.append(f"{name} = {written[name]!r}: {why}")
     if written.get("bias", "none") not in ("none", None):
@@ -157,7 +156,14 @@ def _refusals(written: Mapping[str, Any]) -> list[str]:
         problems.append(f"init_lora_weights = {init!r}: this way of beginning is not known")
     if isinstance(written.get("target_modules"), str) and written.get("layers_to_transform") not in (None, []):
         problems.append("target_modules is a pattern and layers_to_transform is given: peft takes one of them")
-    known = {*PeftConfig.__dataclass_fields__, *_HARMLESS, *_REFUSED, "peft_type", "bias", "init_lora_weights"}
+    known = {
+        *PeftConfig.__dataclass_fields__,
+        *HARMLESS_FIELDS,
+        *REFUSED_FIELDS,
+        "peft_type",
+        "bias",
+        "init_lora_weights",
+    }
     for name in sorted(set(written) - known):
         if written[name]:  # else it is turned off
             problems.append(

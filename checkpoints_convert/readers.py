@@ -1,8 +1,8 @@
 """Published weights on disk, read one tensor at a time: pytorch_model*.bin pickles and model*.safetensors, with index.
 
-Both forms are mapped into memory, so that a tensor costs only its own bytes. Mapped pages count as memory in use as
-long as the map stands, so one shard is mapped at a time, and mapped anew after every REMAP bytes. Pickles of torch
-before 1.6 cannot be mapped: one shard at a time is in memory, whole.
+Both forms are memory-mapped, so that a tensor costs only its own bytes. Mapped pages count as memory in use while the
+map exists, so one shard is mapped at a time, and mapped again after every REMAP bytes. Pickles of torch before 1.6
+cannot be mapped: one whole shard at a time is in memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from internvl_jax.utils.files import read_json_object, wrong_download
 
 logger = logging.getLogger(__name__)
 
-REMAP = 256 * 2**20
+REMAP = 256 * 2**20  # bytes
 
 # Index and single file of either form; transformers looks for safetensors first.
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
@@ -40,10 +40,23 @@ _SHARD = re.compile(r"(pytorch_model|model)-\d+-of-\d+\.(bin|safetensors)")
 
 
 class Weights:
-    """The tensors of a published directory; a context manager, which ends the mapping."""
+    """The tensors of a published directory; a context manager that ends the mapping.
 
-    # Key -> the file that holds it, in the order of the files and of the keys in them. A tower's files stand under the
-    # name of its directory.
+    Args:
+        directory: the directory.
+        files: names of its weight files.
+        index: the file of each tensor as the index says; None without an index.
+
+    Attributes:
+        weight_map: the file of each tensor, in the order of the files and of the keys in them. A tower's files are
+            below the name of its directory.
+        shapes: the shape of each tensor.
+        dtypes: the dtype of each tensor.
+
+    Raises:
+        ConversionError: a file is missing or damaged, or index and files differ; all problems are listed.
+    """
+
     weight_map: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype]
@@ -51,9 +64,9 @@ class Weights:
     def __init__(self, directory: Path, files: list[str], index: Mapping[str, str] | None):
         self.directory = directory
         self.weight_map, self.shapes, self.dtypes = {}, {}, {}
-        self._places: dict[str, tuple[Path, str]] = {}  # key -> its file and its name in there
+        self._places: dict[str, tuple[Path, str]] = {}  # key -> its file and its name in that file
         self._open: tuple[Path, dict[str, torch.Tensor]] | None = None
-        self._read = 0  # bytes, from the shard that is open
+        self._read = 0  # bytes read from the open shard
         problems = []
         for file in files:
             try:
@@ -68,7 +81,7 @@ class Weights:
             raise ConversionError(f"{directory}: the weights cannot be read:\n  " + "\n  ".join(problems))
 
     def _add(self, file: str, tensors: dict[str, Any]) -> list[str]:
-        """Note what a file holds; returns what is wrong with it."""
+        """Register the tensors of a file; returns its problems."""
         problems = []
         for key, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor):
@@ -86,9 +99,11 @@ class Weights:
         return problems
 
     def add_tower(self, directory: Path, part: str) -> None:
-        """Take in a vision tower that is published apart, under the names that LLaVA's layout has for it.
+        """Add a vision tower that is published apart, under the names that LLaVA's layout has for it.
 
-        part: the directory that its files have in the weight_map.
+        Args:
+            directory: the tower's directory.
+            part: the directory of its files in the weight_map.
         """
         tower = open_weights(directory)
         for name in tower.weight_map:
@@ -101,16 +116,17 @@ class Weights:
 
     @property
     def total_bytes(self) -> int:
+        """The size of all tensors."""
         return sum(math.prod(shape) * self.dtypes[key].itemsize for key, shape in self.shapes.items())
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor, in its own shape and dtype, bit for bit, in memory of its own."""
+        """Read one tensor in its shape and dtype, bit for bit, into memory of its own."""
         file, name = self._places[key]
         if self._open is None or self._open[0] != file:
-            self._open = None  # ends the old map before there is a new one
+            self._open = None  # unmap the old shard first
             self._open, self._read = (file, _map(file)), 0
         tensor = self._open[1][name].detach()
-        # numpy cannot take a bfloat16 tensor from torch: its bits travel as integers.
+        # numpy cannot convert a bfloat16 tensor of torch: its bits are passed as integers.
         bits = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
         values = np.array(bits.numpy(), order="C").view(self.dtypes[key])
         self._read += values.nbytes
@@ -119,6 +135,7 @@ class Weights:
         return values
 
     def close(self) -> None:
+        """Unmap the open shard."""
         self._open = None
 
     def __enter__(self) -> Weights:
@@ -129,11 +146,21 @@ class Weights:
 
 
 def open_checkpoint(directory: str | Path, vision_tower: str | Path | None = None) -> Weights:
-    """The weights of a published directory, and those of its vision tower where that is published apart.
+    """Open the weights of a published directory, and those of its vision tower if that is published apart.
 
-    A checkpoint of LLaVA's layout that holds its tower itself, as InternVL-Chat-V1-0 does, needs the other directory
-    for its configuration only. vision_tower: where that lies, as for config.find_vision_tower.
-    Raises as `open_weights`, and ConfigError where the tower is missing.
+    InternVL-Chat-V1-0 has LLaVA's layout but contains its tower: it needs the tower's directory for the configuration
+    only.
+
+    Args:
+        directory: the published directory.
+        vision_tower: the tower's directory, as for `config.find_vision_tower`.
+
+    Returns:
+        The weights.
+
+    Raises:
+        ConversionError: as for `open_weights`.
+        ConfigError: the tower is missing.
     """
     directory = Path(directory)
     weights = open_weights(directory)
@@ -146,10 +173,10 @@ def open_checkpoint(directory: str | Path, vision_tower: str | Path | None = Non
 
 
 def open_weights(directory: str | Path) -> Weights:
-    """Find the weights of a published directory and list what they hold; no tensor is read yet.
+    """Find the weights of a published directory and list their tensors; none is read yet.
 
-    Raises ConversionError that lists every missing, truncated or damaged file and every tensor in which index and files
-    differ.
+    Raises:
+        ConversionError: files are missing, truncated or damaged, or index and files differ; all problems are listed.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -180,7 +207,7 @@ def open_weights(directory: str | Path) -> Weights:
 
 
 def _form(directory: Path, index_name: str, single: str) -> tuple[list[str], dict[str, str] | None] | None:
-    """The files of one form, and its index where it has one; None where the directory has nothing of it."""
+    """The files of one form, and its index if there is one; None if the directory has no such files."""
     if (directory / index_name).is_file():
         index = read_index(directory / index_name)
         return sorted(set(index.values())), index
@@ -192,7 +219,7 @@ def _some(names: list[str]) -> str:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The weight_map of an index: key -> file. Raises ConversionError."""
+    """Read the weight_map of an index: the file of each tensor. Raises ConversionError."""
     try:
         index = read_json_object(path, ConfigError).get("weight_map")
     except ConfigError as error:
@@ -206,7 +233,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def _map(path: Path) -> dict[str, Any]:
-    """The tensors of one file, mapped and not read. Raises ConversionError naming the file, OSError as the system."""
+    """Map the tensors of one file without reading them. Raises ConversionError, or OSError as the system reports it."""
     if not path.exists():
         raise ConversionError(f"missing: {path.name} (named in the index)")
     if path.stat().st_size == 0:
@@ -221,7 +248,7 @@ def _map(path: Path) -> dict[str, Any]:
         raise ConversionError(f"{path.name} has a path that is not UTF-8, which torch cannot open: rename it") from None
     try:
         tensors = _map_safetensors(path) if path.suffix == ".safetensors" else _map_pickle(path)
-    except (RuntimeError, SafetensorError) as error:  # torch and safetensors put the system's errors into their own
+    except (RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's errors
         number = re.search(r"\((?:os error )?(\d+)\)$", _first_line(error))
         if number is None or int(number[1]) not in errno.errorcode:
             raise ConversionError(
@@ -243,7 +270,7 @@ def _map_safetensors(path: Path) -> dict[str, Any]:
 def _map_pickle(path: Path) -> Any:
     if legacy := _is_legacy(path):
         logger.info(
-            "%s was written by torch before 1.6 and cannot be mapped: it is read whole, %.2f GB of memory",
+            "%s was written by torch before 1.6 and cannot be mapped: it is read as a whole, %.2f GB of memory",
             path.name, path.stat().st_size / 1e9,
         )  # fmt: skip
     else:
@@ -253,7 +280,7 @@ def _map_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked is None:
-            raise _damaged(path, "no pickle of tensors") from None
+            raise _damaged(path, "not a pickle of tensors") from None
         raise ConversionError(
             f"{path.name} holds more than tensors, it asks for {asked[1]}. Code in a pickle is never run: get the "
             "safetensors form, or have its author save the state_dict alone"
@@ -267,7 +294,7 @@ def _map_pickle(path: Path) -> Any:
 
 
 def _check_zip(path: Path) -> None:
-    """Raise ConversionError for a zip without its directory, of which torch may say EINVAL as if the system had."""
+    """Raise ConversionError for a zip without its directory, which torch may report as EINVAL of the system."""
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             return
@@ -287,7 +314,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_legacy(path: Path) -> bool:
-    """Whether a file is no zip, but what torch.save wrote before version 1.6: a series of pickles, then the numbers."""
+    """Whether torch before version 1.6 wrote a file: not a zip, but a series of pickles and then the values."""
     if path.suffix == ".safetensors":
         return False
     with path.open("rb") as file:

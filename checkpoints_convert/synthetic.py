@@ -1,11 +1,11 @@
-"""A checkpoint of a preset's true shapes in the published layout, almost without disk space: for measuring memory.
+"""Write a checkpoint with a preset's true shapes in the published layout, as sparse files: for measuring memory.
 
     python -m checkpoints_convert.synthetic DIRECTORY [--preset NAME] [--random-layers N]
 
-InternVL-Chat-V1-1 comes out as 38 GB in four pytorch_model-*.bin, as published. LLaVA-1.5 and InternVL-Chat-V1-0 get
-their vision tower's directory inside the checkpoint's, LLaVA-1.5 with the tower's weights in it. The tensors are zeros
-that the files leave as holes, without the checksums of the zip, at which torch never looks; with --random-layers the
-first layers of both towers, and everything outside the layers, are random.
+InternVL-Chat-V1-1 has 38 GB in four pytorch_model-*.bin, as published. The directories of LLaVA-1.5 and
+InternVL-Chat-V1-0 contain their vision tower's directory, for LLaVA-1.5 with the tower's weights. The tensors are
+zeros, holes in the files, without the zip's checksums, which torch does not check. With --random-layers the first
+layers of both towers, and everything outside the layers, are random.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from checkpoints_convert.writers import assign_files, lay_out, write_at, write_i
 from internvl_jax.config import PRESETS, ChatConfig, config_to_hf, vision_tower_name, vision_tower_to_hf
 from internvl_jax.utils.files import new_directory
 
-SHARD = 10 * 10**9  # bytes, as the published ones are
+SHARD = 10 * 10**9  # bytes, as published
 BFLOAT16 = np.dtype("bfloat16")
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -33,12 +33,17 @@ CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862
 
 
 def write_synthetic(destination: str | Path, *, preset: str = "internvl_chat_v1_1", random_layers: int = 0) -> int:
-    """Write the checkpoint, bfloat16, without tokenizer; returns the bytes of its tensors.
+    """Write the checkpoint in bfloat16, without a tokenizer.
 
-    preset: a name of config.PRESETS.
+    Args:
+        destination: the directory to write; it must not exist.
+        preset: a key of config.PRESETS.
+        random_layers: the number of first layers of both towers that get seeded random values, which keep activations
+            near unit size. Everything outside the layers gets them too if this is not 0. All other values are zero, so
+            that later layers pass their input on.
 
-    random_layers: so many first layers of both towers, and what is outside them, get seeded random values that keep
-    activations near unit size; everything else is zero, so that later layers pass their input on.
+    Returns:
+        The bytes of the tensors.
     """
     config = PRESETS[preset]()
     table = {tensor.key: tensor for tensor in tensors(config)}

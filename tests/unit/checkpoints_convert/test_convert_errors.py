@@ -156,7 +156,7 @@ def test_numbers_that_are_not_finite(number, quantize, tmp_path):
         state["encoder.layers.3.attn.proj.weight"][5, 7] = number
 
     source = single_file(tmp_path, change)
-    words = rf"encoder\.layers\.3\.attn\.proj\.weight holds numbers that are not finite \({number} in bfloat16\)"
+    words = rf"encoder\.layers\.3\.attn\.proj\.weight has values that are not finite \({number} in bfloat16\)"
     with pytest.raises(ConversionError, match=words):
         convert(source, tmp_path / "ours", quantize=quantize)
     assert not (tmp_path / "ours").exists()

@@ -198,7 +198,7 @@ def test_what_is_not_plain_is_refused_by_name(base, tmp_path, name):
 
 
 def test_every_field_of_pefts_configuration_is_known():
-    known = {*peft_config.PeftConfig.__dataclass_fields__, *peft_config._HARMLESS, *peft_config._REFUSED}
+    known = {*peft_config.PeftConfig.__dataclass_fields__, *peft_config.HARMLESS_FIELDS, *peft_config.REFUSED_FIELDS}
     theirs = {one.name for one in dataclasses.fields(peft.LoraConfig)}
     assert theirs <= known | {"peft_type", "bias", "init_lora_weights"}
 

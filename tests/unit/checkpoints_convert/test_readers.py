@@ -62,7 +62,9 @@ def test_pickles_of_torch_before_1_6(copy, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "checkpoints_convert")
     assert_reads_as(copy)
     assert loads[:4] == [path.name for path in sorted(copy.glob("*.bin"))] * 2
-    assert "was written by torch before 1.6 and cannot be mapped: it is read whole, 0.00 GB of memory" in caplog.text
+    assert (
+        "was written by torch before 1.6 and cannot be mapped: it is read as a whole, 0.00 GB of memory" in caplog.text
+    )
     assert_comes_back(copy, tmp_path)
 
 
@@ -132,7 +134,7 @@ def test_layers_of_another_dtype(other, tmp_path, caplog):
     directory = single_file(tmp_path, change)
     caplog.set_level("INFO", "checkpoints_convert")
     assert_comes_back(directory, tmp_path)
-    assert "are stored in several dtypes, or in float64: read in the one that holds all, float32" in caplog.text
+    assert "are stored in several dtypes, or in float64: read as float32" in caplog.text
     stored = checkpoint.stored_tree(tmp_path / "ours")["vision_model"]
     assert {leaf.dtype.name for leaf in jax.tree.leaves(stored["layers"])} == {"float32"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(stored["embeddings"])} == {"bfloat16"}
