@@ -2,14 +2,14 @@
 
     python benchmarks/losses_vs_torch.py [--recipe full] [--steps 20] [--plot docs/images/losses_vs_torch.svg] [--json]
 
-The model is the tiny InternVL-Chat-V1-1 of the tests, whose first loss the original code has told
-(tests/data/internvl_chat_v1_1). The PyTorch side is transformers' modules as checkpoints_convert/reference.py puts them
-together, transformers' loss and schedule and torch's optimizer; this side is the trainer's own step. Both in float32,
-without stochastic depth. A recipe says what is trained: full everything, stage1, stage2.
+The model is the tiny InternVL-Chat-V1-1 of the tests; its first loss was recorded from the original code
+(tests/data/internvl_chat_v1_1). The PyTorch side is transformers' modules as assembled by
+checkpoints_convert/reference.py, with transformers' loss and schedule and torch's optimizer; our side is the trainer's
+step. Both run in float32 without stochastic depth. The recipe says what is trained: full (everything), stage1, stage2.
 
-Two correct programs do not stay equal: float32 rounds, and AdamW makes whole steps out of gradients that are rounding
-alone. So PyTorch also runs from weights that are moved by one rounding each, up or down: that far apart are two runs of
-the same program.
+Two correct programs do not stay equal: float32 rounds, and AdamW takes full steps along gradients that are rounding
+errors only. So PyTorch also runs from weights that are each perturbed by one unit in the last place: the difference of
+these two runs of one program is the scale to compare with.
 """
 
 from __future__ import annotations
@@ -37,57 +37,64 @@ from internvl_jax.training import optimizer, state, trainer
 from internvl_jax.training.recipes import Recipe, override, recipe_of
 
 BUNDLE = Path(__file__).resolve().parents[1] / "tests" / "data" / "internvl_chat_v1_1"
-RATE, WARMUP = 5e-4, 2  # the model is small: at the recipes' own rates it would hardly move
-DIFFERENT = 4  # batches, again and again, so that there is something to learn
-AGREE = 1e-3  # largest difference of two losses, which are 4 to 12
+LEARNING_RATE, WARMUP = 5e-4, 2  # at the recipes' own rates a model this small would hardly change
+NUM_BATCHES = 4  # repeated, so that there is something to learn
+MAX_DIFFERENCE = 1e-3  # of two losses, which are 4 to 12
 
-# Names in torch that are not decayed: biases, the projector's LayerNorm and LLaMA's norms.
+# PyTorch's names of parameters without weight decay: biases, the projector's LayerNorm and LLaMA's norms.
 NO_DECAY = r"bias$|^projector\.0\.|^language\..*norm"
 PARTS = {"vision_model": r"^(embeddings|layers)\.", "mlp1": r"^projector\.", "language_model": r"^language\."}
 
 
 @dataclass(frozen=True)
 class Run:
-    """The losses of all, step by step, and of the first step the original code's."""
+    """Losses by step.
+
+    Attributes:
+        torch: PyTorch's.
+        ours: this project's.
+        perturbed: PyTorch's from perturbed weights.
+        original: the original code's loss of the first step.
+    """
 
     torch: list[float]
     ours: list[float]
-    moved: list[float]  # torch's from weights moved by one rounding
+    perturbed: list[float]
     original: float
 
     @property
-    def apart(self) -> float:
-        """The largest difference of two losses of a step; NaN where one is."""
+    def difference(self) -> float:
+        """The largest difference between both losses of a step; NaN if a loss is NaN."""
         return float(np.abs(np.subtract(self.torch, self.ours)).max())
 
     @property
     def rounding(self) -> float:
-        """The same, of torch and torch from moved weights."""
-        return float(np.abs(np.subtract(self.torch, self.moved)).max())
+        """The largest difference between PyTorch's losses with and without perturbed weights."""
+        return float(np.abs(np.subtract(self.torch, self.perturbed)).max())
 
 
 def batches(steps: int, image_token_id: int, vocabulary: int) -> list[Batch]:
-    """The golden batch, then others of its shape: other words, brighter or darker images."""
+    """The golden batch and others of its shape, with other words and brighter or darker images, for `steps` steps."""
     arrays = np.load(BUNDLE / "goldens.npz")
     ids, labels = arrays["train/input_ids"], arrays["train/labels"]
     real = arrays["train/attention_mask"].astype(np.int32)
     positions = np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32)
     pixels = np.stack([arrays["images/rgb/eval"], arrays["images/gray/eval"]])
     made = [Batch(ids, labels, real, positions, pixels)]
-    for number in range(1, DIFFERENT):
+    for number in range(1, NUM_BATCHES):
         rng = np.random.default_rng(number)
         words = rng.integers(3, vocabulary - 9, ids.shape).astype(np.int32)  # the last nine mark images and boxes
         other = np.where((ids == image_token_id) | (real == 0), ids, words)
         shifted = pixels + rng.standard_normal((len(pixels), 1, 1, 1), dtype=np.float32)
         made.append(Batch(other, np.where(labels == IGNORED, IGNORED, other), real, positions, shifted))
-    return [made[step % DIFFERENT] for step in range(steps)]
+    return [made[step % NUM_BATCHES] for step in range(steps)]
 
 
-def torch_losses(recipe: Recipe, made: list[Batch], image_token_id: int, *, move: bool = False) -> list[float]:
-    """Train through PyTorch. move: from weights that are moved by one rounding, at random up or down."""
+def torch_losses(recipe: Recipe, made: list[Batch], image_token_id: int, *, perturb: bool = False) -> list[float]:
+    """Train through PyTorch. perturb: start from weights that are one unit in the last place higher or lower."""
     with open_checkpoint(BUNDLE / "checkpoint") as weights:
         model = Reference(BUNDLE / "checkpoint", list(weights.weight_map), weights.read).whole(image_token_id).train()
-    if move:
+    if perturb:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -142,20 +149,20 @@ def our_losses(recipe: Recipe, made: list[Batch], image_token_id: int) -> list[f
 
 
 def run(name: str = "full", steps: int = 20) -> Run:
-    """All runs of a recipe."""
-    recipe = override(recipe_of(name), optimizer={"learning_rate": RATE, "warmup": WARMUP}, drop_path=0.0)
+    """Run a recipe on both sides."""
+    recipe = override(recipe_of(name), optimizer={"learning_rate": LEARNING_RATE, "warmup": WARMUP}, drop_path=0.0)
     facts = json.loads((BUNDLE / "goldens.json").read_text(encoding="utf-8"))
     image_token_id = facts["config"]["token_ids"]["<IMG_CONTEXT>"]
     vocabulary = load_config(BUNDLE / "checkpoint").text.vocab_size
     made = batches(steps, image_token_id, vocabulary)
     original = float(np.load(BUNDLE / "goldens.npz")["train/loss"])
     ours = our_losses(recipe, made, image_token_id)
-    theirs, moved = (torch_losses(recipe, made, image_token_id, move=move) for move in (False, True))
-    return Run(theirs, ours, moved, original)
+    theirs, perturbed = (torch_losses(recipe, made, image_token_id, perturb=perturb) for perturb in (False, True))
+    return Run(theirs, ours, perturbed, original)
 
 
 def plot(result: Run, name: str, path: Path) -> None:
-    """Draw both curves, and their difference below them."""
+    """Plot both curves, and their difference below them."""
     from matplotlib.figure import Figure  # the extra `report`
 
     steps = np.arange(1, len(result.ours) + 1)
@@ -168,7 +175,7 @@ def plot(result: Run, name: str, path: Path) -> None:
     losses.legend()
     for step, bar in zip(steps, differences.bar(steps, difference, width=0.3, color="#777")):
         bar.set_gid(f"difference-{step}")
-    rounding = f"PyTorch with weights moved by one rounding: {result.rounding:.1e}"
+    rounding = f"PyTorch with perturbed weights: {result.rounding:.1e}"
     differences.set_title(f"difference, at most {difference.max():.1e}; {rounding}", fontsize="medium")
     differences.set(xlabel="step", ylabel="difference")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,11 +183,11 @@ def plot(result: Run, name: str, path: Path) -> None:
 
 
 def main() -> None:
-    """Run, print, draw; status 1 where the losses do not agree."""
+    """Run, print and draw; exit code 1 if the losses do not agree."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--recipe", default="full", choices=["stage1", "stage2", "full"])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--plot", type=Path, metavar="SVG", help="also draw both curves")
+    parser.add_argument("--plot", type=Path, metavar="SVG", help="also plot both curves")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.steps < 1:
@@ -189,16 +196,16 @@ def main() -> None:
     if args.plot is not None:
         plot(result, args.recipe, args.plot)
     if args.json:
-        print(json.dumps({"recipe": args.recipe, "largest_difference": result.apart, **asdict(result)}))
+        print(json.dumps({"recipe": args.recipe, "largest_difference": result.difference, **asdict(result)}))
     else:
         print(f"{args.recipe}; the original code's loss of step 1: {result.original:.6f}")
-        print("step     torch      ours   difference   torch, weights moved by one rounding")
-        for number, (theirs, ours, moved) in enumerate(zip(result.torch, result.ours, result.moved), 1):
-            print(f"{number:4}{theirs:10.6f}{ours:10.6f}{ours - theirs:13.1e}{moved - theirs:13.1e}")
-        print(f"largest difference: {result.apart:.1e}; of torch from moved weights: {result.rounding:.1e}")
+        print("step     torch      ours   difference   torch, perturbed weights")
+        for number, (theirs, ours, perturbed) in enumerate(zip(result.torch, result.ours, result.perturbed), 1):
+            print(f"{number:4}{theirs:10.6f}{ours:10.6f}{ours - theirs:13.1e}{perturbed - theirs:13.1e}")
+        print(f"largest difference: {result.difference:.1e}; of torch from perturbed weights: {result.rounding:.1e}")
         print(f"torch {torch.__version__}, transformers {transformers.__version__}, jax {jax.__version__}")
-    if not result.apart <= AGREE:
-        sys.exit(f"LOSSES DO NOT AGREE: {result.apart:.1e}, more than {AGREE:.0e}")
+    if not result.difference <= MAX_DIFFERENCE:
+        sys.exit(f"LOSSES DO NOT AGREE: {result.difference:.1e}, more than {MAX_DIFFERENCE:.0e}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
 """One training step of the same weights, batch and recipe through transformers/torch and through this project.
 
-    python benchmarks/train_vs_torch.py [--recipe stage2] [--remat none full] [--rows 2] [--tokens 512] [--json]
+    python benchmarks/train_vs_torch.py [--recipe stage2] [--remat none full] [--batch-size 2]
+        [--max-seq-length 512] [--json]
 
-The model is that of vs_torch.py, 249M parameters in transformers' InternVL layout with random weights. A recipe says
+The model is that of vs_torch.py: 249M parameters in transformers' InternVL layout with random weights. The recipe says
 what is trained: stage2 projector and language model, stage1 tower and projector, full everything (without stochastic
-depth, which transformers' module does not have). Both train in float32 with AdamW, no decay of biases and norms, cosine
-schedule, gradients clipped to norm 1. Torch runs as its users write it: transformers' model with its own loss and
-default attention (sdpa), frozen parameters without requires_grad, so that the frozen tower records nothing,
-clip_grad_norm_, torch.optim.AdamW as it comes, no gradient checkpointing. Here it is the trainer's own step, once for
-each --remat ("none" keeps all activations as torch does, "full" makes them again).
+depth, which transformers' module does not have). Both sides train in float32 with AdamW, no decay of biases and norms,
+a cosine schedule, and gradients clipped to norm 1. PyTorch runs as its users write it: transformers' model with its own
+loss and default attention (sdpa), requires_grad only for trained parameters, clip_grad_norm_, torch.optim.AdamW, and no
+gradient checkpointing. Our side is the trainer's step, once for each --remat ("none" keeps all activations as PyTorch
+does, "full" recomputes them).
 
-Each runs in a process of its own, `--rounds` times in turns. Seconds are the median over the steps after the first two,
-and the fastest of them, which says more on a machine that others use too.
-Memory is the most that the process ever held (getrusage), its imports included, and what those alone took is told. The
-ratio is torch's over ours: above 1 we are faster, or smaller. The losses of all steps must agree, or the script fails.
+Each program runs in a process of its own, alternating, `--rounds` times. Seconds are the median over the steps after
+the first two, and the fastest step, which is more reliable on a machine that others use. Memory is the peak of the
+process (getrusage) with its imports, which are also shown alone. The ratio is PyTorch's figure over ours: above 1, ours
+is faster or smaller. The losses of all steps must agree, or the script fails.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# The other libraries are imported where they are used: a process is to hold one side's, and this one none.
+# Libraries are imported where they are used, so that a process holds those of one side only.
 
 IMAGE_TOKEN = 5
-SUPERVISED = 0.4  # of a row, at its end
-RATE = 1e-4
-WARM = 2  # steps that are not timed
-AGREE = 2e-4  # largest difference of two losses, of about 10
+SUPERVISED = 0.4  # share of a row, at its end
+LEARNING_RATE = 1e-4
+WARMUP_STEPS = 2  # not timed
+MAX_DIFFERENCE = 2e-4  # of two losses, which are about 10
 
-# Names in torch that are not decayed: biases, the projector's LayerNorm and LLaMA's norms. The tower's RMSNorms decay,
-# as the reference's Trainer has it (optimizer.decayed).
+# PyTorch's names of parameters without weight decay: biases, the projector's LayerNorm and LLaMA's norms. The tower's
+# RMSNorms decay, as in the reference's Trainer (optimizer.decayed).
 NO_DECAY = r"bias$|multi_modal_projector\.layer_norm|language_model\..*norm"
 PARTS = {
     "vision_model": r"\bvision_tower\.",
@@ -51,7 +52,7 @@ PARTS = {
 
 
 def build(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Write model (published layout and ours) and batch; facts about the machine."""
+    """Write the model (published layout and ours) and a batch; returns facts about the machine."""
     import numpy as np
     import torch
     import transformers
@@ -67,7 +68,7 @@ def build(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
     model.save_pretrained(directory / "torch")
     convert(directory / "torch", directory / "ours")
     rng = np.random.default_rng(0)
-    rows, tokens, images = args.rows, args.tokens, args.rows
+    rows, tokens, images = args.batch_size, args.max_seq_length, args.batch_size
     per_image = model.config.image_seq_length
     ids = rng.integers(10, model.config.text_config.vocab_size, (rows, tokens)).astype(np.int32)
     ids[:, 4 : 4 + per_image] = IMAGE_TOKEN
@@ -76,7 +77,7 @@ def build(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
     pixels = rng.standard_normal((images, 3, *size), dtype=np.float32)
     np.savez(directory / "batch.npz", input_ids=ids, labels=labels, pixel_values=pixels)
     return {
-        "processor": vs_torch._processor(),
+        "processor": vs_torch.processor_name(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
@@ -105,7 +106,7 @@ def run_torch(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
     exempt = [p for name, p in trained.items() if re.search(NO_DECAY, name)]
     adamw = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": settings["weight_decay"]}, {"params": exempt, "weight_decay": 0.0}],
-        lr=RATE,
+        lr=LEARNING_RATE,
         betas=(settings["beta1"], settings["beta2"]),
         eps=settings["eps"],
     )
@@ -140,7 +141,7 @@ def run_ours(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
 
     jax.devices()
     imports = peak()
-    recipe = override(recipe_of(args.recipe), optimizer={"learning_rate": RATE, "warmup": 0.0}, drop_path=0.0)
+    recipe = override(recipe_of(args.recipe), optimizer={"learning_rate": LEARNING_RATE, "warmup": 0.0}, drop_path=0.0)
     config = load_config(directory / "ours")
     place, settings = state.Place(config), trainer.Settings(args.steps, remat=args.remat)
     adamw = optimizer.make_optimizer(recipe.optimizer, args.steps, config)
@@ -165,7 +166,7 @@ def run_ours(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(step: Callable[[], float], steps: int, imports: float) -> dict[str, Any]:
-    """Run; every step's loss and seconds, and the process's memory in MiB."""
+    """Run the steps; returns the loss and seconds of each, and the process's memory in MiB."""
     losses, seconds, loaded = [], [], peak()
     for _ in range(steps):
         began = time.perf_counter()
@@ -175,7 +176,7 @@ def measure(step: Callable[[], float], steps: int, imports: float) -> dict[str, 
 
 
 def peak() -> float:
-    """The most memory that this process has held so far, in MiB."""
+    """The peak memory of this process so far, in MiB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
@@ -184,9 +185,10 @@ SIDES = {"build": build, "torch": run_torch, "ours": run_ours}
 
 
 def child(side: str, directory: Path, args: argparse.Namespace, remat: str = "none") -> dict[str, Any]:
-    """Run one side in a process of its own; what it measured."""
+    """Run one side in a process of its own; returns its measurements."""
     options = ["--side", side, "--directory", str(directory), "--remat", remat, "--recipe", args.recipe]
-    options += [word for name in ("rows", "tokens", "steps") for word in (f"--{name}", str(getattr(args, name)))]
+    options += ["--batch-size", str(args.batch_size), "--max-seq-length", str(args.max_seq_length)]
+    options += ["--steps", str(args.steps)]
     done = subprocess.run(
         [sys.executable, __file__, *options],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -198,7 +200,7 @@ def child(side: str, directory: Path, args: argparse.Namespace, remat: str = "no
 
 
 def compare(directory: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One dict per program: torch, and ours under each remat policy."""
+    """Yield one dict per program: PyTorch, and ours under each remat policy."""
     programs = [("torch", "none"), *(("ours", remat) for remat in args.remat)]
     results: dict[tuple[str, str], list[dict[str, Any]]] = {program: [] for program in programs}
     for _ in range(args.rounds):
@@ -209,8 +211,8 @@ def compare(directory: Path, args: argparse.Namespace) -> Iterator[dict[str, Any
         differences = [abs(a - b) for one in runs for a, b in zip(one["losses"], expected, strict=True)]
         yield {
             "program": side if side == "torch" else f"ours, remat {remat}",
-            "seconds": statistics.median(s for one in runs for s in one["seconds"][WARM:]),
-            "fastest": min(s for one in runs for s in one["seconds"][WARM:]),
+            "seconds": statistics.median(s for one in runs for s in one["seconds"][WARMUP_STEPS:]),
+            "fastest": min(s for one in runs for s in one["seconds"][WARMUP_STEPS:]),
             "first_step": runs[0]["seconds"][0],
             "losses": runs[0]["losses"],
             "loss_difference": max(differences) if all(d == d for d in differences) else float("nan"),
@@ -219,20 +221,22 @@ def compare(directory: Path, args: argparse.Namespace) -> Iterator[dict[str, Any
 
 
 def main() -> None:
-    """Run and print; status 1 where the losses do not agree."""
+    """Run and print; exit code 1 if the losses do not agree."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--recipe", default="stage2", choices=["stage1", "stage2", "full"])
     parser.add_argument("--remat", nargs="+", default=["none", "full"], choices=["none", "dots", "full"])
-    parser.add_argument("--rows", type=int, default=2, help="each has one image (2)")
-    parser.add_argument("--tokens", type=int, default=512, help="of a row, 256 of its image among them (512)")
-    parser.add_argument("--steps", type=int, default=7, help=f"the first {WARM} are not timed (7)")
-    parser.add_argument("--rounds", type=int, default=1, help="how often each runs (1)")
+    parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="rows, each with one image (2)")
+    parser.add_argument(
+        "--max-seq-length", type=int, default=512, metavar="N", help="tokens per row, 256 of them visual (512)"
+    )
+    parser.add_argument("--steps", type=int, default=7, help=f"the first {WARMUP_STEPS} are not timed (7)")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each program runs (1)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--side", choices=sorted(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.steps <= WARM:
-        parser.error(f"--steps is {args.steps}: the first {WARM} are not timed")
+    if args.steps <= WARMUP_STEPS:
+        parser.error(f"--steps is {args.steps}: the first {WARMUP_STEPS} are not timed")
     if args.side:
         args.remat = args.remat[0]
         print(json.dumps(SIDES[args.side](args.directory, args)))
@@ -249,23 +253,23 @@ def main() -> None:
         print(json.dumps({"machine": machine, "recipe": args.recipe, "rows": rows}))
     else:
         show(rows, machine, args)
-    apart = [row["program"] for row in rows if not row["loss_difference"] <= AGREE]
+    apart = [row["program"] for row in rows if not row["loss_difference"] <= MAX_DIFFERENCE]
     if apart:
-        sys.exit(f"LOSSES DO NOT AGREE: {', '.join(apart)}; no ratio above means anything")
+        sys.exit(f"LOSSES DO NOT AGREE: {', '.join(apart)}; the ratios above mean nothing")
 
 
 def show(rows: list[dict[str, Any]], machine: dict[str, Any], args: argparse.Namespace) -> None:
     print(
-        f"{args.recipe}, {args.rows} rows of {args.tokens} tokens and one image, {machine['parameters'] / 1e6:.0f}M "
-        f"parameters, float32, {machine['cores']} cores, {machine['processor']}"
+        f"{args.recipe}, {args.batch_size} rows of {args.max_seq_length} tokens and one image, "
+        f"{machine['parameters'] / 1e6:.0f}M parameters, float32, {machine['cores']} cores, {machine['processor']}"
     )
-    columns = ("", "s/step", "ratio", "fastest", "ratio", "MiB", "ratio", "imports", "loaded", "1st step", "apart")
-    print("{:18}{:>8}{:>7}{:>9}{:>7}{:>7}{:>7}{:>9}{:>8}{:>10}{:>9}".format(*columns))
+    columns = ("", "s/step", "ratio", "fastest", "ratio", "MiB", "ratio", "imports", "loaded", "1st step", "loss diff")
+    print("{:18}{:>8}{:>7}{:>9}{:>7}{:>7}{:>7}{:>9}{:>8}{:>10}{:>11}".format(*columns))
     for row in rows:
         print(
             f"{row['program']:18}{row['seconds']:8.2f}{row['seconds_ratio']:7.2f}{row['fastest']:9.2f}"
             f"{row['fastest_ratio']:7.2f}{row['peak']:7.0f}{row['peak_ratio']:7.2f}{row['imports']:9.0f}"
-            f"{row['loaded']:8.0f}{row['first_step']:10.1f}{row['loss_difference']:9.1e}"
+            f"{row['loaded']:8.0f}{row['first_step']:10.1f}{row['loss_difference']:11.1e}"
         )
     for row in rows:
         print(f"losses, {row['program']}: " + " ".join(f"{loss:.5f}" for loss in row["losses"]))

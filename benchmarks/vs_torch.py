@@ -205,7 +205,7 @@ def main() -> None:
         for dtype in args.dtype:
             rows += compare(model, Path(directory), dtype, args.runs)
     machine = {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
@@ -236,7 +236,8 @@ def main() -> None:
     print(f"best rate of a large matrix product, either library: {rates}")
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The processor of this machine."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
