@@ -6,6 +6,9 @@ from support.golden import random_tree, spread
 from internvl_jax import lora
 from internvl_jax.lora import Lora
 
+# peft's configuration of plain LoRA.
+PLAIN_LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj", "down_proj"]}
+
 BOTH = {"language_model": Lora(4, dropout=0.0), "vision_model": Lora(2, alpha=3, dropout=0.0)}
 
 
