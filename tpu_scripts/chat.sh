@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Ask one question, with images from here.
 #
-#   tpu_scripts/chat.sh 'What is in this picture?' [PICTURE...] [--dry-run goes first]
+#   tpu_scripts/chat.sh 'What is in this picture?' [IMAGE...] [--dry-run goes first]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 need PROJECT ZONE NAME CHECKPOINT MESH

@@ -106,7 +106,7 @@ def test_image_labels_are_whole_numbers_of_int32():
         (entry("<image><image>?", "b", image="rgb.png"), "placeholders", "2 <image> placeholder.* for 1 image"),
         (entry("a", "b", image="nowhere.png"), "image", "nowhere.png does not exist"),
         (entry("a", "b", image="corrupt.png"), "image", "corrupt.png is damaged or truncated"),
-        (entry("a", "b", image="text.png"), "image", "text.png is not a picture"),
+        (entry("a", "b", image="text.png"), "image", "text.png is not an image"),
         (entry("<image>" * 5, "b", image=["rgb.png"] * 5), "too many images", "5 images, a batch has 4"),
         (entry("long " * 99, "b"), "no supervised token", "no answer within the first 96"),
         (entry("long " * 40 + "<image>?", "b", image="rgb.png"), "truncated image", "cut to 96"),
@@ -116,7 +116,7 @@ def test_problems(maker, tmp_path, bad, kind, message):
     for name in ("rgb.png", "gray.png"):
         (tmp_path / name).write_bytes((IMAGES / name).read_bytes())
     (tmp_path / "corrupt.png").write_bytes((IMAGES / "rgb.png").read_bytes()[:9000])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     problem = maker(record(bad, root=tmp_path), rng())
     assert isinstance(problem, Problem)
     assert (problem.kind, problem.place) == (kind, "a.jsonl:7")
