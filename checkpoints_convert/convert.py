@@ -27,8 +27,7 @@ from checkpoints_convert.mapping import EMBEDDING, ConversionError, Tensor, cano
 from checkpoints_convert.readers import Weights, open_checkpoint, read_index
 from checkpoints_convert.side_files import check_side_files, copy_all_side_files
 from internvl_jax import checkpoint
-from internvl_jax.checkpoint import Progress
-from internvl_jax.chunk_store import not_finite
+from internvl_jax.checkpoint import Progress, first_non_finite
 from internvl_jax.config import ChatConfig, ConfigError, load_config
 from internvl_jax.models import chat_model
 from internvl_jax.models.axes import axes_of
@@ -65,7 +64,7 @@ class _Part:
 def _read_tensor(weights: Weights, key: str, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore"):  # an overflow is found below
         values = tensor.to_ours(weights.read(key)).astype(dtype, copy=False)
-    if (found := not_finite(values)) is not None:
+    if (found := first_non_finite(values)) is not None:
         raise ConversionError(
             f"{weights.directory}: {key} has values that are not finite ({found} in {dtype}): its training diverged, "
             "its dtype was too narrow, or the file is damaged; take another copy"
@@ -104,7 +103,7 @@ def convert(
     """
     started = time.perf_counter()
     source, destination = resolve(source), resolve(destination)
-    checkpoint.check_place(destination)
+    checkpoint.check_path(destination)
     if checkpoint.is_converted(source):
         raise ConversionError(f"{source} is converted already")
     config = load_config(source, vision_tower)

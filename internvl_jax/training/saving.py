@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from internvl_jax.chunk_store import check_place
+from internvl_jax.checkpoint import check_path
 from internvl_jax.parallel import distributed
 from internvl_jax.training.damage import DATA, STATE, find_damage
 from internvl_jax.training.state import Place, State
@@ -250,7 +250,7 @@ def is_there(directory: str | Path, settings: dict[str, Any]) -> bool:
 
     Raises RunError that lists the settings that differ, and for a directory that holds something else.
     """
-    check_place(directory)  # Orbax writes the steps through TensorStore
+    check_path(directory)  # Orbax writes the steps through TensorStore
     path = Path(directory) / RUN
     if not os.path.lexists(path):
         # files.claim puts its lock inside where it cannot be beside: a mounted disk.

@@ -13,6 +13,7 @@ import pytest
 from support.paths import DATA, SUPPORT
 
 from internvl_jax import checkpoint
+from internvl_jax.checkpoint import layout
 from internvl_jax.config import load_config
 from internvl_jax.models import chat_model
 
@@ -67,6 +68,6 @@ def make_model(directory):
         chat_model.abstract_params(config),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "SMALLEST_PART", 256)
+        patch.setattr(layout, "SMALLEST_PART", 256)
         checkpoint.save(directory, params)
     return params

@@ -17,6 +17,7 @@ from support.paths import DATA
 from support.training_cases import Shares, run
 
 from internvl_jax import checkpoint
+from internvl_jax.checkpoint.chunks import LeafFile
 from internvl_jax.inference import offline
 from internvl_jax.inference.loading import load
 from internvl_jax.models import param_sharding
@@ -80,7 +81,7 @@ def refused(directory):
             messages.append(str(error))
     checkpoint.save(directory / "good", {"scale": np.ones(4, np.float32)})
     if jax.process_index() == 1:  # one process alone meets a damaged chunk
-        checkpoint.LeafFile.read = lambda *_: Bad.__array__(None)
+        LeafFile.read = lambda *_: Bad.__array__(None)
     try:
         checkpoint.load(directory / "good", checkpoint.stored_tree(directory / "good"))
     except (ValueError, OSError) as error:

@@ -1,7 +1,7 @@
-"""One leaf of a parameter tree on disk: a zarr array of uncompressed chunks, each with a CRC-32 beside the arrays.
+"""One leaf of a parameter tree on disk: a zarr array of uncompressed chunks, with a CRC-32 of each beside the arrays.
 
-What is read is checked: a chunk against its checksum, where there is one (checkpoints written before there were any are
-read as they are), and floats for being finite. zlib's CRC-32 lets other threads run: several chunks are summed at once.
+What is read is checked: chunks against their checksums (checkpoints of earlier versions have none and can be read), and
+floats for NaN and Inf. zlib's CRC-32 releases the GIL, so several checksums are computed at once.
 """
 
 from __future__ import annotations
@@ -23,24 +23,28 @@ from internvl_jax.utils import files
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) along every axis
 
-CHECKSUMS = "checksums.json"  # beside the arrays; Orbax passes it over
+CHECKSUMS = "checksums.json"  # beside the arrays; Orbax ignores it
 METADATA = ".zarray"
-READS = 16  # chunk reads under way at once
-_OWN_TYPES = tuple(jnp.dtype(name) for name in ("bfloat16", "int4"))  # which zarr has no codes for
+READS = 16  # concurrent reads of chunks
+_OWN_TYPES = tuple(jnp.dtype(name) for name in ("bfloat16", "int4"))  # zarr has no codes for them
 _CONTEXT = ts.Context(
     {"file_io_concurrency": {"limit": READS}, "file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}}
 )
-# The exponent's bits, all of which are set in an infinity and in what is no number; and the integers to look at them.
+# The exponent's bits of each dtype, which are all set in NaN and Inf.
 _EXPONENTS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
-_BLOCK = 1 << 18  # numbers: a block stays in the processor's cache
+_BLOCK = 1 << 18  # elements; a block stays in the processor's cache
 
 
 class CheckpointError(ValueError):
-    """A parameter directory that is missing, damaged or of another model; the message says which and what to do."""
+    """Parameters that are missing, damaged or of another model. The message says which, and what to do."""
 
 
-def check_place(directory: str | Path) -> None:
-    """Raise CheckpointError where TensorStore would take the path of a directory for another one."""
+def check_path(directory: str | Path) -> None:
+    """Check that TensorStore can open a path.
+
+    Raises:
+        CheckpointError: TensorStore would take the path for another one.
+    """
     path = str(files.resolve(directory))
     if "\\" in path:
         problem = "has a backslash in it, which TensorStore takes for a slash"
@@ -53,10 +57,10 @@ def check_place(directory: str | Path) -> None:
     raise CheckpointError(f"{path} {problem}: rename the directory")
 
 
-def not_finite(values: np.ndarray) -> str | None:
-    """What stands in the first number that is infinite or none, "inf", "-inf" or "nan"; None where all are finite.
+def first_non_finite(values: np.ndarray) -> str | None:
+    """The first value that is not finite, as "inf", "-inf" or "nan"; None if all are finite.
 
-    About 4 GB/s on one core: numpy's isfinite takes ten times as long for bfloat16.
+    About 4 GB/s on one core. numpy's isfinite takes ten times as long for bfloat16.
     """
     exponent = _EXPONENTS.get(values.dtype.name)
     if exponent is None:
@@ -73,10 +77,24 @@ def not_finite(values: np.ndarray) -> str | None:
 
 
 class LeafFile:
-    """An open array. `checksums` has those of the chunks that were written whole here, or that were read from disk."""
+    """The array of one leaf on disk.
+
+    Attributes:
+        path: its directory.
+        name: the leaf's name, "a/b/c", for messages.
+        checksums: CRC-32 by file name, of chunks that were read from disk or written whole here.
+        shape, dtype, chunk: shape and dtype of the array, and the shape of its chunks.
+    """
 
     def __init__(self, path: Path, name: str, checksums: Mapping[str, int] | None = None, **options: Any):
-        """Open the array at `path`, a leaf called `name`; options: TensorStore's, to make a new one."""
+        """Open an array.
+
+        Args:
+            path: its directory.
+            name: the leaf's name.
+            checksums: known checksums of its files.
+            options: TensorStore's, to create a new array.
+        """
         self.path, self.name = files.resolve(path), name
         self.checksums: dict[str, int] = dict(checksums or {})
         self.store = open_array(self.path, **options)
@@ -84,9 +102,17 @@ class LeafFile:
         self.chunk = tuple(self.store.chunk_layout.read_chunk.shape or ())
 
     def write(self, index: Any, values: np.ndarray) -> ts.WriteFutures:
-        """Write `values` at `index` (numpy's basic indexing), and sum the chunks that this fills meanwhile."""
+        """Begin to write values, and meanwhile compute the checksums of the chunks that they fill.
+
+        Args:
+            index: where they go, numpy's basic indexing.
+            values: of any shape with as many elements.
+
+        Returns:
+            A future, done when the values are on disk.
+        """
         values = np.asarray(values)
-        bounds = _bounds_of(index, self.shape)
+        bounds = _basic_bounds(index, self.shape)
         future = self.store[_slices(bounds)].write(shaped := values.reshape([stop - start for start, stop in bounds]))
         if values.dtype == self.dtype and values.dtype.name != "int4":
             for number, where in self._chunks(bounds):
@@ -94,9 +120,14 @@ class LeafFile:
         return future
 
     def read(self, bounds: Bounds, dtype: Any = None) -> np.ndarray:
-        """A part of the array, cast to `dtype`. Whole chunks are read, as the file system would anyway, and checked.
+        """Read a part of the array. Chunks are always read whole, so that their checksums can be checked.
 
-        Raises CheckpointError naming the chunk that is not what was written, or the leaf that holds inf or nan.
+        Args:
+            bounds: the part.
+            dtype: dtype of the result; None for that on disk.
+
+        Raises:
+            CheckpointError: a chunk does not match its checksum, or the part holds NaN or Inf.
         """
         whole = tuple(
             (start - start % chunk, min(size, -(-stop // chunk) * chunk))
@@ -110,10 +141,10 @@ class LeafFile:
             part = tuple(slice(start - at, stop - at) for (start, stop), at in zip(bounds, offsets))
             values = np.ascontiguousarray(values[part])
         values = values if dtype is None else values.astype(dtype, copy=False)
-        if (found := not_finite(values)) is not None:
+        if (found := first_non_finite(values)) is not None:
             raise CheckpointError(
-                f"{self.path}: {self.name} holds numbers that are not finite ({found}): no answer comes of it. Its "
-                "training diverged, or the conversion that made it overflowed; take another copy or an earlier step"
+                f"{self.path}: {self.name} holds numbers that are not finite ({found}), so the model cannot "
+                "answer. Its training diverged, or its conversion overflowed; take another copy or an earlier step"
             )
         return values
 
@@ -122,7 +153,7 @@ class LeafFile:
 
         def check(chunk: tuple[str, tuple[slice, ...]]) -> str | None:
             number, where = chunk
-            return None if self._sum(number, values[where]) == self.checksums.get(number) else number
+            return None if self._chunk_checksum(number, values[where]) == self.checksums.get(number) else number
 
         if len(chunks) == 1:
             wrong = [check(chunks[0])]
@@ -132,16 +163,16 @@ class LeafFile:
         damaged = [str(self.path / number) for number in wrong if number is not None]
         if damaged:
             raise CheckpointError(
-                f"{', '.join(damaged[:3])} {'is' if len(damaged) == 1 else 'are'} damaged: the checksum is not that of "
-                "what was written; convert or download the checkpoint again"
+                f"{', '.join(damaged[:3])} {'is' if len(damaged) == 1 else 'are'} damaged: the checksum does not "
+                "match; convert or download the checkpoint again"
             )
 
-    def _sum(self, number: str, values: np.ndarray) -> int:
-        # How an int4 lies in memory is not how it lies in the file.
+    def _chunk_checksum(self, number: str, values: np.ndarray) -> int:
+        # int4 has another form in memory than in the file.
         return _checksum(values) if self.dtype.name != "int4" else zlib.crc32((self.path / number).read_bytes())
 
     def _chunks(self, bounds: Bounds) -> Iterator[tuple[str, tuple[slice, ...]]]:
-        """The chunks that lie wholly in `bounds`: the name of each one's file, and its place in them."""
+        """The chunks that are wholly inside `bounds`: the name of each one's file, and its slices within them."""
         ranges = [
             range(-(-start // chunk), stop // chunk if stop < size else -(-stop // chunk))
             for (start, stop), chunk, size in zip(bounds, self.chunk, self.shape)
@@ -149,14 +180,18 @@ class LeafFile:
         starts = [start for start, _ in bounds]
         for number in np.ndindex(*(max(0, len(found)) for found in ranges)):
             at = [found[position] for found, position in zip(ranges, number)]
-            place = tuple(
+            where = tuple(
                 slice(a * chunk - start, (a + 1) * chunk - start) for a, chunk, start in zip(at, self.chunk, starts)
             )
-            yield chunk_name(at), place
+            yield chunk_name(at), where
 
     def check_metadata(self) -> None:
-        """Raise CheckpointError where the metadata are not those that were written, or a checksum is missing."""
-        absent = [number for number in (METADATA, *self.numbers()) if number not in self.checksums]
+        """Check that all checksums are known, and that the array's metadata match theirs.
+
+        Raises:
+            CheckpointError: they do not.
+        """
+        absent = [number for number in (METADATA, *self.chunk_names()) if number not in self.checksums]
         if absent:
             raise CheckpointError(
                 f"{self.path.parent / CHECKSUMS} is damaged: it lacks {self.path.name}/{absent[0]}; convert or "
@@ -165,13 +200,13 @@ class LeafFile:
         if zlib.crc32((self.path / METADATA).read_bytes()) != self.checksums[METADATA]:
             raise CheckpointError(f"{self.path / METADATA} is damaged; convert or download the checkpoint again")
 
-    def numbers(self) -> list[str]:
+    def chunk_names(self) -> list[str]:
         """The names of all chunks' files."""
         return [name for name, _ in self._chunks(tuple((0, size) for size in self.shape))]
 
-    def complete(self) -> dict[str, int]:
-        """The checksums of all files: those that are not known yet are read. After the last write."""
-        for number in (METADATA, *self.numbers()):
+    def all_checksums(self) -> dict[str, int]:
+        """Return the checksums of all files, computing those that are not known yet. Call it after the last write."""
+        for number in (METADATA, *self.chunk_names()):
             if number not in self.checksums:
                 self.checksums[number] = zlib.crc32((self.path / number).read_bytes())
         return self.checksums
@@ -182,17 +217,27 @@ def _checksum(values: np.ndarray) -> int:
 
 
 def chunk_name(number: Any) -> str:
-    """The file of the chunk at a place in the grid of chunks."""
+    """The file name of the chunk at an index into the grid of chunks."""
     return ".".join(map(str, number)) or "0"
 
 
 def read_checksums(params: Path) -> dict[str, dict[str, int]] | None:
-    """CRC-32 by directory of a leaf and name of a file; None where the parameters were written without."""
+    """Read the checksums of a checkpoint's parameters.
+
+    Args:
+        params: the directory of the arrays.
+
+    Returns:
+        CRC-32 by leaf's directory and file name; None if the checkpoint has no checksums.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
     path = params / CHECKSUMS
     try:
         found = files.read_json(path)["crc32"]
         if not all(isinstance(crc, int) for leaf in found.values() for crc in leaf.values()):
-            raise TypeError("a checksum is no number")
+            raise TypeError("a checksum is not a number")
     except FileNotFoundError:
         return None
     except (files.TextError, KeyError, TypeError, AttributeError) as error:
@@ -204,12 +249,12 @@ def read_checksums(params: Path) -> dict[str, dict[str, int]] | None:
 
 
 def write_checksums(params: Path, checksums: Mapping[str, Mapping[str, int]]) -> None:
-    """Write what `read_checksums` reads."""
+    """Write the file that `read_checksums` reads."""
     (params / CHECKSUMS).write_text(json.dumps({"crc32": checksums}), encoding="utf-8")
 
 
 def array_metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: Any) -> dict[str, Any]:
-    """zarr's metadata of a new array."""
+    """zarr's metadata of a new array with chunks of shape `chunk`."""
     dtype = jnp.dtype(dtype)
     return {
         "zarr_format": 2,
@@ -224,10 +269,17 @@ def array_metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: Any) -
     }
 
 
-def stored_array(path: Path) -> tuple[tuple[int, ...], np.dtype, list[str]]:
-    """Shape, dtype and problems of the array at `path`, after a look at the size of every chunk's file.
+def inspect_array(path: Path) -> tuple[tuple[int, ...], np.dtype, list[str]]:
+    """Read an array's metadata, and check the size of every chunk's file.
 
-    An error of the system other than a file's absence is raised as it is: it says nothing about the files.
+    Args:
+        path: the array's directory.
+
+    Returns:
+        Its shape, its dtype, and a list of problems.
+
+    Raises:
+        OSError: a file cannot be read. This is no sign of damage, unlike a file that is missing.
     """
     try:
         array = files.read_json(path / METADATA)
@@ -241,7 +293,7 @@ def stored_array(path: Path) -> tuple[tuple[int, ...], np.dtype, list[str]]:
         return (), np.dtype(float), [f"{path / METADATA}: {error.strerror}"]
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         return (), np.dtype(float), [f"{path / METADATA}: {error}"]
-    if math.prod(grid) > len(sizes):  # at least one is missing; a damaged shape must not make this run for ever
+    if math.prod(grid) > len(sizes):  # at least one is missing; a damaged shape must not make this run forever
         missing = next(name for number in np.ndindex(*grid) if (name := chunk_name(number)) not in sizes)
         return shape, dtype, [f"{path / missing}: no bytes, expected {expected}"]
     problems = [
@@ -253,22 +305,22 @@ def stored_array(path: Path) -> tuple[tuple[int, ...], np.dtype, list[str]]:
 
 
 def open_array(path: Path, **options: Any) -> ts.TensorStore:
-    """TensorStore's array at an absolute path, for reading and writing."""
-    check_place(path)
-    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path}/"}}
+    """Open TensorStore's array at an absolute path, for reading and writing."""
+    check_path(path)
+    spec: dict[str, Any] = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path}/"}}
     if "metadata" in options:
         spec["metadata"] = options.pop("metadata")
     return ts.open(spec, context=_CONTEXT, open=True, **options).result()
 
 
 def bounds_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
-    """(start, stop) along every axis. The leaf may have fewer layers than the file: its own shape decides."""
+    """Turn slices without steps into bounds along every axis of `shape`."""
     given = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
     return given + tuple((0, size) for size in shape[len(given) :])
 
 
-def _bounds_of(index: Any, shape: tuple[int, ...]) -> Bounds:
-    """The bounds of numpy's basic indexing without steps."""
+def _basic_bounds(index: Any, shape: tuple[int, ...]) -> Bounds:
+    """Turn numpy's basic indexing without steps into bounds."""
     parts = index if isinstance(index, tuple) else (index,)
     at = next((number for number, part in enumerate(parts) if part is ...), len(parts))
     before, after = parts[:at], parts[at + 1 :]
