@@ -24,7 +24,7 @@ from checkpoints_convert.mapping import ConversionError, Tensor, canonical, tens
 from checkpoints_convert.peft_config import MERGE_IT, PeftConfig, read_config
 from checkpoints_convert.readers import Weights
 from internvl_jax.config import ChatConfig
-from internvl_jax.lora import ADAPTABLE, REPLACED, Lora, Settings, leaf_at, put_at, sides
+from internvl_jax.lora import ADAPTABLE, REPLACED, Lora, LoraSettings, leaf_at, put_at, sides
 from internvl_jax.models.axes import linear_layers
 from internvl_jax.models.layers import Params
 from internvl_jax.utils import files
@@ -52,7 +52,7 @@ _ORDINARY = re.compile(
 # To peft.
 
 
-def export_peft(directory: str | Path, adapters: Params, settings: Settings, config: ChatConfig) -> None:
+def export_peft(directory: str | Path, adapters: Params, settings: LoraSettings, config: ChatConfig) -> None:
     """Write adapters for peft in float32, a subdirectory for each tower.
 
     Args:

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al., "LoRA", 2021): a tree of their own beside the parameters, which stay as they are.
+"""Low-rank adapters (Hu et al., "LoRA", 2021), a tree of their own beside the parameters, which do not change.
 
     {"language_model": {"layers": {"self_attn": {"q_proj": {"lora_a": [L,D,R], "lora_b": [L,R,N,H]}, ...}}}}
 
@@ -6,15 +6,15 @@ A product x @ kernel becomes x @ kernel + alpha / rank * (dropout(x) @ lora_a) @
 collection "lora", where models.layers.Linear finds them, for training and for serving unmerged; kernels may be
 quantized. `merge` adds them to the kernels. On disk an adapter is a directory with adapter.json and its own params/.
 
-What was trained as a whole beside adapters, LLaVA's projector or an embedding, stands under REPLACED at the path that
-it has in the parameters, {"replaced": {"mlp1": {"fc1": {"kernel": [D,D], ...}}}}, and replaces the model's own.
+Parameters that were trained whole beside adapters, such as LLaVA's projector, are under REPLACED at their path in the
+parameters, {"replaced": {"mlp1": {"fc1": {"kernel": [D,D], ...}}}}, and replace the model's.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,26 +32,33 @@ from internvl_jax.parallel.partitioning import path_of
 from internvl_jax.quantize import is_quantized, quantize_kernel
 from internvl_jax.utils import files
 
-Progress = Callable[[int, int, str], None]
-
 FILE = "adapter.json"
-REPLACED = "replaced"  # beside the towers of a tree of adapters
-
-ADAPTABLE = ("language_model", "vision_model")  # the parts that have layers
+REPLACED = "replaced"  # beside the parts in a tree of adapters
+ADAPTABLE = ("language_model", "vision_model")  # parts of the model that can have adapters
 
 
 class LoraError(ValueError):
-    """Adapters that do not fit the model, or settings that mean nothing; the message says what would."""
+    """Adapters that do not fit the model, or invalid settings. The message says what would fit."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters of one tower. alpha and dropout default to the reference's: twice the rank, and 0.05."""
+    """Settings of the adapters of one part of the model. Defaults are the reference's.
+
+    Attributes:
+        rank: rank of the product lora_a @ lora_b.
+        alpha: the product is scaled by alpha / rank; None for twice the rank.
+        dropout: rate at which inputs of the adapters are dropped in training.
+        targets: linear layers that have adapters, names of `axes.linear_layers`; None for all.
+
+    Raises:
+        LoraError: rank or dropout is out of range.
+    """
 
     rank: int
     alpha: float | None = None
     dropout: float = 0.05
-    targets: tuple[str, ...] | None = None  # of `linear_layers`; None: all of them
+    targets: tuple[str, ...] | None = None
 
     def __post_init__(self):
         if self.rank < 1 or not 0 <= self.dropout < 1:
@@ -59,11 +66,15 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """By what the product of both matrices is multiplied."""
+        """The factor of the product of both matrices, alpha / rank."""
         return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
 
     def targets_of(self, tower: str) -> tuple[str, ...]:
-        """The layers that get an adapter. Raises LoraError for names that the tower does not have."""
+        """The linear layers of a part that have an adapter.
+
+        Raises:
+            LoraError: the part does not have such a layer.
+        """
         known = linear_layers(tower)
         chosen = known if self.targets is None else self.targets
         if not chosen or set(chosen) - set(known):
@@ -71,14 +82,23 @@ class Lora:
         return chosen
 
 
-Settings = Mapping[str, Lora]  # by part of the model, "language_model" or "vision_model"
+LoraSettings = Mapping[str, Lora]  # by part of the model, "language_model" or "vision_model"
 
 
-def init_adapters(key: Array, params: Params, settings: Settings) -> Params:
-    """Fresh float32 adapters for `params`, whose layers are stacked: lora_b is zero, so that they change nothing yet.
+def init_adapters(key: Array, params: Params, settings: LoraSettings) -> Params:
+    """Initialize adapters as peft does: lora_a uniform in +-1/sqrt(inputs), lora_b zero, so that nothing changes yet.
 
-    lora_a is drawn as peft draws it, uniform in +-1/sqrt(inputs). params: arrays or anything with shapes, in true
-    shapes (pads are added by param_sharding.pad_params).
+    Args:
+        key: a PRNG key.
+        params: the model's parameters with stacked layers, as anything with shapes, in true shapes
+            (`param_sharding.pad_params` pads adapters too).
+        settings: of each part that gets adapters.
+
+    Returns:
+        A tree of adapters, float32.
+
+    Raises:
+        LoraError: the model does not have such a part or layer.
     """
     adapters: Params = {}
     for tower, lora in settings.items():
@@ -99,19 +119,19 @@ def init_adapters(key: Array, params: Params, settings: Settings) -> Params:
     return adapters
 
 
-def attach(params: Params, adapters: Params, settings: Settings) -> Variables:
+def attach(params: Params, adapters: Params, settings: LoraSettings) -> Variables:
     """Make a model's variables, {"params": ..., "lora": ...}, of parameters and adapters. Works under jit.
 
     With an rng "dropout", applying a module to them drops inputs of the adapters at the rate of their settings.
 
     Args:
-        params: the model's parameters, which stay as they are. Replaced parameters become what theirs are: padded,
-            quantized and laid out on devices.
-        adapters: adapters of all of a tower's layers or of the first ones, stacked.
-        settings: of each tower that has adapters.
+        params: the model's parameters. Those that adapters replace determine padding, quantization and sharding of
+            the new ones.
+        adapters: adapters of all layers or of the first ones, stacked.
+        settings: of each part that has adapters.
 
     Returns:
-        Parameters with the replaced ones in place, and the collection "lora", its layers stacked.
+        A new tree of parameters, and the collection "lora", its layers stacked.
     """
     attached: Params = {}
     for tower, tree in _towers(adapters).items():
@@ -137,18 +157,19 @@ def _towers(adapters: Params) -> Params:
 
 
 def _with_replaced(params: Params, adapters: Params) -> Params:
-    """`params` with what adapters hold under REPLACED in the place of their own."""
+    """`params` with the parameters in place that adapters hold under REPLACED."""
     result = dict(params)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(adapters.get(REPLACED, {})):
         name = path_of(keys)
         part, _, rest = name.partition("/")
-        branch = jax.tree.map(lambda value: value, result[part], is_leaf=is_quantized)  # its dictionaries copied
+        branch = jax.tree.map(lambda value: value, result[part], is_leaf=is_quantized)  # copies the dictionaries
         put_at(branch, rest, _in_place_of(leaf_at(branch, rest), leaf, name))
         result[part] = branch
     return result
 
 
 def _in_place_of(old: Any, new: Any, name: str) -> Any:
+    """A new parameter, quantized, padded and sharded as the old one."""
     if is_quantized(old):
         inputs = axes_of(name).inputs
         new = quantize_kernel(jnp.asarray(new, jnp.float32), inputs=inputs, qtype=old.qvalue.dtype, name=name)
@@ -162,11 +183,19 @@ def _in_place_of(old: Any, new: Any, name: str) -> Any:
     return jax.tree.map(fit, new, old)
 
 
-def merge(params: Params, adapters: Params, settings: Settings) -> Params:
-    """`params` with adapters added to their kernels, in float32, in the kernels' own dtypes. Layers stacked.
+def merge(params: Params, adapters: Params, settings: LoraSettings) -> Params:
+    """Add adapters to their kernels. Sums are float32, results have the kernels' dtypes.
 
-    Adapters may be of the first layers only (those past select_layer are never trained).
-    Raises LoraError for quantized kernels, which have no room for them.
+    Args:
+        params: the model's parameters, layers stacked.
+        adapters: adapters of all layers or of the first ones (vision layers past select_layer are never trained).
+        settings: of each part that has adapters.
+
+    Returns:
+        A new tree of parameters.
+
+    Raises:
+        LoraError: kernels are quantized.
     """
     params = _with_replaced(params, adapters)
     return {
@@ -204,13 +233,19 @@ def _add(kernel: Any, a: Any, b: Any, scale: float) -> Any:
 
 
 def merge_checkpoint(
-    directory: str | Path, base: str | Path, adapters: str | Path, *, progress: Progress | None = None
+    directory: str | Path, base: str | Path, adapters: str | Path, *, progress: checkpoint.Progress | None = None
 ) -> None:
-    """Write `base`, a converted checkpoint, with the adapters of a directory merged in. Memory is bounded by a layer.
+    """Copy a checkpoint with adapters merged in. Memory is bounded by one layer.
 
-    progress: called as progress(done, total, what) for every piece that is written.
-    Raises LoraError where the adapters are not of this model or base is quantized, CheckpointError where `directory`
-    exists or base is damaged.
+    Args:
+        directory: the new checkpoint.
+        base: the checkpoint that the adapters belong to.
+        adapters: the directory of adapters.
+        progress: called as progress(done, total, what) after every piece that is written.
+
+    Raises:
+        LoraError: the adapters are not of this model, or `base` is quantized.
+        CheckpointError: `directory` exists, or `base` is damaged.
     """
     directory, base = files.resolve(directory), files.resolve(base)
     tree = checkpoint.stored_tree(base)
@@ -226,7 +261,7 @@ def merge_checkpoint(
             return np.asarray(replaced)
         kernel = name.removesuffix("/kernel")
         a, b = known.get(f"{kernel}/lora_a"), known.get(f"{kernel}/lora_b")
-        if layer is None or a is None or layer >= len(a):
+        if layer is None or a is None or b is None or layer >= len(a):
             return values
         one = slice(layer, layer + 1)
         return np.asarray(_add(jnp.asarray(values[None]), a[one], b[one], scales[name.split("/")[0]])[0])
@@ -234,10 +269,19 @@ def merge_checkpoint(
     checkpoint.write_mapped(directory, base, change, progress=progress)
 
 
-def save(directory: str | Path, adapters: Params, settings: Settings) -> None:
-    """Write adapters alone: adapter.json and params/, whole or not at all. Several processes call it together.
+def save(directory: str | Path, adapters: Params, settings: LoraSettings) -> None:
+    """Write adapters: adapter.json and params/, whole or not at all.
 
-    Raises CheckpointError where `directory` exists, OutputInUseError where another process is writing it.
+    Where there are several processes, all of them call this.
+
+    Args:
+        directory: the new directory.
+        adapters: the adapters, in true shapes.
+        settings: of each part that has adapters.
+
+    Raises:
+        CheckpointError: `directory` exists.
+        OutputInUseError: another process is writing it.
     """
     with checkpoint.new_directory(directory) as temporary:
         with distributed.process_0_first() as first:
@@ -248,16 +292,16 @@ def save(directory: str | Path, adapters: Params, settings: Settings) -> None:
 
 
 def load(directory: str | Path, params: Params | None = None) -> tuple[Params, dict[str, Lora]]:
-    """Adapters and their settings, as `save` wrote them.
+    """Read adapters and their settings.
 
     Args:
         directory: what `save` wrote.
-        params: the model that the adapters must fit, or None.
+        params: parameters of the model that the adapters must fit, as `check` takes them; None to skip the check.
 
     Raises:
-        LoraError: the directory holds no adapter, or one of another model.
-        CheckpointError: its parameters are damaged or not finite.
-        OSError: it cannot be read.
+        LoraError: the directory holds no adapters, or those of another model.
+        CheckpointError: the adapters are damaged, or hold NaN or Inf.
+        OSError: a file cannot be read.
     """
     directory = files.resolve(directory)
     settings = _read_settings(directory)
@@ -293,25 +337,27 @@ def _read_settings(directory: Path) -> dict[str, Lora]:
 
 
 def check(params: Params, adapters: Params) -> None:
-    """Raise LoraError, all listed, where adapters have no kernel to go with or one of other sizes."""
+    """Check that adapters fit a model.
+
+    Args:
+        params: the model's parameters with stacked layers, as anything with shapes.
+        adapters: the adapters.
+
+    Raises:
+        LoraError: lists all adapters that have no kernel, or one of another shape.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
-    kernels: dict[str, tuple[int, ...]] = {}
-    for keys, leaf in leaves:
-        if keys[-1] == jax.tree_util.DictKey("kernel"):
-            kernels.setdefault(path_of(keys), tuple(leaf.shape))
+    shapes = {path_of(keys): tuple(leaf.shape) for keys, leaf in leaves}
     problems = []
-    whole = {
-        path_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
-    }
     for keys, leaf in jax.tree_util.tree_leaves_with_path(adapters.get(REPLACED, {})):
-        expected = whole.get(path_of(keys))
+        expected = shapes.get(path_of(keys))
         if expected is None:
             problems.append(f"{path_of(keys)}: no such parameter")
-        elif tuple(expected) != tuple(leaf.shape):
+        elif expected != tuple(leaf.shape):
             problems.append(f"{path_of(keys)} is {list(leaf.shape)}, the model has {list(expected)}")
     for keys, leaf in jax.tree_util.tree_leaves_with_path(_towers(adapters)):
         name, kind = path_of(keys[:-1]), keys[-1].key
-        kernel = kernels.get(f"{name}/kernel")
+        kernel = shapes.get(f"{name}/kernel")
         if kernel is None:
             problems.append(f"{name}: no such layer")
             continue
@@ -326,28 +372,30 @@ def check(params: Params, adapters: Params) -> None:
 
 
 def replaced_names(adapters: Params) -> list[str]:
-    """The parameters that adapters replace as a whole, "mlp1/fc1/kernel"."""
+    """Names of the parameters that adapters replace, "mlp1/fc1/kernel"."""
     return [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(adapters.get(REPLACED, {}))]
 
 
 def sides(layer: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Split the shape of a linear layer's kernel, without the axis of layers, into inputs and outputs.
+    """Split a kernel's shape into inputs and outputs.
 
-    layer: its path, "language_model/layers/self_attn/q_proj".
+    Args:
+        layer: path of the linear layer, "language_model/layers/self_attn/q_proj".
+        shape: the kernel's shape without the axis of layers.
     """
     inputs = axes_of(f"{layer}/kernel").inputs
     return tuple(shape[:inputs]), tuple(shape[inputs:])
 
 
 def leaf_at(tree: Params, path: str) -> Any:
-    """What stands at "a/b/c" of a tree."""
+    """The leaf or subtree at the path "a/b/c"."""
     for name in path.split("/"):
         tree = tree[name]
     return tree
 
 
 def put_at(tree: Params, path: str, value: Any) -> None:
-    """Put a value at "a/b/c" of a tree, whose branches are made."""
+    """Put a value at the path "a/b/c", and create the dictionaries on the way."""
     *parents, last = path.split("/")
     for name in parents:
         tree = tree.setdefault(name, {})

@@ -99,7 +99,8 @@ class LeafFile:
         self.checksums: dict[str, int] = dict(checksums or {})
         self.store = open_array(self.path, **options)
         self.shape, self.dtype = tuple(self.store.shape), self.store.dtype.numpy_dtype
-        self.chunk = tuple(self.store.chunk_layout.read_chunk.shape or ())
+        chunk: Any = self.store.chunk_layout.read_chunk.shape or ()
+        self.chunk: tuple[int, ...] = tuple(chunk)
 
     def write(self, index: Any, values: np.ndarray) -> ts.WriteFutures:
         """Begin to write values, and meanwhile compute the checksums of the chunks that they fill.

@@ -146,8 +146,8 @@ def _load_leaf(file: LeafFile, leaf: Any, layer: int | None = None) -> jax.Array
     """Read a leaf, or one layer of a stack, in the dtype and with the sharding of `leaf`."""
     values: dict[Bounds, np.ndarray] = {}  # devices that hold the same part share one read
 
-    def read(index: tuple[slice, ...] = ()) -> np.ndarray:
-        bounds = bounds_of(index, leaf.shape)
+    def read(index: tuple[slice, ...] | None = None) -> np.ndarray:
+        bounds = bounds_of(index or (), leaf.shape)
         if bounds not in values:
             if layer is None:
                 values[bounds] = file.read(bounds, leaf.dtype)
