@@ -1,17 +1,17 @@
-"""Weights in 8 or 4 bits: integers, and the scales that turn them back into numbers.
+"""Quantized weights: int8 or int4 integers, and their scales.
 
 A quantized kernel is a qwix.QArray in place of the array: `qvalue` in the kernel's shape and `scale` with the same
-axes, where qvalue * scale is the kernel again. Both schemes are symmetric: the largest magnitude that shares a scale
-sets it (Jacob et al., 2018).
+axes; qvalue * scale approximates the kernel. Both schemes are symmetric: a scale is set by the largest magnitude that
+shares it (Jacob et al., 2018).
 
-    "int8"     every matrix product except that of patches: one scale per output channel. It is multiplied after the
-               product, so that weights are read from memory as 8 bits and no other copy of them is kept.
+    "int8"     every matrix product except the patch embedding: one scale per output channel, multiplied after the
+               product, so that weights are read from memory as 8 bits and never dequantized there.
     "int4"     the language model's layers: one scale per output channel and group of 64 or 128 inputs (per head in
                o_proj), because one scale for 5,120 inputs is too coarse for 15 levels (Frantar et al., 2023). The
                vision tower, the projector and the head are int8.
 
-Embeddings (patches, positions, tokens), norms, biases and layer scales stay as they are: they are small or looked up.
-The authors of InternViT-6B warn that it answers nonsense in 4 bits; Scheme's `int4_vision` uses them nevertheless.
+Embeddings (patches, positions, tokens), norms, biases and layer scales are not quantized: they are small or looked up.
+The authors of InternViT-6B warn that it does not work in 4 bits; Scheme's `int4_vision` uses them nevertheless.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from internvl_jax.models.layers import Array, Params
 from internvl_jax.parallel.partitioning import path_of
 
 SCHEMES = ("int8", "int4")
-GROUPS = (128, 64)  # inputs that share a scale in int4; the first that leaves whole groups on each of 8 devices
-SMALLEST_GROUP = 8  # below, the scales take more room than they save
+GROUPS = (128, 64)  # sizes of int4 groups; the first one is used that leaves whole groups on each of 8 devices
+SMALLEST_GROUP = 8  # the scales of smaller groups take more memory than they save
 
 
 class QuantizeError(ValueError):
-    """Parameters that cannot, or should not, be quantized as asked; the message says what can."""
+    """Parameters that cannot or should not be quantized as asked. The message says what is possible."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def quantize_kernel(
             channels.append(first)  # a group is what a head sums
         else:
             tiles = {first: group_size(kernel.shape[first], name)}
-    # Groups have many scales. bfloat16 rounds them by 0.2%, which is nothing beside rounding to 15 levels.
+    # Groups have many scales. bfloat16 rounds them by 0.2%, far less than rounding to 15 levels does.
     return qwix.quantize(
         kernel.astype(jnp.float32),
         qtype,
@@ -144,7 +144,15 @@ def quantize_kernel(
 
 
 def group_size(size: int, name: str) -> int:
-    """How many of `size` inputs share a scale in int4. Raises QuantizeError where groups would be too small."""
+    """The number of inputs that share a scale in int4.
+
+    Args:
+        size: all inputs.
+        name: the kernel's name, for the message.
+
+    Raises:
+        QuantizeError: groups would be too small.
+    """
     group = next((group for group in GROUPS if size % (8 * group) == 0), math.gcd(size, GROUPS[0]))
     if group < SMALLEST_GROUP:
         raise QuantizeError(
