@@ -150,7 +150,7 @@ def print_table(costs: list[Cost], console: Console) -> None:
     """One row per variant."""
     title = f"against float32: {costs[0].answers} answers, {costs[0].tokens} tokens"
     table = Table(title=title)
-    for column in ("variant", "KL mean", "KL max", "next token", "answer", "right"):
+    for column in ("variant", "KL mean", "KL max", "same token", "same answer", "correct"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for one in costs:
         shares = (f"{share:.1%}" for share in (one.next_token, one.answer, one.right))

@@ -29,11 +29,11 @@ Array = jax.Array
 Params = dict[str, Any]
 Variables = dict[str, Params]  # by collection: "params", and "lora" where there are adapters
 
-# Finite, so that a row which may attend to nothing (padding) stays a number; the value is gemma's and big_vision's.
+# Finite, so that a row that attends to nothing (padding) does not become NaN; the value is gemma's and big_vision's.
 MASK_VALUE = -2.3819763e38
 
-LANES = 128  # the innermost axis of an array on a TPU is stored in multiples of this
-SUBLANES = 8  # and the one before it, where its neighbours allow no denser order
+LANES = 128  # a TPU stores the innermost axis of an array in multiples of this
+SUBLANES = 8  # and the second innermost in multiples of this
 
 ADAPTER = "adapter"  # the name of a linear layer's Adapter in the collection "lora"
 
@@ -44,22 +44,27 @@ def part_variables(variables: Variables, part: str) -> Variables:
 
 
 def precision_of(dtype: Any) -> jax.lax.Precision:
-    """float32 means float32: a TPU would otherwise multiply float32 operands in one bfloat16 pass."""
+    """Precision of products in `dtype`: HIGHEST for float32, which a TPU would otherwise multiply as bfloat16."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def on_tpu() -> bool:
-    """Whether this is traced for a TPU: the mesh's, which may be a described one, else the default device's kind."""
+    """Whether the program that is being traced is for a TPU: the mesh's devices, else the default backend."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     return (jax.default_backend() if device is None else device.platform) == "tpu"
 
 
 def pin_layout(x: Array, spec: P, order: tuple[int, ...]) -> Array:
-    """Have XLA keep x in memory with its axes in `order`, outermost first; x lies over the mesh as `spec` says.
+    """Fix the memory layout of an array.
 
-    Inside a loop XLA chooses layouts by what the loop does, and pays with a copy of everything that comes in otherwise.
-    A layout constraint on its own would make the partitioner gather x, hence the shard_map.
+    Inside a loop XLA chooses layouts that suit the loop's body, and copies every input that has another one. A layout
+    constraint alone would make the partitioner gather x, hence the shard_map.
+
+    Args:
+        x: the array.
+        spec: its sharding over the mesh.
+        order: its axes from the outermost to the innermost.
     """
 
     def pin(x: Array) -> Array:
@@ -73,12 +78,16 @@ def pin_layout(x: Array, spec: P, order: tuple[int, ...]) -> Array:
 
 
 def pin_matrix(kernel: Array | QArray, spec: P) -> Array | QArray:
-    """Have XLA keep a layer's slice of stacked matrices [D,F] or [D,N,H] as the TPU stores the stack.
+    """Fix the layout of one layer's kernel [D,F] or [D,N,H] to that in which the TPU stores the stack.
 
-    [D,F] has F innermost unless a device's part of F would need padding to whole tiles and D would not. Left alone,
-    the loop over layers prefers F innermost and copies the stack (two thirds of LLaMA-13B's weights for tensor=8).
-    Of int8 [D,N,H] it would have N outermost, as it is stored where a device's heads fill no tiles (5, 10 or 20), and
-    copy too where they do (40: q, k and v, 2.9 GiB on one chip).
+    [D,F] is stored with F innermost, unless a device's part of F would be padded to whole tiles and D would not. By
+    itself XLA prefers F innermost inside the loop over layers and copies the stack: two thirds of LLaMA-13B's weights
+    for tensor=8. Of int8 [D,N,H] it prefers N outermost, which is how it is stored where a device's heads do not fill
+    tiles (5, 10 or 20); where they do (40), it copies q, k and v, 2.9 GiB on one chip.
+
+    Args:
+        kernel: the kernel, which may be quantized.
+        spec: its sharding over the mesh.
     """
     if isinstance(kernel, QArray):
         return kernel if kernel.ndim > len(spec) else kernel.replace(qvalue=pin_matrix(kernel.qvalue, spec))
@@ -94,11 +103,17 @@ def pin_matrix(kernel: Array | QArray, spec: P) -> Array | QArray:
 
 
 def product(eqn: str, x: Array, kernel: Array | QArray, dtype: Any, **options: Any) -> Array:
-    """jnp.einsum(eqn, x, kernel) in `dtype`, of a kernel that may be quantized.
+    """jnp.einsum(eqn, x, kernel) with a kernel that may be quantized.
 
-    eqn in capitals, the kernel's axes that are not summed last in the result; options are einsum's. Scales of whole
-    columns are multiplied after the product, in float32; what is summed over devices stays in `dtype`. Where groups
-    have scales of their own, integers and scales meet before it; grouped kernels come from `split_groups` or as stored.
+    Scales of output channels are multiplied after the product, in float32; sums over devices are in `dtype`. Scales of
+    groups are multiplied with the integers before it.
+
+    Args:
+        eqn: the equation in capitals; the kernel's output axes come last in the result.
+        x: the left operand.
+        kernel: the right operand; with groups, as stored or from `split_groups`.
+        dtype: dtype in which both are multiplied.
+        options: those of jnp.einsum.
     """
     options = {"precision": precision_of(dtype), **options}
     x = x.astype(dtype)
@@ -122,10 +137,10 @@ def product(eqn: str, x: Array, kernel: Array | QArray, dtype: Any, **options: A
 
 
 def split_groups(kernel: QArray) -> QArray:
-    """Give groups that share a scale, where one axis has several, an axis of their own: [...,G*g,...] to [...,G,g,...].
+    """Give the groups that share a scale an axis of their own: [...,G*g,...] becomes [...,G,g,...].
 
-    Free on a stack. Of one layer, inside the loop, the TPU's compiler would first write all of its scales or integers
-    out as bfloat16, 4 times the memory traffic of the integers themselves.
+    On a stack of layers this is free. On one layer, inside the loop, the TPU compiler would write all of its scales or
+    integers out as bfloat16, 4 times the memory traffic of the integers.
     """
     pairs = zip(kernel.shape, kernel.scale.shape)
     axis = next((axis for axis, (size, groups) in enumerate(pairs) if 1 < groups < size), None)
@@ -152,12 +167,19 @@ class Adapter(flax.struct.PyTreeNode):
 
 
 class Linear(nn.Module):
-    """A matrix product over named axes, `eqn` in capitals, for example "BTD,DNH->BTNH".
+    """A linear layer as an einsum over named axes.
 
-    The kernel has the axes of the equation's second operand; the bias those of them that reach the output.
-    Parameters may be stored in any dtype, or quantized: they are cast to `dtype` where they are used.
-    An `Adapter` that the collection "lora" has for this layer is added to the product.
-    `axes` are the kernel's logical axes, `image_axes` the mesh axes over which the vision tower's images are sharded.
+    Parameters may have any dtype, or be quantized; they are cast to `dtype` where they are used. If the collection
+    "lora" has an `Adapter` for the layer, its output is added.
+
+    Attributes:
+        eqn: the equation in capitals, for example "BTD,DNH->BTNH". The kernel has the axes of the second operand, the
+            bias those of them that are in the output.
+        shape: the kernel's shape.
+        axes: the kernel's logical axes.
+        dtype: compute dtype.
+        use_bias: whether there is a bias.
+        image_axes: mesh axes over which the vision tower's images are sharded.
     """
 
     eqn: str
@@ -202,9 +224,16 @@ class Linear(nn.Module):
 
 
 def dropout_mask(key: Array, keep: float, shape: tuple[int, ...], *, heads: bool) -> Array:
-    """Bool of shape [B,...], or with heads [B,...,N,H], True (kept) with probability `keep`.
+    """Draw a dropout mask that does not change for the other rows and heads when a mesh adds padding at the end.
 
-    Rows and heads that padding for a mesh adds at the end do not change what the others draw.
+    Args:
+        key: a PRNG key.
+        keep: the probability of True, which keeps an element.
+        shape: [B,...], or [B,...,N,H] with `heads`.
+        heads: whether the last two axes are heads and head dim.
+
+    Returns:
+        bool, of `shape`.
     """
     if not heads:
         return jax.random.bernoulli(key, keep, shape)
@@ -215,15 +244,20 @@ def dropout_mask(key: Array, keep: float, shape: tuple[int, ...], *, heads: bool
 
 
 def _inverse_root(mean_square: Array, eps: float) -> Array:
-    """1/sqrt, NaN where the squares have overflowed: 0, which rsqrt gives, would make finite zeros of such a row."""
+    """1/sqrt, but NaN where the squares overflowed: rsqrt gives 0 there, which would turn such a row into zeros."""
     return jnp.where(jnp.isfinite(mean_square), jax.lax.rsqrt(mean_square + eps), jnp.nan)
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over the trailing axes `shape` (Zhang and Sennrich, 2019), as LLaMA and InternViT have it.
+    """Root mean square norm (Zhang and Sennrich, 2019) as in LLaMA and InternViT.
 
-    Statistics in float32, cast to the input's dtype, then scaled: the reference's order. `divisor` is the true number
-    of elements where `shape` counts zero padding too.
+    Statistics are float32, cast to the input's dtype, then scaled, in the reference's order.
+
+    Attributes:
+        shape: the trailing axes that are normalized.
+        eps: added to the mean square.
+        axes: their logical axes.
+        divisor: the true number of elements, where `shape` includes zero padding; None for all.
     """
 
     shape: tuple[int, ...]
@@ -278,7 +312,7 @@ class Head(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """torch.nn.LayerNorm over the last axis: biased variance, everything in float32, one cast at the end."""
+    """torch.nn.LayerNorm over the last axis: biased variance, computed in float32 and cast at the end."""
 
     width: int
     eps: float
@@ -295,7 +329,7 @@ class LayerNorm(nn.Module):
 
 
 def gelu(x: Array) -> Array:
-    """Exact (erf) GELU; the tanh form moves the golden model's logits by 5e-3."""
+    """Exact GELU, with erf; the tanh approximation changes the golden model's logits by 5e-3."""
     if x.dtype == jnp.float32 and cpu.on_cpu():
         return cpu.gelu(x)
     return jax.nn.gelu(x, approximate=False)
@@ -307,7 +341,7 @@ def quick_gelu(x: Array) -> Array:
 
 
 def positions_from_valid(valid: Array) -> Array:
-    """Positions of the real tokens of each row, 0 on padding before them. valid [B,T] bool -> [B,T] int32."""
+    """Positions of the valid tokens of each row, 0 on padding before them. valid [B,T] bool -> [B,T] int32."""
     return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)
 
 
@@ -317,9 +351,16 @@ def rope_angles(positions: Array, frequencies: np.ndarray) -> Array:
 
 
 def apply_rope(x: Array, angles: Array) -> Array:
-    """Rotate halves, Hugging Face's layout (Su et al., 2021). x [B,T,N,H], angles [B,T,H/2] -> [B,T,N,H].
+    """Rotary position embedding (Su et al., 2021) in Hugging Face's layout, which rotates halves.
 
-    The tables are made in float32 and cast to x's dtype before use, as the reference casts them.
+    Cosines and sines are float32 and cast to x's dtype, as in the reference.
+
+    Args:
+        x: [B,T,N,H].
+        angles: [B,T,H/2] float32.
+
+    Returns:
+        [B,T,N,H].
     """
     cos = jnp.cos(angles)[:, :, None, :].astype(x.dtype)
     sin = jnp.sin(angles)[:, :, None, :].astype(x.dtype)
