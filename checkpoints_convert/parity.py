@@ -120,6 +120,7 @@ class _Chains:
         self._mine: Any = None
 
     def vision(self, inputs: ParityInputs) -> None:
+        """Run the stages from pixels to the projector."""
         judge, ours = self._judge, self._ours
         if inputs.image is None:
             self._theirs = self._mine = inputs.pixels
@@ -140,6 +141,7 @@ class _Chains:
             self._step("projector", "block", methodcaller("projector"), probe=True)
 
     def text(self, inputs: ParityInputs) -> None:
+        """Run the stages from the text embeddings to the logits."""
         self._step("text.embeddings", "op", methodcaller("text_embeddings", inputs.ids, inputs.image_token_id))
         for layer in range(self._judge.num_text_layers):
             self._step(f"text.layers.{layer}", "block", methodcaller("text_layer", layer), probe=layer == 0)

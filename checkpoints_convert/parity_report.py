@@ -127,6 +127,7 @@ class Distribution:
 
     @property
     def passed(self) -> bool:
+        """Whether KL and greedy tokens are within their limits."""
         return self.max_kl <= KL_LIMIT and self.greedy_passed
 
 

@@ -55,6 +55,7 @@ class Cluster:
     hosts: Mapping[int, str]
 
     def describe(self) -> str:
+        """One line for messages."""
         return (
             f"detected: {self.source}; this is process {self.process_id} of {self.num_processes} on "
             f"{socket.gethostname()}, the coordinator is {self.coordinator}"

@@ -1,4 +1,4 @@
-"""Files that users name: resolved paths, text, outputs that appear whole and belong to one process. Imports no jax."""
+"""Files and directories: paths, text, JSON, and outputs that are written atomically by one process. Imports no jax."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from internvl_jax.utils.logs import warn_once
 
 logger = logging.getLogger(__name__)
 
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # json.loads makes them of escapes; no UTF-8 file can hold them
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # json.loads makes them from escapes; UTF-8 cannot encode them
 _MAX_NAME_BYTES = 160  # of a name that is extended; file systems allow 255
 _SPARE = 16 * 2**20  # bytes left free beside what a new directory needs, for small files and metadata
 
 
 class OutputError(ValueError):
-    """An output that cannot be written where it was asked for; the message says why and what to do."""
+    """An output cannot be written to its path; the message says why and what to do."""
 
 
 class OutputInUseError(OutputError):
@@ -40,14 +40,14 @@ class OutputInUseError(OutputError):
 
 
 class TextError(ValueError):
-    """A file that is not UTF-8 text, or not JSON; the message says which and where."""
+    """A file is not UTF-8 text, or not JSON; the message says which and where."""
 
 
 def resolve(path: str | Path) -> Path:
-    """The absolute path of what a user named, with `~`, `..` and symbolic links to directories resolved.
+    """Make a path absolute, with `~`, `..` and symbolic links to directories resolved.
 
-    The last component keeps its name even where it is a symbolic link, because a file's suffix matters. Call it once,
-    where a path enters.
+    The last component is kept even if it is a symbolic link, because a file's suffix matters. Call it once, where a
+    path enters the program.
 
     Raises:
         ValueError: the path holds a NUL character or names the home directory of an unknown user.
@@ -62,22 +62,22 @@ def resolve(path: str | Path) -> Path:
 
 
 def quoted(path: str | Path) -> str:
-    """`path` as a shell reads it, for commands that are suggested."""
+    """Quote a path for a shell, for commands in messages."""
     return shlex.quote(str(path))
 
 
 def not_a_file(path: Path) -> str:
-    """Why `path` cannot be read as a file, to be put after its name."""
+    """Why `path` cannot be read as a file; the end of a message that begins with the path."""
     return "is a directory: name the file" if path.is_dir() else "does not exist"
 
 
 def not_a_directory(path: Path) -> str:
-    """Why `path` cannot be looked into as a directory, to be put after its name."""
+    """Why `path` is not a directory; the end of a message that begins with the path."""
     return "is a file: name the directory" if path.exists() else "does not exist"
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, without the byte order mark that Windows tools put in front.
+    """Read a UTF-8 file, without the byte order mark that Windows tools write.
 
     Raises:
         OSError: the file cannot be read.
@@ -87,7 +87,7 @@ def read_text(path: str | Path) -> str:
 
 
 def decode_text(data: bytes, where: str | Path) -> str:
-    """`data` as UTF-8 text without a byte order mark. Raises TextError that names `where`."""
+    """Decode UTF-8 text without a byte order mark. Raises TextError with the name `where`."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise TextError(f"{where} is UTF-16 text: save it as UTF-8")
     try:
@@ -98,7 +98,7 @@ def decode_text(data: bytes, where: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON value in a UTF-8 file, with or without a byte order mark. Raises OSError, and TextError for bad JSON."""
+    """Read a JSON value from a UTF-8 file, with or without a byte order mark. Raises OSError or TextError."""
     text = read_text(path)
     try:
         return json.loads(text)
@@ -128,13 +128,13 @@ def read_json_object(path: Path, error: type[ValueError] = TextError) -> dict[st
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """`value` as JSON text that any UTF-8 file can hold: only lone surrogates are escaped."""
+    """Write JSON that can be encoded in UTF-8: only lone surrogates are escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return _LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def replace_surrogates(text: str) -> str:
-    """`text` for people to read, with U+FFFD for each lone surrogate."""
+    """Replace each lone surrogate by U+FFFD, for people to read."""
     return _LONE_SURROGATE.sub("\ufffd", text)
 
 
@@ -158,12 +158,12 @@ def wrong_download_in(head: bytes, name: str | Path) -> str | None:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a UTF-8 file under a temporary name, then rename it: the old content or the new, never a part."""
+    """Write a UTF-8 file atomically: under a temporary name, which is then renamed."""
     return write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
-    """As `write_text`, for bytes. An error names the file."""
+    """As `write_text`, for bytes. Errors name the file."""
     path = Path(path)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
@@ -171,10 +171,15 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
 
 
 def append_text(path: str | Path, text: str, *, sync: bool = True) -> None:
-    """Append to a UTF-8 file, which is on disk afterwards. A failure leaves it as it was; the error names the file.
+    """Append to a UTF-8 file. If that fails, the file is truncated to its old length; the error names the file.
 
     Args:
-        sync: wait for the disk. Without, a crash of the machine may lose the text.
+        path: the file.
+        text: what to append.
+        sync: wait until it is on disk. Otherwise a crash of the machine may lose the text.
+
+    Raises:
+        OSError: the text cannot be written.
     """
     data = text.encode("utf-8")
     try:
@@ -221,9 +226,10 @@ def warn_of_cache(path: Path, error: Exception) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to write, which replaces `path` when the block ends well and is removed when it does not.
+    """Yield a temporary file to write; it replaces `path` if the block succeeds and is removed otherwise.
 
-    Raises OSError with the name of `path`, whichever file the system complained about.
+    Raises:
+        OSError: with the name of `path`, whichever file failed.
     """
     temporary = temporary_path(path)
     try:
@@ -236,7 +242,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def temporary_path(path: Path, number: int | str | None = None) -> Path:
-    """Where `path` is written until it is whole: beside it, named after it and after process `number` (this one)."""
+    """The temporary name under which process `number` (None: this one) writes `path`, in the same directory."""
     return path.with_name(f"{_temporary_prefix(path)}{os.getpid() if number is None else number}")
 
 
@@ -245,7 +251,7 @@ def _temporary_prefix(path: Path) -> str:
 
 
 def _short(name: str) -> str:
-    """`name`, cut and told apart by a digest where a suffix would make it too long for a file system."""
+    """Shorten a name, with a digest, if a suffix would make it too long for a file system."""
     data = os.fsencode(name)
     if len(data) <= _MAX_NAME_BYTES:
         return name
@@ -253,7 +259,7 @@ def _short(name: str) -> str:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove, and name in the log, what killed processes left of writing `path`. Only for the holder of its claim."""
+    """Remove temporary files of `path` that killed processes left, with a warning. Only for the holder of its claim."""
     prefix = _temporary_prefix(path)
     with suppress(FileNotFoundError, NotADirectoryError):
         for found in sorted(path.parent.iterdir()):
@@ -271,11 +277,10 @@ def _remove_leftover(found: Path) -> None:
 
 @contextmanager
 def claim(output: str | Path) -> Iterator[None]:
-    """Hold `output`, a file or a directory, for this process alone.
+    """Lock `output`, a file or a directory, for this process.
 
-    The operating system releases the lock of a process that dies, so nothing stale has to be removed by hand. Of
-    several processes that write one output together, only process 0 claims it. The directory that `output` lies in is
-    made.
+    The operating system releases the lock of a process that dies, so stale locks need no cleaning up. Of several
+    processes that write one output together, only process 0 claims it. The parent directory of `output` is created.
 
     Raises:
         OutputInUseError: another process holds it; the message names that process.
@@ -285,7 +290,7 @@ def claim(output: str | Path) -> Iterator[None]:
     path = output.with_name(f".{_short(output.name)}.lock")
     if output.is_dir() and not os.access(output.parent, os.W_OK):  # a mounted disk, for example
         path = output / ".lock"
-    holder = path.with_name(path.name + ".holder")  # apart: opening a lock's own file empties it
+    holder = path.with_name(path.name + ".holder")  # a file of its own: opening the lock file truncates it
     lock = filelock.FileLock(path, timeout=0)
     try:
         lock.acquire()
@@ -322,21 +327,21 @@ def new_directory(
     replace: bool = False,
     error: type[ValueError] = OutputError,
 ) -> Iterator[Path]:
-    """A directory to fill, which becomes `destination` when the block ends well and is removed when it does not.
+    """Yield a temporary directory to fill; it becomes `destination` if the block succeeds and is removed otherwise.
 
-    This process holds the claim of `destination` meanwhile; what a killed process left of it is named and removed.
-    Parents are made, and removed again where the block fails.
+    This process holds the claim of `destination` meanwhile. Leftovers of killed processes are removed with a warning.
+    Parent directories are created, and removed again if the block fails.
 
     Args:
-        destination: the directory; nothing may be there.
-        needed: bytes that will be written, for which there has to be room; None: not checked.
-        replace: what is there is replaced, at the end.
-        error: the class of the errors below but OutputInUseError.
+        destination: the directory; it must not exist.
+        needed: the bytes that will be written, for which the disk must have room; None: not checked.
+        replace: replace an existing destination at the end.
+        error: the exception type for the errors below, except OutputInUseError.
 
     Raises:
-        OutputError: destination exists, its disk has too little room or is full in the end.
+        OutputError: destination exists, or its disk has too little room.
         OutputInUseError: another process writes it.
-        OSError: it cannot be written, with its name.
+        OSError: destination cannot be written.
     """
     destination = resolve(destination)
     temporary = temporary_path(destination)
@@ -352,11 +357,11 @@ def new_directory(
         refuse_existing()
         with _named(destination):
             stack.enter_context(claim(destination))
-            refuse_existing()  # the one who held the claim may have made it
+            refuse_existing()  # the previous holder of the claim may have created it
             remove_leftovers(destination)
             for older in sorted(existing.glob(f"{glob.escape(destination.name)}.tmp-[0-9]*")):
                 logger.warning("%s looks like what an interrupted run of an earlier version left: remove it", older)
-            if os.path.lexists(temporary):  # of a process that had this one's number, as happens in containers
+            if os.path.lexists(temporary):  # of another process with this id, as happens in containers
                 _remove_leftover(temporary)
             free = shutil.disk_usage(existing).free
         if needed is not None and free < needed + _SPARE:
@@ -390,7 +395,7 @@ def _put_in_place(temporary: Path, destination: Path, *, replace: bool) -> None:
 
 
 def _remove_empty(directories: list[Path]) -> None:
-    """Remove those of `directories`, innermost first, that nothing is in."""
+    """Remove those of `directories`, innermost first, that are empty."""
     for directory in directories:
         with suppress(OSError):
             directory.rmdir()
@@ -398,7 +403,7 @@ def _remove_empty(directories: list[Path]) -> None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """An OSError of the block names `path`, which the user knows, not a temporary file."""
+    """Make OSErrors of the block name `path`, which the user knows, not a temporary file."""
     try:
         yield
     except OSError as error:
@@ -406,7 +411,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, says that a disk, or a user's share of it, is full."""
+    """Whether an error, or one of its causes, says that a disk or a quota is full."""
     numbers = (errno.ENOSPC, errno.EDQUOT)
     while error is not None:
         # TensorStore reports the system's message in an error of its own.

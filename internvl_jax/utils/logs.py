@@ -1,4 +1,4 @@
-"""Where log records go: modules call `logging.getLogger(__name__)`, the command line and a run attach handlers."""
+"""Log handlers. Modules call `logging.getLogger(__name__)`; the command line and training runs attach handlers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def warn_once(message: str) -> None:
 
 
 class _Terminal(logging.Handler):
-    """Records on stderr, one line each, above a progress bar that may be running there."""
+    """Prints records on stderr, above a progress bar if one is running."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -37,7 +37,7 @@ class _Terminal(logging.Handler):
 
 @contextmanager
 def to_terminal() -> Iterator[None]:
-    """Show records of level INFO and above on stderr, warnings of Python and of libraries included."""
+    """Show records of level INFO and above on stderr, with warnings of Python and of libraries."""
     before = warnings.showwarning
     warnings.showwarning = _log_warning
     try:
@@ -48,9 +48,10 @@ def to_terminal() -> Iterator[None]:
 
 
 def _log_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
-    """As `logging.captureWarnings` does, without the source line, which tells a user nothing.
+    """As `logging.captureWarnings`, without the source line.
 
-    PIL's remarks about odd metadata name no file: what cannot be read of an image is an error that does.
+    PIL's warnings about metadata do not name the file, and what cannot be read raises an error that does: they are
+    logged at level DEBUG.
     """
     level = logging.DEBUG if Path(filename).parent.name == "PIL" else logging.WARNING
     logging.getLogger("py.warnings").log(level, "%s", message)

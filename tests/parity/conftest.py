@@ -1,6 +1,7 @@
 """What every parity test runs under."""
 
 import pytest
+from support.paths import DATA
 
 try:
     import torch
@@ -17,3 +18,13 @@ def one_thread():
     yield
     if torch:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """The golden chat checkpoint in this project's format."""
+    from checkpoints_convert.convert import convert
+
+    directory = tmp_path_factory.mktemp("converted") / "jax"
+    convert(DATA / "internvl_chat_v1_1" / "checkpoint", directory)
+    return directory
