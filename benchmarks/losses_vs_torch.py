@@ -33,6 +33,7 @@ from checkpoints_convert.reference import Reference
 from internvl_jax.config import load_config
 from internvl_jax.data.batch import IGNORED, Batch
 from internvl_jax.inference.loading import abstract_for_running
+from internvl_jax.processing.conversation import image_token_index
 from internvl_jax.training import optimizer, state, trainer
 from internvl_jax.training.recipes import Recipe, override, recipe_of
 
@@ -80,13 +81,15 @@ def batches(steps: int, image_token_id: int, vocabulary: int) -> list[Batch]:
     real = arrays["train/attention_mask"].astype(np.int32)
     positions = np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32)
     pixels = np.stack([arrays["images/rgb/eval"], arrays["images/gray/eval"]])
-    made = [Batch(ids, labels, real, positions, pixels)]
+    index = image_token_index((ids == image_token_id) & (real > 0))
+    made = [Batch(ids, labels, real, positions, index, pixels)]
     for number in range(1, NUM_BATCHES):
         rng = np.random.default_rng(number)
         words = rng.integers(3, vocabulary - 9, ids.shape).astype(np.int32)  # the last nine mark images and boxes
         other = np.where((ids == image_token_id) | (real == 0), ids, words)
         shifted = pixels + rng.standard_normal((len(pixels), 1, 1, 1), dtype=np.float32)
-        made.append(Batch(other, np.where(labels == IGNORED, IGNORED, other), real, positions, shifted))
+        other_labels = np.where(labels == IGNORED, IGNORED, other)
+        made.append(made[0].replace(input_ids=other, labels=other_labels, pixel_values=shifted))
     return [made[step % NUM_BATCHES] for step in range(steps)]
 
 
@@ -132,7 +135,7 @@ def torch_losses(recipe: Recipe, made: list[Batch], image_token_id: int, *, pert
     return losses
 
 
-def our_losses(recipe: Recipe, made: list[Batch], image_token_id: int) -> list[float]:
+def our_losses(recipe: Recipe, made: list[Batch]) -> list[float]:
     """Train through the trainer's step."""
     config = load_config(BUNDLE / "checkpoint")
     place = state.Place(config)
@@ -140,7 +143,7 @@ def our_losses(recipe: Recipe, made: list[Batch], image_token_id: int) -> list[f
     params = load_hf(BUNDLE / "checkpoint", abstract_for_running(config, jnp.float32))
     now, frozen = state.init_state(params, recipe, adamw, place, 0)
     settings = trainer.Settings(len(made), remat="none")
-    step = trainer.make_step(config, recipe, settings, adamw, image_token_id, place)
+    step = trainer.make_step(config, recipe, settings, adamw, place)
     losses = []
     for batch in made:
         now, metrics = step(now, frozen, trainer.put_batch(trainer.stack_batches([batch]), place))
@@ -156,7 +159,7 @@ def run(name: str = "full", steps: int = 20) -> Run:
     vocabulary = load_config(BUNDLE / "checkpoint").text.vocab_size
     made = batches(steps, image_token_id, vocabulary)
     original = float(np.load(BUNDLE / "goldens.npz")["train/loss"])
-    ours = our_losses(recipe, made, image_token_id)
+    ours = our_losses(recipe, made)
     theirs, perturbed = (torch_losses(recipe, made, image_token_id, perturb=perturb) for perturb in (False, True))
     return Run(theirs, ours, perturbed, original)
 

@@ -136,6 +136,7 @@ def run_ours(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
 
     from internvl_jax.config import load_config
     from internvl_jax.data.batch import Batch
+    from internvl_jax.processing.conversation import image_token_index
     from internvl_jax.training import optimizer, state, trainer
     from internvl_jax.training.recipes import override, recipe_of
 
@@ -153,9 +154,10 @@ def run_ours(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
     with np.load(directory / "batch.npz") as file:
         ids = file["input_ids"]
         places = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-        batch = Batch(ids, file["labels"], np.ones_like(ids), places, file["pixel_values"])
+        index = image_token_index(ids == IMAGE_TOKEN)
+        batch = Batch(ids, file["labels"], np.ones_like(ids), places, index, file["pixel_values"])
     batch = trainer.put_batch(trainer.stack_batches([batch]), place)
-    run = trainer.make_step(config, recipe, settings, adamw, IMAGE_TOKEN, place)
+    run = trainer.make_step(config, recipe, settings, adamw, place)
 
     def step() -> float:
         nonlocal now

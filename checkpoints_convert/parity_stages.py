@@ -16,6 +16,7 @@ from checkpoints_convert.parity_source import ParitySource
 from internvl_jax.config import ChatConfig, ProjectorConfig, TextConfig, VisionConfig
 from internvl_jax.models import chat_model, intern_vit, llama, projector
 from internvl_jax.models.layers import Params
+from internvl_jax.processing.conversation import image_token_index
 from internvl_jax.processing.images import ImageProcessor
 
 RunStage = Callable[[Any], np.ndarray]  # a stage with its weights: hidden state in, hidden state out
@@ -107,8 +108,9 @@ class OurStages:
         """Visual tokens [1,P,D] or None, with ids [T] -> [1,T,D]."""
         params = {"language_model": {"embed_tokens": self._source.ours("language_model/embed_tokens")}}
         model = chat_model.InternVLChat(self._config)
+        index = image_token_index(ids[None] == image_token_id)
         return lambda features: np.asarray(
-            model.apply({"params": params}, jnp.asarray(ids)[None], features, image_token_id, method="embed_prompt")
+            model.apply({"params": params}, jnp.asarray(ids)[None], features, index, method="embed_prompt")
         )
 
     def text_layer(self, layer: int) -> RunStage:

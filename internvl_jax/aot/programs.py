@@ -71,7 +71,6 @@ def _bound_model(workload: Workload) -> BoundModel:
     """What the inference steps take, with shapes in place of arrays."""
     return BoundModel(
         params=workload.params,
-        image_token_id=ShapeDtype((), jnp.int32),
         config=workload.config,
         dtype=workload.dtype,
         cache_dtype=workload.cache_dtype,
@@ -81,16 +80,17 @@ def _bound_model(workload: Workload) -> BoundModel:
 
 def _prefill_arguments(workload: Workload) -> tuple[BoundModel, PromptBatch, RowSettings]:
     config, shape = workload.config, (workload.batch, workload.prompt)
-    features = None
+    tokens, features, image_index = ShapeDtype(shape, jnp.int32), None, None
     if config.projector is not None and workload.prompt > config.tokens_per_image:
         features = ShapeDtype(
             (workload.batch, config.tokens_per_image, config.required_text.hidden_size), workload.dtype
         )
         features = jax.eval_shape(pad_images, features)
         features = ShapeDtype(features.shape, features.dtype, sharding=NamedSharding(workload.mesh, P()))
+        image_index = tokens
     settings = make_row_settings(GenerationConfig(), workload.batch, config.required_text.eos_token_ids)
     settings = jax.tree.map(lambda row: ShapeDtype(row.shape, row.dtype), settings)
-    prompt = PromptBatch(ShapeDtype(shape, jnp.int32), ShapeDtype(shape, bool), features)
+    prompt = PromptBatch(tokens, ShapeDtype(shape, bool), features, image_index)
     return _bound_model(workload), prompt, settings
 
 

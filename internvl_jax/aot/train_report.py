@@ -272,6 +272,7 @@ def _abstract_batch(workload: TrainWorkload) -> Batch:
         labels=tokens,
         segment_ids=tokens,
         positions=tokens,
+        image_index=tokens,
         pixel_values=abstract((1, workload.batch * request.images, *pixels), jnp.float32),
     )
 
@@ -280,7 +281,7 @@ def make_train_report(workload: TrainWorkload) -> TrainReport:
     """Compile the training step and analyze it."""
     chip, mesh, request = workload.topology.chip, workload.mesh, workload.request
     adamw = optimizer.make_optimizer(workload.recipe.optimizer, STEPS, workload.config)
-    step = make_step(workload.config, workload.recipe, workload.settings, adamw, 0, workload.place)
+    step = make_step(workload.config, workload.recipe, workload.settings, adamw, workload.place)
     num_layers = workload.config.required_text.num_hidden_layers
     with jax.set_mesh(mesh):
         compiled = compile_program(workload.topology, mesh, step.lower(*abstract_arguments(workload)), num_layers)

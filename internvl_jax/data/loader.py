@@ -90,9 +90,7 @@ def open_data(
     problems = Problems(report, fatal=fatal)
     identity = {"corpus": corpus.fingerprint(), "seed": seed, "shuffle": shuffle, "process": [index, count]}
     share = -(-len(corpus) // count)
-    return Loader(
-        BatchDataset(samples, layout, processor.image_size, problems, identity, share, workers), problems, corpus, maker
-    )
+    return Loader(BatchDataset(samples, layout, maker, problems, identity, share, workers), problems, corpus, maker)
 
 
 def sample_dataset(
@@ -113,14 +111,14 @@ class BatchDataset(grain.IterDataset[Batch]):
         self,
         samples: grain.MapDataset[Sample | Problem],
         layout: Layout,
-        image_size: int,
+        maker: SampleMaker,
         problems: Problems,
         identity: dict[str, Any],
         share: int,
         workers: int,
     ):
         super().__init__(samples)
-        self.samples, self.layout, self.image_size = samples, layout, image_size
+        self.samples, self.layout, self.maker = samples, layout, maker
         self.problems, self.identity, self.share, self.workers = problems, identity, share, workers
 
     def __iter__(self) -> BatchIterator:
@@ -158,7 +156,8 @@ class BatchIterator(grain.DatasetIterator[Batch]):
         taken = {number for row in rows for number in row}
         samples = [[self._waiting[number][1] for number in row] for row in rows]
         self._waiting = [item for number, item in enumerate(self._waiting) if number not in taken]
-        return packing.assemble(samples, layout, self._dataset.image_size)
+        maker = self._dataset.maker
+        return packing.assemble(samples, layout, maker.processor.image_size, maker.image_token_id)
 
     def _read(self) -> bool:
         """One sample more waits, or is skipped; False at the end of the data."""

@@ -15,6 +15,7 @@ import numpy as np
 from internvl_jax.data.annotations import DataError
 from internvl_jax.data.batch import IGNORED, Batch
 from internvl_jax.data.samples import Sample
+from internvl_jax.processing.conversation import image_token_index
 
 # How many batches' tokens or images wait before one is packed: the more, the fuller the rows, and the more memory.
 SURPLUS = 2
@@ -95,8 +96,20 @@ def _choose_bucket(waiting: Sequence[Sample], layout: Layout, last: bool) -> lis
     return None
 
 
-def assemble(rows: Sequence[Sequence[Sample]], layout: Layout, image_size: int) -> Batch:
-    """The batch of these rows of samples, as numpy arrays; rows that are missing are padding."""
+def assemble(
+    rows: Sequence[Sequence[Sample]], layout: Layout, image_size: int, image_token_id: int | None = None
+) -> Batch:
+    """Pack rows of samples into a batch.
+
+    Args:
+        rows: the samples of each row, at most `layout.rows`; missing rows are padding.
+        layout: the shapes of the batch.
+        image_size: height and width of images, in pixels.
+        image_token_id: the token that stands for a visual token; None where no sample has images.
+
+    Returns:
+        The batch, of numpy arrays.
+    """
     samples = list(chain.from_iterable(rows))
     longest = max((sum(len(sample.input_ids) for sample in row) for row in rows), default=0)
     shape = (layout.rows, layout.bucket(longest))
@@ -122,4 +135,5 @@ def assemble(rows: Sequence[Sequence[Sample]], layout: Layout, image_size: int) 
         if image_labels is not None:
             image_labels[slot : slot + count] = sample.image_labels
         slot += count
-    return Batch(input_ids, labels, segments, positions, pixels, image_labels)
+    image_index = image_token_index((input_ids == image_token_id) & (segments > 0))
+    return Batch(input_ids, labels, segments, positions, image_index, pixels, image_labels)

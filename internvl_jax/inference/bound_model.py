@@ -16,7 +16,6 @@ class BoundModel(flax.struct.PyTreeNode):
 
     Attributes:
         params: parameter tree of `chat_model`, layers stacked or as tuples of per-layer trees.
-        image_token_id: [] int32, the token that image features replace; -1, which no token has, for text-only models.
         config: configuration of the model.
         dtype: compute dtype.
         cache_dtype: dtype of the KV cache: int8 or a floating-point type.
@@ -26,7 +25,6 @@ class BoundModel(flax.struct.PyTreeNode):
     """
 
     params: Params
-    image_token_id: Array
     config: ChatConfig = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False)
     cache_dtype: Any = flax.struct.field(pytree_node=False)
@@ -47,8 +45,11 @@ class PromptBatch(flax.struct.PyTreeNode):
         valid: [B,T] bool, False on padding. Rows that only fill up the mesh have no valid token.
         features: [M,P,D] image features in prompt order over the batch, possibly followed by padding; None without
             images.
+        image_index: [B,T] int32, the row of each image token in `features` as [M*P,D], -1 for any other token; None
+            without images.
     """
 
     input_ids: Array
     valid: Array
     features: Array | None = None
+    image_index: Array | None = None

@@ -130,7 +130,7 @@ def read_prompt(model: BoundModel, prompt: PromptBatch, *, slots: int) -> tuple[
 def _embed(model: BoundModel, prompt: PromptBatch) -> Array:
     """Embeddings of the prompts with image features in place, [B,T,D]."""
     return InternVLChat(model.config, model.dtype).apply(
-        model.variables, prompt.input_ids, prompt.features, model.image_token_id, method="embed_prompt"
+        model.variables, prompt.input_ids, prompt.features, prompt.image_index, method="embed_prompt"
     )
 
 

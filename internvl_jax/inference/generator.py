@@ -19,9 +19,9 @@ from internvl_jax.inference.generate import DecodeState
 from internvl_jax.inference.sampling import GenerationConfig, RowSettings, make_row_settings
 from internvl_jax.models.layers import Array, Params
 from internvl_jax.parallel.partitioning import BATCH
+from internvl_jax.processing.conversation import image_token_index
 
 SMALLEST_BUCKET = 64  # tokens; shorter prompts cost about the same
-NO_IMAGE_TOKEN = -1  # no token has this id
 
 
 def bucket(size: int) -> int:
@@ -69,7 +69,6 @@ class Generator:
         dtype = jnp.dtype(dtype)
         self.model = BoundModel(
             params=params,
-            image_token_id=np.int32(NO_IMAGE_TOKEN if image_token_id is None else image_token_id),
             config=config,
             dtype=dtype,
             cache_dtype=dtype if cache_dtype is None else jnp.dtype(cache_dtype),
@@ -246,11 +245,7 @@ class Generator:
         input_ids, valid, _ = self.check(input_ids, attention_mask, features, None)
         rows, length = input_ids.shape
         width = ((0, -rows % self._row_multiple), (0, bucket(length) - length))
-        prompt = PromptBatch(
-            np.pad(input_ids, width, constant_values=self._filler),
-            np.pad(valid, width),
-            None if features is None else pad_images(features),
-        )
+        prompt = self._prompt_batch(np.pad(input_ids, width), np.pad(valid, width), features)
         with self._on_mesh():
             logits = generate.score_step(self.model, prompt)
         return np.asarray(logits)[:rows, :length, : self.config.text.vocab_size]
@@ -293,12 +288,12 @@ class Generator:
         rows = [ids[keep] for ids, keep in zip(input_ids, valid)]
         width = min(bucket(max(map(len, rows))), self.config.text.max_position_embeddings)
         padded = len(rows) + -len(rows) % self._row_multiple
-        aligned = np.full((padded, width), self._filler, np.int32)
+        aligned = np.zeros((padded, width), np.int32)
         valid = np.zeros((padded, width), bool)
         for number, row in enumerate(rows):
             aligned[number, width - len(row) :] = row
             valid[number, width - len(row) :] = True
-        return PromptBatch(aligned, valid, None if features is None else pad_images(features)), settings
+        return self._prompt_batch(aligned, valid, features), settings
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -320,13 +315,14 @@ class Generator:
             padded[: len(row)] = row
         return tokens
 
-    @property
-    def _filler(self) -> int:
-        """The padding token: any but the image token, which would take an image's features."""
-        return 1 if self.image_token_id == 0 else 0
+    def _prompt_batch(self, input_ids: np.ndarray, valid: np.ndarray, features: Array | None) -> PromptBatch:
+        if features is None:
+            return PromptBatch(input_ids, valid)
+        image_index = image_token_index(valid & (input_ids == self.image_token_id))
+        return PromptBatch(input_ids, valid, pad_images(features), image_index)
 
     def _check_tokens(self, input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [B,T] int32 with padding replaced by `_filler`, and valid [B,T] bool."""
+        """Token ids [B,T] int32 with 0 for padding, and valid [B,T] bool."""
         input_ids = np.asarray(input_ids)
         if input_ids.ndim != 2 or 0 in input_ids.shape or not np.issubdtype(input_ids.dtype, np.integer):
             raise ValueError(
@@ -355,13 +351,13 @@ class Generator:
                 f"row {row}: token {input_ids[row, column]} at position {column} is outside the vocabulary of "
                 f"{vocabulary} tokens; do tokenizer and checkpoint belong together?"
             )
-        return np.where(valid, input_ids, self._filler).astype(np.int32), valid
+        return np.where(valid, input_ids, 0).astype(np.int32), valid
 
     def _check_images(self, input_ids: np.ndarray, valid: np.ndarray, features: Any) -> None:
         """Under jit no count can be checked, and a wrong one would put features at the wrong tokens."""
         if features is not None and self.image_token_id is None:
             raise ValueError("there are images, but this model has no image token to put them at")
-        counts = (valid & (input_ids == self.model.image_token_id)).sum(axis=1)
+        counts = (valid & (input_ids == self.image_token_id)).sum(axis=1)
         if features is None:
             images, tokens = 0, 1
         else:
@@ -372,14 +368,14 @@ class Generator:
         uneven = np.flatnonzero(counts % tokens)
         if uneven.size:
             raise ValueError(
-                f"row {_names(uneven)}: {_names(counts[uneven])} image tokens (id {self.model.image_token_id}), "
+                f"row {_names(uneven)}: {_names(counts[uneven])} image tokens (id {self.image_token_id}), "
                 f"which is not a multiple of {tokens}, the tokens of one image"
             )
         if counts.sum() != images * tokens:
             rows = ", ".join(f"row {row}: {count}" for row, count in enumerate(counts) if count) or "none"
             expected = f"{images} images x {tokens} tokens = {images * tokens}" if images else "there are no images"
             raise ValueError(
-                f"the prompts have {counts.sum()} image tokens (id {self.model.image_token_id}; {rows}), but {expected}"
+                f"the prompts have {counts.sum()} image tokens (id {self.image_token_id}; {rows}), but {expected}"
             )
 
     def _check_length(self, valid: np.ndarray, max_new_tokens: int) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.models.intern_vit import InternViT
@@ -17,6 +16,7 @@ from internvl_jax.models.llama import Llama
 from internvl_jax.models.projector import Projector, pixel_unshuffle
 from internvl_jax.models.stack import Remat
 from internvl_jax.parallel.partitioning import BATCH
+from internvl_jax.processing.conversation import image_token_index
 
 
 class InternVLChat(nn.Module):
@@ -72,13 +72,15 @@ class InternVLChat(nn.Module):
             ValueError: there are images, but the module has no `image_token_id`.
         """
         valid = jnp.ones(input_ids.shape, bool) if valid is None else valid
-        features, vision_out = None, {}
+        features, image_index, vision_out = None, None, {}
         if pixel_values is not None:
             if self.image_token_id is None and not self.is_initializing():
                 raise ValueError("pixel_values are given, but InternVLChat(..., image_token_id=...) is not set")
             features = self.encode_images(pixel_values, collect=collect)
             features, vision_out = features if collect else (features, {})
-        x = self.embed_prompt(input_ids, features, -1 if self.image_token_id is None else self.image_token_id)
+            image_token = -1 if self.image_token_id is None else self.image_token_id  # None: in `init`
+            image_index = image_token_index(valid & (input_ids == image_token))
+        x = self.embed_prompt(input_ids, features, image_index)
         positions = positions_from_valid(valid)
         if not collect:
             hidden, _ = self.language_model(x, positions, valid)
@@ -112,21 +114,19 @@ class InternVLChat(nn.Module):
             return projected
         return projected, {**out, "selected": selected, "unshuffled": folded, "projected": projected}
 
-    def embed_prompt(
-        self,
-        input_ids: Array,
-        features: Array | None,
-        image_token_id: int | Array,
-        owners: tuple[int, ...] = (0,),
-    ) -> Array:
-        """Embed a prompt and merge its images in. input_ids [B,T], features [M,P,D] or None -> [B,T,D].
+    def embed_prompt(self, input_ids: Array, features: Array | None, image_index: Array | None) -> Array:
+        """Embed prompts, with visual tokens in place of their image tokens.
 
-        owners: of equal parts of the rows and of the images, as merge_images takes them.
+        Args:
+            input_ids: [B,T] int32.
+            features: visual tokens [M,P,D], or None without images.
+            image_index: [B,T] int32, as `merge_images` takes it; unused without images.
+
+        Returns:
+            Embeddings [B,T,D].
         """
         embeddings = self.language_model.embed(input_ids)
-        if features is None:
-            return embeddings
-        return merge_images(embeddings, input_ids == image_token_id, features, owners)
+        return embeddings if features is None else merge_images(embeddings, features, image_index)
 
 
 def init_params(key: Array, config: ChatConfig, dtype: Any = jnp.float32) -> Params:
@@ -151,24 +151,20 @@ def count_params(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def merge_images(embeddings: Array, is_image: Array, features: Array, owners: tuple[int, ...] = (0,)) -> Array:
-    """Put visual tokens where the prompt has image tokens, in prompt order over the rows of each owner.
+def merge_images(embeddings: Array, features: Array, image_index: Array) -> Array:
+    """Put visual tokens in the place of image tokens.
 
-    embeddings [B,T,D], is_image [B,T] bool, features [M,P,D] -> [B,T,D]. A gather: no scatter, no dynamic shape. The
-    host must have checked that there are M*P image tokens : no count can be checked under jit.
-    owners: rows and images are that many equal parts, and the parts with one number are one owner's. Its images, in
-        order over its parts, are those of its rows, in theirs; an image need not lie in the part of its row.
+    A gather: no scatter, no dynamic shape. The host makes the index and checks the number of image tokens; under jit
+    neither can be checked.
+
+    Args:
+        embeddings: [B,T,D], of the prompts.
+        features: visual tokens [M,P,D].
+        image_index: [B,T] int32: for an image token its row in `features` as [M*P,D], -1 for any other token
+            (`processing.conversation.image_token_index`).
+
+    Returns:
+        [B,T,D] in the dtype of `embeddings`.
     """
     flat = features.reshape(-1, features.shape[-1]).astype(embeddings.dtype)
-    size = flat.shape[0] // len(owners)
-    index = jnp.cumsum(is_image.reshape(len(owners), -1).astype(jnp.int32), axis=1) - 1
-    if len(owners) == 1:
-        index = jnp.clip(index, 0, size - 1)
-    else:
-        numbers = np.asarray(owners)
-        parts = np.stack([np.flatnonzero(numbers == owner) for owner in owners]).astype(np.int32)  # of a part's owner
-        earlier = np.tril(numbers[:, None] == numbers, -1).astype(np.int32)
-        index = index + (earlier @ (index[:, -1] + 1))[:, None]  # among all of the owner's
-        index = jnp.clip(index, 0, parts.shape[1] * size - 1)
-        index = jnp.take_along_axis(jnp.asarray(parts), index // size, axis=1) * size + index % size
-    return jnp.where(is_image[..., None], flat[index.reshape(is_image.shape)], embeddings)
+    return jnp.where(image_index[..., None] >= 0, flat[jnp.maximum(image_index, 0)], embeddings)

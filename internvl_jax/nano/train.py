@@ -33,7 +33,6 @@ import optax
 
 from internvl_jax import checkpoint
 from internvl_jax.config import PRESETS, ChatConfig, config_to_hf
-from internvl_jax.config.conversation_templates import IMG_CONTEXT
 from internvl_jax.data.batch import Batch
 from internvl_jax.data.loader import open_data
 from internvl_jax.data.packing import Layout
@@ -110,8 +109,8 @@ def cell_means(features: Array, config: ChatConfig) -> Array:
 
 
 def vision_loss(
-    variables: Variables, config: ChatConfig, batch: Batch, weights: Array, image_token_id: int, *,
-    dtype: Any, remat: Any, z_loss: float, chunk: int, owners: tuple[int, ...], rngs: objective.Rngs, **vit: Any,
+    variables: Variables, config: ChatConfig, batch: Batch, weights: Array, *,
+    dtype: Any, remat: Any, z_loss: float, chunk: int, rngs: objective.Rngs, **vit: Any,
 ) -> Sums:  # fmt: skip
     """Loss of the first stage, with the signature of objective.loss: the label loss. Counts are of images."""
     features = objective.encode_images(
@@ -123,8 +122,8 @@ def vision_loss(
 
 
 def answer_loss(
-    variables: Variables, config: ChatConfig, batch: Batch, weights: Array, image_token_id: int, *,
-    dtype: Any, remat: Any, z_loss: float, chunk: int, owners: tuple[int, ...], rngs: objective.Rngs, **vit: Any,
+    variables: Variables, config: ChatConfig, batch: Batch, weights: Array, *,
+    dtype: Any, remat: Any, z_loss: float, chunk: int, rngs: objective.Rngs, **vit: Any,
 ) -> Sums:  # fmt: skip
     """Loss of the other stages, with the signature of objective.loss: answers, plus the weighted label loss."""
     features = objective.encode_images(
@@ -132,8 +131,8 @@ def answer_loss(
     )
     seen, _ = label_loss(variables["params"]["labels"], config, features, batch.image_labels)
     sums = objective.language_loss(
-        variables, config, batch, features, weights, image_token_id,
-        z_loss=z_loss, chunk=chunk, dtype=dtype, remat=remat, owners=owners, rngs=rngs,
+        variables, config, batch, features, weights,
+        z_loss=z_loss, chunk=chunk, dtype=dtype, remat=remat, rngs=rngs,
     )  # fmt: skip
     return sums.replace(loss=sums.loss + LABEL_WEIGHT * seen)
 
@@ -200,8 +199,8 @@ def run(
         try:
             with reporting(stage.steps, 50, None) as reporter:
                 done = train(
-                    out / recipe.name, config, recipe, settings, params, batches, tokenizer.token_to_id(IMG_CONTEXT),
-                    place, log=reporter.log, identity=identity, loss=stage.loss,
+                    out / recipe.name, config, recipe, settings, params, batches, place,
+                    log=reporter.log, identity=identity, loss=stage.loss,
                 )  # fmt: skip
         finally:
             batches.close()

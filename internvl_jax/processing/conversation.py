@@ -158,6 +158,18 @@ def _mismatch(placeholders: int, num_images: int) -> str:
     )
 
 
+def image_token_index(is_image: Any) -> Any:
+    """Number the image tokens of a batch, for the gather that puts visual tokens in their place.
+
+    Args:
+        is_image: [B,T] bool, a numpy or JAX array: where image tokens stand. Padding is False.
+
+    Returns:
+        [B,T] int32: 0, 1, 2, ... for the image tokens in prompt order over all rows, -1 elsewhere.
+    """
+    return is_image.reshape(-1).cumsum(dtype="int32").reshape(is_image.shape) * is_image - 1
+
+
 def prepare_prompt(
     template: Template,
     question: str,

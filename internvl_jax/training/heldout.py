@@ -73,7 +73,6 @@ class HeldOut:
         recipe: Recipe,
         settings: Settings,
         place: Place,
-        image_token_id: int,
         tokenizer: Tokenizer,
         processor: ImageProcessor,
         directory: Path,
@@ -105,10 +104,8 @@ class HeldOut:
                 config,
                 part,
                 objective.loss_weights(part.labels, part.segment_ids),
-                image_token_id,
                 chunk=settings.chunk,
                 dtype=settings.dtype,
-                owners=place.owners,
                 image_axes=axes,
             )
 

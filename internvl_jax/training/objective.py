@@ -76,13 +76,11 @@ def loss(
     config: ChatConfig,
     batch: Batch,
     weights: Array,
-    image_token_id: int,
     *,
     z_loss: float = 0.0,
     chunk: int = CHUNK,
     dtype: Any = jnp.float32,
     remat: Remat = False,
-    owners: tuple[int, ...] = (0,),
     rngs: Rngs = NO_RNGS,
     **vit: Any,
 ) -> Sums:
@@ -94,7 +92,6 @@ def loss(
     chunk: tokens of each row whose logits exist at once. remat: what the backward pass recomputes of each layer.
     rngs: "dropout" of the adapters, "drop_path" of the vision tower's branches; what has no rng drops nothing.
     vit: to encode_images.
-    owners: who brought each part of the rows and image slots, as chat_model.merge_images takes it (Place.owners).
     """
     features = None
     if batch.pixel_values.shape[0]:
@@ -105,12 +102,10 @@ def loss(
         batch,
         features,
         weights,
-        image_token_id,
         z_loss=z_loss,
         chunk=chunk,
         dtype=dtype,
         remat=remat,
-        owners=owners,
         rngs=rngs,
     )
 
@@ -136,18 +131,16 @@ def language_loss(
     batch: Batch,
     features: Array | None,
     weights: Array,
-    image_token_id: int,
     *,
     z_loss: float = 0.0,
     chunk: int = CHUNK,
     dtype: Any = jnp.float32,
     remat: Remat = False,
-    owners: tuple[int, ...] = (0,),
     rngs: Rngs = NO_RNGS,
 ) -> Sums:
     """As `loss`, of images that are encoded already: features [M,P,D], or None."""
     model = InternVLChat(config, dtype)
-    x = model.apply(variables, batch.input_ids, features, image_token_id, owners, method="embed_prompt")
+    x = model.apply(variables, batch.input_ids, features, batch.image_index, method="embed_prompt")
     real = batch.segment_ids > 0
     language = part_variables(variables, "language_model")
     hidden, _ = llama.Llama(config.text, dtype, remat).apply(

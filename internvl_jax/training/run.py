@@ -100,7 +100,6 @@ class Run:
     held_out: Loader | None
     tokenizer: Tokenizer
     processor: ImageProcessor
-    image_token_id: int
     found: Survey
     identity: dict[str, Any]
     going_on: int | None  # the step that is there already
@@ -236,7 +235,6 @@ def _prepared(options: Options, report: Callable[[Problem], None] | None, progre
         held_out,
         tokenizer,
         processor,
-        looked.maker.image_token_id,
         found,
         identity,
         None if options.from_scratch else _last_step(options.output),
@@ -292,7 +290,6 @@ def start(
             made.recipe,
             made.settings,
             place,
-            made.image_token_id,
             made.tokenizer,
             made.processor,
             made.output,
@@ -310,7 +307,6 @@ def start(
             made.settings,
             params,
             batches,
-            made.image_token_id,
             place,
             log=log,
             identity=made.identity,

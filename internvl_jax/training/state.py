@@ -45,7 +45,7 @@ class State(flax.struct.PyTreeNode):
 
 
 class Place:
-    """Where a run's arrays lie: a mesh with its rules, or one device. And who brings which rows to it.
+    """Where a run's arrays lie: a mesh with its rules, or one device. And which rows this process loads.
 
     Raises MeshError where the mesh's processes cannot share out rows, or this process has no device in it.
     """
@@ -53,18 +53,19 @@ class Place:
     def __init__(self, config: ChatConfig, mesh: Mesh | None = None, vision: str | None = None):
         self.config, self.mesh = config, mesh
         self.vision = vision if vision is not None or mesh is None else mesh_lib.default_vision_mode(mesh)
-        # The data are shared out to this many, of which this process is number `share`; owners: see merge_images.
+        # The data are shared out to this many, of which this process is number `share`. Its rows are these of as many
+        # equal parts of a batch as data and fsdp have devices.
         self.shares, self.share = 1, 0
-        self.owners: tuple[int, ...] = (0,)
+        self.parts: tuple[int, ...] = (0,)
         if mesh is not None:
-            owners, shares = mesh_lib.data_shards(mesh)
+            shard_of_part, shares = mesh_lib.data_shards(mesh)
             if jax.process_index() not in shares:
                 raise mesh_lib.MeshError(
                     f"process {jax.process_index()} has no device in the mesh {dict(mesh.shape)}: it must take in all "
                     f"{jax.device_count()} devices"
                 )
-            self.shares, self.share = len(set(owners)), shares[jax.process_index()]
-            self.owners = owners if self.shares > 1 else (0,)
+            self.shares, self.share = len(set(shard_of_part)), shares[jax.process_index()]
+            self.parts = tuple(part for part, shard in enumerate(shard_of_part) if shard == self.share)
 
     def specs(self, params: Params, *, storage: bool = False) -> Params:
         """Shardings of parameters and adapters; storage: of true shapes. On one device: None for every leaf."""

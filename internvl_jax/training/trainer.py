@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from internvl_jax import lora
 from internvl_jax.config import ChatConfig
-from internvl_jax.data.batch import Batch, pad_rows
+from internvl_jax.data.batch import Batch, global_image_index, pad_rows
 from internvl_jax.models.layers import Params, Variables
 from internvl_jax.models.stack import Remat
 from internvl_jax.parallel import distributed
@@ -110,7 +110,6 @@ def make_step(
     recipe: Recipe,
     settings: Settings,
     adamw: optax.GradientTransformation,
-    image_token_id: int,
     place: Place,
     *,
     devices: int | None = None,
@@ -139,12 +138,10 @@ def make_step(
             config,
             batch,
             weights,
-            image_token_id,
             z_loss=recipe.z_loss,
             chunk=settings.chunk,
             dtype=dtype,
             remat=REMAT[settings.remat],
-            owners=place.owners,
             rngs=rngs,
             image_axes=BATCH if place.mesh is None else mesh_lib.IMAGE_AXES[place.vision],
         )
@@ -215,16 +212,25 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
 
 
 def put_batch(batch: Batch, place: Place) -> Batch:
-    """A stacked batch of this process's rows and images as arrays of all processes.
+    """Put a stacked batch of this process's rows and images on the devices, as arrays of all processes.
 
-    Image slots that do not divide over its part of the mesh are filled up with empty ones.
-    Raises MeshError where rows do not divide over the mesh.
+    Args:
+        batch: numpy arrays with micro-batches on the leading axis. Image slots that do not divide over this process's
+            part of the mesh are filled up with empty ones.
+        place: the mesh, or the one device.
+
+    Returns:
+        The global batch; its `image_index` counts the visual tokens of all processes.
+
+    Raises:
+        MeshError: the rows do not divide over the mesh.
     """
     if place.mesh is None:
         return jax.device_put(batch)
     mesh_lib.validate_mesh(place.config, place.mesh, batch.labels.shape[1] * place.shares)
-    parts = place.mesh.shape["data"] * place.mesh.shape["fsdp"] // place.shares
-    where = NamedSharding(place.mesh, P(None, BATCH))
+    where, parts = NamedSharding(place.mesh, P(None, BATCH)), len(place.parts)
+    tokens = -(-batch.pixel_values.shape[1] // parts) * place.config.tokens_per_image
+    batch = batch.replace(image_index=global_image_index(batch.image_index, place.parts, tokens))
 
     def put(values: np.ndarray) -> jax.Array:
         values = np.pad(values, [(0, 0), (0, -values.shape[1] % parts), *[(0, 0)] * (values.ndim - 2)])
@@ -244,7 +250,6 @@ def train(
     settings: Settings,
     params: Params,
     batches: Batches,
-    image_token_id: int,
     place: Place,
     *,
     log: Callable[[dict[str, Any]], None] | None = None,
@@ -273,7 +278,7 @@ def train(
     adamw = optimizer.make_optimizer(recipe.optimizer, settings.steps, config)
     with claimed(directory):
         begin(directory, facts(recipe, settings, identity))
-        step_function = make_step(config, recipe, settings, adamw, image_token_id, place, loss=loss)
+        step_function = make_step(config, recipe, settings, adamw, place, loss=loss)
         state, frozen = init_state(params, recipe, adamw, place, settings.seed)
         del params
         with Steps(directory, place, keep=settings.keep, from_scratch=from_scratch) as steps, stopping() as asked:

@@ -14,6 +14,7 @@ from internvl_jax.inference.bound_model import BoundModel, PromptBatch
 from internvl_jax.inference.loading import load
 from internvl_jax.models import param_sharding
 from internvl_jax.parallel.mesh import make_mesh
+from internvl_jax.processing.conversation import image_token_index
 from internvl_jax.quantize import is_quantized
 
 CONFIG = config_of(5, 2)
@@ -45,8 +46,8 @@ def forced(params):
     """Logits of six given tokens after each of four prompts, read through an int8 cache."""
     rng, text = np.random.default_rng(0), CONFIG.text
     ids, features = batch_of(CONFIG, 4)[0], rng.standard_normal((4, CONFIG.tokens_per_image, text.hidden_size))
-    model = BoundModel(params, np.int32(IMAGE), CONFIG, jnp.dtype("float32"), jnp.dtype("int8"))
-    prompt = PromptBatch(ids, np.ones(ids.shape, bool), features.astype(np.float32))
+    model = BoundModel(params, CONFIG, jnp.dtype("float32"), jnp.dtype("int8"))
+    prompt = PromptBatch(ids, np.ones(ids.shape, bool), features.astype(np.float32), image_token_index(ids == IMAGE))
     logits = answer_logits(model, prompt, rng.integers(4, text.vocab_size, (4, 6)).astype(np.int32))
     return np.asarray(logits)[..., : text.vocab_size]
 

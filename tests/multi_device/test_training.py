@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from support.golden import assert_close
 from support.mesh_training_cases import ADAMW, CONFIG, FULL, equal_numbers
+from support.tiny_model import IMAGE
 from support.training_cases import RECIPES, Batches, run
 
 from internvl_jax.lora import Lora
 from internvl_jax.parallel.mesh import make_mesh
 from internvl_jax.parallel.partitioning import path_of
+from internvl_jax.processing.conversation import image_token_index
 from internvl_jax.training.recipes import Recipe
 from internvl_jax.training.state import Place
 
@@ -47,7 +49,8 @@ class Rows(Batches):
             os.kill(os.getpid(), signal.SIGTERM)
         whole = Batches(CONFIG, rows=8).make(8 * (number // self.parts))  # a multiple of 4: no longer rows
         batch = jax.tree.map(lambda leaf: leaf[number % self.parts :: self.parts], whole)
-        return batch.replace(pixel_values=np.pad(batch.pixel_values, [(0, self.empty), (0, 0), (0, 0), (0, 0)]))
+        pixels = np.pad(batch.pixel_values, [(0, self.empty), (0, 0), (0, 0), (0, 0)])
+        return batch.replace(image_index=image_token_index(batch.input_ids == IMAGE), pixel_values=pixels)
 
 
 def train(directory, name, mesh_spec=None, *, vision=None, accumulate=1, stop_at=None, remat="none"):

@@ -17,6 +17,7 @@ from internvl_jax.config import IMAGE_TOKEN_INDEX, PRESETS, config_from_hf
 from internvl_jax.models import chat_model, intern_vit
 from internvl_jax.models.chat_model import InternVLChat
 from internvl_jax.models.layers import quick_gelu
+from internvl_jax.processing.conversation import image_token_index
 
 LOGITS = 2e-4  # what equivalent computations may differ by; they do by about 4e-5
 IMAGES = ["rgb", "exif_rot", "rgba", "gray", "palette"]
@@ -254,10 +255,11 @@ def test_image_tokens_outside_the_vocabulary():
     config, params = loaded(V1_0 / "checkpoint")
     small = {"embed_tokens": {"embedding": params["language_model"]["embed_tokens"]["embedding"][:100]}}
     ids, features = jnp.array([[5, IMAGE_TOKEN_INDEX, 7]]), jnp.ones((1, 1, 64))
+    index = image_token_index(ids == IMAGE_TOKEN_INDEX)
 
     def total(table):
         merged = InternVLChat(config).apply(
-            {"params": {"language_model": table}}, ids, features, IMAGE_TOKEN_INDEX, method="embed_prompt"
+            {"params": {"language_model": table}}, ids, features, index, method="embed_prompt"
         )
         return jnp.sum(merged), merged
 

@@ -10,6 +10,7 @@ from support.golden import random_tree
 from internvl_jax.config import PRESETS
 from internvl_jax.data.batch import Batch
 from internvl_jax.inference.loading import abstract_for_running
+from internvl_jax.processing.conversation import image_token_index
 from internvl_jax.training import objective
 
 IMAGE = 3
@@ -52,7 +53,7 @@ def batch_of(config, rows, total, images=1):
     count = max(1, images * sum(map(len, rows)))
     size = config.image_size
     pixels = np.random.default_rng(5).standard_normal((count, 3, size, size)).astype(np.float32)
-    return Batch(*parts, pixels)
+    return Batch(*parts, image_token_index(parts[0] == IMAGE), pixels)
 
 
 def evaluate(params, config, batch, weights=None, **options):
@@ -61,5 +62,5 @@ def evaluate(params, config, batch, weights=None, **options):
 
 def evaluate_variables(variables, config, batch, weights=None, **options):
     weights = objective.loss_weights(batch.labels, batch.segment_ids) if weights is None else weights
-    run = jax.jit(lambda v, b, w: objective.loss(v, config, b, w, IMAGE, **options))
+    run = jax.jit(lambda v, b, w: objective.loss(v, config, b, w, **options))
     return jax.device_get(run(variables, batch, weights))

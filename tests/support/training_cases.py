@@ -20,6 +20,7 @@ from support.tiny_model import IMAGE, batch_of, random_params, tiny
 
 from internvl_jax.lora import Lora
 from internvl_jax.models import param_sharding
+from internvl_jax.processing.conversation import image_token_index
 from internvl_jax.training import trainer
 from internvl_jax.training.optimizer import AdamW
 from internvl_jax.training.recipes import Recipe
@@ -80,17 +81,18 @@ class Shares(Batches):
         pixels = batch.pixel_values[images] + np.random.default_rng(number).random() - 0.5
         empty = np.zeros((7 - len(images) if self.share is not None else 0, *pixels.shape[1:]), np.float32)
         rows = jax.tree.map(lambda leaf: leaf[mine], batch.replace(pixel_values=None))
-        return rows.replace(pixel_values=np.concatenate([pixels, empty]).astype(np.float32))
+        pixels = np.concatenate([pixels, empty]).astype(np.float32)
+        return rows.replace(image_index=image_token_index(rows.input_ids == IMAGE), pixel_values=pixels)
 
 
 compiled = {}  # steps that several tests share: tracing and compiling is most of a short run
 
 
-def make_step(config, recipe, settings, adamw, image_token_id, place, make=trainer.make_step, **options):
+def make_step(config, recipe, settings, adamw, place, make=trainer.make_step, **options):
     where = (place.mesh, place.vision)
     key = (config, recipe.name, *settings.identity().values(), settings.remat, settings.chunk, where, str(options))
     if key not in compiled:
-        compiled[key] = make(config, recipe, settings, adamw, image_token_id, place, **options)
+        compiled[key] = make(config, recipe, settings, adamw, place, **options)
     return compiled[key]
 
 
@@ -124,7 +126,7 @@ def run(
     settings = Settings(**{"steps": steps, "save_every": 2, "log_every": 1, "remat": "none", **settings})
     batches = Batches(config) if batches is None else batches
     recipe = RECIPES[name] if isinstance(name, str) else name
-    return train(directory, config, recipe, settings, params, batches, IMAGE, place, **options)
+    return train(directory, config, recipe, settings, params, batches, place, **options)
 
 
 def steps_of(directory):

@@ -119,7 +119,7 @@ def train(directory):
         batches = Shares(CONFIG, share, **options)
         place = Place(CONFIG, mesh)
         done = run(directory / name, 4, recipe, place=place, batches=batches, save_every=4)
-        return {"step": done.step, "finished": done.finished, "owners": place.owners, "batches": batches.next}
+        return {"step": done.step, "finished": done.finished, "parts": place.parts, "batches": batches.next}
 
     process = jax.process_index()
     results = {

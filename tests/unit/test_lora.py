@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from support import modules
 from support.adapter_cases import BOTH, adapters_of, llama
 from support.golden import assert_close, torch_tree
-from support.tiny_model import IMAGE, batch_of, evaluate, evaluate_variables, random_params, tiny
+from support.tiny_model import batch_of, evaluate, evaluate_variables, random_params, tiny
 
 from internvl_jax import checkpoint, lora
 from internvl_jax.cli import train
@@ -46,7 +46,7 @@ def test_fresh_adapters_change_nothing_and_train_only_their_second_matrix():
     @jax.grad
     def slopes(adapters):
         weights = objective.loss_weights(batch.labels, batch.segment_ids)
-        return objective.loss(lora.attach(params, adapters, BOTH), config, batch, weights, IMAGE).loss
+        return objective.loss(lora.attach(params, adapters, BOTH), config, batch, weights).loss
 
     for keys, leaf in jax.tree_util.tree_leaves_with_path(slopes(adapters)):
         assert np.any(leaf) == (keys[-1].key == "lora_b"), partitioning.path_of(keys)

@@ -74,6 +74,7 @@ def test_every_sample_is_whole_and_there_once(layout, images):
         assert np.all(batch.labels[padding] == IGNORED)
         assert not batch.input_ids[padding].any()
         assert not batch.positions[padding].any()
+        assert np.all(batch.image_index[padding] == -1)
         assert not batch.pixel_values[slot:].any()
     assert sorted(seen) == sorted(sample.place for sample in samples)
 
@@ -121,16 +122,30 @@ def test_a_supervised_first_token_is_not_predicted_from_the_sample_before():
     assert batch.labels[0].tolist() == [IGNORED, 1, 2, 3, IGNORED, 1, 2, 3]
 
 
+def test_image_tokens_are_numbered_over_the_rows():
+    """Text and padding have no number, even padding whose id is the image token's."""
+    ids = [np.asarray(row, np.int32) for row in ([5, 0, 0, 6], [0, 0, 7], [8, 9])]
+    samples = [Sample(row, row, np.zeros((count, 3, SIZE, SIZE), np.float32), "a:1", False)
+               for row, count in zip(ids, (1, 1, 0))]  # fmt: skip
+    batch = assemble([[samples[0], samples[2]], [samples[1]]], Layout(3, (8,), 2), SIZE, image_token_id=0)
+    assert batch.image_index.tolist() == [
+        [-1, 0, 1, -1, -1, -1, -1, -1],
+        [2, 3, -1, -1, -1, -1, -1, -1],
+        [-1] * 8,
+    ]
+    assert batch.image_index.dtype == np.int32
+
+
 def test_rows_are_padded_to_a_shape_that_processes_share():
     batch = assemble([[make_sample(1, 5, 1)]], Layout(2, (8,), 1), SIZE)
     padded = pad_rows(batch, 12)
     assert isinstance(padded, Batch)
     assert {leaf.dtype for leaf in jax.tree.leaves(padded)} == {np.dtype(np.int32), np.dtype(np.float32)}
-    for name in ("input_ids", "labels", "segment_ids", "positions"):
+    for name in ("input_ids", "labels", "segment_ids", "positions", "image_index"):
         before, after = getattr(batch, name), getattr(padded, name)
         assert after.shape == (2, 12)
         assert np.array_equal(after[:, :8], before)
-        assert np.all(after[:, 8:] == (IGNORED if name == "labels" else 0))
+        assert np.all(after[:, 8:] == {"labels": IGNORED, "image_index": -1}.get(name, 0))
     with pytest.raises(ValueError, match="cannot be padded"):
         pad_rows(padded, 8)
 

@@ -17,6 +17,7 @@ from internvl_jax.inference.sampling import EOS_SLOTS, GenerationConfig, all_fin
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import positions_from_valid
 from internvl_jax.models.stack import unstack
+from internvl_jax.processing.conversation import image_token_index
 
 CONFIG = config_from_hf(LLAMA)
 VOCABULARY, CONTEXT, PAD = LLAMA["vocab_size"], LLAMA["max_position_embeddings"], LLAMA["pad_token_id"]
@@ -50,7 +51,7 @@ def greedy_by_recomputation(weights, rows, steps, features=None):
         valid = jnp.arange(longest)[None] < lengths[:, None]
         x = modules.embed(weights, ids, jnp.float32)
         if features is not None:
-            x = chat_model.merge_images(x, jnp.asarray(is_image), jnp.asarray(features))
+            x = chat_model.merge_images(x, jnp.asarray(features), image_token_index(is_image))
         hidden, _, _ = modules.run_llama(weights, CONFIG.text, x, positions_from_valid(valid), valid)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return jnp.dot(last, weights["lm_head"]["kernel"], precision="highest")

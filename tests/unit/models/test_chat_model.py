@@ -1,7 +1,6 @@
 """The chat model, stage by stage: the golden bundle, transformers' InternVL, merging, and that everything matters."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 from support import modules
+from support.chat_model_cases import IMAGE, TEXT, VISION, encode, forward, on_host, rows_with_images, tower
 from support.compiler import PRODUCTION
-from support.golden import DATA, assert_close, bundle, kl, leaf, published, random_tree, spread, torch_tree, tree_of
+from support.golden import DATA, assert_close, bundle, kl, leaf, published, spread, torch_tree, tree_of
 
 from internvl_jax.config import config_from_hf, load_config
 from internvl_jax.models import chat_model
@@ -19,15 +19,6 @@ from internvl_jax.models.layers import LayerNorm, RMSNorm
 BUNDLE = DATA / "internvl_chat_v1_1"
 LOGITS = 2e-4  # what equivalent computations may differ by; they do by about 2e-5
 IMAGES = ["rgb", "exif_rot", "rgba", "gray", "palette"]
-
-
-def on_host(function, **options):
-    """Compiled once per configuration, options and shapes; the result as numpy arrays."""
-    compiled = jax.jit(function, static_argnames=("config", "dtype", "collect"), **options)
-    return lambda *args, **options: jax.device_get(compiled(*args, **options))
-
-
-forward, encode, tower = map(on_host, (modules.forward, modules.encode_images, modules.run_tower))
 
 
 class Golden:
@@ -312,43 +303,6 @@ def test_golden_adamw_step(golden, gradients, trainer):
 
 # Against transformers.
 
-VISION = {
-    "hidden_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 3,
-    "intermediate_size": 64,
-    "image_size": [56, 56],
-    "patch_size": [14, 14],
-    "norm_type": "rms_norm",
-    "use_qk_norm": True,
-}
-TEXT = {
-    "model_type": "llama",
-    "vocab_size": 67,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
-IMAGE = 7
-
-
-def rows_with_images(counts, per_image, seed=0, vocabulary=67):
-    """Left-padded prompts with the given numbers of images at random places: ids and mask."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for count in counts:
-        row = rng.integers(8, vocabulary, rng.integers(3, 6)).tolist()
-        for _ in range(count):
-            row += [IMAGE] * per_image + rng.integers(8, vocabulary, rng.integers(1, 4)).tolist()
-        rows.append(row)
-    longest = max(map(len, rows))
-    ids = np.array([[0] * (longest - len(row)) + row for row in rows])
-    return ids, np.array([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-
 
 @pytest.mark.parametrize(
     ("vision", "text", "options", "per_image"),
@@ -414,117 +368,3 @@ def test_projector_against_transformers():
         theirs = module(torch.from_numpy(x)).numpy()
     config = config_from_hf(hf.to_dict()).projector
     assert_close(modules.project(params, config, x), theirs, 1e-5, "projector")
-
-
-# Merging and selecting, on random parameters.
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    hf = {"model_type": "internvl", "vision_config": VISION, "text_config": TEXT, "image_token_id": IMAGE,
-          "image_seq_length": 4, "vision_feature_layer": -2}  # fmt: skip
-    config = config_from_hf(hf)
-    return config, random_tree(chat_model.abstract_params(config))
-
-
-def noise(*shape):
-    return np.random.default_rng(4).standard_normal(shape).astype(np.float32)
-
-
-@pytest.mark.parametrize("counts", [[2, 0, 1], [0, 0, 3], [1, 1, 1], [3, 0, 0]], ids=str)
-def test_merge_against_a_loop(counts):
-    rng = np.random.default_rng(3)
-    ids, _ = rows_with_images(counts, 4, seed=sum(counts))
-    embeddings = rng.standard_normal((*ids.shape, 5)).astype(np.float32)
-    features = rng.standard_normal((sum(counts), 4, 5)).astype(np.float32)
-    merged = chat_model.merge_images(embeddings, ids == IMAGE, features)
-    left = iter(features.reshape(-1, 5))
-    expected = embeddings.copy()
-    for row, column in np.argwhere(ids == IMAGE):
-        expected[row, column] = next(left)
-    assert next(left, None) is None
-    assert np.array_equal(merged, expected)
-
-
-def test_merge_of_several_owners():
-    """Parts of an owner need not stand together, and its images lie evenly over them, wherever its rows want them."""
-    owners = (0, 1, 1, 0)
-    rng = np.random.default_rng(3)
-    ids, _ = rows_with_images([2, 1, 0, 1, 3, 0, 0, 1], 4, seed=1)  # two rows in each part, two image slots
-    embeddings = rng.standard_normal((*ids.shape, 5)).astype(np.float32)
-    features = rng.standard_normal((8, 4, 5)).astype(np.float32)
-    merged = jax.jit(partial(chat_model.merge_images, owners=owners))(embeddings, ids == IMAGE, features)
-    left = [iter(features[slots].reshape(-1, 5)) for slots in ([0, 1, 6, 7], [2, 3, 4, 5])]
-    expected = embeddings.copy()
-    for row, column in np.argwhere(ids == IMAGE):
-        expected[row, column] = next(left[owners[row // 2]])
-    assert np.array_equal(merged, expected)
-
-
-def test_rows_get_what_they_get_alone(tiny):
-    config, params = tiny
-    counts = [2, 0, 1]
-    ids, mask = rows_with_images(counts, 4)
-    pixels = noise(3, 3, 56, 56)
-    together, _ = forward(params, config, ids, pixels, mask > 0, image_token_id=IMAGE)
-    assert np.std(together) > 0.1
-    first = 0
-    for row, count in enumerate(counts):
-        mine = pixels[first : first + count] if count else None
-        first += count
-        keep = mask[row] > 0
-        alone, _ = forward(params, config, ids[row][keep][None], mine, image_token_id=IMAGE)
-        assert_close(together[row][keep], alone[0], 1e-5, f"row {row}")
-
-
-def test_images_are_taken_in_prompt_order(tiny):
-    """Two images exchanged change the answer, and exchanged in the prompt's rows change it back."""
-    config, params = tiny
-    row, _ = rows_with_images([1], 4)
-    ids = np.concatenate([row, row])
-    pixels = noise(2, 3, 56, 56)
-    valid = np.ones(ids.shape, bool)
-    logits, _ = forward(params, config, ids, pixels, valid, image_token_id=IMAGE)
-    swapped, _ = forward(params, config, ids, pixels[::-1], valid, image_token_id=IMAGE)
-    assert np.abs(logits - swapped).max() > 1e-2
-    assert_close(swapped[::-1], logits, 1e-5, "swapped")
-
-
-def test_images_that_are_not_square(tiny):
-    """Rows of patches are rows: each visual token is the square of 2 x 2 patches at its place."""
-    config, params = tiny
-    config = dataclasses.replace(config, ps_version="v2")
-    size, width = config.vision.patch_size, config.vision.hidden_size
-    projected, out = encode(params, config, noise(2, 3, 4 * size, 6 * size), collect=True)
-    grid = out["selected"].reshape(2, 4, 6, width)
-    tokens = out["unshuffled"].reshape(2, 2, 3, 4 * width)
-    for row, column in np.ndindex(2, 3):
-        square = grid[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(2, -1)
-        assert np.array_equal(np.sort(tokens[:, row, column]), np.sort(square))
-    assert projected.shape == (2, 6, config.text.hidden_size)
-
-
-@pytest.mark.parametrize("select_layer", [-5, -2, 3])
-def test_select_layer(tiny, select_layer):
-    """hidden_states[select_layer] without the class token, whether the layers past it are there or not."""
-    config, params = tiny
-    config = dataclasses.replace(config, select_layer=select_layer)
-    pixels = noise(3, 3, 56, 56)
-    _, out = tower(params["vision_model"], config.vision, pixels, collect=True)
-    expected = out["hidden_states"][select_layer][:, 1:]
-    layers = jax.tree.map(lambda x: x[: config.num_vision_layers], params["vision_model"]["layers"])
-    short = {**params, "vision_model": {**params["vision_model"], "layers": layers}}
-    for tree in (params, short) if config.num_vision_layers else (params,):
-        assert_close(encode(tree, config, pixels, collect=True)[1]["selected"], expected, 1e-5, "selected")
-
-
-def test_parts_alone(tiny):
-    """A tower without the rest has parameters of that part only."""
-    config, params = tiny
-    vision = dataclasses.replace(config, projector=None, text=None)
-    text = dataclasses.replace(config, projector=None, vision=None)
-    assert set(chat_model.abstract_params(vision)) == {"vision_model"}
-    assert set(chat_model.abstract_params(text)) == {"language_model"}
-    abstract = jax.tree.leaves(chat_model.abstract_params(config, jnp.bfloat16))
-    assert [(leaf.shape, leaf.dtype) for leaf in abstract] == [(x.shape, jnp.bfloat16) for x in jax.tree.leaves(params)]
-    assert chat_model.count_params(params) == sum(x.size for x in jax.tree.leaves(params))

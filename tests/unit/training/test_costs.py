@@ -11,6 +11,7 @@ from support.tiny_model import IMAGE, random_params
 
 from internvl_jax.aot import hlo
 from internvl_jax.data.batch import Batch
+from internvl_jax.processing.conversation import image_token_index
 from internvl_jax.training import costs, optimizer, recipes
 from internvl_jax.training.state import Place, init_state
 from internvl_jax.training.trainer import Settings, make_step, stack_batches
@@ -40,10 +41,10 @@ def test_flops_are_those_of_the_compiled_step(name):
     ids[0, : IMAGES * 4] = IMAGE
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
     pixels = np.ones((IMAGES, 3, 56, 56), np.float32)
-    batch = stack_batches([Batch(ids, ids, np.ones_like(ids), positions, pixels)])
+    batch = stack_batches([Batch(ids, ids, np.ones_like(ids), positions, image_token_index(ids == IMAGE), pixels)])
     params = jax.tree.map(jnp.asarray, random_params(model))
     state, frozen = init_state(params, recipe, adamw, place, 0)
-    step = make_step(model, recipe, Settings(4, remat="none", chunk=LENGTH), adamw, IMAGE, place)
+    step = make_step(model, recipe, Settings(4, remat="none", chunk=LENGTH), adamw, place)
     counted = hlo.flops(hlo.parse(step.lower(state, frozen, batch).compile().as_text()))
     ours = costs.batch_flops(model, recipe, batch, 1)
     # XLA computes the whole square of attention, and the head's forward pass twice.

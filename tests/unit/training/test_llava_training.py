@@ -14,6 +14,7 @@ from internvl_jax.config.conversation_templates import TEMPLATES
 from internvl_jax.data import labels
 from internvl_jax.data.batch import IGNORED, Batch
 from internvl_jax.data.labels import SampleError
+from internvl_jax.processing.conversation import image_token_index
 from internvl_jax.processing.tokenizer import load_tokenizer
 from internvl_jax.training import objective
 
@@ -78,7 +79,7 @@ def test_golden_loss_and_gradients():
         targets[number, : len(row)] = ARRAYS["train/expanded_labels"][number, : len(row)]
     pixels = np.stack([v1_0_pixels(config, name) for sample in samples for name in sample["images"]])
     positions = np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32)
-    batch = Batch(ids, targets, real, positions, pixels)
+    batch = Batch(ids, targets, real, positions, image_token_index(ids == config.image_token_id), pixels)
     running = jax.tree.map(lambda leaf: leaf[: config.num_vision_layers], params["vision_model"]["layers"])
     frozen = {**params["vision_model"], "layers": running}
     trained = {name: part for name, part in params.items() if name != "vision_model"}
@@ -89,7 +90,7 @@ def test_golden_loss_and_gradients():
 
         def of(trained):
             whole = {**trained, "vision_model": frozen}
-            return objective.loss({"params": whole}, config, batch, weights, config.image_token_id, remat=True).loss
+            return objective.loss({"params": whole}, config, batch, weights, remat=True).loss
 
         return jax.value_and_grad(of)(trained)
 

@@ -16,6 +16,7 @@ from internvl_jax.data.batch import Batch
 from internvl_jax.inference.loading import abstract_for_running
 from internvl_jax.models import chat_model
 from internvl_jax.models.attention import implementation
+from internvl_jax.processing.conversation import image_token_index
 from internvl_jax.training import objective, optimizer
 from internvl_jax.training.optimizer import AdamW
 
@@ -33,7 +34,7 @@ class Golden:
         self.params = jax.device_get(load_hf(BUNDLE / "checkpoint", abstract_for_running(self.config, jnp.float32)))
         self.arrays, facts = bundle("internvl_chat_v1_1")
         self.facts = facts["train"]
-        self.image_token = facts["config"]["token_ids"]["<IMG_CONTEXT>"]
+        image_token = facts["config"]["token_ids"]["<IMG_CONTEXT>"]
         real = self.arrays["train/attention_mask"].astype(np.int32)
         blank = np.zeros_like(self.arrays["images/rgb/eval"])
         self.batch = Batch(
@@ -41,6 +42,7 @@ class Golden:
             labels=self.arrays["train/labels"],
             segment_ids=real,
             positions=np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32),
+            image_index=image_token_index(self.arrays["train/input_ids"] == image_token),
             pixel_values=np.stack([self.arrays["images/rgb/eval"], self.arrays["images/gray/eval"], blank]),
         )
 
@@ -67,9 +69,7 @@ def gradients(golden):
     @jax.jit
     def run(params):
         def of(params):
-            sums = objective.loss(
-                {"params": params}, golden.config, golden.batch, weights, golden.image_token, chunk=40, remat=True
-            )
+            sums = objective.loss({"params": params}, golden.config, golden.batch, weights, chunk=40, remat=True)
             return sums.loss, sums
 
         return jax.value_and_grad(of, has_aux=True)(params)
@@ -162,7 +162,7 @@ def test_chunks_and_z_loss_equal_the_plain_formula():
     @jax.jit
     @jax.value_and_grad
     def ours(params):
-        return objective.loss({"params": params}, config, batch, weights, IMAGE, z_loss=0.01, chunk=16).loss
+        return objective.loss({"params": params}, config, batch, weights, z_loss=0.01, chunk=16).loss
 
     (expected, expected_grads), (value, grads) = plain(params), ours(params)
     assert float(value) == pytest.approx(float(expected), abs=1e-5)
@@ -178,7 +178,7 @@ def test_logits_of_the_whole_batch_are_never_held():
     config = tiny(vocab_size=4096)
     params, batch = random_params(config), batch_of(config, [[200], [200]], 256)
     weights = objective.loss_weights(batch.labels, batch.segment_ids)
-    grad = jax.jit(jax.grad(lambda p: objective.loss({"params": p}, config, batch, weights, IMAGE, chunk=32).loss))
+    grad = jax.jit(jax.grad(lambda p: objective.loss({"params": p}, config, batch, weights, chunk=32).loss))
     text = grad.lower(params).compile().as_text()
     assert "f32[2,32,4096]" in text
     for shape in ("[2,256,4096]", "[8,2,32,4096]", "[512,4096]"):
@@ -203,9 +203,10 @@ def test_samples_in_a_row_do_not_see_each_other(kind):
             row[0, :length] = x[0, start : start + length]
             return row
 
+        ids = cut(packed.input_ids, 0)
         return Batch(
-            cut(packed.input_ids, 0), cut(packed.labels, -100), cut(np.minimum(packed.segment_ids, 1), 0),
-            cut(packed.positions, 0), packed.pixel_values[number - 1 : number],
+            ids, cut(packed.labels, -100), cut(np.minimum(packed.segment_ids, 1), 0),
+            cut(packed.positions, 0), image_token_index(ids == IMAGE), packed.pixel_values[number - 1 : number],
         )  # fmt: skip
 
     with implementation(kind):

@@ -22,6 +22,7 @@ from support.paths import SUPPORT
 from support.tiny_model import IMAGE, random_params, tiny
 from support.training_cases import RECIPES, Batches, run, steps_of
 
+from internvl_jax.processing.conversation import image_token_index
 from internvl_jax.training import optimizer, trainer
 from internvl_jax.training.saving import RunError
 from internvl_jax.training.state import ADAPTERS, Place, init_state
@@ -70,11 +71,12 @@ def test_accumulation_and_remat_equal_the_whole_batch():
     one, two = (jax.tree.map(np.asarray, batches.make(number)) for number in (0, 1))
     two = two.replace(labels=np.where(np.arange(48) < 30, two.labels, -100))  # so that the parts weigh differently
     whole = jax.tree.map(lambda a, b: np.concatenate([a, b]), one, two)
+    whole = whole.replace(image_index=image_token_index(whole.input_ids == IMAGE))
 
     def after(batch, **settings):
         params = jax.tree.map(jnp.asarray, random_params(config))
         state, frozen = init_state(params, recipe, adamw, place, 0)
-        step = make_step(config, recipe, Settings(4, **settings), adamw, IMAGE, place)
+        step = make_step(config, recipe, Settings(4, **settings), adamw, place)
         return jax.device_get(step(state, frozen, put_batch(batch, place)))
 
     expected, figures = after(stack_batches([whole]), remat="none")
@@ -102,7 +104,7 @@ def dropping():
         adamw = optimizer.make_optimizer(recipe.optimizer, 4, config)
         if (name, len(batches)) not in made:
             settings = Settings(4, accumulate=len(batches), remat="none")
-            made[name, len(batches)] = make_step(config, recipe, settings, adamw, IMAGE, place)
+            made[name, len(batches)] = make_step(config, recipe, settings, adamw, place)
         params = jax.tree.map(jnp.asarray, random_params(config))
         state, frozen = init_state(params, recipe, adamw, place, 0)
         if ADAPTERS in state.trained:  # lora_b begins at 0, and what is dropped before it would not be seen
