@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Answer a JSONL file of questions. Stopped or preempted, the same command goes on where it was.
+# Answer a JSONL file of questions. After an interruption or a preemption the same command resumes.
 #
 #   tpu_scripts/batch.sh QUESTIONS.jsonl [IMAGE_DIRECTORY]
 #
-# Paths of images in the file are relative to IMAGE_DIRECTORY. Questions, images and answers lie in the bucket
+# Paths of images in the file are relative to IMAGE_DIRECTORY. Questions, images and answers are in the bucket
 # under batch/NAME_OF_THE_FILE; the answers are copied here at the end. With a MESH that one host can hold (tensor=4),
 # every host has a model and answers its share; with a larger one all hosts compute each answer together.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

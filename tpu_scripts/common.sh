@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2153 # variables are set here and used there, or come from the env file
-# Sourced by the scripts beside it: settings, dry runs, questions, and how to reach the workers of a slice.
+# Sourced by the other scripts: settings, dry runs, confirmations, and how to reach the workers of a slice.
 set -euo pipefail
 if ((BASH_VERSINFO[0] < 4)); then
     echo "error: bash 4 or newer is needed (macOS: brew install bash; Cloud Shell has it)" >&2
@@ -99,7 +99,7 @@ ask() { # WHAT: before money is spent or something is deleted
     [[ $answer == [yY]* ]] || die "stopped; nothing was done"
 }
 
-# Sets GENERATION, CHIPS, TOPOLOGY, HOSTS, and KIND: how Google wants this slice to be made.
+# Sets GENERATION, CHIPS, TOPOLOGY, HOSTS, and KIND: how a slice of this kind is created.
 #   queued    a queued resource (Cloud TPU API), the way for v5e and v4
 #   instance  a Compute Engine instance: one host of v6e or v5p
 #   group     a managed instance group with a workload policy: several hosts of v6e or v5p

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Create a TPU slice and wait until it is there. It costs money until delete.sh.
+# Create a TPU slice and wait until it is ready. It costs money until delete.sh deletes it.
 #
 #   tpu_scripts/create.sh [--accelerator v5litepod-8] [--capacity spot|on-demand|reserved] [--dry-run]
 #
 # v5e and v4 are queued resources; one host of v6e or v5p is a Compute Engine instance, several hosts are a managed
-# instance group with a workload policy, which connects them. TPU7x is made by gke.sh.
+# instance group with a workload policy, which connects them. TPU7x is created by gke.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 need PROJECT ZONE NAME CAPACITY
@@ -63,7 +63,7 @@ create_group() {
     run gcloud compute resource-policies create workload-policy "$NAME" --project="$PROJECT" --region="$region" \
         --type=HIGH_THROUGHPUT --accelerator-topology="$TOPOLOGY"
     run gcloud compute instance-templates create "$NAME" --project="$PROJECT" "${MACHINE[@]}"
-    # All hosts at once or none; a single one is not replaced behind the back of a running program.
+    # All hosts at once or none; a single host is not replaced while a program runs.
     run gcloud compute instance-groups managed create "$NAME" "${place[@]}" --template="$NAME" --size="$HOSTS" \
         --workload-policy="projects/$PROJECT/regions/$region/resourcePolicies/$NAME" \
         --target-size-policy-mode=bulk --default-action-on-vm-failure=do-nothing

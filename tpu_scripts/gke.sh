@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The same on Google Kubernetes Engine, for every generation.
+# Create, run and delete on Google Kubernetes Engine, for every generation.
 #
 #   tpu_scripts/gke.sh create                     a cluster with a TPU node pool and JobSet
 #   tpu_scripts/gke.sh image                      build this checkout's image
@@ -7,7 +7,7 @@
 #   tpu_scripts/gke.sh xpk -- ARGUMENT...         the same through XPK, on a cluster that 'xpk cluster create' made
 #   tpu_scripts/gke.sh delete                     the cluster
 #
-# Flags stand in front of the word. In the containers the bucket is at /bucket, for example:
+# Flags come before the action. In the containers the bucket is at /bucket, for example:
 #   gke.sh run -- chat --checkpoint /bucket/InternVL-Chat-V1-1-jax --mesh tensor=8 'Who are you?'
 # shellcheck disable=SC2034,SC2153 # `render` reads settings by their names
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -3,7 +3,7 @@
 #
 #   tpu_scripts/install.sh [--dry-run]
 #
-# What is committed is what is installed (git archive HEAD).
+# Only committed files are installed (git archive HEAD).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 need PROJECT ZONE NAME BUCKET

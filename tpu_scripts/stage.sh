@@ -3,8 +3,8 @@
 #
 #   tpu_scripts/stage.sh DIRECTORY [--dry-run]
 #
-# DIRECTORY: what 'internvl-jax convert' wrote, or a published checkpoint, which is converted beside itself first (disk:
-# twice its size). The bucket is created where it does not exist, in the zone's region.
+# DIRECTORY: a converted checkpoint, or a published one, which is first converted in the directory beside it (disk: twice
+# its size). The bucket is created where it does not exist, in the zone's region.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 need PROJECT ZONE BUCKET CHECKPOINT
