@@ -1,21 +1,21 @@
-"""Attention: one seam for both towers, prefill, decoding and training, and the rule by which it finds its program.
+"""Attention of both towers, for prefill, decoding and training, and its backend dispatch.
 
-`attention_xla` runs anywhere and is what the kernels (kernels.py) are tested against. On a TPU XLA writes the scores of
+`attention_xla` runs anywhere, and the kernels (kernels.py) are tested against it. On a TPU, XLA writes the scores of
 long sequences to memory and reads them twice, and multiplies single queries outside the matrix unit; there the kernels
-take over, each device for its own rows and heads.
+are faster. Each device runs them on its own rows and heads.
 
-The rule, where `implementation` is "auto": on TPUs, in bfloat16, with a head size in multiples of 128 and kv heads that
-divide over the mesh,
+With `implementation` "auto", kernels run on TPUs, in bfloat16, with a head dim in multiples of 128 and kv heads that
+divide the mesh:
 
     decoding, one query per row      decode_attention, from 256 slots on (a multiple of 128)
     causal, no cache before it       splash attention, from 512 tokens on (a multiple of 128)
     no mask (the vision tower)       splash attention, from 1024 tokens on (any number; padded)
 
-and XLA everywhere else; on CPUs without a mesh, where a head has 512 x 512 scores or more, for one head at a time
-(cpu.attention_by_head). One layer compiled for one v5e chip of tensor=8, in thousands of cycles: XLA's own estimate of
-its fusions; for a kernel, its instructions times its steps or, if longer, the time of its reads:
+Everything else is XLA's; on CPUs without a mesh, where a head has 512 x 512 scores or more, one head at a time
+(cpu.attention_by_head). One layer compiled for one v5e chip of tensor=8, in thousands of cycles (for XLA its own
+estimate of the fusions; for a kernel its instructions times its steps or, if longer, the time of its reads):
 
-                                     XLA    kernel, and what prepares its input
+                                     XLA    kernel + preparation of its input
     decode, 8 rows x 2048 slots      302    77, and less where fewer slots are in use
     prefill, 8 rows x 512            271    73 + 39
     vision tower, 8 images x 1025   1539    246 + 121; 8 MiB of temporaries instead of 145
@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,8 @@ from internvl_jax.models.kernels import decode_attention, decode_block, splash_a
 from internvl_jax.models.layers import LANES, MASK_VALUE, Array, on_tpu, precision_of
 from internvl_jax.parallel.partitioning import BATCH, TENSOR, fit_spec
 
-# "auto" (the rule above), "xla", or "pallas": a kernel wherever one takes the shapes, interpreted without a TPU.
-# `with implementation("xla"): ...`, or implementation.set_global("xla"); part of the key of compiled programs.
+# "auto" (as above), "xla", or "pallas": a kernel wherever one supports the shapes, interpreted without a TPU.
+# `with implementation("xla"): ...`, or implementation.set_global("xla"); it is part of the key of compiled programs.
 implementation = jax.make_user_context("auto")
 
 DECODE_FROM = 256  # slots
@@ -47,20 +47,27 @@ UNMASKED_FROM = 1024
 
 
 class Mask(NamedTuple):
-    """Who may attend to whom, in the forms that the programs want; what a program does not use is never computed."""
+    """An attention mask in the forms that the programs need; forms that are not used are never computed.
 
-    allowed: Array  # [B,T,S] bool
-    segments: Array | None = None  # [B,T] int32 where queries and keys are the same tokens, 0 for padding: slots are
-    # then ordered as positions, and one attends to earlier slots of its own segment
-    span: Array | None = None  # [B,2] int32 for T = 1: the first allowed slot, and one past the last
+    Attributes:
+        allowed: [B,T,S] bool, True where a query attends to a key.
+        segments: [B,T] int32, 0 for padding, if queries and keys are the same tokens: then slots are ordered by
+            position, and a token attends to the earlier slots of its own segment.
+        span: [B,2] int32 for T = 1: the first allowed slot, and one past the last.
+    """
+
+    allowed: Array
+    segments: Array | None = None
+    span: Array | None = None
 
 
 def self_mask(positions: Array, valid: Array, segments: Array | None = None) -> Mask:
-    """Tokens among themselves: real ones (valid [B,T] bool) attend to real ones up to their own position [B,T].
+    """The causal mask of a sequence without a cache.
 
-    segments [B,T] int32, 0 for padding: samples that share a row, whose tokens attend to those of their own only.
-    Positions must not fall along a row, or along each of its segments; padding may stand anywhere. What padding attends
-    to is left open.
+    Args:
+        positions: [B,T] int32, not decreasing along a row, or along each of its segments.
+        valid: [B,T] bool, False for padding, which may be anywhere. What padding attends to is undefined.
+        segments: [B,T] int32, 0 for padding, if samples share rows: tokens attend within their own segment.
     """
     allowed = attention_mask(positions, positions, valid)
     if segments is None:
@@ -69,7 +76,7 @@ def self_mask(positions: Array, valid: Array, segments: Array | None = None) -> 
 
 
 def cache_mask(q_positions: Array, kv_positions: Array, kv_valid: Array) -> Mask:
-    """New tokens [B,T] against the slots of a cache [B,S]."""
+    """The mask of new tokens, at q_positions [B,T], over the slots of a KV cache [B,S]."""
     allowed = attention_mask(q_positions, kv_positions, kv_valid)
     if q_positions.shape[1] > 1:
         return Mask(allowed)
@@ -80,10 +87,10 @@ def cache_mask(q_positions: Array, kv_positions: Array, kv_valid: Array) -> Mask
 
 
 def attention_mask(q_positions: Array, kv_positions: Array, kv_valid: Array) -> Array:
-    """Who may attend to whom: real tokens (kv_valid [B,S]) at positions up to one's own. -> [B,T,S] bool.
+    """The attention mask: valid keys (kv_valid [B,S]) at positions up to the query's. -> [B,T,S] bool.
 
-    The one mask of prefill, decode, padded batches and training: it compares positions, not slots, so padding may
-    stand anywhere.
+    It serves prefill, decoding, padded batches and training: it compares positions, not slots, so padding may be
+    anywhere.
     """
     return kv_valid[:, None, :] & (kv_positions[:, None, :] <= q_positions[:, :, None])
 
@@ -99,12 +106,22 @@ def attention(
     axes: tuple[str, ...] = BATCH,
     split: str | None = TENSOR,
 ) -> Array:
-    """Scaled dot-product attention by the program that suits. q [B,T,N,H], k and v [B,K,S,H] -> [B,T,N,H] in q's dtype.
+    """Scaled dot-product attention, by the program that `choose` selects.
 
-    layer: k and v are stacks [L,B,K,S,H], of which this layer is meant; a kernel reads it where it lies.
-    scales: of k and v where they are int8, one per token and head, float32 [B,K,S] each or stacks as k and v are.
-    axes, split: the mesh axes along which rows and heads lie.
-    Raises ValueError where `implementation` is none of its three values.
+    Args:
+        q: [B,T,N,H].
+        k, v: [B,K,S,H], or stacks [L,B,K,S,H] with `layer`.
+        mask: None if every query attends to every key.
+        layer: index into the stacks, which a kernel reads without copying the layer.
+        scales: of int8 k and v, float32 [B,K,S] each, or stacked like them.
+        axes: mesh axes of the rows.
+        split: mesh axis of the heads.
+
+    Returns:
+        [B,T,N,H] in q's dtype.
+
+    Raises:
+        ValueError: `implementation` has an unknown value.
     """
     program = choose(q, k, mask, split)
     if program in ("xla", "by_head"):
@@ -123,7 +140,9 @@ def attention(
         if mask is None:
             return _on_devices(kernel, (q, k, v), (queries, keys, keys), queries)
         return _on_devices(kernel, (q, k, v, mask.segments), (queries, keys, keys, rows), queries)
-    stacks = (k, v, *(scales or ()))
+    if mask is None or mask.span is None:
+        raise ValueError("decoding needs the mask of a cache")
+    stacks: tuple[Array, ...] = (k, v, *(scales or ()))
     if layer is None:
         stacks, layer = tuple(stack[None] for stack in stacks), 0
     k, v, *per_token = stacks
@@ -138,7 +157,7 @@ def attention(
 
 
 def choose(q: Array, k: Array, mask: Mask | None, split: str | None) -> str:
-    """ "xla", "by_head", "splash" or "decode", by the rule at the top of this file. k [...,K,S,H]."""
+    """Choose the program, "xla", "by_head", "splash" or "decode", as the module describes. k [...,K,S,H]."""
     wish = implementation.value
     if wish not in ("auto", "xla", "pallas"):
         raise ValueError(f'the attention implementation is "auto", "xla" or "pallas", not {wish!r}')
@@ -160,8 +179,8 @@ def choose(q: Array, k: Array, mask: Mask | None, split: str | None) -> str:
     return "xla"
 
 
-def _on_devices(kernel: Callable[..., Array], args: tuple[Array, ...], specs: tuple[P, ...], out: P) -> Array:
-    """Run a kernel on each device's part: the partitioner cannot see into one."""
+def _on_devices(kernel: Callable[..., Array], args: tuple[Any, ...], specs: tuple[P, ...], out: P) -> Array:
+    """Run a kernel on each device's part, since XLA cannot partition a kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(*args)
@@ -173,15 +192,23 @@ def _on_devices(kernel: Callable[..., Array], args: tuple[Array, ...], specs: tu
 def attention_xla(
     q: Array, k: Array, v: Array, allowed: Array | None, scales: tuple[Array, Array] | None = None
 ) -> Array:
-    """Scaled dot-product attention, grouped where there are fewer kv heads than heads: what the kernels must equal.
+    """Scaled dot-product attention in plain jax, with grouped queries where there are fewer kv heads than heads.
 
-    q [B,T,N,H], k and v [B,K,S,H], allowed [B,T,S] bool or None -> [B,T,N,H] in q's dtype. scales [B,K,S] of k and v
-    are folded into scores and weights: cheaper than into k and v, H times as many numbers.
-    Scores and softmax are float32; the weights are cast to q's dtype before they meet v, and divided by their sum after
-    it, when there are fewer numbers to divide.
+    Scores and softmax are float32. The weights are cast to q's dtype before the product with v, and divided by their
+    sum after it, where there are fewer elements. Scales multiply scores and weights rather than k and v, which have H
+    times as many elements.
 
-    Keys lie heads first, and the queries of a group are folded into one matrix, so that both products are plain
-    batched matrix products: measured on CPU, 7 times faster in decode than with keys [B,S,K,H], 2 times in prefill.
+    Keys have their heads before their slots, and the queries of a group are one matrix, so that both products are plain
+    batched matrix products: measured on CPU, 7 times faster in decoding than with keys [B,S,K,H], 2 times in prefill.
+
+    Args:
+        q: [B,T,N,H].
+        k, v: [B,K,S,H].
+        allowed: [B,T,S] bool; None for all.
+        scales: of int8 k and v, float32 [B,K,S] each.
+
+    Returns:
+        [B,T,N,H] in q's dtype.
     """
     batch, length, heads, head_dim = q.shape
     kv_heads, slots = k.shape[1:3]

@@ -106,7 +106,7 @@ class InternVLChat(nn.Module):
         x, out = x if collect else (x, {})
         selected = x[:, 1:]
         images, _, width = selected.shape
-        rows, columns = (side // cfg.vision.patch_size for side in pixel_values.shape[2:])
+        rows, columns = (side // cfg.required_vision.patch_size for side in pixel_values.shape[2:])
         folded = pixel_unshuffle(selected.reshape(images, rows, columns, width), cfg.unshuffle, cfg.ps_version)
         folded = folded.reshape(images, -1, folded.shape[-1])
         projected = self.mlp1(folded)
@@ -124,9 +124,16 @@ class InternVLChat(nn.Module):
 
         Returns:
             Embeddings [B,T,D].
+
+        Raises:
+            ValueError: there are visual tokens, but no index.
         """
         embeddings = self.language_model.embed(input_ids)
-        return embeddings if features is None else merge_images(embeddings, features, image_index)
+        if features is None:
+            return embeddings
+        if image_index is None:
+            raise ValueError("visual tokens are given without an image_index")
+        return merge_images(embeddings, features, image_index)
 
 
 def init_params(key: Array, config: ChatConfig, dtype: Any = jnp.float32) -> Params:

@@ -1,7 +1,7 @@
 """Pallas TPU kernels for attention: splash attention, which comes with jax, and one of our own for decoding.
 
-Both work on what one device holds; attention.py decides when they run and spreads them over a mesh. On other platforms
-they run interpreted, for tests.
+Both run on one device's part; attention.py decides when they run and maps them over a mesh. On other platforms they
+run in interpret mode, for tests.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from internvl_jax.models.layers import LANES, MASK_VALUE, Array, precision_of
 
-SPLASH_BLOCK = 512  # queries and keys that meet at once
-WIDE_BLOCK = 1152  # without a mask: as many as an image of 448 pixels has, in whole tiles
-DECODE_BLOCK_BYTES = 1 << 20  # of keys that the decode kernel holds at once; it holds four such blocks
+SPLASH_BLOCK = 512  # queries and keys of a block
+WIDE_BLOCK = 1152  # without a mask: the tokens of an image of 448 pixels, in whole tiles
+DECODE_BLOCK_BYTES = 1 << 20  # of a block of keys in the decode kernel, which holds four blocks at once
 
 
 # Whole sequences: splash attention.
@@ -30,19 +30,27 @@ DECODE_BLOCK_BYTES = 1 << 20  # of keys that the decode kernel holds at once; it
 def splash_attention(
     q: Array, k: Array, v: Array, segments: Array | None = None, *, causal: bool, interpret: bool = False
 ) -> Array:
-    """Attention over whole sequences without their scores ever leaving the chip; differentiable.
+    """Attention over whole sequences whose scores stay in VMEM; differentiable.
 
-    q [B,T,N,H], k and v [B,K,T,H]; segments [B,T] int32, of which one attends to one's own only, or None: all.
-    causal: only to oneself and to earlier tokens. -> [B,T,N,H] in q's dtype.
-    T may be any length; it is padded to whole tiles. Scores and softmax are float32; unlike attention_xla, q is scaled
-    in its own dtype before it meets k, and the weights stay float32.
+    Scores and softmax are float32. Unlike in attention_xla, q is scaled in its own dtype before the product with k, and
+    the weights stay float32.
+
+    Args:
+        q: [B,T,N,H]; T may be any length and is padded to whole tiles.
+        k, v: [B,K,T,H].
+        segments: [B,T] int32, tokens attend within their own segment; None for no segments.
+        causal: whether tokens attend only to themselves and earlier ones.
+        interpret: run in interpret mode.
+
+    Returns:
+        [B,T,N,H] in q's dtype.
     """
     return _forward_only(q, k, v, jnp.ones(q.shape[:2], jnp.int32) if segments is None else segments, causal, interpret)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _forward_only(q: Array, k: Array, v: Array, segments: Array, causal: bool, interpret: bool) -> Array:
-    """The backward kernels want queries padded to 128, the forward one only to 16: 1040 for 1025, not 1152."""
+    """Without a gradient. The backward kernels need queries padded to 128, the forward one to 16: 1040 for 1025."""
     return _splash(q, k, v, segments, causal, interpret, backward=False)
 
 
@@ -71,15 +79,15 @@ def _splash(q: Array, k: Array, v: Array, segments: Array, causal: bool, interpr
 
     q = pad((q * head_dim**-0.5).astype(q.dtype).transpose(0, 2, 1, 3), queries, 2)
     k, v = pad(k, keys, 2), pad(v, keys, 2)
-    # Padding has segment 0 and meets nothing real; nothing is meant to be seen of what it computes.
+    # Padding has segment 0, which no real token attends to; its own outputs are cut off.
     ids = splash.SegmentIds(pad(segments, queries, 1), pad(segments, keys, 1))
     return jax.vmap(kernel)(q, k, v, ids)[:, :, :length].transpose(0, 2, 1, 3)
 
 
 def splash_sizes(length: int, *, causal: bool, backward: bool) -> tuple[splash.BlockSizes, int, int]:
-    """Blocks for sequences of `length`, and the lengths to which queries and keys are padded.
+    """Block sizes for sequences of `length`, and the lengths to which queries and keys are padded.
 
-    Causal: blocks of up to 512 by 512, so that most of what nobody attends to is skipped. Otherwise few large ones.
+    Causal masks get blocks of up to 512 by 512, so that most masked blocks are skipped; otherwise blocks are large.
     """
     keys = -(-length // LANES) * LANES
     block = _largest_divisor(keys, SPLASH_BLOCK)
@@ -102,7 +110,7 @@ def _largest_divisor(size: int, most: int) -> int:
 
 
 def decode_block(kv_heads: int, slots: int, head_dim: int, itemsize: int) -> int:
-    """Slots that the decode kernel reads at once: the most that fit; 0 where no multiple of LANES divides `slots`."""
+    """Slots of a block in the decode kernel: the most that fit; 0 if no multiple of LANES divides `slots`."""
     fitting = [
         size
         for size in range(LANES, slots + 1, LANES)
@@ -114,12 +122,22 @@ def decode_block(kv_heads: int, slots: int, head_dim: int, itemsize: int) -> int
 def decode_attention(
     q: Array, k: Array, v: Array, layer: Array, allowed: Array, span: Array, *scales: Array, interpret: bool = False
 ) -> Array:
-    """One query per row against one layer of the cache, of which only the slots in use are read.
+    """Attention of one query per row to one layer of the KV cache, of which only the slots in use are read.
 
-    q [B,N,H]; k and v [L,B,K,S,H], any number of kv heads; layer [] int32; allowed [B,S] bool, slots that count; span
-    [B,2] int32, the first of them and one past the last; scales: k's and v's where they are int8, [L,B,K,S] float32.
-    -> [B,N,H] in q's dtype. Numerics as attention_xla's: scores and softmax in float32 (with a running maximum and sum:
-    Milakov and Gimelshein, 2018), weights in q's dtype.
+    Numerics are those of attention_xla: scores and softmax are float32, with a running maximum and sum (Milakov and
+    Gimelshein, 2018), weights are in q's dtype.
+
+    Args:
+        q: [B,N,H].
+        k, v: [L,B,K,S,H].
+        layer: [] int32.
+        allowed: [B,S] bool, slots that the query attends to.
+        span: [B,2] int32, the first of them, and one past the last.
+        scales: of int8 k and v, float32 [L,B,K,S] each.
+        interpret: run in interpret mode.
+
+    Returns:
+        [B,N,H] in q's dtype.
     """
     batch, heads, head_dim = q.shape
     kv_heads, slots = k.shape[2:4]

@@ -219,8 +219,10 @@ def rope_frequencies(config: TextConfig) -> np.ndarray:
     if scaling.rope_type == "linear":
         return frequencies / np.float32(scaling.factor)
     # llama3: long wavelengths are stretched, short ones kept, those between interpolated.
-    original = scaling.original_max_position_embeddings
+    original, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    if original is None or low is None or high is None:  # RopeScaling refuses it
+        raise ValueError("rope scaling llama3 lacks a factor")
     wavelengths = 2 * math.pi / frequencies
-    smooth = (original / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = (original / wavelengths - low) / (high - low)
     smooth = np.clip(smooth, 0.0, 1.0)
     return (frequencies * ((1 - smooth) / scaling.factor + smooth)).astype(np.float32)
