@@ -1,1 +1,1 @@
-"""What happens on the host before and after the model: images, conversations, tokens. Never imports jax."""
+"""Images, conversations and tokens, on the host before and after the model. Never imports jax."""
