@@ -1,4 +1,4 @@
-"""A small converted checkpoint with nano's tokenizer, and conversations about coloured squares."""
+"""A small converted checkpoint with nano's tokenizer, and conversations about colored squares."""
 
 import json
 import shutil
@@ -44,19 +44,19 @@ def write_checkpoint(directory, config=None, dtype="float32", seed=0):
     return directory, params
 
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (30, 60, 210)}
+COLORS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (30, 60, 210)}
 
 
 def write_squares(directory, count=24, name="squares", text_only=True):
-    """A data set of images of one colour and the question for it; returns the meta file."""
+    """A data set of images of one color and the question for it; returns the meta file."""
     rng = np.random.default_rng(count)
     lines = []
     (directory / "images").mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        colour = list(COLOURS)[number % 3]
-        pixels = np.clip(np.asarray(COLOURS[colour]) + rng.integers(-25, 25, (60, 60, 3)), 0, 255).astype(np.uint8)
+        color = list(COLORS)[number % 3]
+        pixels = np.clip(np.asarray(COLORS[color]) + rng.integers(-25, 25, (60, 60, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(directory / "images" / f"{name}{number}.png")
-        turns = [{"from": "human", "value": "What color is it?"}, {"from": "gpt", "value": colour}]
+        turns = [{"from": "human", "value": "What color is it?"}, {"from": "gpt", "value": color}]
         entry = {"id": number, "conversations": turns, "image": f"images/{name}{number}.png"}
         if text_only and number % 6 == 5:
             del entry["image"]

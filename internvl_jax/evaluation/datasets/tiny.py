@@ -102,23 +102,23 @@ def _make(path: Path) -> Path:
 
 
 def _write(root: Path, count: int) -> None:
-    colours, shapes = heldout_questions("color", "en", count), heldout_questions("shape", "en", count)
+    colors, shapes = heldout_questions("color", "en", count), heldout_questions("shape", "en", count)
     exists, words = heldout_questions("exists", "en", 2 * count), heldout_questions("word", "en", count)
     chinese = heldout_questions("color", "zh", count)
-    _vqa(root, colours, words)
+    _vqa(root, colors, words)
     _gqa(root / "gqa", shapes)
-    _vizwiz(root / "vizwiz", colours)
-    _scienceqa(root / "scienceqa", colours)
+    _vizwiz(root / "vizwiz", colors)
+    _scienceqa(root / "scienceqa", colors)
     _textvqa(root / "textvqa", words)
     _pope(root / "pope", root / "coco/val2014", exists, count // 3)
     _mme(root / "mme", exists)
-    _tables(root / "mmbench", colours, chinese)
+    _tables(root / "mmbench", colors, chinese)
     _mmvet(root / "mm-vet", shapes)
     _documents(root, words)
     _chartqa(root / "chartqa", heldout_questions("count", "en", count))
-    _ai2d(root / "ai2diagram", colours)
-    _seed(root / "SEED", colours)
-    _mmmu(root / "MMMU", colours)
+    _ai2d(root / "ai2diagram", colors)
+    _seed(root / "SEED", colors)
+    _mmmu(root / "MMMU", colors)
 
 
 def _save_image(path: Path, pixels: np.ndarray) -> str:
@@ -148,19 +148,19 @@ def _people(number: int, question: QAPair) -> dict[str, Any]:
     return {"question_id": number, "question_type": question.kind, "answer_type": "other", "answers": answers}
 
 
-def _vqa(root: Path, colours: Asked, words: Asked) -> None:
+def _vqa(root: Path, colors: Asked, words: Asked) -> None:
     """VQAv2 and OKVQA in the challenge's format, in which images are numbers."""
     for part, name, asked in (
-        ("val2014", "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", colours),
+        ("val2014", "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", colors),
         ("test2015", "vqav2/v2_OpenEnded_mscoco_test-dev2015_questions.json", words),
-        ("val2014", "okvqa/OpenEnded_mscoco_val2014_questions.json", colours),
+        ("val2014", "okvqa/OpenEnded_mscoco_val2014_questions.json", colors),
     ):
         rows = []
         for number, (pixels, question) in enumerate(asked, 1):
             _save_image(root / f"coco/{part}/COCO_{part}_{number:012d}.jpg", pixels)
             rows.append({"image_id": number, "question": question.text, "question_id": 1000 * number})
         _json(root / name, {"questions": rows, "data_subtype": part})
-    people = [_people(1000 * number, question) for number, (_, question) in enumerate(colours, 1)]
+    people = [_people(1000 * number, question) for number, (_, question) in enumerate(colors, 1)]
     for name in ("vqav2/v2_mscoco_val2014_annotations.json", "okvqa/mscoco_val2014_annotations.json"):
         _json(root / name, {"annotations": people})
     every = [{"image_id": n, "question": "?", "question_id": 1000 * n} for n in range(1, len(words) + 4)]

@@ -18,14 +18,14 @@ from internvl_jax.processing.images import ImageError
 
 @dataclass
 class Seen:
-    """A chat that remembers the colours of the images that it is given."""
+    """A chat that remembers the colors of the images that it is given."""
 
     name: str = "seen"
     processor: Any = None
-    colours: list[list[int]] = field(default_factory=list)
+    colors: list[list[int]] = field(default_factory=list)
 
     def batch_chat(self, questions, images, **options):
-        self.colours.append([np.asarray(image)[0, 0, 0].item() for row in images for image in row])
+        self.colors.append([np.asarray(image)[0, 0, 0].item() for row in images for image in row])
         warnings.warn("of the main thread", stacklevel=1)
         return [None] * len(questions)
 
@@ -52,7 +52,7 @@ def test_every_question_gets_its_image(job, size, recwarn):
     with prefetch.PrefetchingChat(chat, job, size) as made:
         ask(made, job, size)
         assert made.num_loading <= size * prefetch.BATCHES_AHEAD
-    assert [colour for row in chat.colours for colour in row] == list(range(11, -1, -1))
+    assert [color for row in chat.colors for color in row] == list(range(11, -1, -1))
     assert {str(warning.message) for warning in recwarn} == {"of the main thread"}
 
 
@@ -70,7 +70,7 @@ def test_an_image_that_cannot_be_read(job, tmp_path):
                         made.batch_chat(["?"] * len(asked), [list(one.images) for one in asked])
             else:
                 made.batch_chat(["?"], [list(row.images)])
-    assert chat.colours == [[number] for number in range(11, -1, -1) if number != 7]
+    assert chat.colors == [[number] for number in range(11, -1, -1) if number != 7]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), ImageError("too little memory"), OSError(5, "Input/output error")])
@@ -87,7 +87,7 @@ def test_what_failed_beside_others_is_tried_again(job, monkeypatch, error):
     with prefetch.PrefetchingChat(chat, job, 2) as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ask(made, job, 2)
-    assert [colour for row in chat.colours for colour in row] == list(range(11, -1, -1))
+    assert [color for row in chat.colors for color in row] == list(range(11, -1, -1))
 
 
 def test_threads_leave_the_process_as_it_is(job, monkeypatch, recwarn):

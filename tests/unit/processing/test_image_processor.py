@@ -28,7 +28,7 @@ def test_padding_to_a_square():
     assert expand_to_square(image, color) is image
 
 
-def test_a_padded_processor_pads_with_the_mean_colour_and_has_one_path():
+def test_a_padded_processor_pads_with_the_mean_color_and_has_one_path():
     processor = ImageProcessor(8, MEAN, STD, pad_to_square=True)
     image = Image.new("L", (8, 2), 255)
     pixels = processor(image)

@@ -107,7 +107,7 @@ def test_palettes_with_and_without_transparency(transparency):
 
 
 @pytest.mark.parametrize(("mode", "format"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("LAB", "TIFF"), ("YCbCr", "JPEG")])
-def test_colour_spaces_of_files(mode, format):
+def test_color_spaces_of_files(mode, format):
     color = Image.new("RGB", (16, 16), (200, 60, 30))
     image = load(encoded(color.convert(mode), format, **({"quality": 100} if format == "JPEG" else {})))
     np.testing.assert_allclose(np.asarray(to_rgb(image)), np.asarray(color), atol=4)
