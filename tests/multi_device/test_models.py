@@ -79,11 +79,10 @@ SYSTEMS = {"5-heads-gqa": config_of(5, 2), "25-heads": config_of(25, 8)}
 FAMILY = {"llava": llava_of("llava"), "v1_0": llava_of("v1_0")}
 
 
-# Each mesh axis alone, padded or not, and all axes at once; the other pairs are long.
+# Heads padded and shared, all axes at once, and weights gathered; the other pairs are long.
 SHORT = {
     ("5-heads-gqa", "tensor=8"),
     ("5-heads-gqa", "data=2,fsdp=2,tensor=2"),
-    ("25-heads", "data=8"),
     ("25-heads", "fsdp=2,tensor=4"),
 }
 

@@ -109,7 +109,7 @@ def equal(found, expected):
     ("name", "mesh_spec", "options"),
     [
         pytest.param("stage1", "data=8", {}, marks=pytest.mark.long),
-        ("stage1", "data=2,tensor=4", {"vision": "data"}),
+        pytest.param("stage1", "data=2,tensor=4", {"vision": "data"}, marks=pytest.mark.long),
         pytest.param("stage2", "fsdp=8", {}, marks=pytest.mark.long),
         ("stage2", "data=2,fsdp=2,tensor=2", {"accumulate": 2}),
         ("full", "tensor=8", {}),

@@ -14,6 +14,7 @@ FAST = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 # jax.jit(..., compiler_options=PRODUCTION) compiles one program as it is compiled outside the tests.
 PRODUCTION = {
