@@ -55,7 +55,7 @@ def write(root: Path, count: int = COUNT) -> None:
         made = files.temporary_path(root)
         shutil.rmtree(made, ignore_errors=True)
         try:
-            _write(made, count)
+            write_benchmarks(made, count)
             digests = {path.relative_to(made).as_posix(): _digest(path) for path in made.rglob("*") if path.is_file()}
             for name, digest in digests.items():
                 if _digest(root / name) not in (None, digest, before.get(name)):
@@ -101,7 +101,8 @@ def _make(path: Path) -> Path:
     return path
 
 
-def _write(root: Path, count: int) -> None:
+def write_benchmarks(root: Path, count: int) -> None:
+    """Write the files of every benchmark, with `count` questions each, into `root`."""
     colors, shapes = heldout_questions("color", "en", count), heldout_questions("shape", "en", count)
     exists, words = heldout_questions("exists", "en", 2 * count), heldout_questions("word", "en", count)
     chinese = heldout_questions("color", "zh", count)
@@ -133,7 +134,8 @@ def _png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file; its directory is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
 
@@ -159,12 +161,12 @@ def _vqa(root: Path, colors: Asked, words: Asked) -> None:
         for number, (pixels, question) in enumerate(asked, 1):
             _save_image(root / f"coco/{part}/COCO_{part}_{number:012d}.jpg", pixels)
             rows.append({"image_id": number, "question": question.text, "question_id": 1000 * number})
-        _json(root / name, {"questions": rows, "data_subtype": part})
+        write_json(root / name, {"questions": rows, "data_subtype": part})
     people = [_people(1000 * number, question) for number, (_, question) in enumerate(colors, 1)]
     for name in ("vqav2/v2_mscoco_val2014_annotations.json", "okvqa/mscoco_val2014_annotations.json"):
-        _json(root / name, {"annotations": people})
+        write_json(root / name, {"annotations": people})
     every = [{"image_id": n, "question": "?", "question_id": 1000 * n} for n in range(1, len(words) + 4)]
-    _json(root / "vqav2/v2_OpenEnded_mscoco_test2015_questions.json", {"questions": every})
+    write_json(root / "vqav2/v2_OpenEnded_mscoco_test2015_questions.json", {"questions": every})
 
 
 def _gqa(folder: Path, asked: Asked) -> None:
@@ -178,7 +180,7 @@ def _gqa(folder: Path, asked: Asked) -> None:
             "isBalanced": number % 5 < 4,
             "types": {"structural": "query" if number % 2 else "choose", "semantic": "attr", "detailed": "shape"},
         }
-    _json(folder / "testdev_balanced_questions.json", questions)
+    write_json(folder / "testdev_balanced_questions.json", questions)
 
 
 def _vizwiz(folder: Path, asked: Asked) -> None:
@@ -189,8 +191,8 @@ def _vizwiz(folder: Path, asked: Asked) -> None:
         answers = [{"answer": question.answer, "answer_confidence": "yes"}] * PEOPLE
         rows.append({"image": name, "question": question.text, "answers": answers})
         tests.append({"image": test, "question": question.text})
-    _json(folder / "val.json", rows)
-    _json(folder / "test.json", tests)
+    write_json(folder / "val.json", rows)
+    write_json(folder / "test.json", tests)
 
 
 def _choices(question: QAPair, number: int) -> tuple[list[str], int]:
@@ -221,8 +223,8 @@ def _scienceqa(folder: Path, asked: Asked) -> None:
         prompts.append(prompt)
         problems[str(number)] = {"question": question.text, "choices": choices, "answer": place}
     _lines(folder / "scienceqa_test_img.jsonl", rows)
-    _json(folder / "llava_test_CQM-A.json", prompts)
-    _json(folder / "problems.json", problems)
+    write_json(folder / "llava_test_CQM-A.json", prompts)
+    write_json(folder / "problems.json", problems)
 
 
 def _textvqa(folder: Path, asked: Asked) -> None:
@@ -235,7 +237,7 @@ def _textvqa(folder: Path, asked: Asked) -> None:
         data.append({"question_id": number, "image_id": image, "question": question.text, "answers": answers})
         text = f"{question.text}\nReference OCR token: {question.answer}\n{SHORT}"
         prompts.append({"question_id": image, "image": f"{image}.jpg", "text": text, "category": "default"})
-    _json(folder / "TextVQA_0.5.1_val.json", {"data": data})
+    write_json(folder / "TextVQA_0.5.1_val.json", {"data": data})
     _lines(folder / "llava_textvqa_val_v051_ocr.jsonl", prompts)
 
 
@@ -324,7 +326,7 @@ def _mmvet(folder: Path, asked: Asked) -> None:
             "capability": capability,
         }
     _lines(folder / "llava-mm-vet.jsonl", questions)
-    _json(folder / "mm-vet.json", facts)
+    write_json(folder / "mm-vet.json", facts)
 
 
 def _documents(root: Path, asked: Asked) -> None:
@@ -345,7 +347,7 @@ def _documents(root: Path, asked: Asked) -> None:
                 row = {"questionId": number, "question": question.text}
                 row[key] = f"documents/{image}" if name == "docvqa" else image
                 rows.append({**row, "answers": [question.answer, question.answer.upper()]} if split == "val" else row)
-            _json(root / name / file.format(split), {"dataset_split": split, "data": rows})
+            write_json(root / name / file.format(split), {"dataset_split": split, "data": rows})
 
 
 def _chartqa(folder: Path, asked: Asked) -> None:
@@ -390,7 +392,7 @@ def _seed(folder: Path, asked: Asked) -> None:
         truths.append({"question_id": str(number), "question_type_id": kind, "data_type": data_type, "answer": letter})
     _lines(folder / "seed.jsonl", rows)
     types = {f"Type {kind}": kind for kind in range(1, 13)}
-    _json(folder / "SEED-Bench.json", {"question_type": types, "questions": truths})
+    write_json(folder / "SEED-Bench.json", {"question_type": types, "questions": truths})
 
 
 def _mmmu(folder: Path, asked: Asked) -> None:

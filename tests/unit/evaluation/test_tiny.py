@@ -16,7 +16,9 @@ def content(root):
 @pytest.fixture
 def quick(monkeypatch):
     """One question of GQA, without the rendering."""
-    monkeypatch.setattr(tiny, "_write", lambda root, count: tiny._json(root / "gqa/questions.json", {"count": count}))
+    monkeypatch.setattr(
+        tiny, "write_benchmarks", lambda root, count: tiny.write_json(root / "gqa/questions.json", {"count": count})
+    )
 
 
 def test_a_folder_with_real_data_is_left_alone(tmp_path, capsys, quick):
