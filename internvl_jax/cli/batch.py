@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace) -> int:
     options.start_processes(args)
     with offline.claim(args.questions, args.output, args.mesh, root=args.root) as job:
         with progress_bar() as progress:
-            chat = load(args.checkpoint, mesh=job.mesh, progress=progress, **options.load_options(args))
+            chat = load(args.checkpoint, options.load_options(args), mesh=job.mesh, progress=progress)
         chat.check_ready()
         with counting() as progress:
             done = offline.run(chat, job, batch_size=args.batch_size, progress=progress, **settings)

@@ -49,11 +49,8 @@ def _run(args: argparse.Namespace) -> int:
         result = bench.run(
             checkpoint=args.checkpoint,
             preset=None if args.checkpoint else args.preset,
-            mesh=args.mesh,
-            dtype=args.dtype,
-            quantize=args.quantize,
-            cache_dtype=args.cache_dtype,
-            batches=args.batch_size,
+            options=options.load_options(args),
+            batch_sizes=args.batch_size,
             prompt_tokens=args.prompt_tokens,
             profile=args.profile,
             progress=progress,

@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace) -> int:
     if prompt is None and is_multi_process():
         args.parser.error("a session runs in one process: give a PROMPT, which all processes then answer")
     with progress_bar() as progress:
-        chat = load(args.checkpoint, mesh=args.mesh, progress=progress, **options.load_options(args))
+        chat = load(args.checkpoint, options.load_options(args), progress=progress)
     chat.check_ready()
     advice = _advice(args)
     if prompt is None:

@@ -175,7 +175,7 @@ def _answer(args: argparse.Namespace, run: BenchmarkRun) -> int:
 
     job = pending_job(run, args.mesh)
     with progress_bar() as progress:
-        chat = load(args.checkpoint, mesh=job.mesh, progress=progress, **options.load_options(args))
+        chat = load(args.checkpoint, options.load_options(args), mesh=job.mesh, progress=progress)
     chat.check_ready()
     try:
         with counting() as progress:

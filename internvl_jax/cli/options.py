@@ -12,15 +12,14 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from internvl_jax.inference.load_options import DTYPES, LoadOptions
 from internvl_jax.utils import files
 
 logger = logging.getLogger(__name__)
-
-DTYPES = ("float32", "bfloat16")
 
 Commands = Any  # what ArgumentParser.add_subparsers returns; argparse has no public name for it
 
@@ -198,10 +197,10 @@ def add_model(parser: Any, mesh_default: str = "one device") -> None:
     add_quantization(group)
 
 
-def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `loading.load` that a command line gives; the mesh is added by the caller."""
-    names = ("dtype", "quantize", "cache_dtype", "adapters", "template")
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+def load_options(args: argparse.Namespace) -> LoadOptions:
+    """How the command line says that a checkpoint is loaded."""
+    names = (field.name for field in fields(LoadOptions))
+    return LoadOptions(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 @dataclass(frozen=True)

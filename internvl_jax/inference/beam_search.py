@@ -113,7 +113,7 @@ def beam_search(
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=2, keepdims=False).reshape(-1)
         positions = jnp.repeat(prompt_length + state.count - 1, num_beams)[:, None]
         valid = jnp.ones(positions.shape, bool)
-        logits, cache = next_logits(language, last, positions, valid, state.cache, config.text, dtype)
+        logits, cache = next_logits(language, last, positions, valid, state.cache, config.required_text, dtype)
         logits = logits.reshape(batch, num_beams, vocabulary)
         return add_tokens(state.replace(cache=cache), logits, search, prompt_slots)
 

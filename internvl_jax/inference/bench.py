@@ -1,9 +1,9 @@
-"""Speed and memory of a model on the local devices: the same measurement on a TPU pod and on a laptop's CPU.
+"""Speed and memory of a model on the local devices, from a laptop's CPU to a TPU pod.
 
 Three programs are timed: encode (images), prefill (prompts) and decode (tokens). Each runs once to compile and then
-`REPEATS` times; the median is reported, host time and transfers included. MFU is the model's
-own arithmetic (matrix products, true sizes) over what the chips could do in that time; `roofline` is the least time
-that arithmetic and memory allow over the time taken, collectives not counted. Both need a chip whose figures are known.
+`REPEATS` times; the median is reported, including host time and transfers. MFU is the model's FLOPs (matrix products,
+true sizes) over the chips' peak FLOPs in that time. `roofline` is the least time that FLOPs and memory bandwidth allow,
+without collectives, over the measured time. Both are reported for known TPUs only.
 """
 
 from __future__ import annotations
@@ -20,33 +20,39 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from internvl_jax.aot.topology import CHIPS, Chip
 from internvl_jax.config import PRESETS, ChatConfig, load_config
 from internvl_jax.inference import ideal_flops
+from internvl_jax.inference.bound_model import bind_model
 from internvl_jax.inference.generator import Generator, bucket
-from internvl_jax.inference.loading import abstract_for_running, load, unstack_towers
+from internvl_jax.inference.load_options import LoadOptions
+from internvl_jax.inference.loading import (
+    abstract_for_running,
+    inference_layout,
+    load,
+    resolve_dtype,
+    resolve_mesh,
+)
 from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.models import param_sharding
 from internvl_jax.models.layers import Params
 from internvl_jax.parallel import mesh as mesh_lib
-from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.utils import files
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 
-BATCHES = (1, 8)
+BATCH_SIZES = (1, 8)
 REPEATS = 5
 PROMPT_TOKENS = 512
 STEPS = 32  # tokens per row and run of decode
 
-# jax's name of a device -> its generation.
-KINDS = {
+# device_kind -> TPU generation, a key of CHIPS.
+DEVICE_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
@@ -59,28 +65,47 @@ KINDS = {
 
 
 class BenchError(ValueError):
-    """A measurement that cannot be made as asked; the message says what can."""
+    """The measurement is not possible with these options; the message says what is."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One program at one batch size."""
+    """One program at one batch size.
 
-    program: str  # "encode", "prefill" or "decode"
-    batch: int  # images or rows
-    seconds: float  # of one run, the median; decode: of one step
+    Attributes:
+        program: "encode", "prefill" or "decode".
+        batch: images or rows.
+        seconds: median time of a run; for decode, of a step. `fastest` and `slowest` likewise.
+        rate: amount of work per second, in `unit`.
+        unit: "images/s", "prompt tokens/s" or "tokens/s".
+        compile_seconds: time of the first call minus `seconds`; shorter with a compilation cache.
+        mfu: model FLOPs utilization, or None.
+        roofline: fraction of the roofline, or None.
+    """
+
+    program: str
+    batch: int
+    seconds: float
     fastest: float
     slowest: float
     rate: float
     unit: str
-    compile_seconds: float  # the first call less a later one; a compilation cache shortens it
+    compile_seconds: float
     mfu: float | None
     roofline: float | None
 
 
 @dataclass(frozen=True)
 class Result:
-    """Everything that was measured, and on what."""
+    """All measurements of a model, and where they were made.
+
+    Attributes:
+        prompt_tokens: length of each prompt.
+        time_to_first_token: seconds from host to host for one prompt, with one image if the model has vision; compiled
+            before.
+        memory_peak_bytes: of the fullest local device; on CPU, of the process.
+        memory_of: "device" or "process".
+    """
 
     model: str
     parameters: int
@@ -92,12 +117,12 @@ class Result:
     jax: str
     prompt_tokens: int
     measurements: list[Measurement]
-    time_to_first_token: float  # seconds, one prompt with one image where the model sees, compiled already
-    memory_peak_bytes: int  # of the fullest device of this process; on CPU, of the process
-    memory_of: str  # "device" or "process"
+    time_to_first_token: float
+    memory_peak_bytes: int
+    memory_of: str
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields for JSON."""
         return asdict(self)
 
 
@@ -105,54 +130,43 @@ def run(
     *,
     checkpoint: Path | None = None,
     preset: str | None = None,
-    mesh: str | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    cache_dtype: str | None = None,
-    batches: Sequence[int] = BATCHES,
+    options: LoadOptions | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
     prompt_tokens: int | None = None,
     profile: Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Measure a checkpoint, or a preset of config.PRESETS with random weights (as fast as trained ones).
+    """Measure a checkpoint, or a preset with random weights, which are as fast as trained ones.
 
-    mesh, dtype, quantize, cache_dtype: as loading.load takes them, the last two with a checkpoint only.
-    prompt_tokens: None for 512, or what the context has room for.
-    profile: a directory for a trace of every program, which xprof shows.
-    Raises BenchError for sizes that do not fit the model's context, MeshError for an illegal mesh.
+    Args:
+        checkpoint: directory of a checkpoint.
+        preset: name of a configuration in config.PRESETS.
+        options: how to load the checkpoint; of a preset, mesh and dtype.
+        batch_sizes: numbers of images and rows to measure.
+        prompt_tokens: length of each prompt; None: 512, or what the context has room for.
+        profile: directory for a trace of each program, for xprof; None: no traces.
+        progress: called as progress(done, total, what).
+
+    Raises:
+        BenchError: the options contradict each other or do not fit the model's context.
+        MeshError: the mesh is illegal.
     """
-    if (checkpoint is None) == (preset is None):
-        raise BenchError("either a checkpoint is measured or a preset: give one of them")
-    if preset is not None and (quantize or cache_dtype):
-        raise BenchError("random weights are measured as they are: quantize a checkpoint")
-    if not batches or min(batches) < 1:
-        raise BenchError(f"batches are positive numbers, not {list(batches)}")
-    profile = None if profile is None else files.resolve(profile)
-    if preset is None:
-        checkpoint = files.resolve(checkpoint)
-        config = load_config(checkpoint)
-    elif preset in PRESETS:
-        config = PRESETS[preset]()
-    else:
-        raise BenchError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+    options = options or LoadOptions()
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise BenchError(f"batch sizes are positive numbers, not {list(batch_sizes)}")
+    config = _config_of(checkpoint, preset, options)
     prompt = choose_prompt_tokens(config, prompt_tokens)
     if preset is None:
-        chat = load(checkpoint, mesh, dtype, quantize=quantize, cache_dtype=cache_dtype, progress=progress)
+        chat = load(checkpoint, options, progress=progress)
         generator, name = chat.generator, chat.name
     else:
-        generator, name = random_model(config, mesh, dtype), preset
-    bench = _Bench(generator, prompt, profile)
-    logger.info("%s", HEADER)
-    parts = [(part, size) for size in batches for part in bench.parts]
-    measurements = []
-    for number, (part, size) in enumerate(parts):
-        if progress is not None:
-            progress(number, len(parts) + 1, f"{part}, batch {size}")
-        measurements.append(getattr(bench, part)(size))
-        logger.info("%s", row(measurements[-1]))
+        generator, name = random_model(config, options), preset
+    bench = _Bench(generator, prompt, None if profile is None else files.resolve(profile))
+    measurements = _measure(bench, batch_sizes, progress)
     first_token = bench.time_to_first_token()
     peak, memory_of = _memory_peak()
-    devices = jax.devices()[:1] if generator.mesh is None else generator.mesh.devices.reshape(-1)
+    mesh = generator.mesh
+    devices = jax.devices()[:1] if mesh is None else mesh.devices.reshape(-1)
     return Result(
         model=name,
         parameters=bench.parameters,
@@ -160,7 +174,7 @@ def run(
         device=devices[0].device_kind,
         devices=len(devices),
         processes=jax.process_count(),
-        mesh=mesh,
+        mesh=None if options.mesh is None else str(options.mesh),
         jax=jax.__version__,
         prompt_tokens=prompt,
         measurements=measurements,
@@ -170,11 +184,36 @@ def run(
     )
 
 
+def _config_of(checkpoint: Path | None, preset: str | None, options: LoadOptions) -> ChatConfig:
+    if checkpoint is not None and preset is None:
+        return load_config(files.resolve(checkpoint))
+    if preset is None or checkpoint is not None:
+        raise BenchError("either a checkpoint is measured or a preset: give one of them")
+    if preset not in PRESETS:
+        raise BenchError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+    if options.quantize or options.cache_dtype:
+        raise BenchError("a preset is measured without quantization: quantize a checkpoint")
+    return PRESETS[preset]()
+
+
+def _measure(bench: _Bench, batch_sizes: Sequence[int], progress: Progress | None) -> list[Measurement]:
+    """Measure every program at every batch size, and log each row when it is ready."""
+    logger.info("%s", HEADER)
+    runs = [(program, size) for size in batch_sizes for program in bench.programs]
+    measurements = []
+    for number, (program, size) in enumerate(runs):
+        if progress is not None:
+            progress(number, len(runs) + 1, f"{program}, batch {size}")
+        measurements.append(bench.programs[program](size))
+        logger.info("%s", row(measurements[-1]))
+    return measurements
+
+
 HEADER = f"{'program':8} {'batch':>5} {'rate':>12} {'unit':16} {'ms':>9} {'compile s':>9} {'MFU':>6} {'roofline':>8}"
 
 
 def row(one: Measurement) -> str:
-    """A measurement as a row below HEADER."""
+    """A measurement as a table row below HEADER."""
     mfu, roofline = ("-" if value is None else f"{100 * value:.1f}%" for value in (one.mfu, one.roofline))
     return (
         f"{one.program:8} {one.batch:5} {one.rate:12,.1f} {one.unit:16} {1e3 * one.seconds:9,.2f} "
@@ -183,7 +222,7 @@ def row(one: Measurement) -> str:
 
 
 def lines(result: Result) -> list[str]:
-    """The result as a small table."""
+    """The result as the lines of a table."""
     mesh = f"mesh {result.mesh}" if result.mesh else "one device"
     return [
         f"{result.model}: {result.parameters / 1e9:.3f}B parameters, {result.dtype}, {result.devices} x "
@@ -196,53 +235,56 @@ def lines(result: Result) -> list[str]:
 
 
 class _Bench:
-    """The programs of one model, ready to be timed."""
+    """The programs of one model. `programs` has the function that measures each of them."""
 
     def __init__(self, generator: Generator, prompt: int, profile: Path | None):
         self.generator = generator
         self.config = generator.config
         self.prompt = prompt
         self.profile = profile
-        sees, speaks = self.config.projector is not None, self.config.text is not None
-        self.parts = ["encode"] * sees + ["prefill", "decode"] * speaks
-        if not self.parts:
-            raise BenchError("a bare vision tower is no chat model: there is nothing to measure")
+        self.programs: dict[str, Callable[[int], Measurement]] = {}
+        if self.config.projector is not None:
+            self.programs["encode"] = self.encode
+        if self.config.text is not None:
+            self.programs |= {"prefill": self.prefill, "decode": self.decode}
+        if not self.programs:
+            raise BenchError("a vision tower without a language model is not measured")
         self.parameters = sum(int(leaf.size) for leaf in jax.tree.leaves(generator.params))
         self._rng = np.random.default_rng(0)
 
     def encode(self, images: int) -> Measurement:
         pixels = self._pixels(images)
         times = self._time("encode", images, lambda: self.generator.encode(pixels))
-        return self._measured("encode", images, times, images, "images/s")
+        return self._measurement("encode", images, times, images, "images/s")
 
     def prefill(self, rows: int) -> Measurement:
         ids = self._prompts(rows)
         gen = GenerationConfig(max_new_tokens=1, eos_token_ids=())
         times = self._time("prefill", rows, lambda: self.generator.prefill(ids, None, None, gen).last)
-        return self._measured("prefill", rows, times, rows * self.prompt, "prompt tokens/s")
+        return self._measurement("prefill", rows, times, rows * self.prompt, "prompt tokens/s")
 
     def decode(self, rows: int) -> Measurement:
-        room = self.config.text.max_position_embeddings - self.prompt - 1
+        room = self.config.required_text.max_position_embeddings - self.prompt - 1
         steps = min(STEPS, room // (REPEATS + 1))
         gen = GenerationConfig(max_new_tokens=1 + steps * (REPEATS + 1), eos_token_ids=())
         state = self.generator.prefill(self._prompts(rows), None, None, gen)
         jax.block_until_ready(state.last)
 
-        def go_on() -> jax.Array:
+        def run_steps() -> jax.Array:
             nonlocal state
             state = self.generator.decode(state, steps)
             return state.last
 
-        times = [seconds / steps for seconds in self._time("decode", rows, go_on)]
-        return self._measured("decode", rows, times, rows, "tokens/s", self.prompt + gen.max_new_tokens // 2)
+        times = [seconds / steps for seconds in self._time("decode", rows, run_steps)]
+        return self._measurement("decode", rows, times, rows, "tokens/s", self.prompt + gen.max_new_tokens // 2)
 
     def time_to_first_token(self) -> float:
-        """From pixels and a prompt of one row on the host to its first token on the host."""
-        sees = "encode" in self.parts
-        if "prefill" not in self.parts:
+        """Seconds from one prompt and its image on the host to the first token on the host."""
+        if "prefill" not in self.programs:
             return float("nan")
-        ids, pixels = self._prompts(1), self._pixels(1) if sees else None
-        if sees:
+        ids, pixels = self._prompts(1), None
+        if "encode" in self.programs:
+            pixels = self._pixels(1)
             ids[:, 1 : 1 + self.config.tokens_per_image] = self.generator.image_token_id
         gen = GenerationConfig(max_new_tokens=1, eos_token_ids=())
 
@@ -253,16 +295,16 @@ class _Bench:
         return statistics.median(self._time("first token", 1, answer)[1:])
 
     def _pixels(self, images: int) -> np.ndarray:
-        vision = self.config.vision
-        return self._rng.standard_normal((images, vision.num_channels, *[self.config.image_size] * 2), np.float32)
+        channels, size = self.config.required_vision.num_channels, self.config.required_image_size
+        return self._rng.standard_normal((images, channels, size, size), np.float32)
 
     def _prompts(self, rows: int) -> np.ndarray:
-        """Random tokens, none of them the image token."""
-        ids = self._rng.integers(0, self.config.text.vocab_size - 1, (rows, self.prompt), np.int32)
+        """Random tokens [rows, prompt] int32, none of them the image token."""
+        ids = self._rng.integers(0, self.config.required_text.vocab_size - 1, (rows, self.prompt), np.int32)
         return ids + (ids >= self.generator.image_token_id) if self.generator.image_token_id is not None else ids
 
     def _time(self, what: str, batch: int, call: Callable[[], Any]) -> list[float]:
-        """Seconds of one call that may compile and of REPEATS more."""
+        """Seconds of the first call, which may compile, and of REPEATS more. The second one is traced."""
         times = []
         for number in range(REPEATS + 1):
             traced = self.profile is not None and number == 1
@@ -273,7 +315,7 @@ class _Bench:
                     times.append(time.perf_counter() - start)
         return times
 
-    def _measured(
+    def _measurement(
         self, program: str, batch: int, times: list[float], amount: int, unit: str, context: int | None = None
     ) -> Measurement:
         first, *later = times
@@ -320,7 +362,7 @@ def efficiency(
         needed = ideal_flops.prefill(config, batch, context)
     else:
         needed = ideal_flops.decode(config, batch, context)
-        text = config.text
+        text = config.required_text
         row = 2 * text.num_hidden_layers * context * text.num_key_value_heads * text.head_dim
         traffic += batch * row * generator.cache_dtype.itemsize
     compute = needed / (chips * chip.bf16_flops)
@@ -329,64 +371,63 @@ def efficiency(
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """The generation of a TPU, None for a device whose figures are not known here."""
-    return CHIPS[KINDS[device.device_kind]] if device.device_kind in KINDS else None
+    """Figures of a TPU's generation; None for other devices."""
+    return CHIPS[DEVICE_KINDS[device.device_kind]] if device.device_kind in DEVICE_KINDS else None
 
 
-def choose_prompt_tokens(config: ChatConfig, asked: int | None) -> int:
-    """Tokens of a prompt: `asked`, or by default the largest bucket up to PROMPT_TOKENS that the context has room for.
+def choose_prompt_tokens(config: ChatConfig, requested: int | None) -> int:
+    """Length of a prompt: `requested`, by default the largest bucket up to PROMPT_TOKENS that fits the context.
 
     Raises:
-        BenchError: `asked` does not fit the context, or an image does not fit into it.
+        BenchError: `requested` does not fit the context, or has no room for an image.
     """
     if config.text is None:
         return 0
     context = config.text.max_position_embeddings
     most = context - 1 - (REPEATS + 1)
     least = 1 + config.tokens_per_image if config.projector is not None else 1
-    if asked is None:
+    if requested is None:
         sizes = [size for size in range(least, min(PROMPT_TOKENS, most) + 1) if bucket(size) == size]
         return sizes[-1] if sizes else min(least, most)
-    if not least <= asked <= most:
-        raise BenchError(f"a prompt has {least} to {most} tokens here (the context is {context}), not {asked}")
-    return asked
+    if not least <= requested <= most:
+        raise BenchError(f"a prompt has {least} to {most} tokens here (the context is {context}), not {requested}")
+    return requested
 
 
-def random_model(config: ChatConfig, mesh: str | None, dtype: str | None) -> Generator:
-    """A generator with random weights, which are drawn on the devices that hold them."""
-    on_cpu = jax.default_backend() == "cpu"
-    number = jnp.dtype((jnp.float32 if on_cpu else jnp.bfloat16) if dtype is None else dtype)
-    abstract = abstract_for_running(config, number)
-    over = None if mesh is None else mesh_lib.make_mesh(mesh, config=config)
-    vision = None if over is None else mesh_lib.default_vision_mode(over)
-    params = _random_params(abstract, config, over, vision)
-    return Generator(
-        config,
-        unstack_towers(params) if over is None and on_cpu else params,
-        dtype=number,
-        image_token_id=None if config.projector is None else config.text.vocab_size - 1,
-        mesh=over,
-        image_axes=BATCH if over is None else mesh_lib.IMAGE_AXES[vision],
-    )
+def random_model(config: ChatConfig, options: LoadOptions) -> Generator:
+    """A generator with random weights, made on the devices that hold them.
+
+    Args:
+        config: configuration of the model.
+        options: its mesh, vision_mode and dtype are used.
+    """
+    mesh, vision_mode = resolve_mesh(options, config)
+    dtype = resolve_dtype(options.dtype)
+    params = inference_layout(_random_params(abstract_for_running(config, dtype), config, mesh, vision_mode), mesh)
+    model = bind_model(config, params, dtype=dtype, image_axes=mesh_lib.IMAGE_AXES[vision_mode])
+    image_token = None if config.projector is None else config.required_text.vocab_size - 1
+    return Generator(model, image_token_id=image_token, mesh=mesh)
 
 
-def _random_params(abstract: Params, config: ChatConfig, mesh: Mesh | None, vision: str | None) -> Params:
+def _random_params(abstract: Params, config: ChatConfig, mesh: Mesh | None, vision_mode: str) -> Params:
     leaves, tree = jax.tree.flatten(abstract)
-    if mesh is None:
-        places = [None] * len(leaves)
-    else:
-        places = jax.tree.leaves(param_sharding.storage_shardings(abstract, mesh, vision=vision))
+    shardings = [None] * len(leaves)
+    if mesh is not None:
+        shardings = jax.tree.leaves(param_sharding.storage_shardings(abstract, mesh, vision=vision_mode))
 
-    def make(number: int) -> jax.Array:
-        leaf = leaves[number]
-        draw = jax.jit(lambda key: jax.random.normal(key, leaf.shape, leaf.dtype) * 0.02, out_shardings=places[number])
-        return draw(jax.random.key(number))
+    def make(index: int) -> jax.Array:
+        leaf = leaves[index]
+        draw = jax.jit(
+            lambda key: jax.random.normal(key, leaf.shape, leaf.dtype) * 0.02, out_shardings=shardings[index]
+        )
+        return draw(jax.random.key(index))
 
-    params = jax.tree.unflatten(tree, [make(number) for number in range(len(leaves))])
-    return params if mesh is None else param_sharding.place_params(params, config, mesh, vision=vision)
+    params = jax.tree.unflatten(tree, [make(index) for index in range(len(leaves))])
+    return params if mesh is None else param_sharding.place_params(params, config, mesh, vision=vision_mode)
 
 
 def _memory_peak() -> tuple[int, str]:
+    """Bytes, and whether they are of a device or of the process."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
     if peaks:

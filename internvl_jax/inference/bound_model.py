@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import flax.struct
+import jax.numpy as jnp
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.models.layers import Array, Params, Variables
@@ -35,6 +36,28 @@ class BoundModel(flax.struct.PyTreeNode):
     def variables(self) -> Variables:
         """What the model's modules are applied to, by collection."""
         return {"params": self.params, "lora": self.adapters or {}}
+
+
+def bind_model(
+    config: ChatConfig,
+    params: Params,
+    *,
+    dtype: Any,
+    cache_dtype: Any = None,
+    image_axes: tuple[str, ...] = BATCH,
+    adapters: Params | None = None,
+) -> BoundModel:
+    """Bind a model to its parameters. Arguments as the fields of BoundModel; cache_dtype None: `dtype`."""
+    dtype = jnp.dtype(dtype)
+    cache_dtype = dtype if cache_dtype is None else jnp.dtype(cache_dtype)
+    return BoundModel(
+        params=params,
+        config=config,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        image_axes=image_axes,
+        adapters=adapters,
+    )
 
 
 class PromptBatch(flax.struct.PyTreeNode):

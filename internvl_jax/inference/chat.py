@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from internvl_jax.config import ChatConfig
-from internvl_jax.config.conversation_templates import IMG_CONTEXT, TEMPLATES
+from internvl_jax.config.conversation_templates import TEMPLATES
 from internvl_jax.inference.answer_text import AnswerDecoder, AnswerStream, cut_at_stop
 from internvl_jax.inference.generate import DecodeState
 from internvl_jax.inference.generator import Generator
@@ -23,7 +23,6 @@ from internvl_jax.inference.prompts import AskOptions, History, ImageSource, Pro
 from internvl_jax.inference.replies import NOT_FINITE, AnswerError, Reply, Stream, require_answers
 from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.models.layers import Params
-from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.processing.images import ImageProcessor
 from internvl_jax.processing.tokenizer import Tokenizer
 from internvl_jax.quantize import scheme_of
@@ -41,46 +40,42 @@ class Chat:
 
     There are three levels: `chat`, `batch_chat` and `stream` take questions and images; `generate`, `logits` and
     `encode` take numpy arrays; `params` and `config` are for `internvl_jax.models`.
+
+    Args:
+        generator: runs the model.
+        tokenizer: None: only arrays can be used.
+        processor: preprocessing of images; None: no images in questions.
+        eos_token_ids: default end tokens; None: those of the configuration.
+        name: the model's name in messages and reports.
     """
 
     def __init__(
         self,
-        config: ChatConfig,
-        params: Params,
-        *,
-        dtype: Any,
-        cache_dtype: Any = None,
+        generator: Generator,
         tokenizer: Tokenizer | None = None,
         processor: ImageProcessor | None = None,
+        *,
         eos_token_ids: tuple[int, ...] | None = None,
         name: str = "model",
-        mesh: jax.sharding.Mesh | None = None,
-        image_axes: tuple[str, ...] = BATCH,
-        adapters: Params | None = None,
     ):
-        self.config = config
+        self.generator = generator
         self.tokenizer = tokenizer
-        self.name = name
         self.eos_token_ids = eos_token_ids
-        self.image_token_id = config.image_token_id
-        if self.image_token_id is None and tokenizer is not None:
-            self.image_token_id = tokenizer.token_to_id(IMG_CONTEXT)
-        self.prompts = PromptBuilder(config, tokenizer, processor, self.image_token_id, name)
-        # A model may have rows for more tokens than its tokenizer has: those are never generated.
-        self._known = None
-        if tokenizer is not None and config.text is not None:
-            self._known = tokenizer.known_ids(config.text.vocab_size)
-        self.generator = Generator(
-            config,
-            params,
-            dtype=dtype,
-            cache_dtype=cache_dtype,
-            image_token_id=self.image_token_id,
-            mesh=mesh,
-            image_axes=image_axes,
-            adapters=adapters,
-            known=self._known,
-        )
+        self.name = name
+        self.prompts = PromptBuilder(self.config, tokenizer, processor, generator.image_token_id, name)
+        self._answer_decoder: AnswerDecoder | None = None
+        if tokenizer is not None and self.config.text is not None:
+            self._answer_decoder = AnswerDecoder(tokenizer, tokenizer.known_ids(self.config.text.vocab_size))
+
+    @property
+    def config(self) -> ChatConfig:
+        """Configuration of the model."""
+        return self.generator.config
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The token that image features replace; None for text-only models."""
+        return self.generator.image_token_id
 
     @property
     def params(self) -> Params:
@@ -124,7 +119,8 @@ class Chat:
             parts.append(f"{self.generator.cache_dtype.name} KV cache")
         mesh = self.generator.mesh
         if mesh is not None:
-            parts.append("mesh " + ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1))
+            axes = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1]
+            parts.append(f"mesh {','.join(axes) or 'of one device'}")
         return f"Chat({', '.join(parts)})"
 
     # Questions and images.
@@ -352,7 +348,7 @@ class Chat:
 
     def _decode(self, state: DecodeState, gen: GenerationConfig) -> tuple[list[list[int]], list[str]]:
         """Decode every row to its end. With stop strings, the host looks for them between chunks and ends rows."""
-        decoder = self._answer_decoder()
+        decoder = self._required_decoder()
         chunk = STOP_CHUNK if gen.stop else gen.max_new_tokens
         while True:
             rows, reasons, running = self.generator.read(state)
@@ -369,7 +365,7 @@ class Chat:
     def _stream(self, batch: QuestionBatch, gen: GenerationConfig) -> Iterator[str | Reply]:
         timer = _Timer()
         state = self._prefill(batch, self._encode_batch(batch, timer), gen, timer)
-        answer = AnswerStream(self._answer_decoder(), gen.stop)
+        answer = AnswerStream(self._required_decoder(), gen.stop)
         while True:
             (tokens,), (reason,), running = self.generator.read(state)
             if reason == "error":
@@ -391,17 +387,16 @@ class Chat:
         error = NOT_FINITE
         if reason != "error":
             try:
-                text, tokens, reason = self._answer_decoder().finish(tokens, reason, gen.stop)
+                text, tokens, reason = self._required_decoder().finish(tokens, reason, gen.stop)
                 return Reply(text, tokens, reason, batch.history_with(row, text), prompt_tokens, seconds)
             except ValueError as problem:
                 error = f"the answer's tokens cannot be decoded ({problem})"
         return Reply("", tokens, "error", list(batch.histories[row]), prompt_tokens, seconds, error)
 
-    def _answer_decoder(self) -> AnswerDecoder:
-        self.check_ready()
-        assert self.tokenizer is not None
-        assert self._known is not None
-        return AnswerDecoder(self.tokenizer, self._known)
+    def _required_decoder(self) -> AnswerDecoder:
+        if self._answer_decoder is None:
+            raise ValueError(f"{self.name} has no tokenizer")
+        return self._answer_decoder
 
 
 class _Timer:

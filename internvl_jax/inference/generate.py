@@ -114,14 +114,14 @@ def read_prompt(model: BoundModel, prompt: PromptBatch, *, slots: int) -> tuple[
     language = part_variables(model.variables, "language_model")
     x = _embed(model, prompt)
     cache = init_cache(
-        config.text,
+        config.required_text,
         prompt.input_ids.shape[0],
         slots,
         model.cache_dtype,
         layers=language["params"]["layers"],
     )
     cache = jax.tree.map(constrain_to, cache, cache_specs(cache))
-    llama = Llama(config.text, dtype)
+    llama = Llama(config.required_text, dtype)
     positions = positions_from_valid(prompt.valid)
     hidden, cache = llama.apply(language, x, positions, prompt.valid, cache, fresh=True)
     return llama.apply(language, hidden[:, -1], method="logits"), cache
@@ -174,7 +174,7 @@ def decode_loop(model: BoundModel, state: DecodeState, steps: Array) -> DecodeSt
             positions,
             ~state.done[:, None],
             state.cache,
-            model.config.text,
+            model.config.required_text,
             model.dtype,
         )
         return add_token(state.replace(cache=cache), logits), left - 1
@@ -192,7 +192,7 @@ def decode_loop(model: BoundModel, state: DecodeState, steps: Array) -> DecodeSt
 def score_step(model: BoundModel, prompt: PromptBatch) -> Array:
     """Logits at every position, [B,T,V] float32. Padding may be on either side."""
     language = part_variables(model.variables, "language_model")
-    llama = Llama(model.config.text, model.dtype)
+    llama = Llama(model.config.required_text, model.dtype)
     hidden, _ = llama.apply(language, _embed(model, prompt), positions_from_valid(prompt.valid), prompt.valid)
     return llama.apply(language, hidden, method="logits")
 
@@ -209,7 +209,7 @@ def encode_step(model: BoundModel, pixel_values: Array) -> Array:
         [M,P,D]; for a vision tower without projector its last hidden state [M,1+P,D].
     """
     if model.config.projector is None:
-        tower = InternViT(model.config.vision, model.dtype, image_axes=model.image_axes)
+        tower = InternViT(model.config.required_vision, model.dtype, image_axes=model.image_axes)
         encoded = tower.apply(part_variables(model.variables, "vision_model"), pixel_values)
     else:
         chat_model = InternVLChat(model.config, model.dtype, image_axes=model.image_axes)

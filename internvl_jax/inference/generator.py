@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from internvl_jax.config import ChatConfig
+from internvl_jax.config.conversation_templates import IMG_CONTEXT
 from internvl_jax.inference import generate
 from internvl_jax.inference.beam_search import EARLY_STOPPING, SearchSettings
 from internvl_jax.inference.bound_model import BoundModel, PromptBatch
@@ -20,6 +21,7 @@ from internvl_jax.inference.sampling import GenerationConfig, RowSettings, make_
 from internvl_jax.models.layers import Array, Params
 from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.processing.conversation import image_token_index
+from internvl_jax.processing.tokenizer import Tokenizer
 
 SMALLEST_BUCKET = 64  # tokens; shorter prompts cost about the same
 
@@ -42,44 +44,41 @@ class Generator:
     mesh.
 
     Args:
-        config: configuration of the model.
-        params: parameter tree of `chat_model`, layers stacked or as tuples of per-layer trees.
-        dtype: compute dtype.
+        model: the model.
         image_token_id: the token that image features replace; None for text-only models.
-        cache_dtype: dtype of the KV cache, int8 or a floating-point type; None: `dtype`.
-        mesh: the mesh over which `params` are sharded (`partitioning.place_params`); None: one device.
-        image_axes: mesh axes over which the vision tower's images are split (`partitioning.IMAGE_AXES`).
-        adapters: the collection "lora" of low-rank adapters (`lora.attach`); None: none.
+        mesh: the mesh over which the parameters are sharded (`param_sharding.place_params`); None: one device.
         known: [vocab_size] bool, tokens that may be generated; None: all. End tokens always may.
     """
 
     def __init__(
         self,
-        config: ChatConfig,
-        params: Params,
+        model: BoundModel,
         *,
-        dtype: Any,
-        image_token_id: int | None,
-        cache_dtype: Any = None,
+        image_token_id: int | None = None,
         mesh: jax.sharding.Mesh | None = None,
-        image_axes: tuple[str, ...] = BATCH,
-        adapters: Params | None = None,
         known: np.ndarray | None = None,
     ):
-        dtype = jnp.dtype(dtype)
-        self.model = BoundModel(
-            params=params,
-            config=config,
-            dtype=dtype,
-            cache_dtype=dtype if cache_dtype is None else jnp.dtype(cache_dtype),
-            image_axes=image_axes,
-            adapters=adapters,
-        )
+        self.model = model
         self.mesh = mesh
         self.image_token_id = image_token_id
         self._known = None if known is None or known.all() else known
         self._row_multiple = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
-        self._image_multiple = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in image_axes)
+        self._image_multiple = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in model.image_axes)
+
+    @classmethod
+    def for_tokenizer(
+        cls, model: BoundModel, tokenizer: Tokenizer | None, mesh: jax.sharding.Mesh | None = None
+    ) -> Generator:
+        """A generator with the image token of the configuration or the tokenizer.
+
+        It generates only tokens that the tokenizer has: a model may have vocabulary rows for more.
+        """
+        config, known = model.config, None
+        image_token_id = config.image_token_id
+        if tokenizer is not None:
+            image_token_id = tokenizer.token_to_id(IMG_CONTEXT) if image_token_id is None else image_token_id
+            known = None if config.text is None else tokenizer.known_ids(config.text.vocab_size)
+        return cls(model, image_token_id=image_token_id, mesh=mesh, known=known)
 
     @property
     def config(self) -> ChatConfig:
@@ -104,8 +103,8 @@ class Generator:
     @property
     def pad_token_id(self) -> int:
         """Padding of rows that ended early: the config's pad token, else its first end token, else 0."""
-        pad = self.config.text.pad_token_id
-        return pad if pad is not None else next(iter(self.config.text.eos_token_ids), 0)
+        pad = self.config.required_text.pad_token_id
+        return pad if pad is not None else next(iter(self.config.required_text.eos_token_ids), 0)
 
     def with_params(self, params: Params, adapters: Params | None = None) -> Generator:
         """The same model with other parameters. Nothing is compiled again if their shapes and dtypes are the same.
@@ -242,13 +241,13 @@ class Generator:
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, features: Array | None = None
     ) -> np.ndarray:
         """Logits at every position, [B,T,V] float32, undefined on padding. Arguments as for `generate`."""
-        input_ids, valid, _ = self.check(input_ids, attention_mask, features, None)
+        input_ids, valid = self.check(input_ids, attention_mask, features, None)
         rows, length = input_ids.shape
         width = ((0, -rows % self._row_multiple), (0, bucket(length) - length))
         prompt = self._prompt_batch(np.pad(input_ids, width), np.pad(valid, width), features)
         with self._on_mesh():
             logits = generate.score_step(self.model, prompt)
-        return np.asarray(logits)[:rows, :length, : self.config.text.vocab_size]
+        return np.asarray(logits)[:rows, :length, : self.config.required_text.vocab_size]
 
     def check(
         self,
@@ -256,7 +255,7 @@ class Generator:
         attention_mask: Any,
         features: Array | jax.ShapeDtypeStruct | None,
         gen: GenerationConfig | None,
-    ) -> tuple[np.ndarray, np.ndarray, RowSettings | None]:
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Validate the inputs of `generate` (without `gen`: of `logits`) before anything runs.
 
         Args:
@@ -266,7 +265,7 @@ class Generator:
             gen: generation settings, or None.
 
         Returns:
-            input_ids [B,T] int32, valid [B,T] bool, and the settings of the padded batch (None without `gen`).
+            input_ids [B,T] int32 and valid [B,T] bool.
 
         Raises:
             ValueError: as for `generate`.
@@ -274,7 +273,9 @@ class Generator:
         input_ids, valid = self._check_tokens(input_ids, attention_mask)
         self._check_images(input_ids, valid, features)
         self._check_length(valid, 0 if gen is None else gen.max_new_tokens)
-        return input_ids, valid, None if gen is None else self._settings(gen, len(input_ids))
+        if gen is not None:
+            self._settings(gen, len(input_ids))
+        return input_ids, valid
 
     def prepare(
         self, input_ids: Any, attention_mask: Any, features: Array | None, gen: GenerationConfig
@@ -284,9 +285,10 @@ class Generator:
         Returns:
             The prompts, padded on the left, and the settings of their rows; the number of rows divides the mesh.
         """
-        input_ids, valid, settings = self.check(input_ids, attention_mask, features, gen)
+        input_ids, valid = self.check(input_ids, attention_mask, features, gen)
+        settings = self._settings(gen, len(input_ids))
         rows = [ids[keep] for ids, keep in zip(input_ids, valid)]
-        width = min(bucket(max(map(len, rows))), self.config.text.max_position_embeddings)
+        width = min(bucket(max(map(len, rows))), self.config.required_text.max_position_embeddings)
         padded = len(rows) + -len(rows) % self._row_multiple
         aligned = np.zeros((padded, width), np.int32)
         valid = np.zeros((padded, width), bool)
@@ -299,11 +301,11 @@ class Generator:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _settings(self, gen: GenerationConfig, batch: int) -> RowSettings:
-        vocabulary = self.config.text.vocab_size
+        vocabulary = self.config.required_text.vocab_size
         outside = [i for i in gen.eos_token_ids or () if i >= vocabulary]
         if outside:
             raise ValueError(f"eos_token_ids {outside} are outside the vocabulary of {vocabulary} tokens")
-        settings = make_row_settings(gen, batch, self.config.text.eos_token_ids)
+        settings = make_row_settings(gen, batch, self.config.required_text.eos_token_ids)
         extra = -batch % self._row_multiple
         settings = jax.tree.map(lambda row: np.pad(row, [(0, extra)] + [(0, 0)] * (row.ndim - 1), "edge"), settings)
         settings.max_new_tokens[batch:] = 1  # rows that fill up the mesh end at once
@@ -341,7 +343,7 @@ class Generator:
         empty = np.flatnonzero(~valid.any(axis=1))
         if empty.size:
             raise ValueError(f"row {_names(empty)}: the prompt has no tokens")
-        vocabulary = self.config.text.vocab_size
+        vocabulary = self.config.required_text.vocab_size
         outside = valid & ((input_ids < 0) | (input_ids >= vocabulary))
         if self.image_token_id is not None:  # which may be outside the vocabulary
             outside &= input_ids != self.image_token_id
@@ -361,7 +363,7 @@ class Generator:
         if features is None:
             images, tokens = 0, 1
         else:
-            width = self.config.text.hidden_size
+            width = self.config.required_text.hidden_size
             if features.ndim != 3 or features.shape[2] != width:
                 raise ValueError(f"features must be [images, tokens, {width}], not {list(features.shape)}")
             images, tokens = features.shape[:2]
@@ -379,7 +381,7 @@ class Generator:
             )
 
     def _check_length(self, valid: np.ndarray, max_new_tokens: int) -> None:
-        context = self.config.text.max_position_embeddings
+        context = self.config.required_text.max_position_embeddings
         lengths = valid.sum(axis=1)
         row = int(lengths.argmax())
         if lengths[row] + max_new_tokens > context:

@@ -18,8 +18,10 @@ from internvl_jax.data.batch import Batch, pad_rows
 from internvl_jax.data.loader import Loader
 from internvl_jax.data.packing import Layout, assemble
 from internvl_jax.data.samples import SampleError, SampleMaker, image_names, read_entry
+from internvl_jax.inference.bound_model import bind_model
 from internvl_jax.inference.chat import Chat
-from internvl_jax.inference.loading import unstack_towers
+from internvl_jax.inference.generator import Generator
+from internvl_jax.inference.loading import inference_layout
 from internvl_jax.models.layers import Params
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as mesh_lib
@@ -85,16 +87,9 @@ class HeldOut:
         self._recipe, self._place, self._processor = recipe, place, processor
         self._questions, self._tell, self._directory = questions, tell, directory
         axes = BATCH if place.mesh is None else mesh_lib.IMAGE_AXES[place.vision]
-        self._chat = Chat(
-            config,
-            {},
-            dtype=settings.dtype,
-            tokenizer=tokenizer,
-            processor=processor,
-            name="the model",
-            mesh=place.mesh,
-            image_axes=axes,
-        )
+        model = bind_model(config, {}, dtype=settings.dtype, image_axes=axes)  # parameters follow
+        generator = Generator.for_tokenizer(model, tokenizer, place.mesh)
+        self._chat = Chat(generator, tokenizer, processor, name="the model")
 
         def sums(trained: Params, frozen: Params, batch: Batch) -> objective.Sums:
             variables = assemble_params(trained, frozen, recipe)
@@ -138,10 +133,8 @@ class HeldOut:
 
     def _answer(self, step: int, state: State, frozen: Params) -> None:
         variables = assemble_params(state.trained, frozen, self._recipe)
-        alone = self._place.mesh is None and jax.default_backend() == "cpu"
-        if alone:
-            variables = {collection: unstack_towers(tree) for collection, tree in variables.items()}
-        chat = self._chat.with_params(variables["params"], variables["lora"])
+        params, adapters = (inference_layout(variables[name], self._place.mesh) for name in ("params", "lora"))
+        chat = self._chat.with_params(params, adapters)
         # A question that fails is logged as a warning; it does not end the run.
         options: dict[str, Any] = {"honour_exif": False, "parse_special": True, "max_new_tokens": ANSWER_TOKENS}
         replies = [chat.batch_chat([q.text], [q.images], **options)[0] for q in self._questions]

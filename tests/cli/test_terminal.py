@@ -104,7 +104,7 @@ def test_a_session_in_a_terminal(cache):
 
 
 def test_interrupted_while_loading(cache):
-    code = "from internvl_jax.inference import loading\nimport time\nloading._read = lambda *_: time.sleep(60)"
+    code = "from internvl_jax.inference import loading\nimport time\nloading.read_params = lambda *_: time.sleep(60)"
     with Terminal(cache, *GOLDEN, "Hi", code=code) as terminal:
         terminal.expect("starting")
         time.sleep(3)

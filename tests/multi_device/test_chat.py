@@ -57,7 +57,7 @@ def test_answers_and_shares(source, spec, vision, converted, monkeypatch):
         param_sharding, "place_params", lambda params, *a, **k: place(read.append(shares(params)) or params, *a, **k)
     )
     directory = converted if source == "converted" else CHECKPOINT
-    chat = internvl_jax.load(directory, mesh=spec, vision=vision)
+    chat = internvl_jax.load(directory, mesh=spec, vision_mode=vision)
     mesh = make_mesh(spec)
     mode = vision or ("data" if mesh.shape["tensor"] == 1 else "tensor")
     assert chat.generator.mesh.shape == mesh.shape
@@ -108,7 +108,7 @@ def test_llava_and_v1_0(name, spec, vision, tmp_path):
         (directory / "config.json").write_text(json.dumps({**config, "force_image_size": 84}))
     facts = bundle(root.name)[1]
     prompts = [p for p in facts["orig_prompts" if name == "llava" else "prompts"] if p.get("resolution", "r1") == "r1"]
-    chat = internvl_jax.load(directory, mesh=spec, vision=vision)
+    chat = internvl_jax.load(directory, mesh=spec, vision_mode=vision)
     questions, images, histories = [], [], []
     for prompt in prompts:
         *turns, question = prompt["messages"]
@@ -140,7 +140,7 @@ def test_illegal_meshes_are_refused_before_anything_is_read(monkeypatch):
         with pytest.raises(mesh_lib.MeshError, match=message):
             internvl_jax.load(CHECKPOINT, mesh=spec)
     with pytest.raises(ValueError, match="vision mode 'both' is not one of tensor, data"):
-        internvl_jax.load(CHECKPOINT, mesh="tensor=4", vision="both")
+        internvl_jax.load(CHECKPOINT, mesh="tensor=4", vision_mode="both")
 
 
 def test_command_line(capsys):

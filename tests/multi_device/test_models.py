@@ -14,6 +14,7 @@ from support.mesh_cases import IMAGE, answers, batch_of, config_of, llava_of, pa
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.inference import generate
+from internvl_jax.inference.bound_model import bind_model
 from internvl_jax.inference.generator import Generator
 from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.models import param_sharding
@@ -127,7 +128,7 @@ def test_llavas_family_equals_one_device(system, mesh_spec):
     ids, pixels, valid = batch_of(config, 8)
     logits = []
     for params, where in ((params_of(config), None), (place(config, mesh), mesh)):
-        generator = Generator(config, params, dtype=jnp.float32, image_token_id=IMAGE, mesh=where)
+        generator = Generator(bind_model(config, params, dtype=jnp.float32), image_token_id=IMAGE, mesh=where)
         logits.append(generator.logits(ids, valid.astype(int), generator.encode(pixels)))
     assert_close(logits[1][valid], logits[0][valid], 1e-3, "logits")
 
@@ -153,7 +154,7 @@ def test_kernels_on_a_mesh():
         with implementation(program), contextlib.nullcontext() if where is None else jax.set_mesh(where):
             loss = jax.jit(jax.value_and_grad(partial(loss_of, config=config), has_aux=True))
             (value, _), gradients = loss(params, ids, None, valid)
-        generator = Generator(config, params, dtype=jnp.float32, image_token_id=IMAGE, mesh=where)
+        generator = Generator(bind_model(config, params, dtype=jnp.float32), image_token_id=IMAGE, mesh=where)
         gen = GenerationConfig(max_new_tokens=100)  # a cache of 256 slots
         with implementation(program):
             state = generator.prefill(ids, valid.astype(int), generator.encode(pixels), gen)
@@ -181,10 +182,10 @@ def test_images_over_all_devices(system, mesh_spec):
     config = {**SYSTEMS, **FAMILY}[system]
     mesh = make_mesh(mesh_spec, config=config)
     pixels = batch_of(config, 3)[1]
-    single = Generator(config, params_of(config), dtype=jnp.float32, image_token_id=IMAGE).encode(pixels)
+    single = Generator(bind_model(config, params_of(config), dtype=jnp.float32), image_token_id=IMAGE).encode(pixels)
     params = place(config, mesh, vision="data")
     generator = Generator(
-        config, params, dtype=jnp.float32, image_token_id=IMAGE, mesh=mesh, image_axes=IMAGE_AXES["data"]
+        bind_model(config, params, dtype=jnp.float32, image_axes=IMAGE_AXES["data"]), image_token_id=IMAGE, mesh=mesh
     )
     heads = params["vision_model"]["layers"]["attn"]["qkv"]["kernel"].shape[-2]
     assert heads == config.vision.num_attention_heads
@@ -201,7 +202,7 @@ def test_one_row_on_every_mesh_axis(num_beams):
     results = []
     placed = place(config, mesh)
     for params, where in ((params_of(config), None), (placed, mesh)):
-        generator = Generator(config, params, dtype=jnp.float32, image_token_id=IMAGE, mesh=where)
+        generator = Generator(bind_model(config, params, dtype=jnp.float32), image_token_id=IMAGE, mesh=where)
         results.append(generator.generate(ids, None, generator.encode(pixels), gen)[0])
         assert generator.logits(ids, None, generator.encode(pixels)).shape == (1, 12, config.text.vocab_size)
     if num_beams > 1:  # draws depend on the padded vocabulary's size, beams do not
@@ -228,7 +229,7 @@ def test_decode_compiles_once():
     config = config_of(5, 2)
     mesh = make_mesh("data=2,tensor=4", config=config)
     params = place(config, mesh)
-    generator = Generator(config, params, dtype=jnp.float32, image_token_id=IMAGE, mesh=mesh)
+    generator = Generator(bind_model(config, params, dtype=jnp.float32), image_token_id=IMAGE, mesh=mesh)
     ids, pixels, valid = batch_of(config, 3)
     counts = [generate.num_compiles()["decode"]]
     for _ in range(2):
@@ -265,7 +266,9 @@ def test_rows_that_fail_and_tokens_that_nobody_knows(num_beams):
     results = []
     placed = param_sharding.place_params(jax.tree.map(jnp.copy, params), config, mesh)
     for given, where in ((params, None), (placed, mesh)):
-        generator = Generator(config, given, dtype=jnp.float32, image_token_id=IMAGE, mesh=where, known=known)
+        generator = Generator(
+            bind_model(config, given, dtype=jnp.float32), image_token_id=IMAGE, mesh=where, known=known
+        )
         tokens, reasons = generator.generate(ids, None, generator.encode(pixels), gen)
         assert reasons == ["length", "error", "length"]
         assert known[tokens[[0, 2]]].all()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from internvl_jax.config import ChatConfig, ProjectorConfig, TextConfig, VisionConfig, clip_vision
+from internvl_jax.inference.bound_model import bind_model
 from internvl_jax.inference.generator import Generator
 from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.models import chat_model
@@ -83,9 +84,10 @@ def batch_of(config: ChatConfig, rows: int):
     return ids, rng.randn(rows, 3, config.image_size, config.image_size).astype(np.float32), valid
 
 
-def answers(params, config, rows, **mesh):
+def answers(params, config, rows, *, mesh=None, cache_dtype=None):
     """Greedy tokens [rows,10] of the prompts with their images."""
     ids, pixels, valid = batch_of(config, rows)
-    generator = Generator(config, params, dtype=jnp.float32, image_token_id=IMAGE, **mesh)
+    model = bind_model(config, params, dtype=jnp.float32, cache_dtype=cache_dtype)
+    generator = Generator(model, image_token_id=IMAGE, mesh=mesh)
     gen = GenerationConfig(max_new_tokens=10)
     return generator.generate(ids, valid.astype(int), generator.encode(pixels), gen)[0]

@@ -53,7 +53,7 @@ def chat(directory):
     results = {}
     for name, mesh in meshes().items():
         before, announced = checkpoint.bytes_read(), []
-        model = load(directory / "model", mesh, "float32", progress=partial(report, announced))
+        model = load(directory / "model", mesh=mesh, dtype="float32", progress=partial(report, announced))
         results[name] = {"read": checkpoint.bytes_read() - before, "announced": announced[-1]}
         unpad = partial(param_sharding.unpad_params, config=model.config)
         places = param_sharding.storage_shardings(jax.eval_shape(unpad, model.params), mesh)
@@ -104,7 +104,7 @@ def answers(directory):
     options = {"max_new_tokens": 4}
     for name, mesh in (("each", None), ("both", "tensor=2")):
         job = offline.prepare(directory / "questions.jsonl", directory / f"{name}.jsonl", mesh)
-        offline.run(load(directory / "model", job.mesh, "float32"), job, batch_size=2, **options)
+        offline.run(load(directory / "model", mesh=job.mesh, dtype="float32"), job, batch_size=2, **options)
     return {}
 
 

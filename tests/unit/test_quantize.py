@@ -18,6 +18,7 @@ import internvl_jax
 from internvl_jax import checkpoint
 from internvl_jax.config import PRESETS, load_config
 from internvl_jax.inference.beam_search import reorder, widen
+from internvl_jax.inference.bound_model import bind_model
 from internvl_jax.inference.generator import Generator
 from internvl_jax.inference.loading import unstack_towers
 from internvl_jax.inference.sampling import GenerationConfig
@@ -136,7 +137,7 @@ def test_model_equals_its_dequantized_parameters(scheme):
 
 
 def generator(params, **options):
-    return Generator(CONFIG, params, dtype=jnp.float32, image_token_id=IMAGE, **options)
+    return Generator(bind_model(CONFIG, params, dtype=jnp.float32, **options), image_token_id=IMAGE)
 
 
 def test_int8_cache_equals_attention_to_what_it_holds():

@@ -21,6 +21,7 @@ from support.generation_cases import (
 
 from internvl_jax.config import config_from_hf
 from internvl_jax.inference import beam_search, generate
+from internvl_jax.inference.bound_model import bind_model
 from internvl_jax.inference.generator import Generator
 from internvl_jax.inference.sampling import GenerationConfig, make_row_settings
 from internvl_jax.models import kv_cache
@@ -34,7 +35,7 @@ def generator(weights, *, image_token_id=None, stacked=True):
     params = jax.tree.map(jnp.asarray, weights)
     if not stacked:
         params = {**params, "layers": unstack(params["layers"])}
-    return Generator(CONFIG, {"language_model": params}, dtype=jnp.float32, image_token_id=image_token_id)
+    return Generator(bind_model(CONFIG, {"language_model": params}, dtype=jnp.float32), image_token_id=image_token_id)
 
 
 def settings(case):

@@ -13,6 +13,7 @@ from support.paths import ROOT
 from internvl_jax.aot.topology import CHIPS
 from internvl_jax.config import PRESETS
 from internvl_jax.inference import bench
+from internvl_jax.inference.load_options import LoadOptions
 
 NANO = PRESETS["nano"]()
 
@@ -24,7 +25,7 @@ def result(tmp_path_factory):
         patch.setattr(bench, "REPEATS", 2)
         patch.setattr(bench, "STEPS", 3)
         jax.clear_caches()  # tests before these may have compiled the same programs
-        return bench.run(preset="nano", batches=(1, 3), prompt_tokens=96, profile=folder), folder
+        return bench.run(preset="nano", batch_sizes=(1, 3), prompt_tokens=96, profile=folder), folder
 
 
 def test_every_program_at_every_batch(result):
@@ -67,7 +68,7 @@ def test_a_trace_is_written(result):
 
 
 def test_random_weights_are_random_everywhere():
-    generator = bench.random_model(NANO, None, None)
+    generator = bench.random_model(NANO, LoadOptions())
     tower = generator.params["vision_model"]["layers"]
     assert len(tower) == NANO.num_vision_layers
     values = np.asarray(tower[0]["mlp"]["fc1"]["kernel"])
@@ -81,11 +82,11 @@ def test_random_weights_are_random_everywhere():
         ({"preset": "giant"}, "preset 'giant' is not one of"),
         ({}, "give one of them"),
         ({"preset": "nano", "checkpoint": "x"}, "give one of them"),
-        ({"preset": "nano", "batches": (0,)}, "positive numbers"),
+        ({"preset": "nano", "batch_sizes": (0,)}, "positive numbers"),
         ({"preset": "nano", "prompt_tokens": 100000}, "a prompt has .* tokens here"),
         ({"preset": "nano", "prompt_tokens": 3}, "a prompt has .* tokens here"),
-        ({"preset": "nano", "quantize": "int8"}, "quantize a checkpoint"),
-        ({"preset": "nano", "mesh": "tensor=1000"}, "needs 1000 devices"),
+        ({"preset": "nano", "options": LoadOptions(quantize="int8")}, "quantize a checkpoint"),
+        ({"preset": "nano", "options": LoadOptions(mesh="tensor=1000")}, "needs 1000 devices"),
     ],
 )
 def test_refused(options, words):
@@ -130,7 +131,7 @@ def test_figures_on_a_chip():
 def test_chips_by_their_names_in_jax(kind, name):
     assert bench.chip_of(SimpleNamespace(device_kind=kind)) is CHIPS[name]
     assert bench.chip_of(SimpleNamespace(device_kind="cpu")) is None
-    assert set(bench.KINDS.values()) == set(CHIPS)
+    assert set(bench.DEVICE_KINDS.values()) == set(CHIPS)
 
 
 def test_names_are_those_of_the_compilers_devices():

@@ -287,7 +287,7 @@ def test_without_a_limit_the_context_is_one(chat):
 
 def test_a_mesh_of_one_device(chat):
     """The smallest mesh: layers stay stacked, nothing is padded, and the answers are the same."""
-    meshed = internvl_jax.load(CHECKPOINT, mesh="tensor=1", vision="tensor")
+    meshed = internvl_jax.load(CHECKPOINT, mesh="tensor=1", vision_mode="tensor")
     assert meshed.params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"].shape[0] == 4
     batch = FACTS["batches"][0]
     replies = meshed.batch_chat(batch["questions"], [[image_path(name)] for name in batch["images"]], **REFERENCE)

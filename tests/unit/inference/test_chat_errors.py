@@ -105,9 +105,7 @@ def test_a_row_without_an_answer_leaves_the_others_theirs(chat, logged):
     params = jax.tree.map(lambda leaf: leaf, chat.params)
     embedding = params["language_model"]["embed_tokens"]["embedding"]
     params["language_model"]["embed_tokens"] = {"embedding": embedding.at[token].set(np.nan)}
-    spoiled = internvl_jax.inference.chat.Chat(
-        chat.config, params, dtype=chat.dtype, tokenizer=chat.tokenizer, processor=chat.processor
-    )
+    spoiled = chat.with_params(params)
     bad = f"{question} <box>"
     options = {"max_new_tokens": 6, "parse_special": True}
     for extra in ({}, {"num_beams": 2}, {"stop": "not in there"}, {"temperature": 1.0}):
@@ -127,7 +125,7 @@ def test_a_row_without_an_answer_leaves_the_others_theirs(chat, logged):
         spoiled.generate([[5, 6], [5, token]], max_new_tokens=2)
     # Finite numbers whose squares overflow in the first norm.
     params["language_model"]["embed_tokens"] = {"embedding": embedding.at[token].set(1e30)}
-    overflowing = internvl_jax.inference.chat.Chat(chat.config, params, dtype=chat.dtype, tokenizer=chat.tokenizer)
+    overflowing = chat.with_params(params)
     with pytest.raises(AnswerError, match="row 1: the model's logits are not finite"):
         overflowing.generate([[5, 6], [5, token]], max_new_tokens=2)
 

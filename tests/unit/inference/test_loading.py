@@ -15,7 +15,9 @@ from support.golden import DATA, assert_close, bundle
 import internvl_jax
 from internvl_jax.config import ConfigError, load_config
 from internvl_jax.inference import loading
+from internvl_jax.inference.bound_model import bind_model
 from internvl_jax.inference.chat import Chat
+from internvl_jax.inference.generator import Generator
 from internvl_jax.utils import logs
 
 pytest.importorskip("torch")  # the golden checkpoint is PyTorch's
@@ -49,14 +51,14 @@ def test_progress_ends_at_the_whole():
         ({"dtype": "float16"}, "dtype 'float16' is not supported: use 'float32' or 'bfloat16'"),
         ({"dtype": "half"}, "use 'float32' or 'bfloat16'"),
         ({"dtype": "fp32"}, "dtype 'fp32' is not supported"),
-        ({"vision": "data"}, "pass a mesh too"),
+        ({"vision_mode": "data"}, "pass a mesh too"),
         ({"mesh": "tensor=4096"}, "needs 4096 devices"),
         ({"mesh": "tensor"}, "is not understood"),
     ],
     ids=str,
 )
 def test_bad_arguments(options, message, monkeypatch):
-    monkeypatch.setattr(loading, "_read", lambda *_: pytest.fail("parameters were read"))
+    monkeypatch.setattr(loading, "read_params", lambda *_: pytest.fail("parameters were read"))
     with pytest.raises(ValueError, match=message):
         internvl_jax.load(**{"path": CHECKPOINT, **options})
 
@@ -75,7 +77,7 @@ def test_paths_are_resolved(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(CHECKPOINT.parent))
     monkeypatch.chdir(CHECKPOINT / "..")
     for path in ("~/checkpoint", "checkpoint/../checkpoint/", "./checkpoint"):
-        monkeypatch.setattr(loading, "_load_params", lambda directory, *_: directory)
+        monkeypatch.setattr(loading, "load_params", lambda directory, *_: directory)
         assert internvl_jax.load(path).params == CHECKPOINT
     (tmp_path / "weights.bin").write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"weights\.bin is a file: pass the directory"):
@@ -173,7 +175,8 @@ def test_bare_language_model_that_chats(chat):
     """With a tokenizer and a template a model without a tower answers, and says that it cannot see."""
     config = replace(chat.config, vision=None, projector=None)
     params = {"language_model": chat.params["language_model"]}
-    blind = Chat(config, params, dtype=jnp.float32, tokenizer=chat.tokenizer)
+    generator = Generator.for_tokenizer(bind_model(config, params, dtype=jnp.float32), chat.tokenizer)
+    blind = Chat(generator, chat.tokenizer)
     prompt = PROMPTS["text_only"]
     assert blind.chat(prompt["question"], max_new_tokens=32).text == prompt["response"]
     with pytest.raises(ValueError, match="is a language model without a vision tower: ask without images"):

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.generation_cases import IMAGE, LLAMA, NO_END, llama_weights, padded, rows_of, tokens_of, torch_llama
+from support.generation_cases import LLAMA, NO_END, padded, rows_of, tokens_of, torch_llama
 
 from internvl_jax.config import config_from_hf
 from internvl_jax.inference import generate
 from internvl_jax.inference.bound_model import PromptBatch
-from internvl_jax.inference.generator import Generator, bucket
+from internvl_jax.inference.generator import bucket
 from internvl_jax.inference.sampling import (
     GenerationConfig,
     keep_likely,
@@ -20,16 +20,6 @@ from internvl_jax.inference.sampling import (
 )
 
 CONFIG = config_from_hf(LLAMA)
-
-
-@pytest.fixture(scope="module")
-def weights():
-    return jax.tree.map(jnp.asarray, llama_weights(11))
-
-
-@pytest.fixture(scope="module")
-def model(weights):
-    return Generator(CONFIG, {"language_model": weights}, dtype=jnp.float32, image_token_id=IMAGE)
 
 
 # Rules that hold for greedy answers too.
