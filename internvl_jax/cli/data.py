@@ -66,8 +66,7 @@ def _check(args: argparse.Namespace) -> int:
             args.meta,
             checkpoint,
             Layout(args.batch_size, tuple(lengths), slots, packed=not args.no_packing),
-            limit=args.limit,
-            show=args.show,
+            check.CheckOptions(args.limit, args.show),
             base=args.root,
             progress=progress,
             images_first=args.images_first,
@@ -76,5 +75,5 @@ def _check(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report.to_dict())
     else:
-        check.show(report, tokenizer, stdout_console())
+        check.print_report(report, tokenizer, stdout_console())
     return 1 if report.problems else 0

@@ -1,10 +1,10 @@
-"""The documented data format: a meta file that names annotation files, read by random access and never held.
+"""Meta files and annotation files, read by random access and never held in memory.
 
-The meta file is InternVL's: {name: {"root": images' directory, "annotation": file, "repeat_time": 1, "data_augment":
-false, "length": samples}}. Annotations are JSONL, a conversation a line, or LLaVA's, one JSON list of them. Where the
-entries of a file begin and end is found once, kept in the user's cache directory and memory-mapped, so that neither
-memory nor start-up time grows with the data, however many processes read it. Where that directory cannot be written,
-memory holds it.
+A meta file is InternVL's: {name: {"root": directory of the images, "annotation": file, "repeat_time": 1,
+"data_augment": false, "length": samples}}. Annotations are JSONL, one conversation per line, or LLaVA's JSON list of
+conversations. The byte ranges of a file's entries are computed once, cached in the user's cache directory and
+memory-mapped, so neither memory nor start-up time grows with the data, however many processes read it. If that
+directory is not writable, the index is kept in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from internvl_jax.utils import files
 
 Progress = Callable[[int, int, str], None]
 
-CHUNK = 1 << 24  # bytes of a file that are looked at in one piece
+CHUNK = 1 << 24  # bytes read at a time
 JSON_PARTS = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]\n]', re.DOTALL)
 ROW = 3 * np.dtype(np.int64).itemsize  # bytes of an index
 KEYS = {"root", "annotation", "repeat_time", "data_augment", "length", "max_dynamic_patch"}
@@ -38,33 +38,51 @@ _in_memory: dict[str, np.ndarray] = {}  # indexes without a file
 
 
 class DataError(ValueError):
-    """Training data that cannot be used; the message names the file, and the line where there is one."""
+    """Training data cannot be used. The message names the file, and the line if there is one."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of a meta file."""
+    """One data set of a meta file.
+
+    Attributes:
+        name: its key in the meta file.
+        root: directory that its relative image paths start from.
+        annotation: the annotation file.
+        repeat_time: how often an epoch uses each entry; below 1 it uses only the first part of the file.
+        augment: whether images are augmented.
+        length: number of samples that the meta file states, or None.
+    """
 
     name: str
-    root: Path  # where its relative image paths start
+    root: Path
     annotation: Path
-    repeat_time: float = 1  # below 1 the first part of the file, above 1 several times
+    repeat_time: float = 1
     augment: bool = False
-    length: int | None = None  # samples, as the meta file says
+    length: int | None = None
 
-    def samples(self, entries: int) -> int:
-        """How many samples an epoch has of a file with that many entries. Raises DataError where it has none."""
-        count = round(entries * self.repeat_time)
+    def samples(self, num_entries: int) -> int:
+        """The number of samples per epoch from a file of `num_entries`.
+
+        Raises:
+            DataError: there are none.
+        """
+        count = round(num_entries * self.repeat_time)
         if not count:
-            raise DataError(f"{self.name}: repeat_time {self.repeat_time} leaves none of {entries} samples")
+            raise DataError(f"{self.name}: repeat_time {self.repeat_time} leaves none of {num_entries} samples")
         return count
 
 
 def read_meta(path: Path, base: Path | None = None) -> list[Source]:
-    """The data sets of a meta file. A .jsonl, or a .json that holds a list, is taken as the only data set itself.
+    """Read the data sets of a meta file.
 
-    base: where relative paths start; None: at the meta file's own directory (the reference: where it is started).
-    Raises DataError with everything that is wrong with the file.
+    Args:
+        path: a meta file; or an annotation file (.jsonl, or .json with a list), which is then the only data set.
+        base: directory that relative paths start from. None: that of the meta file (in the reference code: the current
+            directory).
+
+    Raises:
+        DataError: with everything that is wrong with the file.
     """
     base = path.parent if base is None else base
     if not path.is_file():
@@ -74,7 +92,7 @@ def read_meta(path: Path, base: Path | None = None) -> list[Source]:
     problems: list[str] = []
     sources: list[Source] = []
     try:
-        meta = json.loads(files.read_text(path), object_pairs_hook=partial(_once, problems))
+        meta = json.loads(files.read_text(path), object_pairs_hook=partial(_unique, problems))
     except files.TextError as error:
         raise DataError(str(error)) from None
     except (ValueError, RecursionError) as error:
@@ -91,15 +109,15 @@ def read_meta(path: Path, base: Path | None = None) -> list[Source]:
     return sources
 
 
-def _once(problems: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs. Of two with one name, JSON's readers drop the first without a word."""
+def _unique(problems: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The JSON object of these pairs. Python's reader would silently drop all but the last of equal keys."""
     counts = Counter(name for name, _ in pairs)
-    problems += [f"{name}: is there {count} times" for name, count in counts.items() if count > 1]
+    problems += [f"{name}: appears {count} times" for name, count in counts.items() if count > 1]
     return dict(pairs)
 
 
 def _first_byte(path: Path) -> bytes:
-    """The first byte that is neither blank nor of a byte order mark. Raises DataError for UTF-16."""
+    """The first byte after white space and a byte order mark. Raises DataError for UTF-16."""
     with open(path, "rb") as file:
         start = file.read(64)
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -126,7 +144,7 @@ def _source(name: str, values: Any, base: Path) -> Source:
     if isinstance(length, bool) or not (length is None or isinstance(length, int)):
         raise ValueError(f'"length" must be a number of samples, not {length!r}')
     if values.get("max_dynamic_patch", 1) != 1:
-        raise ValueError('"max_dynamic_patch" asks for tiles, which this model has not: leave it out')
+        raise ValueError('"max_dynamic_patch" asks for image tiles, which this model does not have: leave it out')
     path = base / annotation
     if not path.is_file():
         raise ValueError(f"the annotation {path} {files.not_a_file(path)}")
@@ -136,14 +154,19 @@ def _source(name: str, values: Any, base: Path) -> Source:
 
 
 class Entries:
-    """The entries of one annotation file, by number. Safe to share between threads, and to pickle.
+    """The entries of one annotation file, by number. Can be shared by threads, and pickled.
 
-    Raises DataError where there is none, and for a .json that is not a list of objects.
+    Attributes:
+        path: the annotation file.
+        index: where its entries are: the cached index file, or the index itself if the cache is not usable.
+
+    Raises:
+        DataError: the file has no entries, or is a .json that is not a list of objects.
     """
 
     def __init__(self, path: Path, progress: Progress | None = None):
         self.path = path
-        self._index = _index(path, progress)
+        self.index = _load_or_build_index(path, progress)
         self._open()
         if not len(self):
             raise DataError(f"{path} has no entries")
@@ -155,27 +178,28 @@ class Entries:
         start, end, _ = self._spans[number].tolist()
         return os.pread(self._file.fileno(), end - start, start)
 
-    def place(self, number: int) -> str:
-        """FILE:LINE of an entry; in a JSON list, which may be a single line, its number in the list too."""
-        place = f"{self.path}:{int(self._spans[number][2])}"
-        return place if self.path.suffix != ".json" else f"{place} (entry {number + 1})"
+    def location(self, number: int) -> str:
+        """FILE:LINE of an entry. For a JSON list, which may be a single line, also its number in the list."""
+        location = f"{self.path}:{int(self._spans[number][2])}"
+        return location if self.path.suffix != ".json" else f"{location} (entry {number + 1})"
 
     def _open(self) -> None:
-        self._spans = _map(self._index) if isinstance(self._index, Path) else self._index
+        self._spans = _map_index(self.index) if isinstance(self.index, Path) else self.index
         self._file = open(self.path, "rb")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_index": self._index}
+        return {"path": self.path, "index": self.index}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
 
-def _index(path: Path, progress: Progress | None) -> Path | np.ndarray:
-    """The index of a file: rows of (first byte, last byte + 1, line) int64. Made once for a path, size and time.
+def _load_or_build_index(path: Path, progress: Progress | None) -> Path | np.ndarray:
+    """The index of a file: rows of (first byte, last byte + 1, line) int64, built once per path, size and time.
 
-    A file in the cache, or an array where the cache cannot be used.
+    Returns:
+        A file in the cache, or an array if the cache is not usable.
     """
     about = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:32]
@@ -185,38 +209,35 @@ def _index(path: Path, progress: Progress | None) -> Path | np.ndarray:
     if directory is not None:
         index = directory / f"{key}.i64"
         try:
-            if index.exists() and _map(index) is not None:
+            if index.exists() and index.stat().st_size % ROW == 0:  # otherwise it was cut off
                 return index
             with files.replacing(index) as temporary, open(temporary, "wb") as file:
                 for rows in _rows(path, progress):
                     file.write(rows.tobytes())
             return index
-        except OSError as error:  # it became full, or the file is somebody else's
+        except OSError as error:  # the disk is full, or the file is another user's
             files.warn_of_cache(directory, error)
     found = list(_rows(path, progress))
     _in_memory[key] = np.concatenate(found) if found else np.empty((0, 3), np.int64)
     return _in_memory[key]
 
 
-def _map(index: Path) -> np.ndarray | None:
-    """The rows of an index, from its file; None where it has no whole number of them."""
-    size = index.stat().st_size
-    if size % ROW:
-        return None
-    return np.memmap(index, np.int64, "r").reshape(-1, 3) if size else np.empty((0, 3), np.int64)
+def _map_index(index: Path) -> np.ndarray:
+    """Memory-map an index file."""
+    return np.memmap(index, np.int64, "r").reshape(-1, 3) if index.stat().st_size else np.empty((0, 3), np.int64)
 
 
 def _rows(path: Path, progress: Progress | None) -> Iterator[np.ndarray]:
     size = path.stat().st_size
     first = _first_byte(path)
-    for rows, done in _json_spans(path, first) if path.suffix == ".json" else _line_spans(path):
+    for rows, done in json_spans(path, first) if path.suffix == ".json" else line_spans(path):
         yield np.ascontiguousarray(rows, np.int64)
         if progress is not None:
             progress(done, size, f"indexing {path.name}")
 
 
-def _line_spans(path: Path) -> Iterator[tuple[np.ndarray, int]]:
-    """Lines that are not blank, chunk by chunk, and the bytes done."""
+def line_spans(path: Path) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield index rows of the lines that are not blank, chunk by chunk, and the number of bytes read so far."""
     start, line, offset, before = 0, 1, 0, b"\n"
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
@@ -233,11 +254,16 @@ def _line_spans(path: Path) -> Iterator[tuple[np.ndarray, int]]:
             yield np.asarray([[start, offset, line]]), offset
 
 
-def _json_spans(path: Path, first: bytes) -> Iterator[tuple[np.ndarray, int]]:
-    """The objects of a list, in pieces of some thousands, and the bytes done. Only strings and brackets are looked at:
-    what is wrong within an object is found when it is read."""
+def json_spans(path: Path, first: bytes) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield index rows of the objects of a list, some thousands at a time, and the number of bytes read so far.
+
+    Only strings and brackets are parsed; errors inside an object show when it is read.
+
+    Raises:
+        DataError: the file is not a list, or is cut off.
+    """
     if first != b"[":
-        raise DataError(f"{path} must hold a JSON list of conversations; one a line belongs into a .jsonl")
+        raise DataError(f"{path} must hold a JSON list of conversations; one per line belongs in a .jsonl")
     rows: list[tuple[int, int, int]] = []
     depth, line, start, start_line = 0, 1, 0, 1
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -264,15 +290,21 @@ def _json_spans(path: Path, first: bytes) -> Iterator[tuple[np.ndarray, int]]:
 
 @dataclass(frozen=True)
 class Record:
-    """One entry, as it is written in the file."""
+    """One entry, as written in its file.
+
+    Attributes:
+        source: its data set.
+        location: FILE:LINE.
+        text: JSON.
+    """
 
     source: Source
-    place: str  # FILE:LINE
+    location: str
     text: bytes
 
 
 class Corpus:
-    """All samples of an epoch, in the order of the meta file: what grain calls a random-access source."""
+    """All records of an epoch in the order of the meta file, as a grain random-access data source."""
 
     def __init__(self, sources: Sequence[Source], progress: Progress | None = None):
         self.sources = tuple(sources)
@@ -289,10 +321,10 @@ class Corpus:
         first = int(self._ends[which - 1]) if which else 0
         entries = self.entries[which]
         at = (number - first) % len(entries)
-        return Record(self.sources[which], entries.place(at), entries[at])
+        return Record(self.sources[which], entries.location(at), entries[at])
 
     def fingerprint(self) -> str:
-        """Equal for the same files' names, sizes and weights: a saved position means something in no other corpus."""
+        """A hash of the files' names, sizes and weights. A saved position is valid for the same fingerprint only."""
         facts = [
             (s.name, s.annotation.name, s.annotation.stat().st_size, s.repeat_time, s.augment) for s in self.sources
         ]

@@ -1,4 +1,4 @@
-"""What the reference does to training pictures of data sets that ask for it (data_augment)."""
+"""Augmentation of training images, as in the reference code, for data sets that ask for it (data_augment)."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ from PIL import Image
 
 from internvl_jax.processing.images import ImageError, load_image
 
-SCALE, RATIO = (0.8, 1.0), (3 / 4, 4 / 3)  # of the crop's area to the picture's, and of its width to its height
-QUALITIES = (75, 100)  # of JPEG, both included
-JPEG_SIDE = 65_500  # pixels, of libjpeg
+SCALE, RATIO = (0.8, 1.0), (3 / 4, 4 / 3)  # of the crop's area to the image's; width to height of the crop
+QUALITIES = (75, 100)  # of JPEG, inclusive
+JPEG_SIDE = 65_500  # pixels; libjpeg's limit
 
 AUGMENTATIONS = ("crop", "jpeg")
 
 
 def augment(image: Image.Image, kind: str, rng: np.random.Generator) -> Image.Image:
-    """An RGB picture, changed. "crop" is what V1-1's release did, "jpeg" what later releases do."""
-    return random_crop(image, rng) if kind == "crop" else degrade(image, rng)
+    """Augment an RGB image.
+
+    Args:
+        image: the image.
+        kind: "crop", as V1-1's release, or "jpeg", as later releases.
+        rng: source of randomness.
+
+    Raises:
+        ImageError: the image is too large for JPEG.
+    """
+    return random_crop(image, rng) if kind == "crop" else jpeg_compress(image, rng)
 
 
 def random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The crop of torchvision's RandomResizedCrop(scale=(0.8, 1)); resizing it is the image processor's part.
+    """The crop of torchvision's RandomResizedCrop(scale=(0.8, 1)), without its resizing.
 
-    Ten attempts at a random area and ratio; then the largest centred crop whose ratio is within bounds.
+    Tries a random area and ratio ten times, then takes the largest centre crop whose ratio is within bounds.
     """
     width, height = image.size
     for _ in range(10):
@@ -33,24 +42,28 @@ def random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return _cut(image, int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1)), w, h)
+            return crop(image, int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1)), w, h)
     low, high = RATIO
     w, h = width, height
     if width / height < low:
         h = round(width / low)
     elif width / height > high:
         w = round(height * high)
-    return _cut(image, (width - w) // 2, (height - h) // 2, w, h)
+    return crop(image, (width - w) // 2, (height - h) // 2, w, h)
 
 
-def _cut(image: Image.Image, left: int, top: int, width: int, height: int) -> Image.Image:
-    """As image.crop, which warns of large crops, and warnings can only be muted for the whole process."""
+def crop(image: Image.Image, left: int, top: int, width: int, height: int) -> Image.Image:
+    """As `image.crop`, but without its warning about large crops, which cannot be muted for one thread only."""
     box = (left, top, left + width, top + height)
     return image.resize((width, height), Image.Resampling.NEAREST, box=box)
 
 
-def degrade(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Written as JPEG of a random quality, and read again. Raises ImageError where JPEG cannot hold it."""
+def jpeg_compress(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Compress with JPEG of a random quality, and decode.
+
+    Raises:
+        ImageError: the image is too large for JPEG.
+    """
     quality = int(rng.integers(QUALITIES[0], QUALITIES[1] + 1))
     if max(image.size) > JPEG_SIDE:
         raise ImageError(

@@ -1,4 +1,4 @@
-"""What a training step reads: the one type that the data pipeline makes and the objective takes."""
+"""The batch of a training step: what the data pipeline produces and the objective takes."""
 
 from __future__ import annotations
 
@@ -8,23 +8,32 @@ from typing import Any
 import flax.struct
 import numpy as np
 
-IGNORED = -100  # the label of a token that is not supervised, as in the reference
+IGNORED = -100  # label of tokens that are not supervised, as in the reference code
 
 
 class Batch(flax.struct.PyTreeNode):
-    """Rows of tokens with the images that stand in them. Shapes are static: a bucket has one.
+    """Rows of tokens with their images.
 
-    A row holds one sample, or several packed behind one another, and padding at its end. Made by several processes,
-    each holds its own rows and image slots.
+    A row has one sample, or several packed one after the other, then padding. Of a run of several processes, each
+    loads rows and images of its own, and `put_batch` (training) makes the global batch.
+
+    Attributes:
+        input_ids: [B,T] int32; 0 on padding.
+        labels: [B,T] int32, aligned with input_ids, not shifted; IGNORED where unsupervised.
+        segment_ids: [B,T] int32: 1, 2, ... for the samples of a row, 0 on padding. Attention stays within a segment.
+        positions: [B,T] int32: from 0 in each sample; 0 on padding.
+        image_index: [B,T] int32: for an image token its row among the visual tokens [M*P,D], -1 for other tokens.
+        pixel_values: [M,3,S,S] float32: normalized images in the order of their tokens, then empty slots of zeros.
+        image_labels: [M,K] int32: labels of each image, for losses that use them (`SampleMaker.image_labels`).
     """
 
-    input_ids: Any  # [B,T] int32; 0 on padding
-    labels: Any  # [B,T] int32, aligned with input_ids and not shifted; IGNORED where unsupervised
-    segment_ids: Any  # [B,T] int32: 0 on padding, 1, 2, ... for the samples of a row; attention stays within one
-    positions: Any  # [B,T] int32: from 0 in each sample; 0 on padding
-    image_index: Any  # [B,T] int32: for an image token its row among the visual tokens [M*P,D]; -1 for other tokens
-    pixel_values: Any  # [M,3,S,S] float32: images in the order of their tokens over the rows, then slots of zeros
-    image_labels: Any = None  # [M,K] int32: what annotations say of each image, where a loss asks for it (samples.py)
+    input_ids: Any
+    labels: Any
+    segment_ids: Any
+    positions: Any
+    image_index: Any
+    pixel_values: Any
+    image_labels: Any = None
 
 
 def global_image_index(image_index: np.ndarray, parts: Sequence[int], tokens: int) -> np.ndarray:
@@ -44,9 +53,10 @@ def global_image_index(image_index: np.ndarray, parts: Sequence[int], tokens: in
 
 
 def pad_rows(batch: Batch, length: int) -> Batch:
-    """The batch (of numpy arrays) with rows of `length` tokens: processes that share a step need one shape.
+    """Pad the rows of a batch of numpy arrays to `length` tokens; processes that share a step need one shape.
 
-    Raises ValueError where the rows are longer already.
+    Raises:
+        ValueError: the rows are longer.
     """
     rows, tokens = batch.input_ids.shape
     if tokens > length:

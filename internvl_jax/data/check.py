@@ -1,10 +1,11 @@
-"""What is in a data set, and what is wrong with it, before a slice is paid for. `internvl-jax data check` prints it."""
+"""Validates training data and reports statistics before a run, for `internvl-jax data check`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,72 +22,113 @@ from internvl_jax.data.annotations import Corpus, DataError, Progress, Source, r
 from internvl_jax.data.batch import IGNORED
 from internvl_jax.data.loader import THREADS
 from internvl_jax.data.packing import Layout
-from internvl_jax.data.samples import UNREAD, Problem, Sample, SampleMaker, unread_message
+from internvl_jax.data.samples import MAX_UNREAD_KEYS, Problem, Sample, SampleMaker, unread_message
 from internvl_jax.processing.images import load_processor
 from internvl_jax.processing.tokenizer import Tokenizer, load_tokenizer
 from internvl_jax.utils import files
 
-LISTED = 20  # problems of a data set that are printed; all are counted
-COUNTED = 1000  # keys that nothing reads
-SIMULATED = 20_000  # samples that are packed to see how full rows become
+LISTED = 20  # problems per data set that are printed; all are counted
+MAX_COUNTED_KEYS = 1000  # unread keys per data set that are counted
+SIMULATED = 20_000  # samples that are packed to estimate how full rows are
 
 
 @dataclass
-class Seen:
-    """Something that entries have."""
+class Occurrences:
+    """How many entries have something, and where the first few are."""
 
-    count: int = 0  # entries
-    places: list[str] = field(default_factory=list)  # of the first few
+    count: int = 0
+    locations: list[str] = field(default_factory=list)
 
-    def add(self, place: str) -> None:
+    def add(self, location: str) -> None:
         self.count += 1
-        if len(self.places) < 3:
-            self.places.append(place)
+        if len(self.locations) < 3:
+            self.locations.append(location)
 
     def __str__(self) -> str:
-        return f"{self.count} entries, first {', '.join(self.places)}"
+        return f"{self.count} entries, first {', '.join(self.locations)}"
 
 
 @dataclass
 class SourceStats:
-    """One data set of the meta file. Token counts are per sample, after cutting."""
+    """Statistics of one data set.
+
+    Attributes:
+        source: the data set.
+        entries: number of entries of its annotation file.
+        tokens: tokens of each valid sample checked, after truncation.
+        supervised: supervised tokens of all of them.
+        images: images of all of them.
+        text_only: samples without images.
+        truncated: samples longer than a row.
+        problems: number of invalid annotations by kind.
+        listed: the first LISTED of them.
+        unread_keys: keys of entries that are not read.
+        special_tokens: special tokens that texts spell out.
+    """
 
     source: Source
     entries: int
     tokens: list[int] = field(default_factory=list)
-    supervised: int = 0  # tokens
+    supervised: int = 0
     images: int = 0
-    text_only: int = 0  # samples
-    cut: int = 0  # samples longer than a row
+    text_only: int = 0
+    truncated: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     listed: list[Problem] = field(default_factory=list)
-    unread: dict[str, Seen] = field(default_factory=dict)  # keys of entries that nothing reads
-    typed: dict[str, Seen] = field(default_factory=dict)  # special tokens in texts
+    unread_keys: dict[str, Occurrences] = field(default_factory=dict)
+    special_tokens: dict[str, Occurrences] = field(default_factory=dict)
 
     @property
     def checked(self) -> int:
+        """Entries checked."""
         return len(self.tokens) + self.problems.total()
 
+    def add_problem(self, problem: Problem) -> None:
+        """Count an invalid annotation."""
+        self.problems[problem.kind] += 1
+        if len(self.listed) < LISTED:
+            self.listed.append(problem)
+
+    def add_sample(self, sample: Sample, images: int) -> None:
+        """Count a valid sample with its number of images."""
+        for token in sample.special_tokens:
+            self.special_tokens.setdefault(token, Occurrences()).add(sample.location)
+        self.tokens.append(len(sample.input_ids))
+        self.supervised += int(np.sum(sample.labels != IGNORED))
+        self.images += images
+        self.text_only += not images
+        self.truncated += sample.truncated
+
+    def add_unread_keys(self, item: Sample | Problem) -> None:
+        """Count the keys of an entry that are not read."""
+        for key in item.unread_keys:
+            if key in self.unread_keys or len(self.unread_keys) < MAX_COUNTED_KEYS:
+                self.unread_keys.setdefault(key, Occurrences()).add(item.location)
+
     def warnings(self) -> list[str]:
-        """What is no sample's problem."""
-        found = []
+        """What is suspicious about the data set, but makes no entry invalid."""
+        warnings = []
         if self.source.length is not None and self.source.length != self.entries:
-            found.append(f'the meta file says "length" {self.source.length}, the annotation has {self.entries} entries')
-        if self.images and not self.source.root.is_dir():
-            found.append(f"the images' directory {self.source.root} {files.not_a_directory(self.source.root)}")
-        if self.cut:
-            found.append(
-                f"{self.cut} of {len(self.tokens)} conversations are cut: longer rows would keep their answers"
+            warnings.append(
+                f'the meta file says "length" {self.source.length}, the annotation has {self.entries} entries'
             )
-        for key, seen in list(self.unread.items())[:UNREAD]:
-            found.append(f"{unread_message(key)} ({seen})")
-        if len(self.unread) > UNREAD:
-            found.append(f"{len(self.unread) - UNREAD} other keys are not read, or more")
-        for token, seen in self.typed.items():
-            found.append(f"the text has {token}, which is learned as that token and not as text ({seen})")
-        return found
+        if self.images and not self.source.root.is_dir():
+            warnings.append(f"the images' directory {self.source.root} {files.not_a_directory(self.source.root)}")
+        if self.truncated:
+            warnings.append(
+                f"{self.truncated} of {len(self.tokens)} conversations are truncated: longer rows would keep their "
+                "answers"
+            )
+        for key, occurrences in list(self.unread_keys.items())[:MAX_UNREAD_KEYS]:
+            warnings.append(f"{unread_message(key)} ({occurrences})")
+        if len(self.unread_keys) > MAX_UNREAD_KEYS:
+            warnings.append(f"{len(self.unread_keys) - MAX_UNREAD_KEYS} or more other keys are not read")
+        for token, occurrences in self.special_tokens.items():
+            warnings.append(f"the text has {token}, which is read as that token and not as text ({occurrences})")
+        return warnings
 
     def to_dict(self) -> dict[str, Any]:
+        """The statistics as JSON can hold them."""
         tokens = self.tokens or [0]
         return {
             "name": self.source.name,
@@ -101,165 +143,199 @@ class SourceStats:
             "tokens_median": int(np.median(tokens)),
             "tokens_max": max(tokens),
             "supervised_tokens": self.supervised,
-            "cut": self.cut,
+            "truncated": self.truncated,
             "problems": dict(self.problems),
-            "listed": [f"{problem.place}: {problem.message}" for problem in self.listed],
+            "listed": [f"{problem.location}: {problem.message}" for problem in self.listed],
             "warnings": self.warnings(),
         }
 
 
 @dataclass
-class Report:
-    """What a check found."""
+class DataReport:
+    """Result of a check.
+
+    Attributes:
+        stats: statistics of each data set.
+        layout: shapes of the batches.
+        fill_ratio: fraction of the tokens of whole batches that are not padding.
+        batches: batches per epoch, if the entries that were not checked are like those that were.
+        examples: a few samples, for `render`.
+        image_token_id: the token of images in the samples.
+    """
 
     stats: list[SourceStats]
     layout: Layout
-    filled: float  # of the rows of whole batches, the part that is tokens
-    batches: float  # per epoch, if the samples that were not looked at are like those that were
-    shown: list[Sample]
+    fill_ratio: float
+    batches: float
+    examples: list[Sample]
     image_token_id: int
 
     @property
     def problems(self) -> int:
+        """The number of invalid annotations."""
         return sum(stats.problems.total() for stats in self.stats)
 
     def to_dict(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
         return {
             "rows": self.layout.rows,
             "lengths": list(self.layout.lengths),
             "image_slots": self.layout.image_slots,
             "packed": self.layout.packed,
-            "filled": round(self.filled, 4),
+            "fill_ratio": round(self.fill_ratio, 4),
             "batches_per_epoch": round(self.batches, 1),
             "problems": self.problems,
             "sources": [stats.to_dict() for stats in self.stats],
         }
 
 
+@dataclass(frozen=True)
+class CheckOptions:
+    """How much is checked.
+
+    Attributes:
+        limit: entries of each data set, drawn at random; None for all that an epoch uses.
+        show: samples of each data set to keep as examples.
+        seed: of the draw.
+
+    Raises:
+        DataError: nothing would be checked.
+    """
+
+    limit: int | None = None
+    show: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.limit is not None and self.limit < 1) or self.show < 0:
+            raise DataError(f"nothing can be checked with limit {self.limit} and {self.show} samples shown")
+
+
 def check(
     meta: str | Path,
     checkpoint: Path,
     layout: Layout,
+    options: CheckOptions | None = None,
     *,
-    limit: int | None = None,
-    show: int = 3,
-    seed: int = 0,
     base: Path | None = None,
     progress: Progress | None = None,
-    **options: Any,
-) -> tuple[Report, Tokenizer]:
-    """Make the samples of an epoch, pictures and all, and count.
+    **sample_options: Any,
+) -> tuple[DataReport, Tokenizer]:
+    """Make the samples of an epoch as training would, images included, and collect statistics.
 
-    checkpoint: the directory of the model to be trained; its weights are not read. limit: at most so many entries of
-    each data set, drawn at random by `seed`; None: all that an epoch uses. show: samples to keep for `render`.
-    options: fields of SampleMaker; with_pixels=False does not open pictures.
-    Raises DataError, ConfigError, TokenizerError or ImageError where nothing can be read at all.
+    Args:
+        meta: see `annotations.read_meta`.
+        checkpoint: directory of the model to be trained; its weights are not read.
+        layout: shapes of the batches.
+        options: how much is checked; None for the defaults.
+        base: see `annotations.read_meta`.
+        progress: called after each entry.
+        **sample_options: fields of SampleMaker; with_pixels=False does not open images.
+
+    Returns:
+        The report, and the model's tokenizer for `render`.
+
+    Raises:
+        DataError: the meta file or an annotation file is invalid.
+        ConfigError: the model's configuration is.
+        TokenizerError: its tokenizer is.
+        ImageError: its image processor is.
     """
-    if (limit is not None and limit < 1) or show < 0:
-        raise DataError(f"nothing can be checked with limit {limit} and {show} samples shown")
+    options = options or CheckOptions()
     meta, checkpoint = files.resolve(meta), files.resolve(checkpoint)
-    base = None if base is None else files.resolve(base)
     config = load_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
-    processor = load_processor(checkpoint, config)
-    maker = SampleMaker.of(
-        config, tokenizer, processor, max_length=layout.max_length, image_slots=layout.image_slots, augmentation=None,
-        **options,
+    maker = SampleMaker.for_model(
+        config, tokenizer, load_processor(checkpoint, config), max_length=layout.max_length,
+        image_slots=layout.image_slots, augmentation=None, **sample_options,
     )  # fmt: skip
-    rng = np.random.default_rng(seed)
-    work: list[tuple[SourceStats, Corpus, np.ndarray]] = []
-    for source in read_meta(Path(meta), base):
+    rng = np.random.default_rng(options.seed)
+    work = []
+    for source in read_meta(Path(meta), None if base is None else files.resolve(base)):
         corpus = Corpus([replace(source, repeat_time=1)], progress)
-        used = min(len(corpus), source.samples(len(corpus)))
-        picked = np.arange(used) if limit is None or limit >= used else np.sort(rng.choice(used, limit, replace=False))
-        work.append((SourceStats(source, len(corpus)), corpus, picked))
-    total, done = sum(len(picked) for *_, picked in work), 0
+        work.append((SourceStats(source, len(corpus)), corpus, _draw(source, len(corpus), options.limit, rng)))
+    total, done = sum(len(numbers) for *_, numbers in work), 0
     sizes: list[tuple[int, int]] = []  # tokens and images
-    shown: list[Sample] = []
-    for stats, corpus, picked in work:
+    examples: list[Sample] = []
+    for stats, corpus, numbers in work:
         kept: list[Sample] = []
-        for made in in_order(corpus, maker, picked):
+        for item in make_samples(corpus, maker, numbers):
             done += 1
             if progress is not None:
                 progress(done, total, "checking")
-            for key in made.unread:
-                if key in stats.unread or len(stats.unread) < COUNTED:
-                    stats.unread.setdefault(key, Seen()).add(made.place)
-            if isinstance(made, Problem):
-                stats.problems[made.kind] += 1
-                if len(stats.listed) < LISTED:
-                    stats.listed.append(made)
+            stats.add_unread_keys(item)
+            if isinstance(item, Problem):
+                stats.add_problem(item)
                 continue
-            for token in made.typed:
-                stats.typed.setdefault(token, Seen()).add(made.place)
-            images = maker.images_of(made)
-            stats.tokens.append(len(made.input_ids))
-            stats.supervised += int(np.sum(made.labels != IGNORED))
-            stats.images += images
-            stats.text_only += not images
-            stats.cut += made.cut
-            sizes.append((len(made.input_ids), images))
-            # Of the samples that can be used, each is as likely to be kept (reservoir sampling).
-            place = len(kept) if len(kept) < show else int(rng.integers(len(stats.tokens)))
-            if place < show:
-                kept[place : place + 1] = [made]
-        shown += kept
-    some = [sizes[number] for number in rng.permutation(len(sizes))[:SIMULATED]]
-    filled, batches = fill(some, layout)
-    found = [stats for stats, *_ in work]
-    epoch = sum(s.source.samples(s.entries) / s.checked * sum(s.tokens) for s in found)  # tokens
-    per_epoch = batches * epoch / sum(tokens for tokens, _ in some) if some else 0.0
-    return Report(found, layout, filled, per_epoch, shown, maker.image_token_id), tokenizer
+            sizes.append((len(item.input_ids), maker.count_images(item)))
+            stats.add_sample(item, sizes[-1][1])
+            # Reservoir sampling: each valid sample is kept with the same probability.
+            slot = len(kept) if len(kept) < options.show else int(rng.integers(len(stats.tokens)))
+            if slot < options.show:
+                kept[slot : slot + 1] = [item]
+        examples += kept
+    drawn = [sizes[number] for number in rng.permutation(len(sizes))[:SIMULATED]]
+    fill_ratio, batches = simulate_packing(drawn, layout)
+    all_stats = [stats for stats, *_ in work]
+    epoch_tokens = sum(s.source.samples(s.entries) / s.checked * sum(s.tokens) for s in all_stats)
+    per_epoch = batches * epoch_tokens / sum(tokens for tokens, _ in drawn) if drawn else 0.0
+    return DataReport(all_stats, layout, fill_ratio, per_epoch, examples, maker.image_token_id), tokenizer
 
 
-def in_order(corpus: Corpus, maker: SampleMaker, numbers: np.ndarray) -> Iterator[Sample | Problem]:
-    """The samples of these numbers, made by threads ahead of the one that is looked at."""
+def _draw(source: Source, num_entries: int, limit: int | None, rng: np.random.Generator) -> np.ndarray:
+    """Numbers of the entries to check, of those that an epoch uses."""
+    used = min(num_entries, source.samples(num_entries))
+    return np.arange(used) if limit is None or limit >= used else np.sort(rng.choice(used, limit, replace=False))
+
+
+def make_samples(corpus: Corpus, maker: SampleMaker, numbers: np.ndarray) -> Iterator[Sample | Problem]:
+    """Yield the samples of these numbers, in order, made ahead by threads."""
     samples = grain.MapDataset.source(corpus).random_map(maker, seed=0)
     picked = grain.MapDataset.source(numbers).map(lambda number: samples[int(number)])
     yield from picked.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=4 * THREADS))
 
 
-def fill(sizes: Sequence[tuple[int, int]], layout: Layout) -> tuple[float, int]:
-    """How full the rows of batches are, those of the end of the data left out where there are others; and batches.
+def simulate_packing(sizes: Sequence[tuple[int, int]], layout: Layout) -> tuple[float, int]:
+    """Pack samples of these sizes into batches, without their contents.
 
-    sizes: tokens and images of samples.
+    Args:
+        sizes: tokens and images of each sample.
+        layout: shapes of the batches.
+
+    Returns:
+        The fraction of tokens that are not padding, without the partial batches at the end of the data unless there are
+        no others; and the number of batches.
     """
-    waiting: list[Sample] = []
+    buffer: list[Sample] = []
     fills: list[float] = []
-    whole = 0
+    num_whole = 0
     for number in range(len(sizes) + 1):
         last = number == len(sizes)
         for tokens, images in sizes[number : number + 1]:
-            empty = np.empty((tokens, 0), np.int32)  # has a length, and takes no memory
-            waiting.append(Sample(empty, empty, np.empty((images, 0), np.float32), "", False))
-        while (rows := packing.choose(waiting, layout, last=last)) is not None:
-            filled = [sum(len(waiting[i].input_ids) for i in row) for row in rows]
+            empty = np.empty((tokens, 0), np.int32)  # has a length, but takes no memory
+            buffer.append(Sample(empty, empty, np.empty((images, 0), np.float32), "", False))
+        while (rows := packing.choose(buffer, layout, last=last)) is not None:
+            filled = [sum(len(buffer[i].input_ids) for i in row) for row in rows]
             fills.append(sum(filled) / (layout.rows * layout.bucket(max(filled))))
             taken = {i for row in rows for i in row}
-            waiting = [sample for i, sample in enumerate(waiting) if i not in taken]
-            whole += not last
-    return float(np.mean(fills[:whole] or fills or [0.0])), len(fills)
+            buffer = [sample for i, sample in enumerate(buffer) if i not in taken]
+            num_whole += not last
+    return float(np.mean(fills[:num_whole] or fills or [0.0])), len(fills)
 
 
 def render(sample: Sample, tokenizer: Tokenizer, image_token_id: int) -> Text:
-    """A sample as it is read: what is supervised in green between ⟦ and ⟧, the rest dim, image tokens counted."""
+    """A sample as text: supervised tokens in green between ⟦ and ⟧, others dim, image tokens as their number."""
     text = Text()
-    run: list[int] = []
-    ids, learned = sample.input_ids.tolist(), (sample.labels != IGNORED).tolist()
-    for at, token in enumerate(ids):
-        run.append(token)
-        key, after = (learned[at], token == image_token_id), None
-        if at + 1 < len(ids):
-            after = (learned[at + 1], ids[at + 1] == image_token_id)
-        if after == key:
-            continue
-        if key[1]:
+    ids, supervised = sample.input_ids.tolist(), (sample.labels != IGNORED).tolist()
+    kinds = [(learned, token == image_token_id) for token, learned in zip(ids, supervised)]
+    for (learned, is_image), group in groupby(range(len(ids)), key=kinds.__getitem__):
+        run = [ids[i] for i in group]
+        if is_image:
             text.append(f"{IMG_CONTEXT} x {len(run)}", "cyan")
-        elif key[0]:
+        elif learned:
             text.append(f"⟦{tokenizer.decode(run, skip_special_tokens=False)}⟧", "bold green")
         else:
             text.append(tokenizer.decode(run, skip_special_tokens=False), "dim")
-        run = []
     return text
 
 
@@ -276,8 +352,8 @@ COLUMNS = (
 )
 
 
-def statistics(report: Report) -> Table:
-    """The data sets as rows of a table."""
+def statistics_table(report: DataReport) -> Table:
+    """A table with a row for each data set."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("data set", overflow="fold")
     for title, _ in COLUMNS:
@@ -291,26 +367,26 @@ def statistics(report: Report) -> Table:
     return table
 
 
-def show(report: Report, tokenizer: Tokenizer, console: Console) -> None:
-    """Print a report: a table, warnings, problems by location, rendered samples."""
-    console.print(statistics(report), soft_wrap=False)
+def print_report(report: DataReport, tokenizer: Tokenizer, console: Console) -> None:
+    """Print a report: a table, warnings, problems with their locations, rendered samples."""
+    console.print(statistics_table(report), soft_wrap=False)
     layout = report.layout
     rows = f"{layout.rows} {'packed ' if layout.packed else ''}rows of {' or '.join(map(str, layout.lengths))} tokens"
     console.print(
-        f"in batches of {rows} and {layout.image_slots} images: {report.filled:.1%} of the tokens are not padding, "
+        f"in batches of {rows} and {layout.image_slots} images: {report.fill_ratio:.1%} of the tokens are not padding, "
         f"about {report.batches:,.0f} batches an epoch"
     )
     for stats in report.stats:
         for warning in stats.warnings():
             console.print(f"{stats.source.name}: {warning}", style="yellow")
         for problem in stats.listed:
-            console.print(f"{problem.place}: {problem.message}", style="red")
+            console.print(f"{problem.location}: {problem.message}", style="red")
         if (more := stats.problems.total() - len(stats.listed)) > 0:
             console.print(f"{stats.source.name}: {more} more", style="red")
         if stats.problems:
             kinds = ", ".join(f"{count} {kind}" for kind, count in stats.problems.most_common())
             console.print(f"{stats.source.name}: {stats.problems.total()} of {stats.checked} cannot be used: {kinds}")
-    for sample in report.shown:
-        learned = int(np.sum(sample.labels != IGNORED))
-        console.print(f"\n{sample.place}: {len(sample.input_ids)} tokens, {learned} supervised")
+    for sample in report.examples:
+        supervised = int(np.sum(sample.labels != IGNORED))
+        console.print(f"\n{sample.location}: {len(sample.input_ids)} tokens, {supervised} supervised")
         console.print(render(sample, tokenizer, report.image_token_id))

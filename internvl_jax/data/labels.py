@@ -1,8 +1,8 @@
-"""A conversation as token ids and labels: what the model reads, and which of it it learns to say.
+"""From a conversation to token ids and labels.
 
-Supervised are the answers and the token that ends each. The labels are those of the reference's release; its later
-revisions changed the template and, with it, masked every token. No count of tokens or blanks is subtracted here: an
-answer's tokens are the ones that follow the tokens of the prompt that a chat would send to have it said.
+Answers and their end tokens are supervised. The labels are those of the reference code at its release; later revisions
+changed the template and thereby masked every token. Token counts are not subtracted as in the reference: the tokens of
+an answer are those that follow the tokens of the prompt that a chat would send at this point.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from internvl_jax.processing.tokenizer import Tokenizer, encode_prompt
 
 
 class SampleError(ValueError):
-    """A sample that cannot be learned from. kind: a short name, by which such samples are counted."""
+    """A conversation cannot be used for training.
+
+    Attributes:
+        kind: a short name, by which such samples are counted.
+    """
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -27,9 +31,18 @@ class SampleError(ValueError):
 
 
 def read_turns(conversations: Any) -> list[tuple[str, str]]:
-    """Questions and answers of the documented form, [{"from": "human", "value": ...}, {"from": "gpt", ...}, ...].
+    """Read questions and answers from [{"from": "human", "value": ...}, {"from": "gpt", ...}, ...].
 
-    A first turn that is not the human's is dropped, as in the reference. Raises SampleError for any other form.
+    A first turn that is not the human's is dropped, as in the reference code.
+
+    Args:
+        conversations: the value under "conversations" of an entry.
+
+    Returns:
+        Pairs of question and answer.
+
+    Raises:
+        SampleError: it has another form.
     """
     if not isinstance(conversations, list) or not all(isinstance(turn, dict) for turn in conversations):
         raise SampleError("conversation", '"conversations" must be a list of {"from": ..., "value": ...}')
@@ -39,7 +52,7 @@ def read_turns(conversations: Any) -> list[tuple[str, str]]:
     turns = conversations[1:] if conversations and conversations[0]["from"] == "gpt" else conversations
     for number, turn in enumerate(turns):
         if turn["from"] != ("gpt" if number % 2 else "human"):
-            raise SampleError("conversation", f"two turns of {turn['from']} stand behind one another")
+            raise SampleError("conversation", f"two turns of {turn['from']} in a row")
     if not turns:
         raise SampleError("conversation", "the conversation has no question")
     if len(turns) % 2:
@@ -48,15 +61,22 @@ def read_turns(conversations: Any) -> list[tuple[str, str]]:
 
 
 def place_training_images(turns: Turns, num_images: int, *, first: bool = False) -> list[tuple[str, str]]:
-    """The turns with as many image placeholders as images, all in questions.
+    """Return turns that have one image placeholder per image, all in questions.
 
-    A single image without a placeholder gets it in front of the first question. first: placeholders move to the front
-    of their question, as LLaVA has them. Raises SampleError where placeholders and images do not agree.
+    A single image without a placeholder gets one in front of the first question.
+
+    Args:
+        turns: pairs of question and answer.
+        num_images: number of images.
+        first: move placeholders to the front of their question, as LLaVA does.
+
+    Raises:
+        SampleError: the numbers of placeholders and images differ, or an answer has a placeholder.
     """
     if any(IMG_CONTEXT in text for turn in turns for text in turn):
         raise SampleError("conversation", f"the text contains {IMG_CONTEXT}, which only images may bring")
     if any(IMAGE_PLACEHOLDER in answer for _, answer in turns):
-        raise SampleError("placeholders", f"an answer contains {IMAGE_PLACEHOLDER}, which belongs into questions")
+        raise SampleError("placeholders", f"an answer contains {IMAGE_PLACEHOLDER}, which belongs in questions")
     placed = [(question, answer) for question, answer in turns]
     count = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in placed)
     if num_images == 1 and count == 0:
@@ -74,15 +94,18 @@ def _to_front(question: str) -> str:
 
 
 def plain(template: Template) -> Template:
-    """LLaVA's template for pretraining a projector (its `plain`), with the image tokens of the model's own: an image,
-    its caption, a line break. Its turns are those of `captions`."""
+    """LLaVA's template `plain` for pretraining a projector: an image, its caption, a line break.
+
+    The image tokens are the model's own. The turns are those of `captions`.
+    """
     return Template("", "", "", "", "", "", "\n", image=template.image)
 
 
 def captions(turns: Turns) -> list[tuple[str, str]]:
-    """A conversation as `plain` has it: what is asked is not read, only its image.
+    """Reduce a conversation to an image and its caption, as `plain` takes it: the question's text is dropped.
 
-    Raises SampleError for more than one turn, and for one without an image.
+    Raises:
+        SampleError: there is more than one turn, or no image.
     """
     if len(turns) != 1 or IMAGE_PLACEHOLDER not in turns[0][0]:
         raise SampleError("conversation", f"{len(turns)} turns: a caption is one answer to one question with an image")
@@ -97,12 +120,23 @@ def build(
     tokens_per_image: int,
     image_token_id: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [T] int32 of a conversation and its labels [T] int32, IGNORED except on answers and their end tokens.
+    """Tokenize a conversation and label it.
 
-    turns: as `place_training_images` returns them. image_token_id: None for the tokenizer's own.
-    The ids are those of the whole text in one piece (or, where images are no tokens of the vocabulary, in the pieces
-    of `encode_prompt`). Raises SampleError where an answer's tokens would merge with the prompt's, so that no prompt
-    could ever lead to them.
+    The ids are those of the whole text tokenized at once (or, if the image token is not in the vocabulary, in the
+    pieces of `encode_prompt`).
+
+    Args:
+        turns: as `place_training_images` returns them.
+        template: the conversation template.
+        tokenizer: the tokenizer.
+        tokens_per_image: visual tokens of an image.
+        image_token_id: the token of images; None for the tokenizer's own.
+
+    Returns:
+        Ids [T] int32 and labels [T] int32, IGNORED except on answers and their end tokens.
+
+    Raises:
+        SampleError: tokens of an answer merge with those of its prompt, so that no prompt could lead to them.
     """
     image_token = template.image[1]
     if image_token_id is None:
@@ -111,7 +145,7 @@ def build(
     ids: list[int] = []
     supervised: list[bool] = []
     text = template.system + template.system_end
-    # What stands behind a special token does not depend on what stands before it: no need to begin at the beginning.
+    # Text after a special token is tokenized independently of the text before: start at the last one.
     end = tokenizer.token_to_id(template.answer_end)
     for question, answer in turns:
         anchored = bool(ids) and end is not None
@@ -137,18 +171,28 @@ def _expand(question: str, tokens_per_image: int, template: Template) -> str:
 def truncate(
     ids: np.ndarray, labels: np.ndarray, length: int, image_token_id: int
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Cut on the right to `length` tokens, as the reference does; True where something was cut.
+    """Truncate on the right to `length` tokens, as the reference code does.
 
-    Raises SampleError where the cut takes image tokens, and where no supervised token is left.
+    Args:
+        ids: [T] int32.
+        labels: [T] int32.
+        length: the maximum length.
+        image_token_id: the token of images.
+
+    Returns:
+        Ids and labels [<=length], and whether they were truncated.
+
+    Raises:
+        SampleError: image tokens would be lost, or no supervised token is left.
     """
-    kept, cut = ids[:length], len(ids) > length
-    if cut and np.any(ids[length:] == image_token_id):
+    truncated = len(ids) > length
+    if truncated and np.any(ids[length:] == image_token_id):
         raise SampleError(
-            "truncated image", f"{len(ids)} tokens are cut to {length}, and image tokens with them: use longer rows"
+            "truncated image", f"truncating {len(ids)} tokens to {length} would cut off image tokens: use longer rows"
         )
     labels = labels[:length]
     # The first token is never predicted.
     if not np.any(labels[1:] != IGNORED):
-        why = f"within the first {length} of {len(ids)} tokens" if cut else "in it"
-        raise SampleError("no supervised token", f"there is no answer {why}")
-    return kept, labels, cut
+        where = f"within the first {length} of {len(ids)} tokens" if truncated else "in it"
+        raise SampleError("no supervised token", f"there is no answer {where}")
+    return ids[:length], labels, truncated

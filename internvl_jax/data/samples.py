@@ -1,4 +1,4 @@
-"""One entry of an annotation file becomes a sample, or a problem that says where and why not."""
+"""From one entry of an annotation file to a sample, or to a problem that says what is wrong with it and where."""
 
 from __future__ import annotations
 
@@ -23,85 +23,125 @@ from internvl_jax.processing.tokenizer import Tokenizer, TokenizerError, special
 
 logger = logging.getLogger(__name__)
 
-UNREAD = 20  # keys that are named
+MAX_UNREAD_KEYS = 20  # unread keys that are reported by name
 
-# What is read, and what published data sets of these formats have beside it and mean nothing else by.
+# Keys that are read, and keys of published data sets that carry nothing to train on.
 ENTRY_KEYS = frozenset(
     "conversations image images image_labels video id "
     "width height width_list height_list image_size image_id question_id length token_count "
     "source data_source dataset dataset_name type task task_type category model metadata meta".split()
 )
-WRITTEN_ON_PURPOSE = frozenset((IMAGE_PLACEHOLDER, "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"))
 TURN_KEYS = frozenset("from value id markdown text".split())
+# Special tokens that data sets write on purpose.
+INTENDED_TOKENS = frozenset((IMAGE_PLACEHOLDER, "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"))
 
 
 class Sample(NamedTuple):
-    """A conversation, ready to be put into a row."""
+    """A tokenized conversation with its images.
 
-    input_ids: np.ndarray  # [T] int32
-    labels: np.ndarray  # [T] int32, IGNORED where unsupervised
-    pixel_values: np.ndarray  # [M,3,S,S] float32, in the order of their tokens
-    place: str  # FILE:LINE
-    cut: bool  # the conversation was longer
-    image_labels: np.ndarray | None = None  # [M,K] int32, where SampleMaker.image_labels asks for them
-    unread: tuple[str, ...] = ()  # keys of the entry, see unread_keys
-    typed: tuple[str, ...] = ()  # special tokens in the entry's text, see typed_tokens
+    Attributes:
+        input_ids: [T] int32.
+        labels: [T] int32, IGNORED where unsupervised.
+        pixel_values: [M,3,S,S] float32, normalized images in the order of their tokens.
+        location: FILE:LINE.
+        truncated: the conversation was longer.
+        image_labels: [M,K] int32, or None where SampleMaker.image_labels is 0.
+        unread_keys: of the entry, see `unread_keys`.
+        special_tokens: in the entry's text, see `special_tokens_in_entry`.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    pixel_values: np.ndarray
+    location: str
+    truncated: bool
+    image_labels: np.ndarray | None = None
+    unread_keys: tuple[str, ...] = ()
+    special_tokens: tuple[str, ...] = ()
 
 
 class Problem(NamedTuple):
-    """An entry that is no sample."""
+    """An invalid annotation.
 
-    kind: str  # a short name, to count by
+    Attributes:
+        kind: a short name, by which problems are counted.
+        message: what is wrong.
+        location: FILE:LINE.
+        unread_keys: of the entry, see `unread_keys`.
+    """
+
+    kind: str
     message: str
-    place: str  # FILE:LINE
-    unread: tuple[str, ...] = ()  # keys of the entry, see unread_keys
+    location: str
+    unread_keys: tuple[str, ...] = ()
 
 
-class Problems:
-    """Counts entries that are no samples, and reports each once, as epochs meet them again; names unread keys once."""
+class ProblemLog:
+    """Counts invalid annotations and reports each one once, although every epoch meets it again.
+
+    Args:
+        report: called with each problem once.
+        fatal: raise an error at the first one instead.
+
+    Attributes:
+        counts: number of problems by kind.
+    """
 
     def __init__(self, report: Callable[[Problem], None] | None = None, *, fatal: bool = False):
         self.counts: Counter[str] = Counter()
         self._report, self._fatal = report, fatal
-        self._seen: set[str] = set()
-        self._unread: set[str] = set()
+        self._reported: set[str] = set()
+        self._unread_keys: set[str] = set()
 
-    def look(self, made: Sample | Problem) -> None:
-        """Warn of the keys that were not read, of each once, and of the first few in all."""
-        for key in made.unread:
-            if key not in self._unread and len(self._unread) < UNREAD:
-                self._unread.add(key)
-                logger.warning("%s: %s", made.place, unread_message(key))
+    def warn_of_unread_keys(self, item: Sample | Problem) -> None:
+        """Warn of keys that are not read: of each once, and of MAX_UNREAD_KEYS in all."""
+        for key in item.unread_keys:
+            if key not in self._unread_keys and len(self._unread_keys) < MAX_UNREAD_KEYS:
+                self._unread_keys.add(key)
+                logger.warning("%s: %s", item.location, unread_message(key))
 
     def add(self, problem: Problem) -> None:
-        """Raises DataError where problems are fatal."""
+        """Count a problem.
+
+        Raises:
+            DataError: problems are fatal.
+        """
         if self._fatal:
-            raise DataError(f"{problem.place}: {problem.message}")
+            raise DataError(f"{problem.location}: {problem.message}")
         self.counts[problem.kind] += 1
-        if problem.place not in self._seen:
-            self._seen.add(problem.place)
+        if problem.location not in self._reported:
+            self._reported.add(problem.location)
             if self._report is not None:
                 self._report(problem)
 
 
 @dataclass(frozen=True)
 class SampleMaker:
-    """How entries are read: what the model, its tokenizer and its images are, and the longest row.
+    """Makes samples of records, for one model.
 
-    image_token_id: what stands in input_ids where images are; LLaVA's is outside the vocabulary.
-    augmentation: what is done to pictures of data sets that ask for it, see augment.py; None: nothing, ever.
-    images_first: image placeholders move to the front of their question, as in LLaVA's code.
-    captions: conversations are captions of images, written as LLaVA's pretraining has them (labels.plain).
-    image_labels: the K of "image_labels" in entries, a list of K numbers for each image, for losses of their own; 0:
-        they are not read.
-    with_pixels: False leaves pictures undecoded (pixel_values is empty), for counting.
+    Attributes:
+        tokenizer: the model's tokenizer.
+        template: its conversation template.
+        processor: its image processor.
+        tokens_per_image: visual tokens of an image.
+        image_token_id: the token of images in input_ids; LLaVA's is outside the vocabulary.
+        max_length: tokens per sample; longer conversations are truncated.
+        image_slots: images per batch; no sample may have more.
+        augmentation: of images in data sets that ask for it, a name in augment.AUGMENTATIONS; None for none.
+        images_first: move image placeholders to the front of their question, as LLaVA does.
+        captions: conversations are captions of images, as in LLaVA's pretraining (`labels.plain`).
+        image_labels: K, the number of integers per image under "image_labels" of an entry; 0 to ignore that key.
+        with_pixels: decode images; otherwise pixel_values is empty.
+
+    Raises:
+        DataError: the augmentation is unknown.
     """
 
     tokenizer: Tokenizer
     template: Template
     processor: ImageProcessor
     tokens_per_image: int
-    image_token_id: int | None
+    image_token_id: int
     max_length: int
     image_slots: int
     augmentation: str | None = "crop"
@@ -113,11 +153,9 @@ class SampleMaker:
     def __post_init__(self) -> None:
         if self.augmentation is not None and self.augmentation not in AUGMENTATIONS:
             raise DataError(f"there is no augmentation {self.augmentation!r}; there are {' and '.join(AUGMENTATIONS)}")
-        if self.image_token_id is None:
-            raise DataError(f"the tokenizer has no {IMG_CONTEXT}: it cannot mark images' places")
 
     @classmethod
-    def of(
+    def for_model(
         cls,
         config: ChatConfig,
         tokenizer: Tokenizer,
@@ -127,16 +165,32 @@ class SampleMaker:
         image_slots: int,
         **options: Any,
     ) -> SampleMaker:
-        """For a chat model. Raises DataError where its template is not known, its context shorter than a row, or its
-        image processor absent."""
+        """The SampleMaker of a chat model.
+
+        Args:
+            config: the model's configuration.
+            tokenizer: its tokenizer.
+            processor: its image processor.
+            max_length: tokens per sample.
+            image_slots: images per batch.
+            **options: other fields.
+
+        Raises:
+            DataError: the model's template is unknown, its context shorter than `max_length`, or it has no image
+                processor or image token.
+        """
         if config.template not in TEMPLATES:
             raise DataError(f"the model's template {config.template!r} is not known; there are {', '.join(TEMPLATES)}")
-        if max_length > config.text.max_position_embeddings:
-            context = config.text.max_position_embeddings
+        context = config.required_text.max_position_embeddings
+        if max_length > context:
             raise DataError(f"rows of {max_length} tokens are longer than the model's context of {context}")
         if processor is None:
             raise DataError("the model has no vision tower, or no preprocessor_config.json beside its config.json")
-        image_token_id = image_token(config, tokenizer)
+        image_token_id = config.image_token_id
+        if image_token_id is None:
+            image_token_id = tokenizer.token_to_id(IMG_CONTEXT)
+        if image_token_id is None:
+            raise DataError(f"the tokenizer has no {IMG_CONTEXT}, so images have no place in a prompt")
         return cls(
             tokenizer,
             TEMPLATES[config.template],
@@ -149,13 +203,18 @@ class SampleMaker:
         )
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Sample | Problem:
-        """The sample of an entry. What is wrong with the entry or its files becomes a Problem."""
+        """Make the sample of a record, or a Problem if the entry or its images are invalid.
+
+        Args:
+            record: an entry.
+            rng: randomness of the augmentation.
+        """
         unread: tuple[str, ...] = ()
         try:
             entry = read_entry(record.text)
             unread = unread_keys(entry)
-            typed = typed_tokens(self.tokenizer, entry)
-            return self._make(entry, record, rng)._replace(unread=unread, typed=typed)
+            special = special_tokens_in_entry(self.tokenizer, entry)
+            return self._make(entry, record, rng)._replace(unread_keys=unread, special_tokens=special)
         except SampleError as error:
             kind, message = error.kind, str(error)
         except ImageError as error:
@@ -163,17 +222,17 @@ class SampleMaker:
         except TokenizerError as error:
             kind, message = "conversation", str(error)
         except MemoryError:
-            kind, message = "memory", "it takes more memory than there is"
-        return Problem(kind, message, record.place, unread)
+            kind, message = "memory", "it needs more memory than is available"
+        return Problem(kind, message, record.location, unread)
 
-    def images_of(self, sample: Sample) -> int:
-        """How many images a sample has, by its tokens."""
+    def count_images(self, sample: Sample) -> int:
+        """The number of a sample's images, by its tokens."""
         return int(np.sum(sample.input_ids == self.image_token_id)) // self.tokens_per_image
 
     def _make(self, entry: dict[str, Any], record: Record, rng: np.random.Generator) -> Sample:
         names = image_names(entry)
         if len(names) > self.image_slots:
-            raise SampleError("too many images", f"{len(names)} images, a batch has {self.image_slots} slots for them")
+            raise SampleError("too many images", f"{len(names)} images, but a batch has {self.image_slots} image slots")
         turns = labels.place_training_images(
             labels.read_turns(entry.get("conversations")), len(names), first=self.images_first
         )
@@ -181,12 +240,12 @@ class SampleMaker:
         if self.captions:
             turns, template = labels.captions(turns), labels.plain(template)
         ids, targets = labels.build(turns, template, self.tokenizer, self.tokens_per_image, self.image_token_id)
-        ids, targets, cut = labels.truncate(ids, targets, self.max_length, self.image_token_id)
+        ids, targets, truncated = labels.truncate(ids, targets, self.max_length, self.image_token_id)
         pixels = [self._pixels(record.source, name, rng) for name in names] if self.with_pixels else []
         size = self.processor.image_size
         stacked = np.stack(pixels) if pixels else np.empty((0, 3, size, size), np.float32)
-        known = image_labels(entry, len(names), self.image_labels) if self.image_labels else None
-        return Sample(ids, targets, stacked, record.place, cut, known)
+        numbers = image_labels(entry, len(names), self.image_labels) if self.image_labels else None
+        return Sample(ids, targets, stacked, record.location, truncated, numbers)
 
     def _pixels(self, source: Source, name: str, rng: np.random.Generator) -> np.ndarray:
         image = to_rgb(load_image(source.root / name, honour_exif=False))
@@ -195,13 +254,12 @@ class SampleMaker:
         return self.processor(image)
 
 
-def image_token(config: ChatConfig, tokenizer: Tokenizer) -> int | None:
-    """The token id that stands where images are: the layout's, else the tokenizer's; None where there is neither."""
-    return tokenizer.token_to_id(IMG_CONTEXT) if config.image_token_id is None else config.image_token_id
-
-
 def read_entry(text: bytes) -> dict[str, Any]:
-    """An entry as a JSON object. Raises SampleError where it is none."""
+    """Parse an entry.
+
+    Raises:
+        SampleError: it is not a JSON object.
+    """
     try:
         entry = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -212,13 +270,14 @@ def read_entry(text: bytes) -> dict[str, Any]:
 
 
 def image_names(entry: dict[str, Any]) -> list[str]:
-    """The paths under "image" or "images": one, several, or none ("", null and [] too, as in the reference).
+    """The paths under "image" or "images" of an entry: one, several or none ("", null, []).
 
-    Raises SampleError for anything else.
+    Raises:
+        SampleError: the value is something else, or there is a video.
     """
     if not _empty(entry.get("video")):
         raise SampleError("annotation", "a video: write its frames as images")
-    found: list[list[str]] = []
+    values: list[list[str]] = []
     for key in ("image", "images"):
         names = entry.get(key)
         if _empty(names):
@@ -226,10 +285,10 @@ def image_names(entry: dict[str, Any]) -> list[str]:
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
             raise SampleError("annotation", f'"{key}" must be a path or a list of paths')
-        found.append(names)
-    if len(found) == 2 and found[0] != found[1]:
+        values.append(names)
+    if len(values) == 2 and values[0] != values[1]:
         raise SampleError("annotation", 'the entry has both "image" and "images": leave one out')
-    return found[0] if found else []
+    return values[0] if values else []
 
 
 def _empty(value: Any) -> bool:
@@ -237,9 +296,9 @@ def _empty(value: Any) -> bool:
 
 
 def unread_keys(entry: dict[str, Any]) -> tuple[str, ...]:
-    """The keys of an entry, and of its turns as "conversations: KEY", that say something and that nothing reads.
+    """Keys of an entry, and of its turns as "conversations: KEY", that have a value but are not read.
 
-    Not those which published data sets have beside what is read (sizes, sources, names).
+    Keys that published data sets are known to have (sizes, sources, names) are not listed.
     """
     keys = [key for key, value in entry.items() if key not in ENTRY_KEYS and not _empty(value)]
     turns = entry.get("conversations")
@@ -249,25 +308,30 @@ def unread_keys(entry: dict[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(keys))
 
 
-def typed_tokens(tokenizer: Tokenizer, entry: dict[str, Any]) -> tuple[str, ...]:
-    """The special tokens, like </s> and <img>, that are written in an entry's text: tokens in the reference too.
+def special_tokens_in_entry(tokenizer: Tokenizer, entry: dict[str, Any]) -> tuple[str, ...]:
+    """Special tokens, like </s> and <img>, that the text of an entry spells out.
 
-    Not the placeholders of images, nor the marks of boxes, which data sets write on purpose.
+    They are tokenized as special tokens, as in the reference code. Image placeholders and box marks, which data sets
+    write on purpose, are not listed.
     """
     turns = entry.get("conversations")
     texts = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     found = (token for text in texts if isinstance(text, str) for token in special_tokens_in(tokenizer, text))
-    return tuple(dict.fromkeys(token for token in found if token not in WRITTEN_ON_PURPOSE))
+    return tuple(dict.fromkeys(token for token in found if token not in INTENDED_TOKENS))
 
 
 def unread_message(key: str) -> str:
-    """What to say of a key that nothing reads."""
+    """The warning about a key that is not read."""
     images = bool(re.search("image|img|picture|photo", key, re.IGNORECASE))
     return f'the key "{key[:100]}" is not read' + (': images are read from "image" or "images"' if images else "")
 
 
 def image_labels(entry: dict[str, Any], images: int, count: int) -> np.ndarray:
-    """The numbers under "image_labels", [images,count] int32. Raises SampleError where there are others."""
+    """The integers under "image_labels", [images,count] int32.
+
+    Raises:
+        SampleError: there are not `count` integers for each image.
+    """
     try:
         found = np.asarray(entry.get("image_labels", [])).reshape(images, count)
         labels = found.astype(np.int32)

@@ -34,8 +34,9 @@ import optax
 from internvl_jax import checkpoint
 from internvl_jax.config import PRESETS, ChatConfig, config_to_hf
 from internvl_jax.data.batch import Batch
-from internvl_jax.data.loader import open_data
+from internvl_jax.data.loader import ReadOptions, open_data
 from internvl_jax.data.packing import Layout
+from internvl_jax.data.samples import SampleMaker
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import Array, Params, Variables
 from internvl_jax.nano import build_tokenizer, dataset
@@ -187,9 +188,11 @@ def run(
     for number, stage in enumerate(stages):
         recipe = stage.recipe
         layout = Layout(recipe.rows, (recipe.length,), recipe.rows, packed=False)
-        loader = open_data(
-            meta, config, tokenizer, processor, layout, seed=number, fatal=True, image_labels=len(CONTENTS)
-        )
+        maker = SampleMaker.for_model(
+            config, tokenizer, processor, max_length=recipe.length, image_slots=recipe.rows,
+            image_labels=len(CONTENTS),
+        )  # fmt: skip
+        loader = open_data(meta, maker, layout, ReadOptions(seed=number, fatal=True))
         settings = Settings(
             stage.steps, seed=number, remat="none", chunk=recipe.length, save_every=100, keep=2, log_every=1
         )

@@ -87,7 +87,7 @@ class Skipped:
     def __call__(self, problem: Problem) -> None:
         self._kinds[problem.kind] += 1
         if self._kinds.total() <= LISTED:
-            logger.warning("skipped %s: %s", problem.place, problem.message)
+            logger.warning("skipped %s: %s", problem.location, problem.message)
         elif self._kinds.total() == LISTED + 1:
             logger.warning("more are skipped and counted, and not named any more")
 

@@ -25,10 +25,10 @@ import jax.numpy as jnp
 from internvl_jax import checkpoint
 from internvl_jax.config import ChatConfig, load_config
 from internvl_jax.data.annotations import DataError
-from internvl_jax.data.estimate import Survey, survey
-from internvl_jax.data.loader import Loader, open_data
+from internvl_jax.data.estimate import EpochEstimate, estimate_epoch
+from internvl_jax.data.loader import Loader, ReadOptions, open_data
 from internvl_jax.data.packing import Layout
-from internvl_jax.data.samples import Problem
+from internvl_jax.data.samples import Problem, SampleMaker
 from internvl_jax.inference.loading import NANO, enable_compilation_cache
 from internvl_jax.models.layers import Params
 from internvl_jax.parallel import distributed
@@ -100,7 +100,7 @@ class Run:
     held_out: Loader | None
     tokenizer: Tokenizer
     processor: ImageProcessor
-    found: Survey
+    found: EpochEstimate
     identity: dict[str, Any]
     going_on: int | None  # the step that is there already
 
@@ -160,43 +160,45 @@ def _prepared(options: Options, report: Callable[[Problem], None] | None, progre
     tokenizer, processor = load_tokenizer(directory), load_processor(directory, config)
     lengths = (*sorted(options.buckets), length)
     packed = options.packed and not options.buckets
-    sample_options = {
-        "augmentation": options.augmentation,
-        "images_first": recipe.images_first,
-        "captions": recipe.captions,
-    }
 
-    def open_with(meta: Path, layout: Layout, **others: Any) -> Loader:
-        return open_data(
-            meta,
+    def open_with(meta: Path, layout: Layout, augmentation: str | None, **read_options: Any) -> Loader:
+        maker = SampleMaker.for_model(
             config,
             tokenizer,
             processor,
+            max_length=layout.max_length,
+            image_slots=layout.image_slots,
+            augmentation=augmentation,
+            images_first=recipe.images_first,
+            captions=recipe.captions,
+        )
+        return open_data(
+            meta,
+            maker,
             layout,
-            process=(place.share, processes),
-            report=report,
+            ReadOptions(process=(place.share, processes), **read_options),
             base=options.base if meta == options.data else None,
+            report=report,
             progress=progress,
-            **{**sample_options, **others},
         )
 
     draft = Layout(rows, lengths, options.images or 10**6, packed)
-    looked = open_with(options.data, draft)
-    found = survey(looked.corpus, looked.maker, seed=options.seed, progress=progress)
+    looked = open_with(options.data, draft, options.augmentation)
+    found = estimate_epoch(looked.corpus, looked.maker, seed=options.seed, progress=progress)
     if found.problems and options.fatal:
         raise DataError(
             f"{len(found.problems)} of {len(found.sizes) + len(found.problems)} samples looked at cannot be used; "
-            f"{found.problems[0].place}: {found.problems[0].message}"
+            f"{found.problems[0].location}: {found.problems[0].message}"
         )
     layout = Layout(rows, lengths, _image_slots(options, found, before, rows, length, packed, place), packed)
     steps = _steps(options, recipe, found, before, layout, processes)
     loader = open_with(
-        options.data, layout, seed=options.seed, fatal=options.fatal, workers=options.workers,
+        options.data, layout, options.augmentation, seed=options.seed, fatal=options.fatal, workers=options.workers,
     )  # fmt: skip
     held_out = None
     if options.eval_data is not None:
-        held_out = open_with(options.eval_data, layout, shuffle=False, epochs=1, augmentation=None)
-        survey(held_out.corpus, held_out.maker, most=100)  # refused now, not after hours
+        held_out = open_with(options.eval_data, layout, None, shuffle=False, epochs=1)
+        estimate_epoch(held_out.corpus, held_out.maker, limit=100)  # refused now, not after hours
     settings = Settings(
         steps,
         accumulate=options.accumulate,
@@ -475,7 +477,7 @@ def _before(output: Path) -> dict[str, Any]:
 
 
 def _image_slots(
-    options: Options, found: Survey, before: dict[str, Any], rows: int, length: int, packed: bool, place: Place
+    options: Options, found: EpochEstimate, before: dict[str, Any], rows: int, length: int, packed: bool, place: Place
 ) -> int:
     """Image slots of a process's batch."""
     processes = place.shares
@@ -492,7 +494,7 @@ def _image_slots(
 
 
 def _steps(
-    options: Options, recipe: Recipe, found: Survey, before: dict[str, Any], layout: Layout, processes: int
+    options: Options, recipe: Recipe, found: EpochEstimate, before: dict[str, Any], layout: Layout, processes: int
 ) -> int:
     if options.steps is not None:
         return options.steps

@@ -341,9 +341,7 @@ def test_data_errors(train, place, tmp_path):
     (tmp_path / "root.json").write_text(json.dumps(value))
     code, printed = train("lora", tmp_path / "nowhere", data=tmp_path / "root.json")
     assert code == 2
-    assert re.search(
-        r"none of 8 pictures can be read: is the data set's root right\? .*squares0\.png does not", printed
-    )
+    assert re.search(r"none of 8 images can be read: is the data set's root right\? .*squares0\.png does not", printed)
 
 
 # Refused before anything starts.

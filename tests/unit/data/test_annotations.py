@@ -43,7 +43,7 @@ def test_lines(tmp_path, monkeypatch, chunk, newline):
     path.write_bytes(newline.join(lines).encode())
     entries = Entries(path)
     assert [entries[i].decode().strip() for i in range(len(entries))] == [line for line in lines if line]
-    assert [entries.place(i) for i in range(len(entries))] == [f"{path}:{n}" for n in (1, 3, 4, 7, 8)]
+    assert [entries.location(i) for i in range(len(entries))] == [f"{path}:{n}" for n in (1, 3, 4, 7, 8)]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -53,7 +53,7 @@ def test_llava_json(tmp_path, indent):
     path.write_text(json.dumps(values, indent=indent, ensure_ascii=False))
     entries = Entries(path)
     assert [json.loads(entries[i]) for i in range(len(entries))] == values
-    assert entries.place(1) == f"{path}:{10 if indent else 1} (entry 2)"
+    assert entries.location(1) == f"{path}:{10 if indent else 1} (entry 2)"
     assert read_meta(path)[0].annotation == path  # taken as the only data set
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark
     marked = Entries(path)
@@ -71,8 +71,8 @@ def test_llava_json(tmp_path, indent):
 def test_an_index_is_made_once_for_a_file_and_again_when_it_changes(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "a.jsonl", 3)
     made = []
-    spans = annotations._line_spans
-    monkeypatch.setattr(annotations, "_line_spans", lambda path: made.append(path) or spans(path))
+    spans = annotations.line_spans
+    monkeypatch.setattr(annotations, "line_spans", lambda path: made.append(path) or spans(path))
     assert len(Entries(path)) == len(Entries(path)) == 3
     assert made == [path]
     write_lines(path, 4)
@@ -110,7 +110,7 @@ def test_a_cache_that_cannot_be_used(tmp_path, monkeypatch, logged, home):
         monkeypatch.setattr(Path, "replace", failing(errno.ENOSPC))
     entries = Entries(write_lines(tmp_path / "a.jsonl", 3))
     assert [json.loads(entries[i])["id"] for i in range(3)] == ["a0", "a1", "a2"]
-    assert entries.place(2) == f"{tmp_path}/a.jsonl:3"
+    assert entries.location(2) == f"{tmp_path}/a.jsonl:3"
     again = pickle.loads(pickle.dumps(entries))
     assert again[1] == entries[1]
     assert len(Entries(write_lines(tmp_path / "b.jsonl", 2))) == 2
@@ -131,7 +131,7 @@ def failing(code):
 
 def test_a_torn_index_is_made_again(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", 3)
-    index = Entries(path)._index
+    index = Entries(path).index
     index.write_bytes(index.read_bytes()[:-1])
     assert len(Entries(path)) == 3
     assert index.stat().st_size == 3 * annotations.ROW
@@ -188,7 +188,7 @@ def test_meta(tmp_path):
     assert (second.root, second.augment, second.length) == (tmp_path, False, None)
     corpus = Corpus([first, second])
     assert ids(corpus) == ["a0", "a1", "b0", "b1", "b2", "b0", "b1", "b2"]
-    assert corpus[3].place == f"{tmp_path / 'b.jsonl'}:2"
+    assert corpus[3].location == f"{tmp_path / 'b.jsonl'}:2"
     assert ids(pickle.loads(pickle.dumps(corpus))) == ids(corpus)
     other = Corpus(read_meta(write_meta(tmp_path, b={"root": "", "annotation": "b.jsonl", "repeat_time": 1.5})))
     assert ids(other) == ["b0", "b1", "b2", "b0"]
@@ -208,7 +208,7 @@ def test_everything_wrong_with_a_meta_file_is_listed(tmp_path):
         "repeat": ({**good, "repeat_time": 0}, "a number above 0, not 0"),
         "augment": ({**good, "data_augment": "yes"}, "true or false, not 'yes'"),
         "length": ({**good, "length": "9"}, "a number of samples, not '9'"),
-        "tiles": ({**good, "max_dynamic_patch": 12}, "asks for tiles"),
+        "tiles": ({**good, "max_dynamic_patch": 12}, "asks for image tiles"),
         "key": ({**good, "repeat": 2}, "unknown keys repeat"),
         "list": ([], "must be an object, not list"),
     }
@@ -225,7 +225,7 @@ def test_a_data_set_that_is_there_twice(tmp_path):
     write_lines(tmp_path / "a.jsonl", 1)
     source = '{"root": "", "annotation": "a.jsonl", "root": ""}'
     (tmp_path / "meta.json").write_text(f'{{"a": {source}, "b": {{"annotation": "a.jsonl"}}, "a": {{}}}}')
-    with pytest.raises(DataError, match=r"root: is there 2 times\n  a: is there 2 times\n  a: \"annotation\" must be"):
+    with pytest.raises(DataError, match=r"root: appears 2 times\n  a: appears 2 times\n  a: \"annotation\" must be"):
         read_meta(tmp_path / "meta.json")
 
 

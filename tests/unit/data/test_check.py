@@ -8,7 +8,7 @@ from support.golden import DATA
 
 from internvl_jax.cli.main import main
 from internvl_jax.data.annotations import DataError
-from internvl_jax.data.check import check, fill, render
+from internvl_jax.data.check import CheckOptions, check, render, simulate_packing
 from internvl_jax.data.packing import Layout
 
 CHECKPOINT = DATA / "internvl_chat_v1_1" / "checkpoint"
@@ -33,17 +33,17 @@ def run(capsys, *argv):
 
 
 def test_figures(meta):
-    report, _ = check(meta, CHECKPOINT, LAYOUT, show=0)
+    report, _ = check(meta, CHECKPOINT, LAYOUT, CheckOptions(show=0))
     a, b = (stats.to_dict() for stats in report.stats)
     assert (a["entries"], a["samples_per_epoch"], a["checked"], a["usable"]) == (40, 40, 40, 40)
     assert (b["entries"], b["samples_per_epoch"], b["checked"]) == (10, 20, 10)
     assert (a["images"], a["text_only"], b["images"], b["text_only"]) == (20, 20, 0, 10)
     assert a["supervised_tokens"] < a["tokens"] < 40 * a["tokens_max"]
     assert report.problems == 0
-    assert 0.6 < report.filled <= 1
+    assert 0.6 < report.fill_ratio <= 1
     tokens = a["tokens"] + 2 * b["tokens"]
-    assert report.batches == pytest.approx(tokens / (2 * 160 * report.filled), rel=0.2)
-    assert report.shown == []
+    assert report.batches == pytest.approx(tokens / (2 * 160 * report.fill_ratio), rel=0.2)
+    assert report.examples == []
 
 
 def test_no_problems(meta, capsys):
@@ -84,7 +84,7 @@ def test_warnings(tmp_path, capsys):
     code, out = run(capsys, tmp_path / "meta.json", "--checkpoint", CHECKPOINT, "--max-seq-length", 64, "--show", 0)
     assert code == 1
     assert 'says "length" 7, the annotation has 8 entries' in out.out
-    assert "1 of 7 conversations are cut" in out.out
+    assert "1 of 7 conversations are truncated" in out.out
 
 
 def test_a_data_set_of_which_nothing_is_left(tmp_path, capsys):
@@ -106,7 +106,7 @@ def test_a_data_set_of_which_nothing_can_be_used(tmp_path, capsys):
     assert 'says "length" 0, the annotation has 3 entries' in out.out
     code, out = run(capsys, tmp_path / "meta.json", "--checkpoint", CHECKPOINT, "--json")
     report = json.loads(out.out)
-    assert (code, report["filled"], report["batches_per_epoch"], report["sources"][0]["usable"]) == (1, 0, 0, 0)
+    assert (code, report["fill_ratio"], report["batches_per_epoch"], report["sources"][0]["usable"]) == (1, 0, 0, 0)
     for empty, message in (("", "has no entries"), ("\n\n", "has no entries")):
         (tmp_path / "none.jsonl").write_text(empty)
         code, out = run(capsys, tmp_path / "meta.json", "--checkpoint", CHECKPOINT)
@@ -144,9 +144,9 @@ def test_special_tokens_that_are_written_in_texts_are_flagged(tmp_path, capsys):
     assert code == 0
     name = tmp_path / "a.jsonl"
     assert json.loads(out.out)["sources"][0]["warnings"] == [
-        "the text has </s>, which is learned as that token and not as text "
+        "the text has </s>, which is read as that token and not as text "
         f"(4 entries, first {name}:1, {name}:4, {name}:5)",
-        f"the text has <img>, which is learned as that token and not as text (1 entries, first {name}:2)",
+        f"the text has <img>, which is read as that token and not as text (1 entries, first {name}:2)",
     ]
 
 
@@ -155,21 +155,24 @@ def test_batches_of_an_epoch_follow_repeat_time(tmp_path):
     for repeat in (1, 10):
         sets = write_data(tmp_path, 12, every_other_image=False, repeat_time=repeat)
         (tmp_path / "meta.json").write_text(json.dumps(sets))
-        found.append(check(tmp_path / "meta.json", CHECKPOINT, LAYOUT, show=0)[0].batches)
+        found.append(check(tmp_path / "meta.json", CHECKPOINT, LAYOUT, CheckOptions(show=0))[0].batches)
     assert found[1] == pytest.approx(10 * found[0])
 
 
 def test_rows_of_the_last_batch_do_not_count_as_full_or_empty():
     layout = Layout(rows=1, lengths=(10,), image_slots=1)
-    assert fill([(10, 0), (10, 0), (3, 0)], layout) == (1.0, 3)
-    assert fill([(3, 0)], layout) == (pytest.approx(0.3), 1)
+    assert simulate_packing([(10, 0), (10, 0), (3, 0)], layout) == (1.0, 3)
+    assert simulate_packing([(3, 0)], layout) == (pytest.approx(0.3), 1)
 
 
 def test_shown_samples_are_drawn_from_all(meta):
-    shown = [check(meta, CHECKPOINT, LAYOUT, show=2, seed=seed, with_pixels=False)[0].shown for seed in range(4)]
-    places = [sample.place for samples in shown for sample in samples if "a.jsonl" in sample.place]
+    shown = [
+        check(meta, CHECKPOINT, LAYOUT, CheckOptions(show=2, seed=seed), with_pixels=False)[0].examples
+        for seed in range(4)
+    ]
+    places = [sample.location for samples in shown for sample in samples if "a.jsonl" in sample.location]
     assert len(set(places)) > 5
-    assert not all(any(sample.place.endswith("a.jsonl:40") for sample in samples) for samples in shown)
+    assert not all(any(sample.location.endswith("a.jsonl:40") for sample in samples) for samples in shown)
 
 
 def test_llava_json_with_the_model_that_ships(tmp_path, capsys):
@@ -183,9 +186,9 @@ def test_llava_json_with_the_model_that_ships(tmp_path, capsys):
 
 
 def test_supervised_tokens_are_green_and_others_dim(meta):
-    report, tokenizer = check(meta, CHECKPOINT, LAYOUT, show=2)
-    assert len(report.shown) == 4
-    for sample in report.shown:
+    report, tokenizer = check(meta, CHECKPOINT, LAYOUT, CheckOptions(show=2))
+    assert len(report.examples) == 4
+    for sample in report.examples:
         text = render(sample, tokenizer, report.image_token_id)
         styles = {text.plain[span.start : span.end]: span.style for span in text.spans}
         green = [part for part, style in styles.items() if style == "bold green"]
@@ -200,7 +203,7 @@ def test_supervised_tokens_are_green_and_others_dim(meta):
     [
         (["missing.json"], "missing.json does not exist"),
         (["meta.json", "--max-seq-length", "100000"], "longer than the model's context"),
-        (["meta.json", "--max-seq-length", "96", "48"], "must ascend"),
+        (["meta.json", "--max-seq-length", "96", "48"], "must be ascending"),
         (["meta.json", "--max-seq-length", "48", "96"], "packed rows have one length"),
     ],
 )
@@ -217,6 +220,6 @@ def test_nothing_to_check(meta, capsys):
             run(capsys, meta, option, 0)
         assert f"{option}: must be at least 1" in capsys.readouterr().err
     with pytest.raises(DataError, match="limit 0"):
-        check(meta, CHECKPOINT, LAYOUT, limit=0)
+        CheckOptions(limit=0)
     with pytest.raises(DataError, match="needs rows"):
         Layout(0, (160,), 4)

@@ -126,7 +126,7 @@ def test_placeholders(tokenizer):
         with pytest.raises(SampleError, match="placeholder") as caught:
             make(conversations, tokenizer, images)
         assert caught.value.kind == "placeholders"
-    with pytest.raises(SampleError, match="belongs into questions"):
+    with pytest.raises(SampleError, match="belongs in questions"):
         make(talk("What?", "<image>"), tokenizer, 1)
 
 
@@ -152,7 +152,7 @@ def test_truncation(tokenizer):
 
 def test_the_first_token_that_is_cut_may_be_an_images():
     ids, made = np.asarray([5, 6, 7, 9]), np.asarray([IGNORED, 6, 7, IGNORED])
-    with pytest.raises(SampleError, match="4 tokens are cut to 3, and image tokens with them"):
+    with pytest.raises(SampleError, match="truncating 4 tokens to 3 would cut off image tokens"):
         labels.truncate(ids, made, 3, 9)
     assert labels.truncate(ids, made, 3, 8)[2]
 

@@ -10,9 +10,11 @@ from support.annotation_files import damage, write_data
 from support.golden import DATA
 
 from internvl_jax.config import load_config
+from internvl_jax.data import loader as data_loader
 from internvl_jax.data.annotations import DataError
-from internvl_jax.data.loader import open_data
+from internvl_jax.data.loader import ReadOptions
 from internvl_jax.data.packing import Layout
+from internvl_jax.data.samples import SampleMaker
 from internvl_jax.processing.images import ImageProcessor
 from internvl_jax.processing.tokenizer import load_tokenizer
 
@@ -37,6 +39,14 @@ def meta(tmp_path):
     sets = {**write_data(tmp_path), **write_data(tmp_path, 10, "b", every_other_image=False, repeat_time=2)}
     (tmp_path / "meta.json").write_text(json.dumps(sets))
     return tmp_path / "meta.json"
+
+
+def open_data(meta, config, tokenizer, processor, layout, *, report=None, augmentation="crop", **options):
+    maker = SampleMaker.for_model(
+        config, tokenizer, processor, max_length=layout.max_length, image_slots=layout.image_slots,
+        augmentation=augmentation,
+    )  # fmt: skip
+    return data_loader.open_data(meta, maker, layout, ReadOptions(**options), report=report)
 
 
 def answers(batch, tokenizer):
@@ -101,7 +111,7 @@ def test_processes_share_an_epoch(meta, model):
     whole = [a for batch in open_data(meta, *model, PACKED, epochs=1) for a in answers(batch, model[1])]
     assert Counter(answer for share in shares for answer in share) == Counter(whole)
     for process in [(3, 3), (-1, 2), (0, 0)]:
-        with pytest.raises(DataError, match="is none"):
+        with pytest.raises(DataError, match="there is no process"):
             open_data(meta, *model, PACKED, process=process)
     shares = [
         [a for batch in open_data(meta, *model, BUCKETS, epochs=1, process=(i, 2)) for a in answers(batch, model[1])]
@@ -186,7 +196,7 @@ def test_problems_are_skipped_counted_and_told_once(meta, model):
     loader = open_data(meta, *model, PACKED, epochs=2, report=told.append)
     iterator = iter(loader)
     found = Counter(answer for batch in iterator for answer in answers(batch, model[1]))
-    assert sorted(problem.place for problem in told) == sorted(f"{meta.parent}/a.jsonl:{n}" for n in wrong.values())
+    assert sorted(problem.location for problem in told) == sorted(f"{meta.parent}/a.jsonl:{n}" for n in wrong.values())
     assert loader.problems.counts == {"annotation": 2, "placeholders": 2, "image": 4}
     assert iterator.get_state()["problems"] == dict(loader.problems.counts)
     assert found == {**{f"a {n}": 2 for n in range(40) if n not in (2, 5, 7, 9)}, **{f"b {n}": 4 for n in range(10)}}

@@ -69,14 +69,14 @@ def test_every_sample_is_whole_and_there_once(layout, images):
                 for pixels in sample.pixel_values:
                     assert np.array_equal(batch.pixel_values[slot], pixels)
                     slot += 1
-                seen.append(sample.place)
+                seen.append(sample.location)
         padding = batch.segment_ids == 0
         assert np.all(batch.labels[padding] == IGNORED)
         assert not batch.input_ids[padding].any()
         assert not batch.positions[padding].any()
         assert np.all(batch.image_index[padding] == -1)
         assert not batch.pixel_values[slot:].any()
-    assert sorted(seen) == sorted(sample.place for sample in samples)
+    assert sorted(seen) == sorted(sample.location for sample in samples)
 
 
 def test_packed_rows_are_full():
@@ -103,7 +103,7 @@ def test_samples_that_fit_exactly():
 def test_a_sample_waits_for_a_few_batches_at_most():
     layout = Layout(rows=2, lengths=(32,), image_slots=4)
     samples = random_samples(400, 32, 4)
-    order = [int(sample.place[2:]) for rows in batches_of(samples, layout) for row in rows for sample in row]
+    order = [int(sample.location[2:]) for rows in batches_of(samples, layout) for row in rows for sample in row]
     assert np.max(np.abs(np.asarray(order) - np.arange(len(order)))) < 40
 
 

@@ -11,8 +11,8 @@ from support.golden import DATA, bundle
 from internvl_jax.config import load_config
 from internvl_jax.data import samples
 from internvl_jax.data.annotations import DataError, Record, Source
-from internvl_jax.data.augment import RATIO, SCALE, _cut, augment, random_crop
-from internvl_jax.data.samples import Problem, Problems, Sample, SampleMaker
+from internvl_jax.data.augment import RATIO, SCALE, augment, crop, random_crop
+from internvl_jax.data.samples import Problem, ProblemLog, Sample, SampleMaker
 from internvl_jax.processing.images import ImageProcessor
 from internvl_jax.processing.tokenizer import load_tokenizer
 
@@ -24,7 +24,7 @@ ARRAYS, FACTS = bundle("internvl_chat_v1_1")
 def make_maker(max_length=96, image_slots=4, **options):
     config = load_config(CHECKPOINT)
     processor = ImageProcessor.from_dir(CHECKPOINT, config.image_size)
-    return SampleMaker.of(
+    return SampleMaker.for_model(
         config, load_tokenizer(CHECKPOINT), processor, max_length=max_length, image_slots=image_slots, **options
     )
 
@@ -66,7 +66,7 @@ def test_several_images_in_order(maker):
     sample = maker(record(entry("<image> <image>?", "Two.", image=["gray.png", "rgb.png"])), rng())
     assert np.array_equal(sample.pixel_values[0], ARRAYS["images/gray/eval"])
     assert np.array_equal(sample.pixel_values[1], ARRAYS["images/rgb/eval"])
-    assert not sample.cut
+    assert not sample.truncated
 
 
 def test_counting_needs_no_pictures():
@@ -107,9 +107,9 @@ def test_image_labels_are_whole_numbers_of_int32():
         (entry("a", "b", image="nowhere.png"), "image", "nowhere.png does not exist"),
         (entry("a", "b", image="corrupt.png"), "image", "corrupt.png is damaged or truncated"),
         (entry("a", "b", image="text.png"), "image", "text.png is not an image"),
-        (entry("<image>" * 5, "b", image=["rgb.png"] * 5), "too many images", "5 images, a batch has 4"),
+        (entry("<image>" * 5, "b", image=["rgb.png"] * 5), "too many images", "5 images, but a batch has 4"),
         (entry("long " * 99, "b"), "no supervised token", "no answer within the first 96"),
-        (entry("long " * 40 + "<image>?", "b", image="rgb.png"), "truncated image", "cut to 96"),
+        (entry("long " * 40 + "<image>?", "b", image="rgb.png"), "truncated image", "truncating .* tokens to 96"),
     ],
 )
 def test_problems(maker, tmp_path, bad, kind, message):
@@ -119,7 +119,7 @@ def test_problems(maker, tmp_path, bad, kind, message):
     (tmp_path / "text.png").write_text("no image")
     problem = maker(record(bad, root=tmp_path), rng())
     assert isinstance(problem, Problem)
-    assert (problem.kind, problem.place) == (kind, "a.jsonl:7")
+    assert (problem.kind, problem.location) == (kind, "a.jsonl:7")
 
     assert re.search(message, problem.message)
 
@@ -130,7 +130,7 @@ def test_no_image_is_text_only(maker, key, image):
     sample = maker(record(entry("Say hello.", "Hello.", **({} if image == "absent" else {key: image}))), rng())
     assert isinstance(sample, Sample)
     assert sample.pixel_values.shape == (0, 3, 112, 112)
-    assert sample.unread == ()
+    assert sample.unread_keys == ()
 
 
 @pytest.mark.parametrize(
@@ -147,21 +147,21 @@ def test_no_image_is_text_only(maker, key, image):
 def test_both_names_of_images_are_read(maker, keys):
     sample = maker(record(entry("What colour is this?", "Red.", **keys)), rng())
     assert np.array_equal(sample.pixel_values[0], ARRAYS["images/rgb/eval"])
-    assert sample.unread == ()
+    assert sample.unread_keys == ()
 
 
 def test_keys_that_nothing_reads(maker, logged):
     published = {"id": 1, "width": 3, "height": 4, "data_source": "x", "model": "", "system": "", "weight": None}
-    assert maker(record(entry("Q?", "A.", **published)), rng()).unread == ()
+    assert maker(record(entry("Q?", "A.", **published)), rng()).unread_keys == ()
     ask = entry("What colour is this?", "Red.", img="rgb.png", system="Be brief.")
     ask["conversations"][1]["loss"] = False
     sample = maker(record(ask), rng())
-    assert sample.unread == ("img", "system", "conversations: loss")
+    assert sample.unread_keys == ("img", "system", "conversations: loss")
     bad = maker(record(entry("<image>?", "b", image_path="rgb.png")), rng())
-    assert (bad.kind, bad.unread) == ("placeholders", ("image_path",))
-    problems = Problems()
+    assert (bad.kind, bad.unread_keys) == ("placeholders", ("image_path",))
+    problems = ProblemLog()
     for made in (sample, sample, bad, bad):
-        problems.look(made)
+        problems.warn_of_unread_keys(made)
     assert logged == [
         'a.jsonl:7: the key "img" is not read: images are read from "image" or "images"',
         'a.jsonl:7: the key "system" is not read',
@@ -169,19 +169,19 @@ def test_keys_that_nothing_reads(maker, logged):
         'a.jsonl:7: the key "image_path" is not read: images are read from "image" or "images"',
     ]
     for number in range(100):
-        problems.look(sample._replace(unread=(f"key{number}",)))
+        problems.warn_of_unread_keys(sample._replace(unread_keys=(f"key{number}",)))
     assert len(logged) == 20
 
 
 def test_problems_are_reported_once_and_counted_always():
     told = []
-    problems = Problems(told.append)
+    problems = ProblemLog(told.append)
     for place in ("a:1", "a:2", "a:1"):
         problems.add(Problem("image", "x", place))
-    assert [problem.place for problem in told] == ["a:1", "a:2"]
+    assert [problem.location for problem in told] == ["a:1", "a:2"]
     assert problems.counts == {"image": 3}
     with pytest.raises(DataError, match="a:3: it is so"):
-        Problems(fatal=True).add(Problem("image", "it is so", "a:3"))
+        ProblemLog(fatal=True).add(Problem("image", "it is so", "a:3"))
 
 
 def test_as_many_images_as_a_batch_has_slots(maker):
@@ -207,9 +207,9 @@ def test_qualities_of_jpeg(monkeypatch):
     assert (min(used), max(used)) == (75, 100)
 
 
-def test_a_long_answer_is_cut(maker):
+def test_a_long_answer_is_truncated(maker):
     sample = maker(record(entry("Q?", "word " * 200)), rng())
-    assert sample.cut
+    assert sample.truncated
     assert len(sample.input_ids) == len(sample.labels) == 96
 
 
@@ -258,7 +258,7 @@ def test_jpeg_keeps_the_size_and_loses_a_little():
 def test_crops_are_pils():
     image = Image.fromarray(rng().integers(0, 256, (300, 2, 3), np.uint8))
     for box in ((0, 0, 2, 300), (1, 150, 2, 299), (0, 7, 1, 8)):
-        cut = _cut(image, box[0], box[1], box[2] - box[0], box[3] - box[1])
+        cut = crop(image, box[0], box[1], box[2] - box[0], box[3] - box[1])
         assert np.array_equal(np.asarray(cut), np.asarray(image.crop(box)))
 
 
@@ -266,7 +266,7 @@ def test_an_image_that_jpeg_cannot_hold_is_a_problem(maker, tmp_path):
     Image.new("RGB", (70_000, 1)).save(tmp_path / "long.png")
     ask = record(entry("<image>?", "b", image="long.png"), augment=True, root=tmp_path)
     problem = make_maker(augmentation="jpeg")(ask, rng())
-    assert (problem.kind, problem.place) == ("image", "a.jsonl:7")
+    assert (problem.kind, problem.location) == ("image", "a.jsonl:7")
     assert "70000 x 1 pixels cannot be written as JPEG, whose sides have at most 65,500" in problem.message
     assert isinstance(maker(ask, rng()), Sample)
 
@@ -277,7 +277,7 @@ def test_an_entry_without_room_in_memory_is_a_problem(maker, monkeypatch):
 
     monkeypatch.setattr(np, "stack", full)
     problem = maker(record(entry("<image>?", "b", image="rgb.png")), rng())
-    assert (problem.kind, problem.place) == ("memory", "a.jsonl:7")
+    assert (problem.kind, problem.location) == ("memory", "a.jsonl:7")
 
 
 def test_models_that_rows_do_not_fit():

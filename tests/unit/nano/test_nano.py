@@ -120,7 +120,7 @@ def test_data_set_is_in_the_documented_format(tmp_path):
     with pytest.raises(ValueError, match="has 60 samples, not 61"):
         dataset.write(tmp_path / "data", count + 1)
     config, tokenizer = load_config(NANO), load_tokenizer(NANO)
-    maker = SampleMaker.of(
+    maker = SampleMaker.for_model(
         config, tokenizer, load_processor(NANO, config), max_length=train.LENGTH, image_slots=1, image_labels=21
     )
     corpus = Corpus(read_meta(meta))
@@ -129,7 +129,7 @@ def test_data_set_is_in_the_documented_format(tmp_path):
         drawn = render.make_sample("train", number)
         sample = maker(corpus[number], np.random.default_rng(0))
         assert isinstance(sample, Sample)
-        assert not sample.cut
+        assert not sample.truncated
         answers = tokenizer.decode(sample.labels[sample.labels != IGNORED], skip_special_tokens=False)
         expected = "</s>".join(question.answer for question in drawn.questions) + "</s>"
         assert answers.replace(" ", "") == expected.replace(" ", "")
