@@ -34,6 +34,7 @@ from jax.sharding import PartitionSpec as P
 
 from internvl_jax.models import cpu
 from internvl_jax.models.kernels import decode_attention, decode_block, splash_attention
+from internvl_jax.models.kv_cache import KeysValues
 from internvl_jax.models.layers import LANES, MASK_VALUE, Array, on_tpu, precision_of
 from internvl_jax.parallel.partitioning import BATCH, TENSOR, fit_spec
 
@@ -97,12 +98,9 @@ def attention_mask(q_positions: Array, kv_positions: Array, kv_valid: Array) -> 
 
 def attention(
     q: Array,
-    k: Array,
-    v: Array,
+    keys: KeysValues,
     mask: Mask | None = None,
-    layer: int | Array | None = None,
     *,
-    scales: tuple[Array, Array] | None = None,
     axes: tuple[str, ...] = BATCH,
     split: str | None = TENSOR,
 ) -> Array:
@@ -110,10 +108,9 @@ def attention(
 
     Args:
         q: [B,T,N,H].
-        k, v: [B,K,S,H], or stacks [L,B,K,S,H] with `layer`.
+        keys: keys and values [B,K,S,H], or stacks [L,B,K,S,H] and an index, of which a kernel reads the layer without
+            copying it.
         mask: None if every query attends to every key.
-        layer: index into the stacks, which a kernel reads without copying the layer.
-        scales: of int8 k and v, float32 [B,K,S] each, or stacked like them.
         axes: mesh axes of the rows.
         split: mesh axis of the heads.
 
@@ -123,6 +120,7 @@ def attention(
     Raises:
         ValueError: `implementation` has an unknown value.
     """
+    k, v, scales, layer = keys
     program = choose(q, k, mask, split)
     if program in ("xla", "by_head"):
         if layer is not None:
@@ -134,19 +132,19 @@ def attention(
         return run(q, k.astype(q.dtype), v.astype(q.dtype), None if mask is None else mask.allowed, scales)
 
     interpret = not on_tpu()
-    rows, queries, keys = P(axes, None), P(axes, None, split, None), P(axes, split, None, None)
+    rows, queries, slots = P(axes, None), P(axes, None, split, None), P(axes, split, None, None)
     if program == "splash":
         kernel = partial(splash_attention, causal=mask is not None, interpret=interpret)
         if mask is None:
-            return _on_devices(kernel, (q, k, v), (queries, keys, keys), queries)
-        return _on_devices(kernel, (q, k, v, mask.segments), (queries, keys, keys, rows), queries)
+            return _on_devices(kernel, (q, k, v), (queries, slots, slots), queries)
+        return _on_devices(kernel, (q, k, v, mask.segments), (queries, slots, slots, rows), queries)
     if mask is None or mask.span is None:
         raise ValueError("decoding needs the mask of a cache")
     stacks: tuple[Array, ...] = (k, v, *(scales or ()))
     if layer is None:
         stacks, layer = tuple(stack[None] for stack in stacks), 0
     k, v, *per_token = stacks
-    query, stack, scale = P(axes, split, None), P(None, *keys), P(None, axes, split, None)
+    query, stack, scale = P(axes, split, None), P(None, *slots), P(None, axes, split, None)
     y = _on_devices(
         partial(decode_attention, interpret=interpret),
         (q[:, 0], k, v, jnp.asarray(layer, jnp.int32), mask.allowed[:, 0], mask.span, *per_token),

@@ -1,5 +1,8 @@
-"""The vision tower as a Flax module: InternViT (Chen et al., "InternVL: Scaling up Vision Foundation Models", 2023) and
-CLIP's ViT (Radford et al., 2021) by other settings of VisionConfig."""
+"""The vision tower as a Flax module.
+
+InternViT (Chen et al., "InternVL: Scaling up Vision Foundation Models", 2023), and CLIP's ViT (Radford et al., 2021) by
+other settings of VisionConfig.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import numpy as np
 from internvl_jax.config import VisionConfig
 from internvl_jax.models.attention import attention
 from internvl_jax.models.declare import declare
+from internvl_jax.models.kv_cache import KeysValues
 from internvl_jax.models.layers import (
     Array,
     LayerNorm,
@@ -89,7 +93,7 @@ class Attention(nn.Module):
             k = RMSNorm(shape, cfg.qk_norm_eps, head_axes, cfg.hidden_size, name="k_norm")(k)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         split = logical_spec("vision_heads", image_axes=self.axes)[0]
-        y = attention(q, k, v, axes=self.axes, split=split)
+        y = attention(q, KeysValues(k, v), axes=self.axes, split=split)
         proj_axes = (*head_axes, "embed")
         y = Linear("BTNH,NHD->BTD", (*shape, cfg.hidden_size), proj_axes, self.dtype, use_bias=True, name="proj")(y)
         return constrain(y, "images", None, None, image_axes=self.axes)

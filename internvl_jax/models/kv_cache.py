@@ -21,11 +21,17 @@ CACHE_AXES = ("layers", "batch", "kv_heads", None, None)  # [L,B,K,S,H]
 
 
 class KeysValues(NamedTuple):
-    """A layer's view of the cache: its own [B,K,S,H], or the stack [L,B,K,S,H] and the layer's index."""
+    """What attention reads: keys and values of one layer, or of all layers and that layer's index.
+
+    Attributes:
+        k, v: [B,K,S,H], or [L,B,K,S,H] with `layer`.
+        scales: of int8 k and v, float32 [B,K,S] each, or [L,B,K,S].
+        layer: index of the layer; None if k and v are one layer's.
+    """
 
     k: Array
     v: Array
-    scales: tuple[Array, Array] | None = None  # as KVCache's
+    scales: tuple[Array, Array] | None = None
     layer: int | Array | None = None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from internvl_jax.config import TextConfig
 from internvl_jax.models import cpu
 from internvl_jax.models.attention import Mask, attention, cache_mask, self_mask
-from internvl_jax.models.kv_cache import KVCache
+from internvl_jax.models.kv_cache import KeysValues, KVCache
 from internvl_jax.models.layers import (
     MASK_VALUE,
     Array,
@@ -57,10 +57,9 @@ class Attention(nn.Module):
         if cache is not None:
             cache = cache.append(layer, k, v)
         if cache is None or fresh:
-            y = attention(q, k, v, mask)
+            y = attention(q, KeysValues(k, v), mask)
         else:
-            keys = cache.read(layer)
-            y = attention(q, keys.k, keys.v, mask, keys.layer, scales=keys.scales)
+            y = attention(q, cache.read(layer), mask)
         axes = ("heads", "head_dim", "embed")
         y = Linear("BTNH,NHD->BTD", (*heads, cfg.hidden_size), axes, self.dtype, bias, name="o_proj")(y)
         return constrain(y, "batch", None, None), cache

@@ -18,6 +18,7 @@ from internvl_jax.aot.topology import parse_topology
 from internvl_jax.aot.workload import WorkloadRequest, make_workload
 from internvl_jax.config import PRESETS, config_to_hf
 from internvl_jax.models.attention import attention, cache_mask, self_mask
+from internvl_jax.models.kv_cache import KeysValues
 from internvl_jax.parallel.mesh import make_mesh
 
 pytest.importorskip("libtpu")
@@ -145,13 +146,13 @@ def test_kernels_compile(chip):
         places = jnp.broadcast_to(jnp.arange(512), (2, 512))
         mask = cache_mask(jnp.full((2, 1), 511), places, valid)
         return [
-            attention(jnp.ones((2, 1, k.shape[2], HEAD_DIM), jnp.bfloat16), k, k, mask, 1, scales=scales)
+            attention(jnp.ones((2, 1, k.shape[2], HEAD_DIM), jnp.bfloat16), KeysValues(k, k, scales, 1), mask)
             for k, scales in stacks
         ]
 
     def loss(q, k, valid):
         mask = self_mask(jnp.cumsum(valid, axis=1), valid)
-        return jnp.sum(attention(q, k, k, mask).astype(jnp.float32) ** 2)
+        return jnp.sum(attention(q, KeysValues(k, k), mask).astype(jnp.float32) ** 2)
 
     stacks = [(described(2, 2, heads, 512, HEAD_DIM), None) for heads in (5, 10, 20, 40)]
     scale = described(2, 2, 5, 512, dtype=jnp.float32)

@@ -10,7 +10,7 @@ import pytest
 from support import modules
 
 from internvl_jax.config import PRESETS
-from internvl_jax.models import attention as seam
+from internvl_jax.models import attention as dispatch
 from internvl_jax.models import cpu, kernels, kv_cache
 from internvl_jax.models.attention import (
     attention,
@@ -19,6 +19,7 @@ from internvl_jax.models.attention import (
     implementation,
     self_mask,
 )
+from internvl_jax.models.kv_cache import KeysValues
 from internvl_jax.models.layers import positions_from_valid
 from internvl_jax.models.stack import unstack
 
@@ -40,7 +41,7 @@ def assert_close(actual, expected, tolerance, what):
 def loss(q, k, v, weights, mask, valid, *, program):
     """A loss that looks at real tokens only, and the attention's result there."""
     with implementation(program):
-        y = jnp.where(valid[..., None, None], attention(q, k, v, mask), 0.0)
+        y = jnp.where(valid[..., None, None], attention(q, KeysValues(k, v), mask), 0.0)
     return jnp.sum(y * weights), y
 
 
@@ -62,7 +63,7 @@ def test_splash_equals_xla(length, causal, kv_heads, monkeypatch):
     results = []
     for program in ("xla", "pallas"):
         with implementation(program):
-            assert seam.choose(q, k, mask, None) == {"xla": "xla", "pallas": "splash"}[program]
+            assert dispatch.choose(q, k, mask, None) == {"xla": "xla", "pallas": "splash"}[program]
         gradient = jax.jit(jax.value_and_grad(partial(loss, program=program), (0, 1, 2), has_aux=True))
         results.append(gradient(q, k, v, weights, mask, valid))
     ((_, expected), expected_gradients), ((_, y), gradients) = results
@@ -139,9 +140,9 @@ def test_decode_kernel_equals_xla(kv_heads, groups, monkeypatch):
     used = np.stack([place < 3, place >= 383, place >= 0, (place > 20) & (place < 300) & (place != 150), place < 0])
     mask = cache_mask(jnp.full((batch, 1), slots), jnp.tile(place, (batch, 1)), jnp.asarray(used))
     with implementation("pallas"):
-        assert seam.choose(q, k, mask, None) == "decode"
-        y = attention(q, k, v, mask, layer)
-        per_layer = attention(q, k[layer], v[layer], mask)
+        assert dispatch.choose(q, k, mask, None) == "decode"
+        y = attention(q, KeysValues(k, v, layer=layer), mask)
+        per_layer = attention(q, KeysValues(k[layer], v[layer]), mask)
     expected = attention_xla(q, k[layer], v[layer], mask.allowed)
     assert_close(y[:4], expected[:4], 1e-5, "stacked")
     np.testing.assert_array_equal(y, per_layer)
@@ -160,7 +161,7 @@ def test_decode_kernel_at_the_edges_of_its_blocks(monkeypatch):
     mask = cache_mask(jnp.full((batch, 1), slots), jnp.asarray(place), jnp.asarray(used))
     assert mask.span.tolist() == [list(span) for span in spans]
     with implementation("pallas"):
-        y = attention(q, k, v, mask)
+        y = attention(q, KeysValues(k, v), mask)
     assert_close(y, attention_xla(q, k, v, mask.allowed), 1e-5, "y")
 
 
@@ -176,7 +177,8 @@ def test_decode_kernel_with_int8_keys(groups, monkeypatch):
     place = np.tile(np.arange(256), (2, 1))
     mask = cache_mask(jnp.full((2, 1), 256), jnp.asarray(place), jnp.asarray(place < 200))
     with implementation("pallas"):
-        y = attention(q, *map(jnp.asarray, (k, v)), mask, 1, scales=tuple(map(jnp.asarray, scales)))
+        keys = KeysValues(jnp.asarray(k), jnp.asarray(v), tuple(map(jnp.asarray, scales)), 1)
+        y = attention(q, keys, mask)
     full = [jnp.asarray(x[1] * scale[1][..., None]) for x, scale in zip((k, v), scales)]
     assert_close(y, attention_xla(q, *full, mask.allowed), 1e-5, "int8")
 
@@ -192,7 +194,7 @@ def test_decode_kernel_reads_only_slots_in_use(monkeypatch):
     outside = (place < 128) | (place >= 256)
     k, v = (jnp.where(outside[None, :, None, :, None], jnp.nan, x) for x in (k, v))
     with implementation("pallas"):
-        y = attention(q, k, v, mask, 0)
+        y = attention(q, KeysValues(k, v, layer=0), mask)
     assert_close(y, attention_xla(q, k[0, :, :, 128:256], v[0, :, :, 128:256], mask.allowed[:, :, 128:256]), 1e-5, "y")
 
 
@@ -314,14 +316,14 @@ def test_rule(length, slots, mask, program, options, monkeypatch):
     q, k = shapes(length, slots, **options)
     mask = masks(length, slots)[mask]
     large = length > 1 and length * slots >= 512 * 512
-    assert seam.choose(q, k, mask, "tensor") == ("by_head" if large else "xla")  # this is no TPU
+    assert dispatch.choose(q, k, mask, "tensor") == ("by_head" if large else "xla")  # this is no TPU
     with jax.set_mesh(jax.make_mesh((1,), ("tensor",))):
-        assert seam.choose(q, k, mask, "tensor") == "xla"
-    monkeypatch.setattr(seam, "on_tpu", lambda: True)
+        assert dispatch.choose(q, k, mask, "tensor") == "xla"
+    monkeypatch.setattr(dispatch, "on_tpu", lambda: True)
     monkeypatch.setattr(cpu, "on_cpu", lambda: False)
-    assert seam.choose(q, k, mask, "tensor") == program
+    assert dispatch.choose(q, k, mask, "tensor") == program
     with implementation("xla"):
-        assert seam.choose(q, k, mask, "tensor") == "xla"
+        assert dispatch.choose(q, k, mask, "tensor") == "xla"
 
 
 @pytest.mark.parametrize(
@@ -330,20 +332,20 @@ def test_rule(length, slots, mask, program, options, monkeypatch):
 )
 def test_kernels_want_whole_heads_on_every_device(length, slots, mask, program, monkeypatch):
     """Two kv heads do not divide over four devices; over two they do, and so they do where heads are not split."""
-    monkeypatch.setattr(seam, "on_tpu", lambda: True)
+    monkeypatch.setattr(dispatch, "on_tpu", lambda: True)
     monkeypatch.setattr(cpu, "on_cpu", lambda: False)
     q, k = shapes(length, slots, kv_heads=2)
     mask = masks(length, slots)[mask]
     for devices, split, expected in ((4, "tensor", "xla"), (2, "tensor", program), (4, None, program)):
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((devices,), ("tensor",))):
-            assert seam.choose(q, k, mask, split) == expected
+            assert dispatch.choose(q, k, mask, split) == expected
             with implementation("pallas"):
-                assert seam.choose(q, k, mask, split) == expected
+                assert dispatch.choose(q, k, mask, split) == expected
 
 
 def test_implementation_is_checked_and_part_of_the_compiled_program():
     (q, k) = random((1, 128, 1, HEAD_DIM), (1, 1, 128, HEAD_DIM))
-    run = jax.jit(lambda q, k: attention(q, k, k))
+    run = jax.jit(lambda q, k: attention(q, KeysValues(k, k)))
     for program in ("xla", "pallas"):
         with implementation(program):
             kernel = "pallas_call" in str(jax.make_jaxpr(run)(q, k))
@@ -351,7 +353,7 @@ def test_implementation_is_checked_and_part_of_the_compiled_program():
             run(q, k)
     assert run._cache_size() == 2
     with implementation("flash"), pytest.raises(ValueError, match='"auto", "xla" or "pallas", not \'flash\''):
-        attention(q, k, k)
+        attention(q, KeysValues(k, k))
 
 
 @pytest.mark.parametrize(
