@@ -34,8 +34,11 @@ from internvl_jax.config import load_config
 from internvl_jax.data.batch import IGNORED, Batch
 from internvl_jax.inference.loading import abstract_for_running
 from internvl_jax.processing.conversation import image_token_index
-from internvl_jax.training import optimizer, state, trainer
+from internvl_jax.training.context import TrainContext, TrainSettings
+from internvl_jax.training.initialization import init_state
+from internvl_jax.training.mesh_placement import MeshPlacement
 from internvl_jax.training.recipes import Recipe, override, recipe_of
+from internvl_jax.training.step import make_step, put_batch, stack_batches
 
 BUNDLE = Path(__file__).resolve().parents[1] / "tests" / "data" / "internvl_chat_v1_1"
 LEARNING_RATE, WARMUP = 5e-4, 2  # at the recipes' own rates a model this small would hardly change
@@ -127,7 +130,7 @@ def torch_losses(recipe: Recipe, made: list[Batch], image_token_id: int, *, pert
             torch.from_numpy(batch.labels).long(),
         )
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip)
+        torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
         adamw.step()
         schedule.step()
         adamw.zero_grad()
@@ -138,15 +141,13 @@ def torch_losses(recipe: Recipe, made: list[Batch], image_token_id: int, *, pert
 def our_losses(recipe: Recipe, made: list[Batch]) -> list[float]:
     """Train through the trainer's step."""
     config = load_config(BUNDLE / "checkpoint")
-    place = state.Place(config)
-    adamw = optimizer.make_optimizer(recipe.optimizer, len(made), config)
+    context = TrainContext(recipe, TrainSettings(len(made), remat="none"), MeshPlacement(config))
     params = load_hf(BUNDLE / "checkpoint", abstract_for_running(config, jnp.float32))
-    now, frozen = state.init_state(params, recipe, adamw, place, 0)
-    settings = trainer.Settings(len(made), remat="none")
-    step = trainer.make_step(config, recipe, settings, adamw, place)
+    state, frozen = init_state(params, context)
+    step = make_step(context)
     losses = []
     for batch in made:
-        now, metrics = step(now, frozen, trainer.put_batch(trainer.stack_batches([batch]), place))
+        state, metrics = step(state, frozen, put_batch(stack_batches([batch]), context.placement))
         losses.append(float(metrics["loss"]))
     return losses
 

@@ -119,7 +119,7 @@ def run_torch(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
     def step() -> float:
         loss = model(**batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), settings["clip"])
+        torch.nn.utils.clip_grad_norm_(trained.values(), settings["max_grad_norm"])
         adamw.step()
         schedule.step()
         adamw.zero_grad()
@@ -137,32 +137,32 @@ def run_ours(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
     from internvl_jax.config import load_config
     from internvl_jax.data.batch import Batch
     from internvl_jax.processing.conversation import image_token_index
-    from internvl_jax.training import optimizer, state, trainer
+    from internvl_jax.training.context import TrainContext, TrainSettings
+    from internvl_jax.training.initialization import init_state, read_params
+    from internvl_jax.training.mesh_placement import MeshPlacement
     from internvl_jax.training.recipes import override, recipe_of
+    from internvl_jax.training.step import make_step, put_batch, stack_batches
 
     jax.devices()
     imports = peak()
     recipe = override(recipe_of(args.recipe), optimizer={"learning_rate": LEARNING_RATE, "warmup": 0.0}, drop_path=0.0)
     config = load_config(directory / "ours")
-    place, settings = state.Place(config), trainer.Settings(args.steps, remat=args.remat)
-    adamw = optimizer.make_optimizer(recipe.optimizer, args.steps, config)
-    params = state.read_params(
-        directory / "ours", config, recipe, place, trained_dtype=jnp.float32, frozen_dtype=jnp.float32
-    )
-    now, frozen = state.init_state(params, recipe, adamw, place, 0)
+    context = TrainContext(recipe, TrainSettings(args.steps, remat=args.remat), MeshPlacement(config))
+    params = read_params(directory / "ours", context, param_dtype=jnp.float32)
+    state, frozen = init_state(params, context)
     del params
     with np.load(directory / "batch.npz") as file:
         ids = file["input_ids"]
         places = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
         index = image_token_index(ids == IMAGE_TOKEN)
         batch = Batch(ids, file["labels"], np.ones_like(ids), places, index, file["pixel_values"])
-    batch = trainer.put_batch(trainer.stack_batches([batch]), place)
-    run = trainer.make_step(config, recipe, settings, adamw, place)
+    batch = put_batch(stack_batches([batch]), context.placement)
+    run = make_step(context)
 
     def step() -> float:
-        nonlocal now
-        now, metrics = run(now, frozen, batch)
-        return float(jax.block_until_ready((now, metrics))[1]["loss"])
+        nonlocal state
+        state, metrics = run(state, frozen, batch)
+        return float(jax.block_until_ready((state, metrics))[1]["loss"])
 
     return {**measure(step, args.steps, imports), "jax": jax.__version__}
 

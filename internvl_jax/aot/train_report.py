@@ -31,10 +31,13 @@ from internvl_jax.data.batch import Batch
 from internvl_jax.inference.loading import abstract_for_running
 from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.parallel.partitioning import BATCH, fit_spec
-from internvl_jax.training import costs, optimizer
-from internvl_jax.training.recipes import Recipe, recipe_of
-from internvl_jax.training.state import Place, State, init_state
-from internvl_jax.training.trainer import REMAT, Settings, make_step
+from internvl_jax.training import costs
+from internvl_jax.training.context import REMAT, TrainContext, TrainSettings
+from internvl_jax.training.initialization import init_state
+from internvl_jax.training.mesh_placement import MeshPlacement
+from internvl_jax.training.recipes import recipe_of
+from internvl_jax.training.state import State
+from internvl_jax.training.step import make_step
 
 # The slices and recipes of the table in docs/training.md.
 SLICES = ("v5e-8", "v5e-16", "v5e-32", "v5e-64", "v6e-8", "v6e-16", "v5p-8", "v5p-16")
@@ -99,40 +102,23 @@ class TrainWorkload:
     config: ChatConfig
     topology: Topology
     mesh: Mesh
-    place: Place
-    recipe: Recipe
+    context: TrainContext
     batch: int
 
     @property
-    def settings(self) -> Settings:
-        """Settings of the trainer."""
-        return Settings(STEPS, dtype=self.request.dtype, remat=self.request.remat)
-
-    @property
-    def vision(self) -> str:
-        """How the vision tower is partitioned."""
-        return self.request.vision or mesh_lib.default_vision_mode(self.mesh)
+    def batch_shape(self) -> costs.BatchShape:
+        """Size of the micro-batch over all devices."""
+        return costs.BatchShape(self.batch, self.request.length, self.batch * self.request.images)
 
     @property
     def ideal_flops(self) -> float:
         """FLOPs of a step on all devices; rematerialized computation is not counted."""
-        num_images = self.batch * self.request.images
-        return costs.step_flops(self.config, self.recipe, self.batch, self.request.length, num_images)
+        return costs.step_flops(self.config, self.context.recipe, self.batch_shape)
 
     @property
     def estimated_bytes(self) -> int:
         """Estimate of the bytes per chip, by arithmetic."""
-        state, activations = costs.memory_per_device(
-            self.recipe,
-            self.place,
-            rows=self.batch,
-            length=self.request.length,
-            images=self.batch * self.request.images,
-            trained_dtype=self.request.param_dtype,
-            dtype=self.request.dtype,
-            remat=self.request.remat,
-            chunk=self.settings.chunk,
-        )
+        state, activations = costs.memory_per_device(self.context, self.batch_shape, self.request.param_dtype)
         return self.topology.chip.devices * (state + activations)
 
 
@@ -235,27 +221,29 @@ def make_train_workload(request: TrainRequest) -> TrainWorkload:
     mesh_lib.validate_mesh(config, mesh, batch)
     if batch < 1:
         raise ValueError(f"a batch has at least one row, not {batch}")
-    return TrainWorkload(request, config, topology, mesh, Place(config, mesh, request.vision), recipe, batch)
+    settings = TrainSettings(STEPS, dtype=request.dtype, remat=request.remat)
+    context = TrainContext(recipe, settings, MeshPlacement(config, mesh, request.vision))
+    return TrainWorkload(request, config, topology, mesh, context, batch)
 
 
 def abstract_arguments(workload: TrainWorkload) -> tuple[State, Any, Batch]:
     """Return the arguments of the step (state, frozen parameters, batch) as ShapeDtypeStructs with shardings."""
-    place, recipe, request = workload.place, workload.recipe, workload.request
+    context, request = workload.context, workload.request
+    placement = context.placement
 
     def stored(name: str, part: Any) -> Any:
-        dtype = jnp.dtype(request.param_dtype if name in recipe.train else request.dtype)
+        dtype = jnp.dtype(request.param_dtype if name in context.recipe.train else request.dtype)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), part)
 
     params = {name: stored(name, part) for name, part in abstract_for_running(workload.config, jnp.float32).items()}
-    params = jax.eval_shape(place.pad, params)
-    adamw = optimizer.make_optimizer(recipe.optimizer, STEPS, workload.config)
-    state, frozen = jax.eval_shape(partial(init_state, recipe=recipe, adamw=adamw, place=place, seed=0), params)
+    params = jax.eval_shape(placement.pad, params)
+    state, frozen = jax.eval_shape(partial(init_state, context=context), params)
 
     def with_sharding(leaf: Any, sharding: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    frozen = jax.tree.map(with_sharding, frozen, place.specs(frozen)) if frozen else {}
-    return jax.tree.map(with_sharding, state, place.shardings(state)), frozen, _abstract_batch(workload)
+    frozen = jax.tree.map(with_sharding, frozen, placement.param_shardings(frozen)) if frozen else {}
+    return jax.tree.map(with_sharding, state, placement.state_shardings(state)), frozen, _abstract_batch(workload)
 
 
 def _abstract_batch(workload: TrainWorkload) -> Batch:
@@ -280,8 +268,7 @@ def _abstract_batch(workload: TrainWorkload) -> Batch:
 def make_train_report(workload: TrainWorkload) -> TrainReport:
     """Compile the training step and analyze it."""
     chip, mesh, request = workload.topology.chip, workload.mesh, workload.request
-    adamw = optimizer.make_optimizer(workload.recipe.optimizer, STEPS, workload.config)
-    step = make_step(workload.config, workload.recipe, workload.settings, adamw, workload.place)
+    step = make_step(workload.context)
     num_layers = workload.config.required_text.num_hidden_layers
     with jax.set_mesh(mesh):
         compiled = compile_program(workload.topology, mesh, step.lower(*abstract_arguments(workload)), num_layers)
@@ -290,9 +277,9 @@ def make_train_report(workload: TrainWorkload) -> TrainReport:
     return TrainReport(
         topology=workload.topology.name,
         chips=workload.topology.chips,
-        recipe=workload.recipe.name,
+        recipe=workload.context.recipe.name,
         mesh=mesh_name(mesh),
-        vision=workload.vision,
+        vision=workload.context.placement.vision,
         batch=workload.batch,
         length=request.length,
         images=request.images,

@@ -24,27 +24,21 @@ An interrupted run resumes with the same command. docs/training.md explains reci
 
 OF_RECIPE = " (default: the recipe's)"
 
-# Options whose values are fields of training.run.Options with another name.
-OPTIONS = {
-    "root": "base",
-    "max_seq_length": "length",
-    "gradient_accumulation_steps": "accumulate",
-    "image_slots": "images",
-}
-
 
 def add_parser(commands: options.Commands) -> None:
     """Add `train` to the commands."""
     parser = commands.add_parser(
         "train",
         help="fine-tune a model on conversations about images",
-        description="Trains the parts that RECIPE names, on InternVL's meta files, JSONL or LLaVA's JSON, saves "
-        "checkpoints, and writes OUTPUT/model. Needs the extra 'train'. Exit code 1: the run was stopped, and the same "
-        "command resumes it.",
+        description="Fine-tunes a model by a recipe on conversations in InternVL's meta files, JSONL or LLaVA's JSON. "
+        "Saves steps, and writes OUTPUT/model at the end. Needs the extra 'train'. Exit code 1: the run "
+        "was stopped, and the same command resumes it.",
         epilog=EXAMPLES,
         add_help=False,
     )
-    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this text, with RECIPE its numbers, and exit")
+    parser.add_argument(
+        "-h", "--help", action=_Help, nargs=0, help="show this help, with a RECIPE's numbers as defaults, and exit"
+    )
     parser.add_argument("recipe", metavar="RECIPE", help=RECIPES)
     parser.add_argument(
         "--data", type=options.path, required=True, metavar="META", help="meta JSON, JSONL, or LLaVA's JSON"
@@ -65,22 +59,23 @@ def add_parser(commands: options.Commands) -> None:
 
 
 class _Help(argparse.Action):
-    """`train RECIPE --help` shows the recipe's numbers as defaults."""
+    """Prints the help; `train RECIPE --help` shows the recipe's numbers as defaults."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
         if namespace.recipe is not None:
             numbers = _numbers_of(namespace.recipe)
             for action in parser._actions:
-                if (action.help or "").endswith(OF_RECIPE):
+                text = action.help or ""
+                if text.endswith(OF_RECIPE):
                     value = numbers.get(action.dest)
                     shown = "none" if value in (None, (), "") else value
-                    action.help = action.help.removesuffix(OF_RECIPE) + f" (default: {shown})"
+                    action.help = text.removesuffix(OF_RECIPE) + f" (default: {shown})"
         parser.print_help()
         parser.exit()
 
 
 def _numbers_of(name: str) -> dict[str, Any]:
-    """A recipe's numbers, by the options that change them."""
+    """Return a recipe's numbers by the names of their options."""
     from internvl_jax.training.recipes import recipe_of
 
     recipe = recipe_of(name)
@@ -89,11 +84,11 @@ def _numbers_of(name: str) -> dict[str, Any]:
         "learning_rate": recipe.optimizer.learning_rate,
         "weight_decay": recipe.optimizer.weight_decay,
         "warmup": recipe.optimizer.warmup,
-        "max_grad_norm": recipe.optimizer.clip,
+        "max_grad_norm": recipe.optimizer.max_grad_norm,
         "epochs": recipe.epochs,
-        "global_batch_size": recipe.rows,
-        "max_seq_length": recipe.length,
-        "loss_mean": recipe.mean,
+        "global_batch_size": recipe.global_batch_size,
+        "max_seq_length": recipe.max_seq_length,
+        "loss_mean": recipe.loss_mean,
         "z_loss": recipe.z_loss,
         "drop_path": recipe.drop_path,
         "train": " ".join(recipe.train),
@@ -107,12 +102,14 @@ def _numbers_of(name: str) -> dict[str, Any]:
 def _add_recipe(group: Any) -> None:
     group.add_argument("--learning-rate", type=float, metavar="X", help="peak learning rate" + OF_RECIPE)
     group.add_argument(
-        "--weight-decay", type=float, metavar="X", help="AdamW's, for matrices and embeddings" + OF_RECIPE
+        "--weight-decay", type=float, metavar="X", help="weight decay of matrices and embeddings" + OF_RECIPE
     )
     group.add_argument(
-        "--warmup", type=float, metavar="X", help="warmup steps; below 1 a fraction of all steps" + OF_RECIPE
+        "--warmup", type=float, metavar="X", help="warmup steps; below 1, a fraction of all steps" + OF_RECIPE
     )
-    group.add_argument("--max-grad-norm", type=float, metavar="X", help="gradient clipping" + OF_RECIPE)
+    group.add_argument(
+        "--max-grad-norm", type=float, metavar="X", help="global norm that gradients are clipped to" + OF_RECIPE
+    )
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, metavar="N", help="passes over the data" + OF_RECIPE)
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: from --epochs)")
@@ -121,7 +118,7 @@ def _add_recipe(group: Any) -> None:
     )
     group.add_argument("--max-seq-length", type=int, metavar="T", help="tokens per row" + OF_RECIPE)
     group.add_argument(
-        "--loss-mean", choices=["token", "device"], help="mean over tokens, or over devices' means" + OF_RECIPE
+        "--loss-mean", choices=["token", "device"], help="mean over tokens, or over means of devices" + OF_RECIPE
     )
     group.add_argument("--z-loss", type=float, metavar="X", help="weight of the squared log-normalizer" + OF_RECIPE)
     group.add_argument(
@@ -131,9 +128,11 @@ def _add_recipe(group: Any) -> None:
         "--train",
         nargs="+",
         metavar="PART",
-        help="trained parts, among vision_model, mlp1, language_model; beside adapters" + OF_RECIPE,
+        help="parts to train: vision_model, mlp1, language_model; with adapters, in addition to them" + OF_RECIPE,
     )
-    group.add_argument("--lora-rank", type=int, metavar="R", help="rank; sets alpha to twice as much" + OF_RECIPE)
+    group.add_argument(
+        "--lora-rank", type=int, metavar="R", help="rank of the adapters; sets alpha to twice the rank" + OF_RECIPE
+    )
     group.add_argument("--lora-alpha", type=float, metavar="X", help="adapters are scaled by alpha / rank" + OF_RECIPE)
     group.add_argument("--lora-dropout", type=float, metavar="X", help="dropout of the adapters' inputs" + OF_RECIPE)
     group.add_argument(
@@ -143,10 +142,13 @@ def _add_recipe(group: Any) -> None:
         "--image-size",
         type=int,
         metavar="S",
-        help="resize the position embeddings to images of S pixels first (default: the checkpoint's size)",
+        help="image size to resize the position embeddings to (default: the checkpoint's size)",
     )
     group.add_argument(
-        "--augmentation", choices=["crop", "jpeg", "none"], default="crop", help="for data sets that META marks"
+        "--augmentation",
+        choices=["crop", "jpeg", "none"],
+        default="crop",
+        help="image augmentation, for data sets with data_augment in META",
     )
     group.add_argument("--no-packing", action="store_true", help="one conversation per row")
     group.add_argument(
@@ -200,26 +202,29 @@ def _add_run(group: Any) -> None:
     )
 
 
+# Options that are fields of training.prepare.RunOptions.
+RUN_OPTIONS = (
+    "data output checkpoint root steps max_seq_length image_slots gradient_accumulation_steps image_size mesh "
+    "vision dtype param_dtype remat seed workers save_every keep eval_data eval_every eval_batches answers profile "
+    "from_scratch"
+).split()
+
+
 def _run(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     if importlib.util.find_spec("grain") is None:
         raise ImportError("training reads its data with grain: pip install 'internvl-jax[train]'")
 
     from internvl_jax.parallel import distributed
-    from internvl_jax.training import reporting, run, saving
+    from internvl_jax.training import prepare, reporting, saving, summary
+    from internvl_jax.training import run as training_run
 
     if args.tensorboard:
         reporting.require_board()
     options.start_processes(args)
-    names = (
-        "data output checkpoint root steps max_seq_length image_slots gradient_accumulation_steps image_size mesh "
-        "vision dtype param_dtype remat seed workers save_every keep eval_data eval_every eval_batches answers profile "
-        "from_scratch"
-    ).split()
-    values: dict[str, Any] = {OPTIONS.get(name, name): getattr(args, name) for name in names}
-    asked = run.Options(
+    run_options = prepare.RunOptions(
         recipe,
-        **values,
+        **{name: getattr(args, name) for name in RUN_OPTIONS},
         buckets=tuple(args.buckets),
         packed=not args.no_packing,
         fatal=args.data_errors == "fatal",
@@ -228,26 +233,29 @@ def _run(args: argparse.Namespace) -> int:
     skipped = reporting.Skipped()
     with saving.claimed(args.output):
         with counting() as progress:
-            made = run.prepare(asked, report=skipped, progress=progress if err.is_terminal else None)
-        with run.log_file(made):
-            if distributed.is_process_0():
-                for line in run.summary(made):
-                    logger.info("%s", line)
-            board = args.output / run.TENSORBOARD if args.tensorboard else None
+            run = prepare.prepare(run_options, report=skipped, progress=progress if err.is_terminal else None)
+        with training_run.log_file(run):
+            is_process_0 = distributed.is_process_0()
+            _log_lines(summary.summarize(run) if is_process_0 else [])
+            board = args.output / training_run.TENSORBOARD if args.tensorboard else None
             outcome = None
-            if not made.done:
-                if distributed.is_process_0():
-                    logger.info("compiling the training step")
-                with reporting.reporting(made.settings.steps, args.log_every, board) as reporter:
-                    outcome = run.start(made, log=reporter.log, tell=reporter.answer, progress=reporter.progress)
-            if distributed.is_process_0():
-                for line in (*skipped.lines(), *run.result(made, outcome)):
-                    logger.info("%s", line)
+            if not run.is_done:
+                _log_lines(["compiling the training step"] if is_process_0 else [])
+                with reporting.reporting(run.context.settings.steps, args.log_every, board) as reporter:
+                    outcome = training_run.start(
+                        run, log=reporter.log, on_answer=reporter.answer, progress=reporter.progress
+                    )
+            _log_lines([*skipped.lines(), *summary.summarize_result(run, outcome)] if is_process_0 else [])
     return 0 if outcome is None or outcome.finished else 1
 
 
+def _log_lines(lines: list[str]) -> None:
+    for line in lines:
+        logger.info("%s", line)
+
+
 def _recipe(args: argparse.Namespace) -> Any:
-    """The recipe with the numbers that were given."""
+    """Return the recipe with the numbers of the command line."""
     from internvl_jax.training.recipes import override, recipe_of
 
     return override(
@@ -256,15 +264,17 @@ def _recipe(args: argparse.Namespace) -> Any:
             "learning_rate": args.learning_rate,
             "weight_decay": args.weight_decay,
             "warmup": args.warmup,
-            "clip": args.max_grad_norm,
+            "max_grad_norm": args.max_grad_norm,
         },
-        lora_rank=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        lora_targets=args.lora_targets,
+        lora={
+            "rank": args.lora_rank,
+            "alpha": args.lora_alpha,
+            "dropout": args.lora_dropout,
+            "targets": args.lora_targets,
+        },
         epochs=args.epochs,
-        rows=args.global_batch_size,
-        mean=args.loss_mean,
+        global_batch_size=args.global_batch_size,
+        loss_mean=args.loss_mean,
         z_loss=args.z_loss,
         drop_path=args.drop_path,
         train=None if args.train is None else tuple(args.train),

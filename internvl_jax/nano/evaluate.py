@@ -76,7 +76,11 @@ def evaluate(chat: Chat, count: int, progress: Callable[[Any], Any] = iter) -> l
 
 def write_images(directory: Path) -> None:
     """Write the held-out images of the package. Raises ValueError if another file of such a name exists."""
-    images = {name: Image.fromarray(make_sample("heldout", index).image) for name, index in IMAGES.items()}
+    images: dict[str, Image.Image] = {}
+    for name, index in IMAGES.items():
+        pixels = make_sample("heldout", index).image
+        assert pixels is not None  # IMAGES lists samples with an image
+        images[name] = Image.fromarray(pixels)
     for write in (False, True):
         for name, image in images.items():
             save_image(image, directory / name, write=write)

@@ -68,8 +68,8 @@ class QAPair:
 
 # Numbers of classes of `Sample.contents`: shape and color of each grid cell, two digits, a word.
 CELL_CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1)
-PICTURE_CLASSES = (11, 11, len(WORDS) + 1)
-CONTENTS = CELL_CLASSES[:1] * 9 + CELL_CLASSES[1:] * 9 + PICTURE_CLASSES
+IMAGE_CLASSES = (11, 11, len(WORDS) + 1)
+CONTENTS = CELL_CLASSES[:1] * 9 + CELL_CLASSES[1:] * 9 + IMAGE_CLASSES
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,16 +39,17 @@ from internvl_jax.data.samples import SampleMaker
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import Array, Params, Variables
 from internvl_jax.nano import build_tokenizer, dataset
-from internvl_jax.nano.render import CELL_CLASSES, CONTENTS, PICTURE_CLASSES
+from internvl_jax.nano.render import CELL_CLASSES, CONTENTS, IMAGE_CLASSES
 from internvl_jax.processing.images import ImageProcessor
 from internvl_jax.processing.tokenizer import load_tokenizer
 from internvl_jax.training import objective
-from internvl_jax.training.objective import Sums
+from internvl_jax.training.context import Loss, TrainContext, TrainSettings
+from internvl_jax.training.mesh_placement import MeshPlacement
+from internvl_jax.training.objective import LossOptions, LossSums
 from internvl_jax.training.optimizer import AdamW
 from internvl_jax.training.recipes import Recipe
 from internvl_jax.training.reporting import reporting
-from internvl_jax.training.state import Place
-from internvl_jax.training.trainer import Loss, Settings, train
+from internvl_jax.training.trainer import Outcome, TrainHooks, train
 from internvl_jax.utils import logs
 from internvl_jax.utils.files import new_directory, read_json_object, resolve
 from internvl_jax.utils.progress import err
@@ -85,14 +85,14 @@ def label_loss(labels: Params, config: ChatConfig, features: Array, contents: Ar
     cells = cell_means(features, config)
     local = cells @ labels["cell"]["kernel"] + labels["cell"]["bias"]
     whole = features.reshape(features.shape[0], -1)
-    picture = whole @ labels["picture"]["kernel"] + labels["picture"]["bias"]
+    image = whole @ labels["image"]["kernel"] + labels["image"]["bias"]
     shapes, colours = jnp.split(local, [CELL_CLASSES[0]], axis=-1)
     parts = [shapes[:, i] for i in range(9)] + [colours[:, i] for i in range(9)]
-    parts += jnp.split(picture, np.cumsum(PICTURE_CLASSES)[:-1], axis=-1)
+    parts += jnp.split(image, np.cumsum(IMAGE_CLASSES)[:-1], axis=-1)
     losses = [optax.softmax_cross_entropy_with_integer_labels(p, contents[:, i]) for i, p in enumerate(parts)]
-    right = [jnp.argmax(p, axis=-1) == contents[:, i] for i, p in enumerate(parts)]
+    correct = [jnp.argmax(p, axis=-1) == contents[:, i] for i, p in enumerate(parts)]
     loss = jnp.mean(jnp.stack(losses[:18])) + jnp.mean(jnp.stack(losses[18:]))
-    return loss, jnp.sum(jnp.all(jnp.stack(right), axis=0), dtype=jnp.float32)
+    return loss, jnp.sum(jnp.all(jnp.stack(correct), axis=0), dtype=jnp.float32)
 
 
 def cell_means(features: Array, config: ChatConfig) -> Array:
@@ -110,32 +110,35 @@ def cell_means(features: Array, config: ChatConfig) -> Array:
 
 
 def vision_loss(
-    variables: Variables, config: ChatConfig, batch: Batch, weights: Array, *,
-    dtype: Any, remat: Any, z_loss: float, chunk: int, rngs: objective.Rngs, **vit: Any,
-) -> Sums:  # fmt: skip
+    variables: Variables,
+    config: ChatConfig,
+    batch: Batch,
+    weights: Array,
+    options: LossOptions,
+    *,
+    rngs: objective.Rngs = objective.NO_RNGS,
+) -> LossSums:
     """Loss of the first stage, with the signature of objective.loss: the label loss. Counts are of images."""
-    features = objective.encode_images(
-        variables, config, batch.pixel_values, dtype=dtype, remat=remat, rngs=rngs, **vit
-    )
-    loss, right = label_loss(variables["params"]["labels"], config, features, batch.image_labels)
-    pictures = jnp.float32(len(batch.pixel_values))
-    return Sums(loss, right, pictures, jnp.sum(batch.segment_ids > 0, dtype=jnp.float32))
+    features = objective.encode_images(variables, config, batch.pixel_values, options, rngs=rngs)
+    loss, num_correct = label_loss(variables["params"]["labels"], config, features, batch.image_labels)
+    num_images = jnp.float32(len(batch.pixel_values))
+    return LossSums(loss, num_correct, num_images, jnp.sum(batch.segment_ids > 0, dtype=jnp.float32))
 
 
 def answer_loss(
-    variables: Variables, config: ChatConfig, batch: Batch, weights: Array, *,
-    dtype: Any, remat: Any, z_loss: float, chunk: int, rngs: objective.Rngs, **vit: Any,
-) -> Sums:  # fmt: skip
+    variables: Variables,
+    config: ChatConfig,
+    batch: Batch,
+    weights: Array,
+    options: LossOptions,
+    *,
+    rngs: objective.Rngs = objective.NO_RNGS,
+) -> LossSums:
     """Loss of the other stages, with the signature of objective.loss: answers, plus the weighted label loss."""
-    features = objective.encode_images(
-        variables, config, batch.pixel_values, dtype=dtype, remat=remat, rngs=rngs, **vit
-    )
-    seen, _ = label_loss(variables["params"]["labels"], config, features, batch.image_labels)
-    sums = objective.language_loss(
-        variables, config, batch, features, weights,
-        z_loss=z_loss, chunk=chunk, dtype=dtype, remat=remat, rngs=rngs,
-    )  # fmt: skip
-    return sums.replace(loss=sums.loss + LABEL_WEIGHT * seen)
+    features = objective.encode_images(variables, config, batch.pixel_values, options, rngs=rngs)
+    image_loss, _ = label_loss(variables["params"]["labels"], config, features, batch.image_labels)
+    sums = objective.language_loss(variables, config, batch, features, weights, options, rngs=rngs)
+    return sums.replace(loss=sums.loss + LABEL_WEIGHT * image_loss)
 
 
 def make_stages(
@@ -161,14 +164,14 @@ def init_params(key: Array, config: ChatConfig) -> Params:
     # The published initial layer scale of 0.1 is for 48 layers; five layers learn faster with larger branches.
     for name in ("ls1", "ls2"):
         vision["layers"][name] *= 5
-    width = config.text.hidden_size
+    width = config.required_text.hidden_size
 
     def linear(inputs: int, outputs: int) -> Params:
         return {"kernel": jnp.zeros((inputs, outputs)), "bias": jnp.zeros(outputs)}
 
     labels = {
         "cell": linear(width, sum(CELL_CLASSES)),
-        "picture": linear(config.tokens_per_image * width, sum(PICTURE_CLASSES)),
+        "image": linear(config.tokens_per_image * width, sum(IMAGE_CLASSES)),
     }
     return {**params, "labels": labels}
 
@@ -176,47 +179,68 @@ def init_params(key: Array, config: ChatConfig) -> Params:
 def run(
     out: Path, config: ChatConfig, stages: Sequence[TrainingStage], *, samples: int, seed: int = 0
 ) -> Params | None:
-    """Run all stages, each from its last saved step. Returns the parameters, or None if it was asked to stop."""
-    tokenizer = load_tokenizer(out)
-    processor = ImageProcessor(config.image_size, MEAN, STD)
+    """Run all stages, each from its last saved step.
+
+    Args:
+        out: Directory with the tokenizer, to which data and runs are written.
+        config: Model configuration.
+        stages: Stages of `make_stages`.
+        samples: Number of training samples.
+        seed: Seed of the initial parameters.
+
+    Returns:
+        The parameters, or None if the run was stopped by a signal.
+    """
     meta = dataset.write(out / "data", samples)
-    first = init_params(jax.random.key(seed), config)
-    count = config.num_vision_layers
-    running = jax.tree.map(lambda leaf: leaf[:count], first["vision_model"]["layers"])
-    params: Params = {**first, "vision_model": {**first["vision_model"], "layers": running}}
-    place = Place(config)
+    initial = init_params(jax.random.key(seed), config)
+    num_layers = config.num_vision_layers
+    running = jax.tree.map(lambda leaf: leaf[:num_layers], initial["vision_model"]["layers"])
+    params: Params = {**initial, "vision_model": {**initial["vision_model"], "layers": running}}
     for number, stage in enumerate(stages):
-        recipe = stage.recipe
-        layout = Layout(recipe.rows, (recipe.length,), recipe.rows, packed=False)
-        maker = SampleMaker.for_model(
-            config, tokenizer, processor, max_length=recipe.length, image_slots=recipe.rows,
-            image_labels=len(CONTENTS),
-        )  # fmt: skip
-        loader = open_data(meta, maker, layout, ReadOptions(seed=number, fatal=True))
-        settings = Settings(
-            stage.steps, seed=number, remat="none", chunk=recipe.length, save_every=100, keep=2, log_every=1
-        )
-        identity = {"data": loader.corpus.fingerprint(), "label_weight": LABEL_WEIGHT}
-        batches = iter(loader)
-        err.print(f"{recipe.name}: {', '.join(recipe.train)}, {stage.steps} steps")
-        try:
-            with reporting(stage.steps, 50, None) as reporter:
-                done = train(
-                    out / recipe.name, config, recipe, settings, params, batches, place,
-                    log=reporter.log, identity=identity, loss=stage.loss,
-                )  # fmt: skip
-        finally:
-            batches.close()
-        if not done.finished:
-            err.print(f"stopped after step {done.step} of {recipe.name}: the same command goes on there")
+        outcome = run_stage(out, config, stage, params, meta=meta, seed=number)
+        if not outcome.finished:
+            err.print(f"stopped after step {outcome.step} of {stage.recipe.name}: the same command resumes the run")
             return None
-        params = {**done.frozen, **done.state.trained}
+        params = {**outcome.frozen, **outcome.state.trained}
     layers = jax.tree.map(
-        lambda new, old: jnp.concatenate([new, old[count:]]), params["vision_model"]["layers"],
-        first["vision_model"]["layers"],
+        lambda new, old: jnp.concatenate([new, old[num_layers:]]), params["vision_model"]["layers"],
+        initial["vision_model"]["layers"],
     )  # fmt: skip
     whole = {**params, "vision_model": {**params["vision_model"], "layers": layers}}
     return {name: part for name, part in whole.items() if name != "labels"}
+
+
+def run_stage(out: Path, config: ChatConfig, stage: TrainingStage, params: Params, *, meta: Path, seed: int) -> Outcome:
+    """Run one stage in the directory `out`/NAME, from its last saved step if there is one.
+
+    Args:
+        out: Directory with the tokenizer.
+        config: Model configuration.
+        stage: The stage.
+        params: Parameters that the stage starts from; must not be used afterwards.
+        meta: Meta file of the data set.
+        seed: Seed of the order of the data, and of the trainer.
+    """
+    recipe = stage.recipe
+    tokenizer = load_tokenizer(out)
+    processor = ImageProcessor(config.required_image_size, MEAN, STD)
+    rows, length = recipe.global_batch_size, recipe.max_seq_length
+    layout = Layout(rows, (length,), image_slots=rows, packed=False)
+    maker = SampleMaker.for_model(
+        config, tokenizer, processor, max_length=length, image_slots=rows, image_labels=len(CONTENTS)
+    )
+    loader = open_data(meta, maker, layout, ReadOptions(seed=seed, fatal=True))
+    settings = TrainSettings(stage.steps, seed=seed, remat="none", chunk=length, save_every=100, keep=2, log_every=1)
+    context = TrainContext(recipe, settings, MeshPlacement(config), stage.loss)
+    identity = {"data": loader.corpus.fingerprint(), "label_weight": LABEL_WEIGHT}
+    batches = iter(loader)
+    err.print(f"{recipe.name}: {', '.join(recipe.train)}, {stage.steps} steps")
+    try:
+        with reporting(stage.steps, 50, None) as reporter:
+            hooks = TrainHooks(log=reporter.log)
+            return train(out / recipe.name, context, params, batches, hooks=hooks, identity=identity)
+    finally:
+        batches.close()
 
 
 def write_model(directory: Path, tokenizer: Path, params: Params, config: ChatConfig) -> None:
@@ -285,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
 def nano_config(directory: Path) -> ChatConfig:
     """Return the nano preset with the vocabulary size of the tokenizer in `directory`."""
     config = PRESETS["nano"]()
-    return replace(config, text=replace(config.text, vocab_size=load_tokenizer(directory).vocab_size))
+    return replace(config, text=replace(config.required_text, vocab_size=load_tokenizer(directory).vocab_size))
 
 
 if __name__ == "__main__":

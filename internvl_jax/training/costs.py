@@ -1,11 +1,12 @@
-"""What a training step costs: arithmetic, for MFU, and memory, before anything is compiled.
+"""FLOPs of a training step, for MFU, and an estimate of its memory before anything is compiled.
 
-The memory is an estimate from sizes alone; `internvl-jax compile-report` compiles.
+The memory is estimated from sizes alone; `internvl-jax compile-report` compiles the step.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,44 +17,56 @@ from internvl_jax.config import ChatConfig
 from internvl_jax.data.batch import Batch
 from internvl_jax.inference.loading import abstract_for_running
 from internvl_jax.models import flops
+from internvl_jax.training.context import TrainContext
+from internvl_jax.training.mesh_placement import MeshPlacement
 from internvl_jax.training.recipes import Recipe
-from internvl_jax.training.state import ADAPTERS, Place
+from internvl_jax.training.state import ADAPTERS
 
-MOMENTS = 8  # bytes of optimizer state for each trained parameter
-GRADIENT = 4  # bytes
+MOMENT_BYTES = 8  # optimizer state of a trained parameter
+GRADIENT_BYTES = 4
 
 
-def step_flops(config: ChatConfig, recipe: Recipe, rows: int, length: int, images: int) -> float:
-    """Matrix products of one step, of all devices: true sizes, padding included, what is made again not counted.
+@dataclass(frozen=True)
+class BatchShape:
+    """The size of a micro-batch over all devices: rows, tokens per row, and image slots."""
 
-    Forward once; backward once more for the products' inputs, where anything below them is trained, and once for
-    their weights where these are trained.
+    rows: int
+    length: int
+    images: int
+
+
+def step_flops(config: ChatConfig, recipe: Recipe, shape: BatchShape) -> float:
+    """Return the FLOPs of the matrix products of one micro-batch on all devices.
+
+    Sizes are true ones, padding tokens count, and rematerialized computation does not. The forward pass counts once.
+    The backward pass counts once more for the gradients of the inputs, if anything below them is trained, and once for
+    those of the weights, if these are trained.
     """
-    language = rows * length * (2 * flops.text_weights(config) + flops.head(config))
-    attention = rows * flops.causal_attention(config, length)
-    tower, mixing = images * flops.tower_products(config), images * flops.tower_attention(config)
-    project = images * flops.projector(config)
-    whole, adapted = recipe.train, recipe.lora
-    below_projector = "vision_model" in whole or "vision_model" in adapted
-    below_language = below_projector or "mlp1" in whole or "language_model" in whole or "language_model" in adapted
+    text_products = shape.rows * shape.length * (2 * flops.text_weights(config) + flops.head(config))
+    text_attention = shape.rows * flops.causal_attention(config, shape.length)
+    tower_products = shape.images * flops.tower_products(config)
+    tower_attention = shape.images * flops.tower_attention(config)
+    projector = shape.images * flops.projector(config)
+    parts, adapted = recipe.train, recipe.lora
+    below_projector = "vision_model" in parts or "vision_model" in adapted
+    below_language = below_projector or "mlp1" in parts or "language_model" in parts or "language_model" in adapted
     return (
-        language * (1 + below_language + ("language_model" in whole))
-        + attention * (1 + 2 * below_language)
-        + project * (1 + below_projector + ("mlp1" in whole))
-        + tower * (1 + below_projector + ("vision_model" in whole))
-        + mixing * (1 + 2 * below_projector)
+        text_products * (1 + below_language + ("language_model" in parts))
+        + text_attention * (1 + 2 * below_language)
+        + projector * (1 + below_projector + ("mlp1" in parts))
+        + tower_products * (1 + below_projector + ("vision_model" in parts))
+        + tower_attention * (1 + 2 * below_projector)
     )
 
 
-def batch_flops(config: ChatConfig, recipe: Recipe, batch: Batch, processes: int) -> float:
-    """`step_flops` of one process's stacked batch, of as many processes."""
+def batch_flops(config: ChatConfig, recipe: Recipe, batch: Batch, num_data_shards: int) -> float:
+    """Return the FLOPs of a step over all micro-batches, from the stacked batch of one of the data shards."""
     count, rows, length = batch.labels.shape
-    images = batch.pixel_values.shape[1]
-    return count * processes * step_flops(config, recipe, rows, length, images)
+    return count * num_data_shards * step_flops(config, recipe, BatchShape(rows, length, batch.pixel_values.shape[1]))
 
 
-def parameters(config: ChatConfig, recipe: Recipe) -> tuple[int, int]:
-    """Parameters that are trained, adapters included, and those that stay as they are."""
+def count_parameters(config: ChatConfig, recipe: Recipe) -> tuple[int, int]:
+    """Return the number of trained parameters, adapters included, and of frozen ones."""
     params = abstract_for_running(config, jnp.float32)
     adapters = jax.eval_shape(lambda p: lora.init_adapters(jax.random.key(0), p, recipe.lora), params)
     trained = {name: part for name, part in params.items() if name in recipe.train}
@@ -65,66 +78,67 @@ def _count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def memory_per_device(
-    recipe: Recipe,
-    place: Place,
-    *,
-    rows: int,
-    length: int,
-    images: int,
-    trained_dtype: Any,
-    dtype: Any,
-    remat: str,
-    chunk: int,
-) -> tuple[int, int]:
-    """Bytes of parameters, optimizer and gradients, and about how many of activations, on each device.
+def memory_per_device(context: TrainContext, shape: BatchShape, param_dtype: Any) -> tuple[int, int]:
+    """Return the bytes of parameters, optimizer state and gradients, and an estimate of those of activations.
 
-    rows, images: of a micro-batch over all devices. dtype: of computation and of frozen parameters.
+    Args:
+        context: Context of the run.
+        shape: Size of a micro-batch over all devices.
+        param_dtype: Dtype of trained parameters.
+
+    Returns:
+        Both per device.
     """
-    config = place.config
-    params = jax.eval_shape(place.pad, abstract_for_running(config, jnp.float32))
-    true = jax.eval_shape(place.unpad, params)
+    placement, recipe = context.placement, context.recipe
+    params = jax.eval_shape(placement.pad, abstract_for_running(placement.config, jnp.float32))
+    true = jax.eval_shape(placement.unpad, params)
     adapters = jax.eval_shape(
-        lambda p: place.pad({ADAPTERS: lora.init_adapters(jax.random.key(0), p, recipe.lora)}), true
+        lambda p: placement.pad({ADAPTERS: lora.init_adapters(jax.random.key(0), p, recipe.lora)}), true
     )
-    own = {name: part for name, part in params.items() if name in recipe.train}
+    trained = {name: part for name, part in params.items() if name in recipe.train}
     frozen = {name: part for name, part in params.items() if name not in recipe.train}
     float32 = jnp.dtype(jnp.float32).itemsize
-    state = _share(own, place) * (jnp.dtype(trained_dtype).itemsize + MOMENTS + GRADIENT)
-    state += _share(adapters, place) * (float32 + MOMENTS + GRADIENT)
-    state += _share(frozen, place) * jnp.dtype(dtype).itemsize
-    return state, _activations(recipe, place, rows, length, images, jnp.dtype(dtype).itemsize, remat, chunk)
+    state = _count_per_device(trained, placement) * (jnp.dtype(param_dtype).itemsize + MOMENT_BYTES + GRADIENT_BYTES)
+    state += _count_per_device(adapters, placement) * (float32 + MOMENT_BYTES + GRADIENT_BYTES)
+    state += _count_per_device(frozen, placement) * context.dtype.itemsize
+    return state, _activation_bytes(context, shape)
 
 
-def _share(tree: Any, place: Place) -> int:
-    """Elements of a tree on each device."""
-    if place.mesh is None:
+def _count_per_device(tree: Any, placement: MeshPlacement) -> int:
+    if placement.mesh is None:
         return _count(tree)
-    shapes = jax.tree.map(lambda leaf, where: where.shard_shape(leaf.shape), tree, place.specs(tree))
+    shapes = jax.tree.map(
+        lambda leaf, sharding: sharding.shard_shape(leaf.shape), tree, placement.param_shardings(tree)
+    )
     return sum(math.prod(shape) for shape in jax.tree.leaves(shapes, is_leaf=lambda node: isinstance(node, tuple)))
 
 
-def _activations(
-    recipe: Recipe, place: Place, rows: int, length: int, images: int, itemsize: int, remat: str, chunk: int
-) -> int:
-    config, mesh = place.config, place.mesh
-    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    tensor = 1 if mesh is None else mesh.shape["tensor"]
-    text, vision = config.text, config.vision
-    tokens = rows * length / shards
-    seen = images * ((config.image_size // vision.patch_size) ** 2 + 1) / shards
-    learns = "vision_model" in recipe.train or "vision_model" in recipe.lora
+def _activation_bytes(context: TrainContext, shape: BatchShape) -> int:
+    config, placement, remat = context.placement.config, context.placement, context.settings.remat
+    text, vision = config.required_text, config.required_vision
+    shards = placement.num_row_shards
+    tensor = 1 if placement.mesh is None else placement.mesh.shape["tensor"]
+    text_tokens = shape.rows * shape.length / shards
+    vision_tokens = shape.images * ((config.required_image_size // vision.patch_size) ** 2 + 1) / shards
+    has_vision_gradients = "vision_model" in context.recipe.train or "vision_model" in context.recipe.lora
 
-    def stack(tokens: float, width: int, hidden: int, layers: int, kept: bool) -> float:
-        inside = tokens * (6 * width + 3 * hidden) / tensor  # q, k, v, attention, mlp
-        if not kept:
-            return 2 * inside
+    def layers(tokens: float, width: int, hidden: int, count: int, has_gradients: bool) -> float:
+        per_layer = tokens * (6 * width + 3 * hidden) / tensor  # q, k, v, attention, mlp
+        if not has_gradients:
+            return 2 * per_layer
         if remat == "full":
-            return layers * tokens * width + 3 * inside
-        return layers * (2 * tokens * width + inside * (1 if remat == "dots" else 1.5))
+            return count * tokens * width + 3 * per_layer
+        return count * (2 * tokens * width + per_layer * (1 if remat == "dots" else 1.5))
 
-    elements = stack(tokens, text.hidden_size, text.intermediate_size, text.num_hidden_layers, True)
-    elements += stack(seen, vision.hidden_size, vision.intermediate_size, config.num_vision_layers, learns)
-    logits = rows / shards * min(chunk, length) * text.vocab_size / tensor * 3 * 4
-    pixels = images / shards * vision.num_channels * config.image_size**2 * 4
-    return int(elements * itemsize + logits + pixels)
+    elements = layers(text_tokens, text.hidden_size, text.intermediate_size, text.num_hidden_layers, True)
+    elements += layers(
+        vision_tokens,
+        vision.hidden_size,
+        vision.intermediate_size,
+        config.num_vision_layers,
+        has_vision_gradients,
+    )
+    chunk = min(context.settings.chunk, shape.length)
+    logits = shape.rows / shards * chunk * text.vocab_size / tensor * 3 * 4
+    pixels = shape.images / shards * vision.num_channels * config.required_image_size**2 * 4
+    return int(elements * context.dtype.itemsize + logits + pixels)

@@ -1,16 +1,15 @@
-"""What a model under training makes of data that it does not learn from: loss, accuracy, and answers to read."""
+"""Held-out evaluation during training: loss, accuracy, and a few answers to read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from internvl_jax.config import ChatConfig
 from internvl_jax.config.conversation_templates import IMAGE_PLACEHOLDER
 from internvl_jax.data import labels
 from internvl_jax.data.annotations import Corpus
@@ -24,23 +23,20 @@ from internvl_jax.inference.generator import Generator
 from internvl_jax.inference.loading import inference_layout
 from internvl_jax.models.layers import Params
 from internvl_jax.parallel import distributed
-from internvl_jax.parallel import mesh as mesh_lib
-from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.processing.images import ImageError, ImageProcessor, load_image
 from internvl_jax.processing.tokenizer import Tokenizer
 from internvl_jax.training import objective
-from internvl_jax.training.recipes import Recipe
-from internvl_jax.training.state import Place, State
-from internvl_jax.training.trainer import Settings, put_batch, stack_batches
-from internvl_jax.training.trainer import assemble as assemble_params
+from internvl_jax.training.context import TrainContext
+from internvl_jax.training.state import State
+from internvl_jax.training.step import assemble_variables, put_batch, stack_batches
 from internvl_jax.utils import files
 
-ANSWER_TOKENS = 64  # of an answer to read, at most
+ANSWER_TOKENS = 64  # at most, per answer
 
 
 @dataclass(frozen=True)
-class Question:
-    """A held-out conversation's first turn."""
+class HeldOutQuestion:
+    """The first turn of a held-out conversation."""
 
     text: str
     images: tuple[Path, ...]
@@ -48,8 +44,8 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A question, and what the model said after so many steps."""
+class HeldOutAnswer:
+    """What the model answered to a held-out question after a number of steps."""
 
     step: int
     question: str
@@ -57,120 +53,147 @@ class Answered:
     answer: str
 
     def to_json(self) -> str:
+        """Return a line of answers.jsonl."""
         return files.to_json(vars(self))
 
 
-class HeldOut:
-    """Evaluates a State; called by the trainer on all processes.
+@dataclass(frozen=True)
+class HeldOutData:
+    """What is evaluated.
 
-    loader: of the held-out data, one epoch in the files' order. batches: how many of it, at most, are looked at.
-    questions: answered greedily each time, and given to `tell` in process 0 and to `directory`/answers.jsonl.
+    Attributes:
+        loader: Held-out data, one epoch in the order of the files.
+        layout: Shapes of its batches.
+        tokenizer: The model's tokenizer.
+        processor: The model's image processor.
+        max_batches: Number of batches to evaluate, at most.
+        questions: Questions to answer greedily.
     """
+
+    loader: Loader
+    layout: Layout
+    tokenizer: Tokenizer
+    processor: ImageProcessor
+    max_batches: int
+    questions: list[HeldOutQuestion]
+
+
+class HeldOutEvaluation:
+    """Evaluates a state on held-out data. The trainer calls it on all processes."""
 
     def __init__(
         self,
-        loader: Loader,
-        layout: Layout,
-        config: ChatConfig,
-        recipe: Recipe,
-        settings: Settings,
-        place: Place,
-        tokenizer: Tokenizer,
-        processor: ImageProcessor,
+        data: HeldOutData,
+        context: TrainContext,
         directory: Path,
-        *,
-        batches: int,
-        questions: list[Question],
-        tell: Callable[[Answered], None] | None = None,
+        on_answer: Callable[[HeldOutAnswer], None] | None = None,
     ):
-        self._loader, self._layout, self._batches = loader, layout, batches
-        self._recipe, self._place, self._processor = recipe, place, processor
-        self._questions, self._tell, self._directory = questions, tell, directory
-        axes = BATCH if place.mesh is None else mesh_lib.IMAGE_AXES[place.vision]
-        model = bind_model(config, {}, dtype=settings.dtype, image_axes=axes)  # parameters follow
-        generator = Generator.for_tokenizer(model, tokenizer, place.mesh)
-        self._chat = Chat(generator, tokenizer, processor, name="the model")
+        """Prepare an evaluation.
 
-        def sums(trained: Params, frozen: Params, batch: Batch) -> objective.Sums:
-            variables = assemble_params(trained, frozen, recipe)
-            part = jax.tree.map(lambda leaf: leaf[0], batch)
+        Args:
+            data: What is evaluated.
+            context: Context of the run.
+            directory: Directory of the run; answers are appended to its answers.jsonl.
+            on_answer: Called in process 0 with every answer.
+        """
+        self._data, self._context, self._directory, self._on_answer = data, context, directory, on_answer
+        placement = context.placement
+        dtype, axes = context.settings.dtype, placement.image_axes
+        model = bind_model(placement.config, {}, dtype=dtype, image_axes=axes)  # parameters follow
+        generator = Generator.for_tokenizer(model, data.tokenizer, placement.mesh)
+        self._chat = Chat(generator, data.tokenizer, data.processor, name="the model")
+
+        def sums(trained: Params, frozen: Params, batch: Batch) -> objective.LossSums:
+            micro_batch = jax.tree.map(lambda leaf: leaf[0], batch)
             return objective.loss(
-                variables,
-                config,
-                part,
-                objective.loss_weights(part.labels, part.segment_ids),
-                chunk=settings.chunk,
-                dtype=settings.dtype,
-                image_axes=axes,
+                assemble_variables(trained, frozen, context.recipe),
+                placement.config,
+                micro_batch,
+                objective.loss_weights(micro_batch.labels, micro_batch.segment_ids),
+                replace(context.loss_options, z_loss=0.0, remat=False),
             )
 
         self._sums = jax.jit(sums)
 
     def __call__(self, state: State, frozen: Params) -> dict[str, float]:
-        """eval_loss (mean over supervised tokens), eval_accuracy and eval_tokens."""
-        loss = right = tokens = 0.0
-        for batch in self._together():
-            placed = put_batch(stack_batches([pad_rows(batch, self._layout.max_length)]), self._place)
+        """Return eval_loss (mean over supervised tokens), eval_accuracy and eval_tokens, and write answers."""
+        loss = num_correct = num_tokens = 0.0
+        for batch in self._batches():
+            padded = stack_batches([pad_rows(batch, self._data.layout.max_length)])
+            placed = put_batch(padded, self._context.placement)
             sums = jax.device_get(self._sums(state.trained, frozen, placed))
-            loss += float(sums.loss) * float(sums.tokens)
-            right += float(sums.right)
-            tokens += float(sums.tokens)
-        if self._questions:
+            loss += float(sums.loss) * float(sums.num_supervised)
+            num_correct += float(sums.num_correct)
+            num_tokens += float(sums.num_supervised)
+        if self._data.questions:
             self._answer(int(jax.device_get(state.step)), state, frozen)
-        return {"eval_loss": loss / max(1, tokens), "eval_accuracy": right / max(1, tokens), "eval_tokens": tokens}
+        count = max(1, num_tokens)
+        return {"eval_loss": loss / count, "eval_accuracy": num_correct / count, "eval_tokens": num_tokens}
 
-    def _together(self) -> Iterator[Batch]:
-        """Batches of this process, as many on every process: those that run out first go on with empty ones."""
-        iterator = iter(self._loader)
+    def _batches(self) -> Iterator[Batch]:
+        """Yield the same number of batches on every process: one whose data has ended yields empty batches."""
+        iterator = iter(self._data.loader)
         try:
-            for _ in range(self._batches):
+            for _ in range(self._data.max_batches):
                 batch = next(iterator, None)
                 if not any(distributed.all_gather(b"" if batch is None else b"one")):
                     return
-                yield assemble([], self._layout, self._processor.image_size) if batch is None else batch
+                yield assemble([], self._data.layout, self._data.processor.image_size) if batch is None else batch
         finally:
             iterator.close()
 
     def _answer(self, step: int, state: State, frozen: Params) -> None:
-        variables = assemble_params(state.trained, frozen, self._recipe)
-        params, adapters = (inference_layout(variables[name], self._place.mesh) for name in ("params", "lora"))
+        variables = assemble_variables(state.trained, frozen, self._context.recipe)
+        mesh = self._context.placement.mesh
+        params, adapters = (inference_layout(variables[name], mesh) for name in ("params", "lora"))
         chat = self._chat.with_params(params, adapters)
         # A question that fails is logged as a warning; it does not end the run.
         options: dict[str, Any] = {"honour_exif": False, "parse_special": True, "max_new_tokens": ANSWER_TOKENS}
-        replies = [chat.batch_chat([q.text], [q.images], **options)[0] for q in self._questions]
+        questions = self._data.questions
+        replies = [chat.batch_chat([q.text], [q.images], **options)[0] for q in questions]
         if not distributed.is_process_0():
             return
-        said = [
-            Answered(step, question.text, question.expected, reply.text)
-            for question, reply in zip(self._questions, replies)
-        ]
-        lines = "".join(f"{answered.to_json()}\n" for answered in said)
+        answers = [HeldOutAnswer(step, q.text, q.expected, reply.text) for q, reply in zip(questions, replies)]
+        lines = "".join(f"{answer.to_json()}\n" for answer in answers)
         files.append_text(self._directory / "answers.jsonl", lines, sync=False)
-        for answered in said if self._tell is not None else ():
-            self._tell(answered)
+        if self._on_answer is not None:
+            for answer in answers:
+                self._on_answer(answer)
 
 
-def pick_questions(corpus: Corpus, count: int, room: int, maker: SampleMaker) -> list[Question]:
-    """Up to `count` questions of a corpus, spread over it, that can be asked. room: tokens that question, images and
-    answer may take. maker: the SampleMaker of the data."""
-    picked: list[Question] = []
+def pick_questions(corpus: Corpus, count: int, max_tokens: int, maker: SampleMaker) -> list[HeldOutQuestion]:
+    """Return questions of a corpus, spread over it, whose images can be read.
+
+    Args:
+        corpus: Held-out data.
+        count: Number of questions, at most.
+        max_tokens: Tokens that question, images and answer may take together.
+        maker: Makes the samples of the data.
+    """
+    picked: list[HeldOutQuestion] = []
     for number in np.linspace(0, len(corpus) - 1, min(len(corpus), 4 * count), dtype=int):
-        record = corpus[number]
-        try:
-            entry = read_entry(record.text)
-            images = tuple(record.source.root / name for name in image_names(entry))
-            turns = labels.place_training_images(
-                labels.read_turns(entry.get("conversations")), len(images), first=maker.images_first
-            )
-            question, expected = turns[0]
-            for path in images:
-                load_image(path, honour_exif=False)
-        except (SampleError, ImageError):
+        question = _read_question(corpus, number, maker)
+        if question is None:
             continue
-        asked = question.count(IMAGE_PLACEHOLDER)
-        long = len(question.encode()) + asked * maker.tokens_per_image + ANSWER_TOKENS
-        if question.strip() and asked == len(images) and long <= room:
-            picked.append(Question(question, images, expected))
+        num_images = question.text.count(IMAGE_PLACEHOLDER)
+        num_tokens = len(question.text.encode()) + num_images * maker.tokens_per_image + ANSWER_TOKENS
+        if question.text.strip() and num_images == len(question.images) and num_tokens <= max_tokens:
+            picked.append(question)
         if len(picked) == count:
             break
     return picked
+
+
+def _read_question(corpus: Corpus, number: int, maker: SampleMaker) -> HeldOutQuestion | None:
+    """Return the question of a conversation, or None if it is invalid."""
+    record = corpus[number]
+    try:
+        entry = read_entry(record.text)
+        images = tuple(record.source.root / name for name in image_names(entry))
+        turns = labels.read_turns(entry.get("conversations"))
+        text, expected = labels.place_training_images(turns, len(images), first=maker.images_first)[0]
+        for path in images:
+            load_image(path, honour_exif=False)
+    except (SampleError, ImageError):
+        return None
+    return HeldOutQuestion(text, images, expected)

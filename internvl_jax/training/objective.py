@@ -1,15 +1,16 @@
-"""What training minimizes: cross-entropy of the next token, without ever holding the logits of a whole batch.
+"""The training loss: next-token cross-entropy, without ever holding the logits of a whole batch.
 
 V1-1's logits of 8 rows of 2048 tokens are 2 GB in float32, and twice that with their gradient. Here the head and the
-loss run over slices of the sequence, and the backward pass makes each slice's logits again.
+loss run over chunks of the sequence, and the backward pass rematerializes each chunk's logits.
 
-Every pair of neighbouring tokens has a weight, and the loss is the weighted sum. The weights are known before the model
-runs, from labels and segments alone: so parts of a batch (devices, accumulated micro-batches) can simply be added.
+Every pair of neighbouring tokens has a weight, and the loss is the weighted sum. The weights depend on labels and
+segments alone and are known before the model runs, so losses of parts of a batch (devices, micro-batches) are added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -27,36 +28,77 @@ from internvl_jax.parallel.partitioning import BATCH
 
 CHUNK = 256  # tokens of every row whose logits exist at once
 
-Rngs = Mapping[str, Array]  # by name: "dropout", "drop_path"
+Rngs = Mapping[str, Array]  # keys by name: "dropout" of adapters, "drop_path" of the vision tower
 NO_RNGS: Rngs = {}
 
 
-class Sums(flax.struct.PyTreeNode):
-    """What a batch, or a part of one, adds up to. All float32 scalars."""
+@dataclass(frozen=True)
+class LossOptions:
+    """How a loss is computed.
 
-    loss: Array  # weighted cross-entropy, plus the z-loss
-    right: Array  # supervised tokens that are the likeliest
-    tokens: Array  # supervised tokens
-    read: Array  # real tokens
+    Attributes:
+        z_loss: Weight of the squared log-normalizer of the softmax (Chowdhery et al., "PaLM", 2022), which keeps logits
+            from drifting. The reference has none.
+        chunk: Tokens of each row whose logits exist at once.
+        dtype: Computation dtype.
+        remat: What the backward pass rematerializes of each layer.
+        image_axes: Mesh axes that images are sharded over in the vision tower.
+    """
+
+    z_loss: float = 0.0
+    chunk: int = CHUNK
+    dtype: Any = jnp.float32
+    remat: Remat = False
+    image_axes: tuple[str, ...] = BATCH
+
+
+class LossSums(flax.struct.PyTreeNode):
+    """Sums over a batch or a micro-batch, all float32 scalars.
+
+    Attributes:
+        loss: Weighted cross-entropy plus z-loss.
+        num_correct: Supervised tokens that have the largest logit.
+        num_supervised: Supervised tokens.
+        num_tokens: Tokens without padding.
+    """
+
+    loss: Array
+    num_correct: Array
+    num_supervised: Array
+    num_tokens: Array
 
 
 def supervised(labels: Any, segment_ids: Any) -> Any:
-    """Which tokens predict a supervised one: [B,T] bool, True at t where t+1 has a label and the two are neighbours in
-    one sample. labels, segment_ids [B,T] int32, numpy's or jax's; the last token of a row predicts nothing."""
+    """Return which tokens predict a supervised token of the same sample.
+
+    Args:
+        labels: [B,T] int32, numpy or jax, not shifted.
+        segment_ids: [B,T] int32, 0 on padding.
+
+    Returns:
+        [B,T] bool, True at t if t+1 has a label and both are in one sample. The last token of a row predicts nothing.
+    """
     np_ = jnp if isinstance(labels, jax.Array) else np
     same = (segment_ids[:, :-1] == segment_ids[:, 1:]) & (segment_ids[:, 1:] > 0)
     return np_.pad((labels[:, 1:] != IGNORED) & same, ((0, 0), (0, 1)))
 
 
 def loss_weights(labels: Any, segment_ids: Any, groups: int | None = None) -> Any:
-    """The weight of every token's prediction in the loss. labels, segment_ids [...,B,T] -> [...,B,T] float32, sum 1.
+    """Return the weight of every token's prediction in the loss.
 
-    Leading axes are micro-batches of one optimizer step.
-    groups None: all supervised tokens of the step weigh the same. A number: rows are dealt in order to that many equal
-        groups per micro-batch; each group's tokens share its weight and groups weigh the same. That is the reference's
-        loss, a mean per device and micro-batch and then a mean over them. A group without a supervised token weighs
-        nothing and is not counted; torch's mean of nothing is NaN there.
-    Raises ValueError where rows do not divide into groups.
+    Args:
+        labels: [...,B,T] int32; leading axes are the micro-batches of one optimizer step.
+        segment_ids: [...,B,T] int32.
+        groups: None for equal weights of all supervised tokens of the step. A number for the reference's loss, a mean
+            per device and micro-batch and then over these: the rows of a micro-batch are divided in order into so many
+            equal groups, which have equal weights. A group without a supervised token is not counted; torch's mean
+            of nothing is NaN there.
+
+    Returns:
+        [...,B,T] float32 with sum 1.
+
+    Raises:
+        ValueError: The rows do not divide into groups.
     """
     np_ = jnp if isinstance(labels, jax.Array) else np
     rows, length = labels.shape[-2:]
@@ -76,52 +118,36 @@ def loss(
     config: ChatConfig,
     batch: Batch,
     weights: Array,
+    options: LossOptions = LossOptions(),
     *,
-    z_loss: float = 0.0,
-    chunk: int = CHUNK,
-    dtype: Any = jnp.float32,
-    remat: Remat = False,
     rngs: Rngs = NO_RNGS,
-    **vit: Any,
-) -> Sums:
-    """The weighted loss of a batch, or of a micro-batch of one.
+) -> LossSums:
+    """Return the weighted loss of a batch or a micro-batch.
 
-    weights [B,T] float32 as `loss_weights` makes them.
-    z_loss: adds this times the squared log of the softmax's normaliser (Chowdhery et al., "PaLM", 2022), which keeps
-        logits from drifting; 0, the reference's, for none.
-    chunk: tokens of each row whose logits exist at once. remat: what the backward pass recomputes of each layer.
-    rngs: "dropout" of the adapters, "drop_path" of the vision tower's branches; what has no rng drops nothing.
-    vit: to encode_images.
+    Args:
+        variables: Parameters of the model, and its adapters.
+        config: Its configuration.
+        batch: Rows [B,T] with their images.
+        weights: [B,T] float32, of `loss_weights`.
+        options: How the loss is computed.
+        rngs: Keys of "dropout" and "drop_path". Without a key, nothing is dropped.
     """
     features = None
     if batch.pixel_values.shape[0]:
-        features = encode_images(variables, config, batch.pixel_values, dtype=dtype, remat=remat, rngs=rngs, **vit)
-    return language_loss(
-        variables,
-        config,
-        batch,
-        features,
-        weights,
-        z_loss=z_loss,
-        chunk=chunk,
-        dtype=dtype,
-        remat=remat,
-        rngs=rngs,
-    )
+        features = encode_images(variables, config, batch.pixel_values, options, rngs=rngs)
+    return language_loss(variables, config, batch, features, weights, options, rngs=rngs)
 
 
 def encode_images(
     variables: Variables,
     config: ChatConfig,
     pixel_values: Array,
+    options: LossOptions = LossOptions(),
     *,
-    dtype: Any,
-    remat: Remat,
     rngs: Rngs = NO_RNGS,
-    image_axes: tuple[str, ...] = BATCH,
 ) -> Array:
-    """Visual tokens [M,P,D] of images [M,3,h,w]. rngs: as `loss` takes them."""
-    model = InternVLChat(config, dtype, remat=remat, image_axes=image_axes)
+    """Return the visual tokens [M,P,D] of images [M,3,h,w] in training mode. Arguments are those of `loss`."""
+    model = InternVLChat(config, options.dtype, remat=options.remat, image_axes=options.image_axes)
     return model.apply(variables, pixel_values, method="encode_images", rngs=dict(rngs))
 
 
@@ -131,104 +157,114 @@ def language_loss(
     batch: Batch,
     features: Array | None,
     weights: Array,
+    options: LossOptions = LossOptions(),
     *,
-    z_loss: float = 0.0,
-    chunk: int = CHUNK,
-    dtype: Any = jnp.float32,
-    remat: Remat = False,
     rngs: Rngs = NO_RNGS,
-) -> Sums:
-    """As `loss`, of images that are encoded already: features [M,P,D], or None."""
-    model = InternVLChat(config, dtype)
+) -> LossSums:
+    """Return the weighted loss for images that are encoded already.
+
+    Args:
+        variables: Parameters of the model, and its adapters.
+        config: Its configuration.
+        batch: Rows [B,T].
+        features: Visual tokens [M,P,D] of the batch's images, or None.
+        weights: [B,T] float32, of `loss_weights`.
+        options: How the loss is computed.
+        rngs: Keys, as in `loss`.
+    """
+    model = InternVLChat(config, options.dtype)
     x = model.apply(variables, batch.input_ids, features, batch.image_index, method="embed_prompt")
-    real = batch.segment_ids > 0
+    valid = batch.segment_ids > 0
     language = part_variables(variables, "language_model")
-    hidden, _ = llama.Llama(config.text, dtype, remat).apply(
-        language, x, batch.positions, real, segments=batch.segment_ids, rngs=dict(rngs)
+    hidden, _ = llama.Llama(config.required_text, options.dtype, options.remat).apply(
+        language, x, batch.positions, valid, segments=batch.segment_ids, rngs=dict(rngs)
     )
     targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
-    total, right = _head_loss(language["params"], config, hidden, targets, weights, z_loss, chunk)
-    counted = jnp.sum(weights > 0, dtype=jnp.float32)
-    return Sums(total, right, counted, jnp.sum(real, dtype=jnp.float32))
+    total, num_correct = _head_loss(language["params"], config, hidden, targets, weights, options)
+    num_supervised = jnp.sum(weights > 0, dtype=jnp.float32)
+    return LossSums(total, num_correct, num_supervised, jnp.sum(valid, dtype=jnp.float32))
 
 
 def _head_loss(
-    language: Params, config: ChatConfig, hidden: Array, targets: Array, weights: Array, z_loss: float, chunk: int
+    language: Params, config: ChatConfig, hidden: Array, targets: Array, weights: Array, options: LossOptions
 ) -> tuple[Array, Array]:
-    """Loss and right answers of hidden states [B,T,D], `chunk` tokens of every row at a time."""
+    """Return loss and number of correct predictions of hidden states [B,T,D], computed chunk by chunk."""
     length = hidden.shape[1]
-    chunk = min(chunk, length)
+    chunk = min(options.chunk, length)
     count = -(-length // chunk)
 
     def split(x: Array) -> Array:  # [B,T,...] -> [count,B,chunk,...]
         x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
 
-    def one(head: Params, x: Array, wanted: Array, weight: Array) -> tuple[Array, Array]:
-        logits = llama.Llama(config.text, x.dtype).apply({"params": head}, x, method="logits")
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
-        # Not a gather: the vocabulary may lie over several devices, and each has only its part of it.
-        is_target = jnp.arange(logits.shape[-1]) == wanted[..., None]
-        target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-        losses = normaliser - target
-        if z_loss:
-            losses = losses + z_loss * normaliser**2
-        best = target >= jnp.max(logits, axis=-1)
-        return jnp.sum(losses * weight), jnp.sum(best & (weight > 0), dtype=jnp.float32)
+    def chunk_loss(head: Params, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+        logits = llama.Llama(config.required_text, x.dtype).apply({"params": head}, x, method="logits")
+        log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+        # Not a gather: the vocabulary may be sharded, and each device has only its part of it.
+        is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+        target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        losses = log_normalizer - target_logits
+        if options.z_loss:
+            losses = losses + options.z_loss * log_normalizer**2
+        correct = target_logits >= jnp.max(logits, axis=-1)
+        return jnp.sum(losses * weights), jnp.sum(correct & (weights > 0), dtype=jnp.float32)
 
     single_cpu = jax.sharding.get_abstract_mesh().empty and cpu.on_cpu()
-    run = _summed_with_gradients(one) if single_cpu else _summed(jax.checkpoint(one))
+    run = _sum_with_gradients(chunk_loss) if single_cpu else _sum_chunks(jax.checkpoint(chunk_loss))
     return run(llama.head(language), split(hidden), split(targets), split(weights))
 
 
-Slices = Callable[[Params, Array, Array, Array], tuple[Array, Array]]
+ChunkLoss = Callable[[Params, Array, Array, Array], tuple[Array, Array]]
 
 
-def _summed(one: Slices) -> Slices:
-    """`one` of each slice, added up."""
+def _sum_chunks(chunk_loss: ChunkLoss) -> ChunkLoss:
+    """Return the sum of `chunk_loss` over chunks on the leading axis."""
 
-    def run(head: Params, x: Array, wanted: Array, weight: Array) -> tuple[Array, Array]:
+    def run(head: Params, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
         zero = jnp.zeros((), jnp.float32)
-        add = lambda sums, part: (jax.tree.map(jnp.add, sums, one(head, *part)), None)  # noqa: E731
-        return jax.lax.scan(add, (zero, zero), (x, wanted, weight))[0]
+        add = lambda sums, part: (jax.tree.map(jnp.add, sums, chunk_loss(head, *part)), None)  # noqa: E731
+        return jax.lax.scan(add, (zero, zero), (x, targets, weights))[0]
 
     return run
 
 
-def _summed_with_gradients(one: Slices) -> Slices:
-    """The same, with gradients of head and x made while a slice's logits exist: those are computed once, not twice.
+def _sum_with_gradients(chunk_loss: ChunkLoss) -> ChunkLoss:
+    """As `_sum_chunks`, but the forward pass also computes the gradients of head and x, while a chunk's logits exist.
 
-    A quantized head has none. Not on a mesh or a TPU, whose programs are measured as they are.
+    So logits are computed once, not twice. A quantized head has no gradient. For a single CPU only: on a mesh or a TPU,
+    the programs that were measured stay as they are.
     """
 
-    def run(head: Params, x: Array, wanted: Array, weight: Array) -> tuple[Array, Array]:
+    def run(head: Params, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
         leaves, tree = jax.tree.flatten(head)
-        moves = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+        is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
 
-        def whole(moving: list[Array]) -> Params:
-            rest = iter(moving)
-            return jax.tree.unflatten(tree, [next(rest) if moved else leaf for leaf, moved in zip(leaves, moves)])
+        def merge(float_leaves: list[Array]) -> Params:
+            rest = iter(float_leaves)
+            return jax.tree.unflatten(tree, [next(rest) if chosen else leaf for leaf, chosen in zip(leaves, is_float)])
 
         @jax.custom_vjp
-        def summed(moving: list[Array], x: Array) -> tuple[Array, Array]:
-            return _summed(one)(whole(moving), x, wanted, weight)
+        def total(float_leaves: list[Array], x: Array) -> tuple[Array, Array]:
+            return _sum_chunks(chunk_loss)(merge(float_leaves), x, targets, weights)
 
-        def forward(moving: list[Array], x: Array) -> tuple[Any, Any]:
-            slope = jax.value_and_grad(lambda head, x, *part: one(whole(head), x, *part), argnums=(0, 1), has_aux=True)
+        def forward(float_leaves: list[Array], x: Array) -> tuple[Any, Any]:
+            grad_fn = jax.value_and_grad(
+                lambda leaves, x, *part: chunk_loss(merge(leaves), x, *part), argnums=(0, 1), has_aux=True
+            )
 
             def step(carry: Any, part: Any) -> tuple[Any, Array]:
-                (loss, right), (of_head, of_x) = slope(moving, *part)
-                return jax.tree.map(jnp.add, carry, (loss, right, of_head)), of_x
+                (loss, num_correct), (head_grads, x_grad) = grad_fn(float_leaves, *part)
+                return jax.tree.map(jnp.add, carry, (loss, num_correct, head_grads)), x_grad
 
             zero = jnp.zeros((), jnp.float32)
-            first = (zero, zero, jax.tree.map(jnp.zeros_like, moving))
-            (loss, right, of_head), of_x = jax.lax.scan(step, first, (x, wanted, weight))
-            return (loss, right), (of_head, of_x)
+            first = (zero, zero, jax.tree.map(jnp.zeros_like, float_leaves))
+            (loss, num_correct, head_grads), x_grads = jax.lax.scan(step, first, (x, targets, weights))
+            return (loss, num_correct), (head_grads, x_grads)
 
-        def backward(made: Any, cotangents: Any) -> Any:
-            return jax.tree.map(lambda leaf: leaf * cotangents[0].astype(leaf.dtype), made)
+        def backward(grads: Any, cotangents: Any) -> Any:
+            return jax.tree.map(lambda leaf: leaf * cotangents[0].astype(leaf.dtype), grads)
 
-        summed.defvjp(forward, backward)
-        return summed([leaf for leaf, moved in zip(leaves, moves) if moved], x)
+        total.defvjp(forward, backward)
+        return total([leaf for leaf, chosen in zip(leaves, is_float) if chosen], x)
 
     return run

@@ -1,8 +1,8 @@
-"""AdamW (Loshchilov and Hutter, 2019) in the reference's setting, cosine schedule, and what is trained at all.
+"""AdamW (Loshchilov and Hutter, 2019) as the reference uses it, cosine schedule, trained and frozen parameters.
 
-The reference trains through Hugging Face's Trainer and DeepSpeed: torch's AdamW, gradients clipped by their global
-norm, biases and some norms exempt from decay. torch gives no gradient to what the loss does not reach, and leaves it
-alone, decay included; here the vision layers past select_layer are not in the tree at all.
+The reference trains with Hugging Face's Trainer and DeepSpeed: torch's AdamW, gradients clipped by their global norm,
+biases and some norms exempt from weight decay. torch does not update parameters that the loss does not depend on, not
+even by weight decay; here the vision layers past select_layer are not in the tree at all.
 """
 
 from __future__ import annotations
@@ -23,36 +23,52 @@ from internvl_jax.parallel.partitioning import path_of
 
 @dataclass(frozen=True)
 class AdamW:
-    """Settings of the optimizer. The defaults are the reference's, where it has them."""
+    """Settings of the optimizer. The defaults are the reference's, where it has them.
 
-    learning_rate: float  # at its peak
-    weight_decay: float = 0.05  # InternVL's fine-tuning scripts; LLaVA's: 0
-    beta1: float = 0.9  # zero_stage1_config.json, as the next two
+    Attributes:
+        learning_rate: Peak learning rate.
+        weight_decay: Weight decay, decoupled.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        max_grad_norm: Gradients are clipped to this global norm. None is no clipping.
+        warmup: Warm-up steps; below 1, a fraction of all steps.
+        decay: Which parameters decay: "reference" (see `decay_mask`) or "all".
+    """
+
+    learning_rate: float
+    weight_decay: float = 0.05  # InternVL's fine-tuning scripts; LLaVA's have 0
+    beta1: float = 0.9  # zero_stage1_config.json, also the next two
     beta2: float = 0.999
     eps: float = 1e-8
-    clip: float | None = 1.0  # "auto" there, which is the Trainer's 1.0; None: not clipped
-    warmup: float = 0.03  # below 1: of all steps; from 1 on: steps
-    decay: str = "reference"  # which parameters: "reference" (`decayed`), or "all"
+    max_grad_norm: float | None = 1.0  # "auto" in zero_stage1_config.json, which is the Trainer's 1.0
+    warmup: float = 0.03
+    decay: str = "reference"
 
-    def __post_init__(self):
-        for name, right, what in (
+    def __post_init__(self) -> None:
+        for name, valid, limit in (
             ("learning_rate", self.learning_rate > 0, "more than 0"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("warmup", self.warmup >= 0, "0 or more"),
-            ("clip", self.clip is None or self.clip > 0, "more than 0"),
+            ("max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "more than 0"),
         ):
-            if not right:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be {what}")
+            if not valid:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be {limit}")
 
     def warmup_steps(self, steps: int) -> int:
-        """Steps of the warm-up in a run of `steps`, rounded up as the Trainer does."""
+        """Return the warm-up steps in a run of `steps`, rounded up as the Trainer does."""
         return int(self.warmup) if self.warmup >= 1 else -int(-self.warmup * steps // 1)
 
 
 def schedule(settings: AdamW, steps: int) -> optax.Schedule:
-    """The learning rate of each step: linear from 0 to the peak, then half a cosine to 0, as transformers' "cosine".
+    """Return the learning rate as a function of the step: transformers' "cosine" schedule.
 
-    The first step of a run with warm-up has rate 0, there as here.
+    It rises linearly from 0 to the peak, then falls as half a cosine to 0. As in transformers, the first step of a run
+    with warm-up has rate 0.
+
+    Args:
+        settings: Settings of the optimizer.
+        steps: Number of steps of the run.
     """
     warmup = settings.warmup_steps(steps)
 
@@ -65,11 +81,11 @@ def schedule(settings: AdamW, steps: int) -> optax.Schedule:
     return rate
 
 
-def decayed(params: Params, config: ChatConfig) -> Any:
-    """Which parameters decay, as Hugging Face's Trainer decides: a tree of bool.
+def decay_mask(params: Params, config: ChatConfig) -> Any:
+    """Return which parameters have weight decay, by the rule of Hugging Face's Trainer: a tree of bool.
 
-    Exempt are biases, torch's LayerNorms and LLaMA's norms. InternViT's own RMSNorm and its layer scales are none of
-    these to the Trainer, and decay; embeddings do too.
+    Biases, torch's LayerNorms and LLaMA's norms have none. The Trainer does not know InternViT's own RMSNorm and layer
+    scales as norms, so they decay; so do embeddings.
     """
     layer_norm = config.vision is not None and config.vision.norm_type == "layer_norm"
     exempt = r"bias$|^mlp1/norm/|^language_model/.*scale$" + (r"|^vision_model/.*/norm[12]/" if layer_norm else "")
@@ -77,9 +93,15 @@ def decayed(params: Params, config: ChatConfig) -> Any:
 
 
 def make_optimizer(settings: AdamW, steps: int, config: ChatConfig) -> optax.GradientTransformation:
-    """The optimizer of a run of `steps`; give it float32 trees (`full_precision`), so that its moments are float32.
+    """Return the optimizer of a run. Its moments are float32 if it is given float32 trees (`full_precision`).
 
-    Raises ValueError for an unknown `decay`.
+    Args:
+        settings: Settings of the optimizer.
+        steps: Number of steps of the run.
+        config: Configuration of the model, which says which norms are LayerNorms.
+
+    Raises:
+        ValueError: `settings.decay` is unknown.
     """
     if settings.decay not in ("reference", "all"):
         raise ValueError(f'decay is "reference" or "all", not {settings.decay!r}')
@@ -89,42 +111,54 @@ def make_optimizer(settings: AdamW, steps: int, config: ChatConfig) -> optax.Gra
         settings.beta2,
         settings.eps,
         weight_decay=settings.weight_decay,
-        mask=None if settings.decay == "all" else lambda params: decayed(params, config),
+        mask=None if settings.decay == "all" else lambda params: decay_mask(params, config),
     )
-    return adamw if settings.clip is None else optax.chain(clip_by_global_norm(settings.clip), adamw)
+    if settings.max_grad_norm is None:
+        return adamw
+    return optax.chain(clip_by_global_norm(settings.max_grad_norm), adamw)
 
 
-def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
-    """Scale gradients down to that norm, by torch's factor (DeepSpeed's too): largest / (norm + 1e-6), at most 1.
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Return a transformation that scales gradients by max_norm / (norm + 1e-6), at most 1, as torch and DeepSpeed do.
 
     optax's own divides every element, and XLA's CPU backend keeps the quotients: a second copy of all gradients. A
-    product it forms again in each of the fusions that read it.
+    product is recomputed in each fusion that reads it.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        factor = jnp.minimum(largest / (optax.tree.norm(updates) + 1e-6), 1.0)
+        factor = jnp.minimum(max_norm / (optax.tree.norm(updates) + 1e-6), 1.0)
         return jax.tree.map(lambda leaf: leaf * factor, updates), state
 
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def full_precision(tree: Any) -> Any:
-    """Gradients or parameters in float32; nothing is copied where they are."""
+    """Return gradients or parameters in float32. Those that are float32 already are not copied."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
 def apply_gradients(
     optimizer: optax.GradientTransformation, grads: Any, state: Any, trained: Params
 ) -> tuple[Params, Any]:
-    """One step: parameters and optimizer state after it. Computed in float32, parameters kept in their own dtype."""
-    whole = full_precision(trained)
-    updates, state = optimizer.update(full_precision(grads), state, whole)
-    moved = optax.apply_updates(whole, updates)
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, trained), state
+    """Apply one optimizer step in float32.
+
+    Args:
+        optimizer: Optimizer of `make_optimizer`.
+        grads: Gradients of `trained`.
+        state: The optimizer's state.
+        trained: Trained parameters.
+
+    Returns:
+        The new parameters in their own dtypes, and the new state.
+    """
+    params = full_precision(trained)
+    updates, state = optimizer.update(full_precision(grads), state, params)
+    updated = optax.apply_updates(params, updates)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), updated, trained), state
 
 
 def split(params: Params, parts: Sequence[str]) -> tuple[Params, Params]:
-    """What is trained and what is frozen, by the names of parts. Raises ValueError for a part that is not there."""
+    """Split parameters into trained and frozen ones, by the names of parts. Raises ValueError for an unknown part."""
     unknown = sorted(set(parts) - set(params))
     if unknown:
         raise ValueError(f"{', '.join(unknown)} cannot be trained: the model has {', '.join(sorted(params))}")

@@ -1,4 +1,4 @@
-"""The numbers of a run as people see them: a bar or lines on stderr, and TensorBoard."""
+"""Shows the metrics of a run: a progress bar or lines on stderr, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,32 +15,42 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from internvl_jax.data.samples import Problem
 from internvl_jax.parallel import distributed
-from internvl_jax.training.heldout import Answered
+from internvl_jax.training.heldout import HeldOutAnswer
 from internvl_jax.utils.progress import err
 
 logger = logging.getLogger(__name__)
 
-QUIET = 30.0  # seconds between lines where there is no terminal
-LISTED = 20  # samples that cannot be used which are named; all are counted
+LINE_INTERVAL = 30.0  # seconds between lines without a terminal
+MAX_LISTED = 20  # invalid samples that are listed; all are counted
 
 
 class Reporter:
-    """Shows metrics: a bar that moves with every step and a line for every `every`-th; without a terminal, lines alone,
-    and seldom. Made by `reporting`."""
+    """Shows metrics: a bar that moves with every step and a line for every `every`-th. Made by `reporting`.
+
+    Without a terminal there are only lines, at most one per LINE_INTERVAL.
+    """
 
     def __init__(self, steps: int, every: int, bar: Progress, board: Path | None = None):
+        """Make a reporter.
+
+        Args:
+            steps: Steps of the run.
+            every: Steps between lines.
+            bar: Progress bar with a field "figures".
+            board: Directory for TensorBoard. None for no TensorBoard.
+        """
         self._steps, self._every, self._bar, self._board = steps, every, bar, board
-        self._writer: Any = None  # made when there is something to write: the run claims its directory first
+        self._writer: Any = None  # made at the first write, after the run has locked its directory
         self._task = bar.add_task("training", total=steps, figures="")
         self._started: tuple[float, int] | None = None
         self._last_line = float("-inf")
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """What is done before the first step, in the bar's place."""
+        """Show what happens before the first step, such as reading the checkpoint."""
         self._bar.update(self._task, figures=f"{what} {done / max(1, total):.0%}")
 
     def log(self, entry: dict[str, Any]) -> None:
-        """The metrics of a step, or of an evaluation."""
+        """Show the metrics of a step or of an evaluation."""
         step = entry["step"]
         if self._board is not None and ("eval_loss" in entry or step % self._every == 0 or step == 1):
             if self._writer is None:
@@ -51,57 +61,57 @@ class Reporter:
         if "eval_loss" in entry:
             logger.info(
                 f"step {step}: held-out loss {entry['eval_loss']:.4f}, {entry['eval_accuracy']:.1%} of "
-                f"{entry['eval_tokens']:,.0f} tokens right"
+                f"{entry['eval_tokens']:,.0f} tokens correct"
             )
             return
-        shown = figures(entry)
+        shown = format_metrics(entry)
         self._bar.update(self._task, completed=step, figures=shown)
         now = time.monotonic()
-        if self._started is None:  # the first step compiles: what is left is reckoned from its end
+        if self._started is None:  # the first step compiles, so the remaining time is estimated from its end
             self._started = now, step
         due = step % self._every == 0 or step == self._steps
-        if due and (err.is_terminal or now - self._last_line > QUIET or step == self._steps):
+        if due and (err.is_terminal or now - self._last_line > LINE_INTERVAL or step == self._steps):
             seconds = (now - self._started[0]) / max(1, step - self._started[1])
             left = f", {_duration((self._steps - step) * seconds)} left" if 1 < step < self._steps else ""
             logger.info(f"step {step}/{self._steps}: {shown}{'' if err.is_terminal else left}")
             self._last_line = now
 
     def close(self) -> None:
-        """Write what TensorBoard's writer still holds."""
+        """Flush TensorBoard's files."""
         if self._writer is not None:
             self._writer.close()
 
-    def answer(self, answered: Answered) -> None:
-        """A held-out question with what was expected and what was said."""
-        right = "✓" if answered.answer == answered.expected else "✗"
-        question = " ".join(answered.question.split())
-        logger.info(f"  {right} {question[:100]} → {answered.answer[:200]!r} (expected {answered.expected[:200]!r})")
+    def answer(self, answer: HeldOutAnswer) -> None:
+        """Show a held-out question with the expected answer and the model's."""
+        mark = "✓" if answer.answer == answer.expected else "✗"
+        question = " ".join(answer.question.split())
+        logger.info(f"  {mark} {question[:100]} → {answer.answer[:200]!r} (expected {answer.expected[:200]!r})")
 
 
 class Skipped:
-    """Names the first samples that cannot be used, and counts all. Called with each once."""
+    """Lists the first invalid samples, and counts all. Called once with each."""
 
     def __init__(self) -> None:
         self._kinds: Counter[str] = Counter()
 
     def __call__(self, problem: Problem) -> None:
         self._kinds[problem.kind] += 1
-        if self._kinds.total() <= LISTED:
+        if self._kinds.total() <= MAX_LISTED:
             logger.warning("skipped %s: %s", problem.location, problem.message)
-        elif self._kinds.total() == LISTED + 1:
-            logger.warning("more are skipped and counted, and not named any more")
+        elif self._kinds.total() == MAX_LISTED + 1:
+            logger.warning("further skipped samples are counted, but not listed")
 
     def lines(self) -> list[str]:
-        """How many there were, if any."""
+        """Return a line with the counts, if any sample was skipped."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in self._kinds.most_common())
-        return [f"{self._kinds.total()} conversations could not be used: {kinds}"] if kinds else []
+        return [f"{self._kinds.total()} conversations were invalid and skipped: {kinds}"] if kinds else []
 
 
-def figures(entry: dict[str, Any]) -> str:
-    """What a line says of a step."""
+def format_metrics(entry: dict[str, Any]) -> str:
+    """Return the metrics of a step as text."""
     parts = [
         f"loss {entry['loss']:.4f}",
-        f"{entry['accuracy']:.1%} right",
+        f"{entry['accuracy']:.1%} correct",
         f"grad {entry['grad_norm']:.2g}",
         f"{entry['tokens_per_second']:,.0f} tokens/s",
         f"{entry['images_per_second']:,.1f} images/s",
@@ -120,7 +130,7 @@ def _duration(seconds: float) -> str:
 
 
 def require_board() -> None:
-    """Raise ImportError where TensorBoard's files cannot be written."""
+    """Raise ImportError if TensorBoard's files cannot be written."""
     if importlib.util.find_spec("tensorboardX") is None:
         raise ImportError("--tensorboard needs tensorboardX: pip install 'internvl-jax[train]'")
 
@@ -133,7 +143,7 @@ def _open_board(directory: Path) -> Any:
 
 @contextmanager
 def reporting(steps: int, every: int, board: Path | None) -> Iterator[Reporter]:
-    """A Reporter while a run goes on; process 0 alone shows something."""
+    """Yield a reporter for a run; only process 0 shows anything. Arguments are those of `Reporter`."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

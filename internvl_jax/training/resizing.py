@@ -1,4 +1,4 @@
-"""A tower for pictures of another size, as stage 1 begins: InternViT-224 becomes 448."""
+"""Resizes the vision tower's position embeddings, as stage 1 starts: InternViT at 224 pixels becomes 448."""
 
 from __future__ import annotations
 
@@ -18,34 +18,49 @@ POSITIONS = "vision_model/embeddings/position_embedding"
 
 
 def resized_config(config: ChatConfig, image_size: int) -> ChatConfig:
-    """The configuration for pictures of that size.
+    """Return the configuration for images of another size.
 
-    Raises ConfigError for a size that is no whole number of patches or that the projector cannot fold.
+    Args:
+        config: Configuration of the model.
+        image_size: Height and width of images in pixels.
+
+    Raises:
+        ConfigError: The size is not a multiple of the patch size, or the projector cannot fold it.
     """
-    patch = config.vision.patch_size
-    if image_size < patch or image_size % patch:
+    vision = config.required_vision
+    if image_size < vision.patch_size or image_size % vision.patch_size:
         raise ConfigError(
-            f"images of {image_size} pixels have no whole number of patches per side: {patch} pixels each"
+            f"images of {image_size} pixels do not divide into patches: use a multiple of {vision.patch_size} pixels"
         )
-    return replace(config, vision=replace(config.vision, image_size=image_size), image_size=image_size)
+    return replace(config, vision=replace(vision, image_size=image_size), image_size=image_size)
 
 
 def resize_tower(params: Params, config: ChatConfig, resized: ChatConfig) -> Params:
-    """The table of positions resized bicubically, once and for good, as the published conversion does; all else stays.
+    """Resize the position embeddings bicubically, as the published conversion does. Everything else is unchanged.
 
-    config: as the parameters are; resized: of `resized_config`. The parameters may lie on a mesh.
+    Args:
+        params: Parameters, possibly on a mesh.
+        config: Their configuration.
+        resized: Configuration of `resized_config`.
     """
     vision = params["vision_model"]
     table = vision["embeddings"]["position_embedding"]
-    grid = resized.vision.grid
-    resize = jax.jit(lambda table: resize_positions(table, config.vision.grid, grid, grid).astype(table.dtype))
+    grid, new_grid = config.required_vision.grid, resized.required_vision.grid
+    resize = jax.jit(lambda table: resize_positions(table, grid, new_grid, new_grid).astype(table.dtype))
     embeddings = {**vision["embeddings"], "position_embedding": resize(table)}
     return {**params, "vision_model": {**vision, "embeddings": embeddings}}
 
 
 def resized_files(base: Path, config: ChatConfig) -> dict[str, str]:
-    """config.json and preprocessor_config.json of the checkpoint `base` for pictures of config's size, by name."""
-    files: dict[str, Any] = {"config.json": config_to_hf(config, read_json_object(base / "config.json", ConfigError))}
+    """Return config.json and preprocessor_config.json of a checkpoint for the image size of `config`, by name.
+
+    Args:
+        base: Checkpoint directory.
+        config: Configuration of `resized_config`.
+    """
+    contents: dict[str, Any] = {
+        "config.json": config_to_hf(config, read_json_object(base / "config.json", ConfigError))
+    }
     if (base / "preprocessor_config.json").exists():
         values = read_json_object(base / "preprocessor_config.json", ConfigError)
         for name in ("size", "crop_size"):
@@ -53,5 +68,5 @@ def resized_files(base: Path, config: ChatConfig) -> dict[str, str]:
                 values[name] = dict.fromkeys(values[name], config.image_size)
             elif name in values:
                 values[name] = config.image_size
-        files["preprocessor_config.json"] = values
-    return {name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in files.items()}
+        contents["preprocessor_config.json"] = values
+    return {name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in contents.items()}

@@ -1,4 +1,4 @@
-"""`internvl-jax train` and `adapters` as a user runs them: the whole way, stops, resumption, bad input."""
+"""`internvl-jax train` and `adapters` as a user runs them: from data to answers, stops, resumption, bad input."""
 
 import importlib.util
 import json
@@ -22,6 +22,7 @@ import internvl_jax
 from internvl_jax import checkpoint
 from internvl_jax.cli import main
 from internvl_jax.config import load_config
+from internvl_jax.training import prepare
 from internvl_jax.training import run as training_run
 from internvl_jax.training.recipes import recipe_of
 from internvl_jax.utils import files
@@ -82,11 +83,11 @@ def pixels(size=56):
     return np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
 
 
-# The whole way.
+# From data to answers.
 
 
 def test_adapters_from_data_to_chat(train, place, tmp_path):
-    """A LoRA run: what it prints and leaves; it learns, and answers while it does; the adapters are used unmerged."""
+    """A LoRA run: what it prints and writes; it learns, and answers held-out questions; the adapters work unmerged."""
     pytest.importorskip("tensorboardX")
     out = tmp_path / "run"
     code, printed = train(
@@ -102,7 +103,7 @@ def test_adapters_from_data_to_chat(train, place, tmp_path):
     )
     assert code == 0, printed
     assert "recipe lora on tiny: adapters of language_model (rank 16)" in printed
-    assert re.search(r"a step: 2 packed rows of 96 tokens, up to \d+ images", printed)
+    assert re.search(r"global batch: 2 packed rows of 96 tokens, up to \d+ images", printed)
     assert "40 steps (" in printed
     assert f"internvl-jax chat --checkpoint {place / 'tiny'} --adapters {out / 'model'}" in printed
     steps = entries(out)
@@ -112,14 +113,13 @@ def test_adapters_from_data_to_chat(train, place, tmp_path):
     held = entries(out, "eval_loss")
     assert [entry["step"] for entry in held] == [20, 40]
     assert held[1]["eval_loss"] < held[0]["eval_loss"]
-    said = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-    assert [one["step"] for one in said] == [20] * 3 + [40] * 3
-    assert {one["expected"] for one in said} <= {"red", "green", "blue"}
+    logged = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [answer["step"] for answer in logged] == [20] * 3 + [40] * 3
+    assert {answer["expected"] for answer in logged} <= {"red", "green", "blue"}
     assert any((out / "tensorboard").iterdir())
     assert any((out / "profile").rglob("*.xplane.pb"))
     chat = internvl_jax.load(place / "tiny", adapters=out / "model")
-    answers = [chat.chat(one["question"], place / "images" / "heldout0.png").text for one in said[3:4]]
-    assert answers == [said[3]["answer"]]
+    assert chat.chat(logged[3]["question"], place / "images" / "heldout0.png").text == logged[3]["answer"]
     plain = logits(internvl_jax.load(place / "tiny"), pixels())
     assert np.abs(logits(chat, pixels()) - plain).max() > 0.1
     code, printed = train("lora", out, steps=40, learning_rate=3e-2)
@@ -141,7 +141,7 @@ def test_whole_model_is_written_and_can_be_trained_again(train, place, tmp_path)
     assert code == 0, printed
 
 
-def test_stage_1_for_larger_pictures(train, place, tmp_path):
+def test_stage_1_for_larger_images(train, place, tmp_path):
     code, printed = train("stage1", tmp_path / "run", image_size=84, steps=2, drop_path=0.1)
     assert code == 0, printed
     config = load_config(tmp_path / "run" / "model")
@@ -152,53 +152,51 @@ def test_stage_1_for_larger_pictures(train, place, tmp_path):
     assert chat.chat(QUESTION, place / "images" / "squares0.png").prompt_tokens > 9
     code, printed = train("stage2", tmp_path / "no", image_size=84)
     assert code == 2
-    assert "for recipes that train the tower itself" in printed
+    assert "for recipes that train the vision tower" in printed
 
 
 def test_steps_and_image_slots_follow_the_data(place, tmp_path):
-    options = training_run.Options(
-        replace(recipe_of("lora"), rows=2, epochs=3.0),
-        place / "squares.json", tmp_path / "run", place / "tiny", packed=False, length=96,
+    options = prepare.RunOptions(
+        replace(recipe_of("lora"), global_batch_size=2, epochs=3.0),
+        place / "squares.json", tmp_path / "run", place / "tiny", packed=False, max_seq_length=96,
     )  # fmt: skip
-    made = training_run.prepare(options)
-    assert made.settings.steps == 36  # 24 conversations, 2 a step
-    assert made.layout.image_slots == 2
-    assert made.found.epoch == 24
-    assert made.found.images == pytest.approx(20 / 24)
-    packed = training_run.prepare(replace(options, packed=True))
-    assert packed.settings.steps < 36
-    assert packed.layout.image_slots >= 3
+    run = prepare.prepare(options)
+    assert run.context.settings.steps == 36  # 24 conversations, 2 per step
+    assert run.data.layout.image_slots == 2
+    assert run.data.epoch.epoch == 24
+    assert run.data.epoch.images == pytest.approx(20 / 24)
+    packed = prepare.prepare(replace(options, packed=True))
+    assert packed.context.settings.steps < 36
+    assert packed.data.layout.image_slots >= 3
 
 
 # Stops.
 
 
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.long), 2])
-def test_a_stopped_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, workers):
-    """The real loader, its place saved in the checkpoint; with worker processes too."""
+def test_a_stopped_run_resumes_bit_for_bit(train, tmp_path, monkeypatch, workers):
+    """With the real loader, whose position is saved in the checkpoint; with worker processes too."""
     assert train("lora", tmp_path / "straight", save_every=2)[0] == 0
     real = training_run.train
 
-    def stopped(*args, **options):
-        log = options["log"]
-
-        def tell(entry):
-            log(entry)
+    def stopped(*args, hooks, **options):
+        def log(entry):
+            hooks.log(entry)
             if entry["step"] == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        return real(*args, **{**options, "log": tell})
+        return real(*args, hooks=replace(hooks, log=log), **options)
 
     monkeypatch.setattr(training_run, "train", stopped)
     code, printed = train("lora", tmp_path / "parts", save_every=2, workers=workers)
     assert code == 1
-    done = int(re.search(r"stopped after step (\d) of 6, which is saved: the same command goes on", printed)[1])
+    done = int(re.search(r"stopped after step (\d) of 6, which is saved: the same command resumes the run", printed)[1])
     assert done in (4, 5)
     assert not (tmp_path / "parts" / "model").exists()
     monkeypatch.undo()
     code, printed = train("lora", tmp_path / "parts", save_every=2, workers=workers)
     assert code == 0
-    assert f"{tmp_path / 'parts'} goes on after step {done}" in printed
+    assert f"{tmp_path / 'parts'} resumes after step {done}" in printed
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "straight")
     trees = [checkpoint.load(tmp_path / name / "model", checkpoint.stored_tree(tmp_path / name / "model"))
              for name in ("parts", "straight")]  # fmt: skip
@@ -206,14 +204,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, workers
 
 
 def test_bfloat16_parameters(train, place, tmp_path, monkeypatch):
-    """Kept in bfloat16, moved in float32; a stopped run goes on bit for bit."""
+    """Stored in bfloat16, updated in float32; a stopped run resumes bit for bit."""
     options = {"param_dtype": "bfloat16", "learning_rate": 3e-2, "save_every": 2, "steps": 4}
     assert train("stage2", tmp_path / "straight", **options)[0] == 0
     real = training_run.train
 
-    def stopped(*args, **options):
+    def stopped(*args, hooks, **options):
         stop = lambda entry: entry["step"] == 1 and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-        return real(*args, **{**options, "log": stop})
+        return real(*args, hooks=replace(hooks, log=stop), **options)
 
     monkeypatch.setattr(training_run, "train", stopped)
     code, printed = train("stage2", tmp_path / "parts", **options)
@@ -238,8 +236,8 @@ def test_bfloat16_parameters(train, place, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.long), 2])
-def test_ctrl_c_saves_and_says_how_to_go_on(place, tmp_path, workers):
-    """To the whole group, as a terminal sends it: workers that read data get it too."""
+def test_ctrl_c_saves_and_says_how_to_resume(place, tmp_path, workers):
+    """Ctrl-C goes to the whole process group, as a terminal sends it: workers that read data get it too."""
     out = tmp_path / "run"
     argv = f"train lora --data {place}/squares.json --checkpoint {place}/tiny --output {out}"
     argv += " --global-batch-size 2 --max-seq-length 96"
@@ -261,26 +259,28 @@ def test_ctrl_c_saves_and_says_how_to_go_on(place, tmp_path, workers):
     finally:
         process.kill()
     assert process.returncode == 1, printed
-    done = re.search(r"stopped after step (\d+) of 100000, which is saved: the same command goes on", printed)[1]
+    done = re.search(r"stopped after step (\d+) of 100000, which is saved: the same command resumes the run", printed)[
+        1
+    ]
     assert "Traceback" not in printed
     assert [path.name for path in (out / "steps").iterdir()] == [done]
     assert entries(out)[-1]["step"] == int(done)
 
 
-def test_derived_numbers_stay_when_a_run_goes_on(train, tmp_path):
+def test_derived_numbers_stay_when_a_run_resumes(train, tmp_path):
     assert train("lora", tmp_path / "run", steps=None, epochs=0.5)[0] == 0
     written = json.loads((tmp_path / "run" / "run.json").read_text())
     assert train("lora", tmp_path / "run", steps=None, epochs=0.5)[0] == 0
     code, printed = train("lora", tmp_path / "run", steps=written["steps"] + 1, epochs=None)
     assert code == 2
-    assert "is another run's: " in printed
+    assert "belongs to another run: " in printed
     assert f"steps was {written['steps']}, is {written['steps'] + 1}" in printed
     code, printed = train("lora", tmp_path / "run", steps=None, epochs=0.5, learning_rate=1)
     assert code == 2
-    assert "another run's: recipe.optimizer.learning_rate was 0.003, is 1.0. Go on with its settings" in printed
+    assert "another run: recipe.optimizer.learning_rate was 0.003, is 1.0. Resume with its settings" in printed
 
 
-def test_what_happened_to_steps_is_said_and_logged(train, tmp_path):
+def test_messages_about_steps_are_printed_and_logged(train, tmp_path):
     out = tmp_path / "run"
     assert train("lora", out, steps=2, save_every=1)[0] == 0
     shutil.rmtree(out / "model")
@@ -303,7 +303,7 @@ def test_what_happened_to_steps_is_said_and_logged(train, tmp_path):
 
 def test_a_second_run_into_one_output_is_refused(train, place, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    monkeypatch.setattr(training_run, "open_data", None)  # refused before anything is read
+    monkeypatch.setattr(prepare, "open_data", None)  # refused before anything is read
     (tmp_path / "other").symlink_to(out)
     with files.claim(out):
         for name in (out, tmp_path / "other", tmp_path / "no" / ".." / "run"):
@@ -313,7 +313,7 @@ def test_a_second_run_into_one_output_is_refused(train, place, tmp_path, monkeyp
     assert not out.exists()
 
 
-# What is wrong with the data.
+# Invalid data.
 
 
 def test_data_errors(train, place, tmp_path):
@@ -323,19 +323,19 @@ def test_data_errors(train, place, tmp_path):
     bad = {"data": tmp_path / "bad.jsonl", "root": place}
     code, printed = train("lora", tmp_path / "run", steps=2, **bad)
     assert code == 0
-    assert "1 of 24 conversations looked at cannot be used and will be skipped" in printed
+    assert "1 of 24 checked conversations are invalid and will be skipped" in printed
     assert f"{tmp_path / 'bad.jsonl'}:4: not JSON" in printed
-    assert "1 conversations could not be used: 1 annotation" in printed
+    assert "1 conversations were invalid and skipped: 1 annotation" in printed
     log = (tmp_path / "run" / "log.txt").read_text()
-    for said in ("warning: skipped", "1 of 24 conversations looked at", "1 conversations could not be used"):
-        assert said in printed
-    assert "1 of 24 conversations looked at cannot be used" in log
+    for message in ("warning: skipped", "1 of 24 checked conversations", "1 conversations were invalid"):
+        assert message in printed
+    assert "1 of 24 checked conversations are invalid" in log
     assert re.search(r"WARNING internvl_jax\.training\.reporting: skipped .*bad\.jsonl:4: not JSON", log)
     assert re.search(r"INFO internvl_jax\.training\.reporting: step 2/2: loss", log)
     assert re.search(r"INFO .*: adapters: .*/run/model\n", log)
     code, printed = train("lora", tmp_path / "fatal", data_errors="fatal", **bad)
     assert code == 2
-    assert re.search(r"1 of 24 samples looked at cannot be used; .*bad\.jsonl:4: not JSON", printed)
+    assert re.search(r"1 of 24 checked samples are invalid; .*bad\.jsonl:4: not JSON", printed)
     assert not (tmp_path / "fatal").exists()
     value = {"squares": {"root": "nowhere", "annotation": str(place / "squares.jsonl")}}
     (tmp_path / "root.json").write_text(json.dumps(value))
@@ -352,11 +352,14 @@ def test_data_errors(train, place, tmp_path):
     [
         ({"recipe": "stage3"}, "recipe 'stage3' is not known: stage1, stage2"),
         ({"data": "nowhere.json"}, "nowhere.json does not exist"),
-        ({"checkpoint": "nowhere"}, "nowhere is no directory"),
+        ({"checkpoint": "nowhere"}, "nowhere is not a directory"),
         ({"max_seq_length": 129}, "rows of 129 tokens are longer than the model's context of 128"),
         ({"max_seq_length": 5}, "no room for an image"),
-        ({"global_batch_size": 3, "gradient_accumulation_steps": 2}, "3 rows of a step do not divide into 2 parts"),
-        ({"global_batch_size": 0}, "rows is 0"),
+        (
+            {"global_batch_size": 3, "gradient_accumulation_steps": 2},
+            "3 rows per step do not divide into",
+        ),
+        ({"global_batch_size": 0}, "global_batch_size is 0"),
         ({"learning_rate": -1}, "learning_rate is -1"),
         ({"lora_rank": 0}, "a rank is positive"),
         ({"lora_targets": "query"}, "no layer query can have adapters: there are self_attn/q_proj"),
@@ -383,13 +386,12 @@ def test_refused(train, tmp_path, options, message):
 
 def test_paths_are_resolved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training_run, "_prepared", lambda options, *_: options)
-    options = training_run.prepare(
-        training_run.Options(recipe_of("lora"), Path("a/../m.json"), Path("~/runs"), eval_data=Path("./e.json"))
-    )
+    options = prepare.RunOptions(
+        recipe_of("lora"), Path("a/../m.json"), Path("~/runs"), eval_data=Path("./e.json")
+    ).resolve_paths()
     assert (options.data, options.eval_data) == (tmp_path / "m.json", tmp_path / "e.json")
     assert options.output == Path.home() / "runs"
-    assert (options.checkpoint, options.base) == (None, None)
+    assert (options.checkpoint, options.root) == (None, None)
 
 
 def test_other_directories_are_refused(train, tmp_path):
@@ -412,7 +414,7 @@ def test_checkpoints_that_cannot_be_trained(train, place, tmp_path):
 
 def test_a_full_disk_is_seen_before(train, tmp_path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
-    monkeypatch.setattr(training_run.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
     code, printed = train("lora", tmp_path / "run")
     assert code == 2
     assert "has 0.0 GiB left, and the run writes about" in printed

@@ -1,7 +1,7 @@
 """Training on meshes of eight devices against one device.
 
-Differences are those of float32 sums in another order; measured are 5e-7 of losses of about 4, 3e-7 of gradient norms,
-2e-6 of the largest gradient and its square, 6e-8 of parameters. Ten times these are allowed.
+Float32 sums are in another order. Measured differences: 5e-7 in losses of about 4, 3e-7 in gradient norms, 2e-6 of the
+largest gradient and its square, 6e-8 in parameters. Ten times these are allowed.
 """
 
 import json
@@ -22,8 +22,8 @@ from internvl_jax.lora import Lora
 from internvl_jax.parallel.mesh import make_mesh
 from internvl_jax.parallel.partitioning import path_of
 from internvl_jax.processing.conversation import image_token_index
+from internvl_jax.training.mesh_placement import MeshPlacement
 from internvl_jax.training.recipes import Recipe
-from internvl_jax.training.state import Place
 
 STEPS = 4
 LORA = {
@@ -38,7 +38,7 @@ RECIPE = {
 
 
 class Rows(Batches):
-    """Batches of one length, of 8 rows or of parts of them, with empty image slots; `stop_at`: asks for an end."""
+    """Batches of one length, of 8 rows or parts of them, with empty image slots. stop_at: sends SIGTERM."""
 
     def __init__(self, parts=1, stop_at=None, empty=1):
         super().__init__(CONFIG, rows=8 // parts)
@@ -54,18 +54,18 @@ class Rows(Batches):
 
 
 def train(directory, name, mesh_spec=None, *, vision=None, accumulate=1, stop_at=None, remat="none"):
-    """Every step's numbers, and how it ended."""
-    place = Place(CONFIG, None if mesh_spec is None else make_mesh(mesh_spec, config=CONFIG), vision)
+    """Every step's metrics, how the run ended, and its placement."""
+    placement = MeshPlacement(CONFIG, None if mesh_spec is None else make_mesh(mesh_spec, config=CONFIG), vision)
     batches = Rows(accumulate, stop_at, empty=1 if vision is None else 8)  # as many as lie over all devices
-    options = {"accumulate": accumulate, "remat": remat, "chunk": 16, "save_every": STEPS}
-    done = run(directory, STEPS, RECIPE[name], batches=batches, place=place, **options)
+    options = {"gradient_accumulation_steps": accumulate, "remat": remat, "chunk": 16, "save_every": STEPS}
+    done = run(directory, STEPS, RECIPE[name], batches=batches, placement=placement, **options)
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], done, place
+    return [json.loads(line) for line in lines], done, placement
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """Numbers and state of a recipe on one device without a mesh."""
+    """Metrics and state of a recipe on one device without a mesh."""
     known = {}
 
     def of(name):
@@ -90,17 +90,19 @@ def equal_states(true, expected):
 
 
 def equal(found, expected):
-    entries, done, place = found
+    entries, done, placement = found
     equal_numbers(entries, expected[0])
-    true = place.resized(done.state, place.unpad, storage=True)
+    true = placement.unpad_state(done.state)
     equal_states(true, expected[1])
-    if place.mesh is None:
+    if placement.mesh is None:
         return
-    assert entries[-1]["compiles"] == 1  # what a step gives lies as what it took
-    for leaf, where in zip(jax.tree.leaves(done.state), jax.tree.leaves(place.shardings(done.state)), strict=True):
+    assert entries[-1]["compiles"] == 1  # the step's output has the shardings of its input
+    for leaf, where in zip(
+        jax.tree.leaves(done.state), jax.tree.leaves(placement.state_shardings(done.state)), strict=True
+    ):
         assert leaf.sharding.is_equivalent_to(where, leaf.ndim), (leaf.shape, leaf.sharding, where)
-    # Nothing but zeros was cropped: pads do not learn, and have no moments.
-    again = place.resized(true, place.pad, storage=False)
+    # Only zeros were cropped: padding is not trained, and has no moments.
+    again = placement.pad_state(true)
     for leaf, expected in zip(jax.tree.leaves(done.state), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(leaf, expected)
 
@@ -121,8 +123,8 @@ def test_mesh_equals_one_device(tmp_path, reference, name, mesh_spec, options):
     equal(train(tmp_path / "run", name, mesh_spec, **options), reference(name))
 
 
-def test_goes_on_on_another_mesh(tmp_path, reference):
-    """Two steps on one mesh; the rest on another, with other pads, and on one device without a mesh."""
+def test_resumes_on_another_mesh(tmp_path, reference):
+    """Two steps on one mesh; the rest on another with other padding, and on one device without a mesh."""
     _, done, _ = train(tmp_path / "first", "full", "data=2,fsdp=2,tensor=2", stop_at=1)
     assert (done.step, done.finished) == (2, False)
     shutil.copytree(tmp_path / "first", tmp_path / "second")

@@ -13,8 +13,8 @@ from support.training_cases import Shares, run
 
 from internvl_jax import checkpoint
 from internvl_jax.cli import main
+from internvl_jax.training.mesh_placement import MeshPlacement
 from internvl_jax.training.recipes import Recipe
-from internvl_jax.training.state import Place
 
 
 def entries_of(directory, kind="loss"):
@@ -23,7 +23,9 @@ def entries_of(directory, kind="loss"):
 
 
 def test_two_processes_equal_one(tmp_path):
-    run(tmp_path / "one", 4, Recipe("full", FULL, ADAMW, 2, 48), place=Place(CONFIG), batches=Shares(CONFIG))
+    run(
+        tmp_path / "one", 4, Recipe("full", FULL, ADAMW, 2, 48), placement=MeshPlacement(CONFIG), batches=Shares(CONFIG)
+    )
     expected = entries_of(tmp_path / "one")
     first, second = run_two("train", tmp_path, devices=2)
     names = ("straight", "stopped", "resumed", "tensor")

@@ -12,6 +12,7 @@ from internvl_jax.data.batch import Batch
 from internvl_jax.inference.loading import abstract_for_running
 from internvl_jax.processing.conversation import image_token_index
 from internvl_jax.training import objective
+from internvl_jax.training.objective import LossOptions
 
 IMAGE = 3
 
@@ -60,7 +61,7 @@ def evaluate(params, config, batch, weights=None, **options):
     return evaluate_variables({"params": params}, config, batch, weights, **options)
 
 
-def evaluate_variables(variables, config, batch, weights=None, **options):
+def evaluate_variables(variables, config, batch, weights=None, *, rngs=objective.NO_RNGS, **options):
     weights = objective.loss_weights(batch.labels, batch.segment_ids) if weights is None else weights
-    run = jax.jit(lambda v, b, w: objective.loss(v, config, b, w, **options))
+    run = jax.jit(lambda v, b, w: objective.loss(v, config, b, w, LossOptions(**options), rngs=rngs))
     return jax.device_get(run(variables, batch, weights))

@@ -1,8 +1,8 @@
 """A small training run, for tests and for the processes that they start: model, data, recipe.
 
-python training_cases.py DIRECTORY STEPS [die|fill NUMBER]    trains there; prints each step's loss, exactly
+python training_cases.py DIRECTORY STEPS [die|fill NUMBER]    trains in DIRECTORY and prints each step's exact loss
 
-Before batch NUMBER it ends as after kill -9, or the file system takes no more.
+Before batch NUMBER the process dies as after kill -9, or the file system becomes full.
 """
 
 import json
@@ -22,10 +22,11 @@ from internvl_jax.lora import Lora
 from internvl_jax.models import param_sharding
 from internvl_jax.processing.conversation import image_token_index
 from internvl_jax.training import trainer
+from internvl_jax.training.context import TrainContext, TrainSettings
+from internvl_jax.training.mesh_placement import MeshPlacement
 from internvl_jax.training.optimizer import AdamW
 from internvl_jax.training.recipes import Recipe
-from internvl_jax.training.state import Place
-from internvl_jax.training.trainer import Settings, train
+from internvl_jax.training.trainer import TrainHooks, train
 
 RECIPES = {
     "stage1": Recipe("stage1", ("vision_model", "mlp1"), AdamW(1e-3, warmup=2), 2, 48, drop_path=0.3),
@@ -35,7 +36,7 @@ RECIPES = {
 
 
 class Batches:
-    """Batch i is a function of i; some have longer rows. `before` is called with i before it is made."""
+    """Batch i depends on i only; some have longer rows. `before` is called with i before the batch is made."""
 
     def __init__(self, config, rows=2, before=lambda number: None):
         self.config, self.rows, self.before, self.next = config, rows, before, 0
@@ -61,9 +62,9 @@ class Batches:
 
 
 class Shares(Batches):
-    """What one of two processes brings of batches of 8 rows, which have one image or two; `share` None: all of it.
+    """The rows that one of two processes loads of batches of 8 rows, which have one image or two.
 
-    stop_at: this process is asked to end before that batch.
+    share: the process. None for all rows. stop_at: SIGTERM is sent before that batch.
     """
 
     def __init__(self, config, share=None, stop_at=None):
@@ -88,11 +89,12 @@ class Shares(Batches):
 compiled = {}  # steps that several tests share: tracing and compiling is most of a short run
 
 
-def make_step(config, recipe, settings, adamw, place, make=trainer.make_step, **options):
-    where = (place.mesh, place.vision)
-    key = (config, recipe.name, *settings.identity().values(), settings.remat, settings.chunk, where, str(options))
+def make_step(context, make=trainer.make_step):
+    settings, placement = context.settings, context.placement
+    where = (placement.config, placement.mesh, placement.vision)
+    key = (context.recipe.name, *settings.identity().values(), settings.remat, settings.chunk, where)
     if key not in compiled:
-        compiled[key] = make(config, recipe, settings, adamw, place, **options)
+        compiled[key] = make(context)
     return compiled[key]
 
 
@@ -102,31 +104,31 @@ def run(
     name="lora",
     *,
     batches=None,
-    place=None,
-    params=None,
-    log=None,
-    alone=False,
-    evaluate=None,
+    placement=None,
+    own_step=False,
+    hooks=None,
     **settings,
 ):
-    """name: of RECIPES, or a recipe. alone: with a step of its own, whose compiles are counted. settings: of Settings;
-    from_scratch is train's."""
-    if not alone:
+    """Train for some steps.
+
+    name: key of RECIPES, or a recipe. own_step: compile the step for this run alone, so that its compiles are counted.
+    settings: fields of TrainSettings, and from_scratch of train.
+    """
+    if not own_step:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer, "make_step", make_step)
-            options = {"batches": batches, "place": place, "params": params, "log": log, "evaluate": evaluate}
-            return run(directory, steps, name, alone=True, **options, **settings)
-    place = Place(tiny()) if place is None else place
-    config = place.config
-    if params is None:
-        params = jax.tree.map(jax.numpy.asarray, random_params(config))
-        if place.mesh is not None:
-            params = param_sharding.place_params(params, config, place.mesh, vision=place.vision)
-    options = {"log": log, "evaluate": evaluate, "from_scratch": settings.pop("from_scratch", False)}
-    settings = Settings(**{"steps": steps, "save_every": 2, "log_every": 1, "remat": "none", **settings})
+            options = {"batches": batches, "placement": placement, "hooks": hooks}
+            return run(directory, steps, name, own_step=True, **options, **settings)
+    placement = MeshPlacement(tiny()) if placement is None else placement
+    config = placement.config
+    params = jax.tree.map(jax.numpy.asarray, random_params(config))
+    if placement.mesh is not None:
+        params = param_sharding.place_params(params, config, placement.mesh, vision=placement.vision)
+    from_scratch = settings.pop("from_scratch", False)
+    settings = TrainSettings(**{"steps": steps, "save_every": 2, "log_every": 1, "remat": "none", **settings})
     batches = Batches(config) if batches is None else batches
-    recipe = RECIPES[name] if isinstance(name, str) else name
-    return train(directory, config, recipe, settings, params, batches, place, **options)
+    context = TrainContext(RECIPES[name] if isinstance(name, str) else name, settings, placement)
+    return train(directory, context, params, batches, hooks=hooks, from_scratch=from_scratch)
 
 
 def steps_of(directory):
@@ -149,7 +151,9 @@ def main(directory, steps, what=None, at=None):
         directory,
         int(steps),
         batches=Batches(tiny(), before=fill if what == "fill" else die),
-        log=lambda entry: print(entry["step"], entry["loss"].hex(), entry["grad_norm"].hex(), flush=True),
+        hooks=TrainHooks(
+            log=lambda entry: print(entry["step"], entry["loss"].hex(), entry["grad_norm"].hex(), flush=True)
+        ),
     )
     print("finished" if done.finished else f"stopped at {done.step}", flush=True)
 

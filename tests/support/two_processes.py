@@ -23,8 +23,8 @@ from internvl_jax.inference.loading import load
 from internvl_jax.models import param_sharding
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as mesh_lib
+from internvl_jax.training.mesh_placement import MeshPlacement
 from internvl_jax.training.recipes import Recipe
-from internvl_jax.training.state import Place
 
 IMAGES = DATA / "internvl_chat_v1_1" / "images"
 QUESTIONS = ["What is in this picture?", "Name two colours.", "And in this one?"]
@@ -117,9 +117,9 @@ def train(directory):
 
     def go(name, mesh, share, **options):
         batches = Shares(CONFIG, share, **options)
-        place = Place(CONFIG, mesh)
-        done = run(directory / name, 4, recipe, place=place, batches=batches, save_every=4)
-        return {"step": done.step, "finished": done.finished, "parts": place.parts, "batches": batches.next}
+        placement = MeshPlacement(CONFIG, mesh)
+        done = run(directory / name, 4, recipe, placement=placement, batches=batches, save_every=4)
+        return {"step": done.step, "finished": done.finished, "parts": placement.row_shards, "batches": batches.next}
 
     process = jax.process_index()
     results = {

@@ -79,9 +79,9 @@ def by_arithmetic(work):
     return TrainReport(
         topology=work.topology.name,
         chips=work.topology.chips,
-        recipe=work.recipe.name,
-        mesh=mesh_name(work.place.mesh),
-        vision=work.place.vision,
+        recipe=work.context.recipe.name,
+        mesh=mesh_name(work.mesh),
+        vision=work.context.placement.vision,
         batch=work.batch,
         length=work.request.length,
         images=work.request.images,

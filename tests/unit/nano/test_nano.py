@@ -1,4 +1,4 @@
-"""nano: its pictures, its training script, and the model that ships."""
+"""nano: its images, its training script, and the model that ships."""
 
 import glob
 import io
@@ -27,6 +27,7 @@ from internvl_jax.nano import build_tokenizer, dataset, evaluate, lesson, render
 from internvl_jax.processing.images import load_processor
 from internvl_jax.processing.tokenizer import load_tokenizer
 from internvl_jax.training import trainer
+from internvl_jax.training.trainer import TrainHooks
 
 NANO = Path(internvl_jax.__file__).parent / "nano" / "model"
 IMAGES = NANO.parent / "images"
@@ -111,7 +112,7 @@ def test_splits_share_no_scan(monkeypatch):
 
 
 def test_data_set_is_in_the_documented_format(tmp_path):
-    """Every sample can be used, with what is in its pictures beside them; written again, the bytes are the same."""
+    """Every sample is valid and has the labels of its image; written again, the bytes are the same."""
     count = 60
     meta = dataset.write(tmp_path / "data", count)
     dataset.write(tmp_path / "again", count)
@@ -214,7 +215,7 @@ def test_data_set_removes_what_killed_runs_left(tmp_path, logged):
     assert not list(tmp_path.rglob(".*"))
 
 
-def test_pictures_tokenizer_and_model_of_others_stay(tmp_path):
+def test_images_tokenizer_and_model_of_others_stay(tmp_path):
     (tmp_path / "shapes.png").write_bytes(b"mine")
     with pytest.raises(ValueError, match=r"shapes\.png exists with other content"):
         evaluate.write_images(tmp_path)
@@ -260,10 +261,10 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
     results = []
     make, made = trainer.make_step, {}
 
-    def shared(config, recipe, *args, **options):  # compiled once for both
-        if recipe.name not in made:
-            made[recipe.name] = make(config, recipe, *args, **options)
-        return made[recipe.name]
+    def shared(context):  # compiled once for both
+        if context.recipe.name not in made:
+            made[context.recipe.name] = make(context)
+        return made[context.recipe.name]
 
     monkeypatch.setattr(trainer, "make_step", shared)
     for name, stop in (("straight", None), ("resumed", 2)):
@@ -277,7 +278,7 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
                     if directory.name == "answer" and entry["step"] == stop:
                         os.kill(os.getpid(), signal.SIGTERM)
 
-                return real(directory, *args, **{**options, "log": log})
+                return real(directory, *args, **{**options, "hooks": TrainHooks(log=log)})
 
             with monkeypatch.context() as patch:
                 patch.setattr(train, "train", stopping)
@@ -317,7 +318,7 @@ def test_the_package_holds_every_file_of_the_model():
     assert not shipped - packed
 
 
-def test_pictures_that_ship(tmp_path):
+def test_shipped_images(tmp_path):
     evaluate.write_images(tmp_path)
     for name in evaluate.IMAGES:
         assert np.array_equal(np.asarray(Image.open(IMAGES / name)), np.asarray(Image.open(tmp_path / name)))

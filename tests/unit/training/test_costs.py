@@ -1,4 +1,4 @@
-"""The arithmetic and memory of a step, against what XLA counts and what is really held."""
+"""FLOPs and memory of a step, against XLA's count and the arrays' real size."""
 
 import dataclasses
 
@@ -12,15 +12,17 @@ from support.tiny_model import IMAGE, random_params
 from internvl_jax.aot import hlo
 from internvl_jax.data.batch import Batch
 from internvl_jax.processing.conversation import image_token_index
-from internvl_jax.training import costs, optimizer, recipes
-from internvl_jax.training.state import Place, init_state
-from internvl_jax.training.trainer import Settings, make_step, stack_batches
+from internvl_jax.training import costs, recipes
+from internvl_jax.training.context import TrainContext, TrainSettings
+from internvl_jax.training.initialization import init_state
+from internvl_jax.training.mesh_placement import MeshPlacement
+from internvl_jax.training.step import make_step, stack_batches
 
 ROWS, LENGTH, IMAGES = 2, 256, 3
 
 
 def config():
-    """Wide enough for matrix products to be nearly all of the work."""
+    """Wide enough for matrix products to dominate."""
     tiny = tiny_config(
         hidden_size=256, num_attention_heads=4, num_key_value_heads=4, head_dim=64, intermediate_size=512
     )
@@ -36,24 +38,23 @@ def test_flops_are_those_of_the_compiled_step(name):
     recipe = dataclasses.replace(recipes.recipe_of(name), drop_path=0.0)
     adapters = {tower: dataclasses.replace(lora, dropout=0.0, rank=1) for tower, lora in recipe.lora.items()}
     recipe = dataclasses.replace(recipe, lora=adapters)
-    place, adamw = Place(model), optimizer.make_optimizer(recipe.optimizer, 4, model)
+    context = TrainContext(recipe, TrainSettings(4, remat="none", chunk=LENGTH), MeshPlacement(model))
     ids = np.full((ROWS, LENGTH), 5, np.int32)
     ids[0, : IMAGES * 4] = IMAGE
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
     pixels = np.ones((IMAGES, 3, 56, 56), np.float32)
     batch = stack_batches([Batch(ids, ids, np.ones_like(ids), positions, image_token_index(ids == IMAGE), pixels)])
     params = jax.tree.map(jnp.asarray, random_params(model))
-    state, frozen = init_state(params, recipe, adamw, place, 0)
-    step = make_step(model, recipe, Settings(4, remat="none", chunk=LENGTH), adamw, place)
+    state, frozen = init_state(params, context)
+    step = make_step(context)
     counted = hlo.flops(hlo.parse(step.lower(state, frozen, batch).compile().as_text()))
     ours = costs.batch_flops(model, recipe, batch, 1)
     # XLA computes the whole square of attention, and the head's forward pass twice.
     assert 1 < counted / ours < 1.2
-    trained, still = costs.parameters(model, recipe)
+    trained, frozen_count = costs.count_parameters(model, recipe)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.trained))
     assert trained == count
-    assert still == sum(leaf.size for leaf in jax.tree.leaves(frozen))
+    assert frozen_count == sum(leaf.size for leaf in jax.tree.leaves(frozen))
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((state.trained, state.optimizer, frozen)))
-    shape = {"rows": ROWS, "length": LENGTH, "images": IMAGES, "remat": "none", "chunk": LENGTH}
-    estimated, _ = costs.memory_per_device(recipe, place, **shape, trained_dtype="float32", dtype="float32")
+    estimated, _ = costs.memory_per_device(context, costs.BatchShape(ROWS, LENGTH, IMAGES), "float32")
     assert estimated == pytest.approx(held + 4 * count, rel=0.01)

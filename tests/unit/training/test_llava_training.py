@@ -90,7 +90,7 @@ def test_golden_loss_and_gradients():
 
         def of(trained):
             whole = {**trained, "vision_model": frozen}
-            return objective.loss({"params": whole}, config, batch, weights, remat=True).loss
+            return objective.loss({"params": whole}, config, batch, weights, objective.LossOptions(remat=True)).loss
 
         return jax.value_and_grad(of)(trained)
 

@@ -1,4 +1,4 @@
-"""Training's loss and optimizer against the golden bundle and plain formulas; samples that share a row."""
+"""The training loss and the optimizer against the golden bundle and plain formulas; packed samples."""
 
 import dataclasses
 
@@ -18,6 +18,7 @@ from internvl_jax.models import chat_model
 from internvl_jax.models.attention import implementation
 from internvl_jax.processing.conversation import image_token_index
 from internvl_jax.training import objective, optimizer
+from internvl_jax.training.objective import LossOptions
 from internvl_jax.training.optimizer import AdamW
 
 BUNDLE = DATA / "internvl_chat_v1_1"
@@ -69,7 +70,9 @@ def gradients(golden):
     @jax.jit
     def run(params):
         def of(params):
-            sums = objective.loss({"params": params}, golden.config, golden.batch, weights, chunk=40, remat=True)
+            sums = objective.loss(
+                {"params": params}, golden.config, golden.batch, weights, LossOptions(chunk=40, remat=True)
+            )
             return sums.loss, sums
 
         return jax.value_and_grad(of, has_aux=True)(params)
@@ -81,8 +84,8 @@ def gradients(golden):
 def test_golden_loss_and_gradients(golden, gradients):
     sums, grads = gradients
     assert float(sums.loss) == pytest.approx(float(golden.arrays["train/loss"]), abs=1e-4)
-    assert sums.tokens == golden.facts["supervised_tokens"]
-    assert sums.read == golden.arrays["train/attention_mask"].sum()
+    assert sums.num_supervised == golden.facts["supervised_tokens"]
+    assert sums.num_tokens == golden.arrays["train/attention_mask"].sum()
     assert float(optax.global_norm(grads)) == pytest.approx(golden.facts["global_grad_norm"], rel=1e-4)
     ours = published(golden.config, golden.whole_tree(grads))
     compared = [name for name in golden.arrays.files if name.startswith("train/grad/")]
@@ -96,7 +99,7 @@ def test_golden_loss_and_gradients(golden, gradients):
 def test_golden_adamw_step(golden, gradients, decay):
     given = golden.facts["optimizer"]
     settings = AdamW(
-        given["lr"], given["weight_decay"], *given["betas"], given["eps"], clip=None, warmup=0, decay=decay
+        given["lr"], given["weight_decay"], *given["betas"], given["eps"], max_grad_norm=None, warmup=0, decay=decay
     )
     adamw = optimizer.make_optimizer(settings, 10, golden.config)
 
@@ -107,7 +110,7 @@ def test_golden_adamw_step(golden, gradients, decay):
 
     after = published(golden.config, golden.whole_tree(jax.device_get(step(golden.params, gradients[1]))))
     before = published(golden.config, golden.whole)
-    slopes = published(golden.config, golden.whole_tree(gradients[1]))
+    grads = published(golden.config, golden.whole_tree(gradients[1]))
     for name in golden.facts["parameters_without_gradient"]:
         assert np.array_equal(after[name], before[name]), name
     prefix = "train/after_step/" if decay == "all" else "train/after_step_trainer/"
@@ -115,28 +118,28 @@ def test_golden_adamw_step(golden, gradients, decay):
     assert len(compared) == (24 if decay == "all" else 8)
     for key in compared:
         name, expected = key.removeprefix(prefix), golden.arrays[key]
-        # Adam divides a gradient by its size: where that is rounding noise, so is the step.
-        slope = np.abs(slopes[name])
-        certain = (slope > 1e-5) | (slope == 0)
+        # Adam divides a gradient by its magnitude: where the gradient is rounding noise, so is the step.
+        magnitude = np.abs(grads[name])
+        certain = (magnitude > 1e-5) | (magnitude == 0)
         assert certain.mean() > 0.9, name
         assert_close(np.where(certain, after[name], 0), np.where(certain, expected, 0), 1e-6, name)
         assert_close(after[name], expected, 2.1 * given["lr"], name)
 
 
 def test_decay_is_the_reference_trainers(golden):
-    """Every parameter, those whose step the bundle does not record included."""
-    mask = optimizer.decayed(golden.whole, golden.config)
+    """For every parameter, also those whose step is not in the bundle."""
+    mask = optimizer.decay_mask(golden.whole, golden.config)
     filled = jax.tree.map(lambda values, decays: np.full(values.shape, decays), golden.whole, mask)
     ours = {name for name, part in published(golden.config, filled).items() if not part.any()}
     assert ours == set(golden.facts["hf_trainer_no_decay"])
 
 
 def test_norms_of_a_layer_norm_tower_do_not_decay():
-    """To the Trainer they are torch's LayerNorms; InternViT's own RMSNorms are not, and decay."""
+    """The Trainer exempts torch's LayerNorms, but not InternViT's own RMSNorms."""
     for kind, decays in (("layer_norm", False), ("rms_norm", True)):
         config = tiny()
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, norm_type=kind))
-        layers = optimizer.decayed(abstract_for_running(config, jnp.float32), config)["vision_model"]["layers"]
+        layers = optimizer.decay_mask(abstract_for_running(config, jnp.float32), config)["vision_model"]["layers"]
         for norm in ("norm1", "norm2"):
             assert layers[norm]["scale"] == decays
         assert not any(norm.get("bias") for norm in (layers["norm1"], layers["norm2"]))
@@ -162,7 +165,7 @@ def test_chunks_and_z_loss_equal_the_plain_formula():
     @jax.jit
     @jax.value_and_grad
     def ours(params):
-        return objective.loss({"params": params}, config, batch, weights, z_loss=0.01, chunk=16).loss
+        return objective.loss({"params": params}, config, batch, weights, LossOptions(z_loss=0.01, chunk=16)).loss
 
     (expected, expected_grads), (value, grads) = plain(params), ours(params)
     assert float(value) == pytest.approx(float(expected), abs=1e-5)
@@ -174,11 +177,13 @@ def test_chunks_and_z_loss_equal_the_plain_formula():
 
 
 def test_logits_of_the_whole_batch_are_never_held():
-    """The compiled step has no array as large as the logits, in either pass."""
+    """The compiled step has no array of the logits' size, in the forward or the backward pass."""
     config = tiny(vocab_size=4096)
     params, batch = random_params(config), batch_of(config, [[200], [200]], 256)
     weights = objective.loss_weights(batch.labels, batch.segment_ids)
-    grad = jax.jit(jax.grad(lambda p: objective.loss({"params": p}, config, batch, weights, chunk=32).loss))
+    grad = jax.jit(
+        jax.grad(lambda p: objective.loss({"params": p}, config, batch, weights, LossOptions(chunk=32)).loss)
+    )
     text = grad.lower(params).compile().as_text()
     assert "f32[2,32,4096]" in text
     for shape in ("[2,256,4096]", "[8,2,32,4096]", "[512,4096]"):
@@ -187,7 +192,7 @@ def test_logits_of_the_whole_batch_are_never_held():
 
 @pytest.mark.parametrize("kind", ["xla", "pallas"])
 def test_samples_in_a_row_do_not_see_each_other(kind):
-    """Two samples in one row lose what they lose alone, and each other's tokens move nothing."""
+    """Two samples in one row have the same loss as alone, and do not depend on each other's tokens."""
     config = tiny()
     params = random_params(config)
     packed = batch_of(config, [[40, 50]], 128)
@@ -214,16 +219,16 @@ def test_samples_in_a_row_do_not_see_each_other(kind):
         first, second = evaluate(params, config, alone(1, 0, 40)), evaluate(params, config, alone(2, 40, 50))
         only_first = np.where(packed.segment_ids == 1, objective.loss_weights(packed.labels, packed.segment_ids), 0)
         before, after = (evaluate(params, config, batch, only_first) for batch in (packed, other))
-    tokens = first.tokens + second.tokens
-    assert together.tokens == tokens
-    assert together.read == 90
-    expected = (first.loss * first.tokens + second.loss * second.tokens) / tokens
+    tokens = first.num_supervised + second.num_supervised
+    assert together.num_supervised == tokens
+    assert together.num_tokens == 90
+    expected = (first.loss * first.num_supervised + second.loss * second.num_supervised) / tokens
     assert float(together.loss) == pytest.approx(float(expected), abs=2e-5)
-    assert together.right == first.right + second.right
+    assert together.num_correct == first.num_correct + second.num_correct
     assert float(before.loss) == pytest.approx(float(after.loss), abs=1e-6)
 
 
-def test_pairs_are_of_one_sample():
+def test_predictions_stay_within_a_sample():
     labels = np.asarray([[7, 8, 9, 7, 8, -100, 9, 9]])
     segments = np.asarray([[1, 1, 1, 2, 2, 2, 0, 0]])
     expected = [[True, True, False, True, False, False, False, False]]
@@ -232,7 +237,7 @@ def test_pairs_are_of_one_sample():
 
 
 def test_means_over_tokens_and_over_devices():
-    """The reference means per device and micro-batch, then over them; here rows say which device they would be on."""
+    """The reference averages per device and micro-batch, then over these; rows say which device they would be on."""
     labels = np.full((2, 4, 9), -100)  # two micro-batches of four rows
     for (micro, row), count in {(0, 0): 8, (0, 1): 2, (0, 2): 3, (1, 0): 5, (1, 3): 1}.items():
         labels[micro, row, 1 : 1 + count] = 1
@@ -244,7 +249,7 @@ def test_means_over_tokens_and_over_devices():
     counted = np.pad(labels[..., 1:] != -100, ((0, 0), (0, 0), (0, 1)))
     expected = np.mean([losses[m, r : r + 2][counted[m, r : r + 2]].mean() for m in (0, 1) for r in (0, 2)])
     assert (losses * objective.loss_weights(labels, segments, groups=2)).sum() == pytest.approx(expected, abs=1e-6)
-    labels[1, 3] = -100  # a device with nothing to learn: left out
+    labels[1, 3] = -100  # a device without supervised tokens is not counted
     expected = np.mean([losses[m, r : r + 2][counted[m, r : r + 2]].mean() for m, r in ((0, 0), (0, 2), (1, 0))])
     assert (losses * objective.loss_weights(labels, segments, groups=2)).sum() == pytest.approx(expected, abs=1e-6)
     with pytest.raises(ValueError, match="4 rows do not divide into 3"):
@@ -283,7 +288,7 @@ def test_steps_equal_torchs():
     grads = [
         {"mlp1": {"fc1": {"kernel": rng.standard_normal((7, 5)).astype(np.float32) * s}}} for s in (9, 1, 0.1, 3, 5)
     ]
-    settings = AdamW(1e-2, warmup=2, clip=1.0)
+    settings = AdamW(1e-2, warmup=2, max_grad_norm=1.0)
     adamw = optimizer.make_optimizer(settings, 5, PRESETS["nano"]())
     weight = torch.nn.Parameter(torch.tensor(params["mlp1"]["fc1"]["kernel"]))
     theirs = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.05)

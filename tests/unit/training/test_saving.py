@@ -1,4 +1,4 @@
-"""Saved steps: what is taken for damage and what is not, and that nothing which was saved is lost."""
+"""Saved steps: what counts as damage and what does not, and that nothing that was saved is lost."""
 
 import json
 import logging
@@ -17,27 +17,28 @@ from support.training_cases import RECIPES, Batches, run, steps_of
 
 from internvl_jax.config import load_config
 from internvl_jax.inference.loading import NANO
-from internvl_jax.training import damage as damage_of
+from internvl_jax.training import model_output, saving
 from internvl_jax.training import run as training_run
-from internvl_jax.training import saving, state
+from internvl_jax.training.damage import read_arrays
+from internvl_jax.training.mesh_placement import MeshPlacement
 from internvl_jax.training.saving import RunError
-from internvl_jax.training.state import ADAPTERS, Place
-from internvl_jax.training.trainer import Settings
+from internvl_jax.training.state import ADAPTERS
+from internvl_jax.training.trainer import TrainHooks
 from internvl_jax.utils import files
 
-# Of what could not be read, in threads that nobody waits for.
+# From failed reads in threads that nobody joins.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def damage(step):
-    """Cut the largest file of a saved step in half, as a disk that filled up or a copy that broke off would."""
+    """Cut the largest file of a saved step in half, as a full disk or an interrupted copy would."""
     largest = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     with open(largest, "r+b") as file:
         file.truncate(largest.stat().st_size // 2)
 
 
 def flip(path):
-    """Two bytes in the middle of a file."""
+    """Invert two bytes in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
     data[len(data) // 2 + 1] ^= 0xFF
@@ -46,21 +47,21 @@ def flip(path):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """A whole run of six steps, saved after 2, 4 and 6: (directory, state at the end). Not to be changed."""
+    """A complete run of six steps, saved after 2, 4 and 6: (directory, final state). Must not be changed."""
     directory = tmp_path_factory.mktemp("straight") / "run"
     return directory, jax.device_get(run(directory, 6).state)
 
 
 @pytest.fixture
 def saved(straight, tmp_path):
-    """The directory of a copy of `straight`, and its largest file of values in step 6."""
+    """The directory of a copy of `straight`, and the largest file of values in its step 6."""
     shutil.copytree(straight[0], tmp_path / "run")
     values = (tmp_path / "run" / "steps" / "6" / "state" / "ocdbt.process_0" / "d").iterdir()
     return tmp_path / "run", max(values, key=lambda path: path.stat().st_size)
 
 
 class Interrupted(Batches):
-    """Broken off at the fourth batch, as a second Ctrl-C would."""
+    """Interrupted at the fourth batch, as by a second Ctrl-C."""
 
     def make(self, number):
         if number == 3:
@@ -69,14 +70,14 @@ class Interrupted(Batches):
 
 
 def restored(directory, like):
-    """The step that a run would resume from, and the place in the data."""
-    with saving.Steps(directory, Place(tiny())) as steps:
+    """The step that a run would resume from, and the position in the data."""
+    with saving.Steps(directory, MeshPlacement(tiny())) as steps:
         state, position = steps.restore(jax.tree.map(jnp.zeros_like, like))
     return jax.device_get(state), position
 
 
 def tree_of(steps):
-    """All names below a directory, with contents."""
+    """All file names below a directory, with contents."""
     return {
         path.relative_to(steps).as_posix(): path.read_bytes()
         for path in steps.rglob("*")
@@ -93,9 +94,9 @@ DAMAGES = {
     "no manifest": lambda step, values: (step / "state" / "manifest.ocdbt").unlink(),
     "metadata": lambda step, values: os.truncate(step / "state" / "_METADATA", 1000),
     "no state": lambda step, values: shutil.rmtree(step / "state"),
-    "no place in the data": lambda step, values: (step / "data" / "metadata").unlink(),
-    "empty place": lambda step, values: (step / "data" / "metadata").write_text(""),
-    "another place": lambda step, values: (step / "data" / "metadata").write_text(
+    "no data position": lambda step, values: (step / "data" / "metadata").unlink(),
+    "empty data position": lambda step, values: (step / "data" / "metadata").write_text(""),
+    "another data position": lambda step, values: (step / "data" / "metadata").write_text(
         (step / "data" / "metadata").read_text().replace('"next": 6', '"next": 5')
     ),
 }
@@ -110,8 +111,8 @@ def test_damaged_step_is_set_aside(logged, straight, saved, kind):
     assert tree_of(steps / "6") != before
     state, position = restored(directory, straight[1])
     assert (int(state.step), position) == (4, {"next": 4})
-    (said,) = logged
-    assert re.fullmatch(r"step 6 is damaged \(.*\); moved to .*/steps/damaged-6", said)
+    (message,) = logged
+    assert re.fullmatch(r"step 6 is damaged \(.*\); moved to .*/steps/damaged-6", message)
     assert sorted(path.name for path in steps.iterdir()) == ["2", "4", "damaged-6"]
     state, position = restored(straight[0], straight[1])
     assert (int(state.step), position) == (6, {"next": 6})
@@ -127,14 +128,16 @@ def test_resumes_from_the_step_before_a_damaged_one(logged, straight, saved):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.state), straight[1])
 
 
-def test_no_whole_step_never_begins_anew_untold(logged, straight, saved):
-    """Two damaged steps fall back to the third; three end the run, unless it is told to begin at step 1."""
+def test_a_run_with_only_damaged_steps_never_restarts_by_itself(logged, straight, saved):
+    """Two damaged steps fall back to the third; three end the run, unless --from-scratch restarts it."""
     directory, _ = saved
     steps = directory / "steps"
     for step in ("6", "4", "2"):
         damage(steps / step)
     before = tree_of(steps)
-    with pytest.raises(RunError, match=r"no saved step in .* is whole \(step 6: .*; step 4: .*--from-scratch begins"):
+    with pytest.raises(
+        RunError, match=r"all saved steps in .* are damaged \(step 6: .*; step 4: .*--from-scratch starts"
+    ):
         run(directory, 6)
     assert tree_of(steps) == before
     shutil.rmtree(steps / "2")
@@ -142,7 +145,7 @@ def test_no_whole_step_never_begins_anew_untold(logged, straight, saved):
     assert restored(directory, straight[1])[0].step == 2
     assert sorted(path.name for path in steps.iterdir()) == ["2", "damaged-4", "damaged-6"]
     shutil.rmtree(steps / "2")
-    with pytest.raises(RunError, match=r"no saved step in .* is whole .*set aside before"):  # damaged-N is left
+    with pytest.raises(RunError, match=r"all saved steps in .* are damaged .*set aside before"):  # damaged-N is left
         run(directory, 6)
     again = run(directory, 6, from_scratch=True)
     assert [entry["step"] for entry in steps_of(directory)][-6:] == [1, 2, 3, 4, 5, 6]
@@ -152,7 +155,7 @@ def test_no_whole_step_never_begins_anew_untold(logged, straight, saved):
 
 
 @pytest.mark.parametrize("kind", ["deleted", "emptied", "not mounted"])
-def test_a_run_whose_steps_are_gone_never_begins_anew_untold(straight, saved, kind):
+def test_a_run_whose_steps_have_vanished_never_restarts_by_itself(straight, saved, kind):
     directory, _ = saved
     steps = directory / "steps"
     assert json.loads((directory / "saved.json").read_text()) == {"step": 6}
@@ -161,10 +164,12 @@ def test_a_run_whose_steps_are_gone_never_begins_anew_untold(straight, saved, ki
         steps.mkdir()
     if kind == "not mounted":
         steps.symlink_to(directory / "disk" / "steps")
-    said = "a link to .*disk/steps, where nothing" if kind == "not mounted" else "no steps, but .*saved.json.*scratch"
+    message = (
+        "a link to .*disk/steps, where nothing" if kind == "not mounted" else "no steps, but .*saved.json.*scratch"
+    )
     metrics = (directory / "metrics.jsonl").read_text()
     for _ in range(2):  # the first refusal changes nothing
-        with pytest.raises(RunError, match=said):
+        with pytest.raises(RunError, match=message):
             run(directory, 6)
     assert (directory / "metrics.jsonl").read_text() == metrics
     if kind != "not mounted":
@@ -173,16 +178,17 @@ def test_a_run_whose_steps_are_gone_never_begins_anew_untold(straight, saved, ki
         assert json.loads((directory / "saved.json").read_text()) == {"step": 6}
 
 
-def test_what_was_saved_is_recorded_while_the_run_goes_on(tmp_path):
-    """So that a run that was killed later is known to have had steps."""
+def test_saved_steps_are_recorded_during_the_run(tmp_path):
+    """A run that is killed later is known to have had steps."""
     seen = []
-    run(tmp_path / "run", 5, log=lambda entry: seen.append((tmp_path / "run" / "saved.json").exists()))
-    assert seen[:2] == [False, False]  # nothing was saved then
-    assert seen[-1]  # step 2 is whole when step 4 begins to be saved
+    hooks = TrainHooks(log=lambda entry: seen.append((tmp_path / "run" / "saved.json").exists()))
+    run(tmp_path / "run", 5, hooks=hooks)
+    assert seen[:2] == [False, False]  # nothing was saved yet
+    assert seen[-1]  # step 2 is complete when saving of step 4 starts
     assert json.loads((tmp_path / "run" / "saved.json").read_text()) == {"step": 5}
 
 
-def test_a_run_that_was_killed_before_its_first_save_begins_by_itself(straight, tmp_path):
+def test_a_run_that_was_killed_before_its_first_save_restarts_by_itself(straight, tmp_path):
     directory = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         run(directory, 6, batches=Interrupted(tiny()), save_every=4)
@@ -192,10 +198,10 @@ def test_a_run_that_was_killed_before_its_first_save_begins_by_itself(straight, 
     assert [entry["step"] for entry in steps_of(directory)] == [1, 2, 1, 2, 3, 4, 5, 6]
 
 
-def test_only_whole_steps_are_recorded(straight, tmp_path):
-    """One that is still being written is none."""
-    with saving.Steps(tmp_path / "run", Place(tiny())) as steps:
-        steps._unrecorded = 2
+def test_only_complete_steps_are_recorded(tmp_path):
+    """Not one that is still being written."""
+    with saving.Steps(tmp_path / "run", MeshPlacement(tiny())) as steps:
+        steps.pending_record = 2
         (steps.directory / "2.orbax-checkpoint-tmp").mkdir()
         steps.record()
         assert not (tmp_path / "run" / "saved.json").exists()
@@ -254,15 +260,15 @@ def test_errors_of_reading_leave_steps_untouched(logged, straight, saved, monkey
 )
 @pytest.mark.parametrize("kind", ["link", "directory"])
 def test_files_that_the_system_cannot_read(straight, saved, name, kind):
-    """Errors of the operating system itself, on which Orbax says "not found", "structure error" or "truncated"."""
+    """Errors of the operating system, which Orbax reports as "not found", "structure error" or "truncated"."""
     directory, values = saved
     steps = directory / "steps"
     path = values if name == "values" else steps / "6" / name
     path.rename(directory / "kept")
     path.symlink_to(path.name) if kind == "link" else path.mkdir()
     before = tree_of(steps)
-    said = "Too many levels of symbolic links" if kind == "link" else "Is a directory"
-    with pytest.raises(RunError, match=rf"{said}.*every step is left as it was"):
+    message = "Too many levels of symbolic links" if kind == "link" else "Is a directory"
+    with pytest.raises(RunError, match=rf"{message}.*every step is left as it was"):
         restored(directory, straight[1])
     assert tree_of(steps) == before
     path.unlink() if kind == "link" else path.rmdir()
@@ -282,7 +288,7 @@ def test_another_optimizer_is_not_damage(straight, saved, what):
 
 
 def test_errors_of_reading_end_a_run(logged, saved, monkeypatch):
-    """Before a step of training, with nothing written."""
+    """Before the first step, with nothing written."""
     directory, _ = saved
     before = tree_of(directory)
     monkeypatch.setattr(saving.ocp.CheckpointManager, "restore", fails(ERRORS["storage"]))
@@ -291,26 +297,26 @@ def test_errors_of_reading_end_a_run(logged, saved, monkeypatch):
     assert tree_of(directory) == before
 
 
-def test_steps_of_before_checksums_are_read(straight, saved):
+def test_steps_without_checksums_are_read(straight, saved):
     directory, _ = saved
     path = directory / "steps" / "6" / "data" / "metadata"
     path.write_text(json.dumps({"processes": json.loads(path.read_text())["processes"]}))
     assert restored(directory, straight[1])[0].step == 6
 
 
-def test_checksums_know_every_bit_and_place():
-    place = Place(tiny())
+def test_checksums_depend_on_every_bit_and_index():
+    placement = MeshPlacement(tiny())
     leaves = {"f": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3, jnp.bfloat16), "i": jnp.zeros((), jnp.int32)}
-    sums = place.checksums(leaves)
+    sums = placement.checksums(leaves)
     assert set(sums) == {"f", "b", "i"}
-    assert place.checksums(leaves) == sums
-    signs = leaves["f"].at[0, :2].multiply(-1)  # the highest bit of two elements, which a plain sum loses
+    assert placement.checksums(leaves) == sums
+    signs = leaves["f"].at[0, :2].multiply(-1)  # the sign bits of two elements, which a plain sum would not see
     for name, other in (("f", signs), ("f", leaves["f"][::-1]), ("b", leaves["b"].at[1].set(1.0078125)), ("i", 1)):
-        changed = place.checksums({**leaves, name: jnp.asarray(other, leaves[name].dtype)})
+        changed = placement.checksums({**leaves, name: jnp.asarray(other, leaves[name].dtype)})
         assert {key for key in sums if changed[key] != sums[key]} == {name}
 
 
-def test_one_process_claims_a_run_for_all_of_its(tmp_path, monkeypatch):
+def test_process_0_claims_a_run_for_all_processes(tmp_path, monkeypatch):
     with files.claim(tmp_path / "run"):
         with pytest.raises(files.OutputInUseError, match=r"is being written by process"):
             with saving.claimed(tmp_path / "run"):
@@ -319,77 +325,90 @@ def test_one_process_claims_a_run_for_all_of_its(tmp_path, monkeypatch):
         with saving.claimed(tmp_path / "run"):
             pass
     monkeypatch.undo()
-    with saving.claimed(tmp_path / "run"), saving.claimed(tmp_path / "run" / ".." / "run"):  # its own, again
+    with saving.claimed(tmp_path / "run"), saving.claimed(tmp_path / "run" / ".." / "run"):  # its own claim, again
         with pytest.raises(files.OutputInUseError), files.claim(tmp_path / "run"):
             pass
 
 
-def test_a_model_never_stands_without_its_adapters(tmp_path, monkeypatch):
-    """Where writing them fails, there is no model either, and nothing is left."""
-    place = Place(load_config(NANO))
-    monkeypatch.setattr(state.checkpoint, "write_changed", lambda to, *_, **__: to.mkdir())
+def test_a_model_is_never_written_without_its_adapters(tmp_path, monkeypatch):
+    """If writing the adapters fails, there is no model either, and nothing is left over."""
+    placement = MeshPlacement(load_config(NANO))
+    monkeypatch.setattr(model_output.checkpoint, "write_changed", lambda to, *_, **__: to.mkdir())
     trained = {"mlp1": {}, ADAPTERS: {}}
 
     def fail(directory, *_):
         raise OSError(28, "No space left on device", str(directory))
 
-    monkeypatch.setattr(state.lora, "save", fail)
+    monkeypatch.setattr(model_output.lora, "save", fail)
     with pytest.raises(OSError, match="No space"):
-        state.write_model(tmp_path / "model", NANO, trained, place, RECIPES["lora"])
+        model_output.write_model(tmp_path / "model", NANO, trained, placement, RECIPES["lora"])
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(state.lora, "save", lambda directory, *_: directory.mkdir())
-    state.write_model(tmp_path / "model", NANO, trained, place, RECIPES["lora"])
+    monkeypatch.setattr(model_output.lora, "save", lambda directory, *_: directory.mkdir())
+    model_output.write_model(tmp_path / "model", NANO, trained, placement, RECIPES["lora"])
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/adapters"]
 
 
-def test_a_run_logs_what_is_said_and_what_ends_it(tmp_path):
-    made = SimpleNamespace(output=tmp_path / "run", recipe=RECIPES["lora"], settings=Settings(3), identity=None)
+def test_a_run_logs_messages_and_the_error_that_ends_it(tmp_path):
+    started = SimpleNamespace(output=tmp_path / "run", facts={"steps": 3})
 
     def fail():
-        with training_run.log_file(made):
+        with training_run.log_file(started):
             logging.getLogger("internvl_jax.training.saving").warning("step %s moved", 6)
             raise RunError("step 7: the loss is nan")
 
     with pytest.raises(RunError, match="the loss"):
         fail()
-    with training_run.log_file(made):  # appended to
+    with training_run.log_file(started):  # appended to
         logging.getLogger("internvl_jax").info("resumed")
     warned, ended, resumed = (tmp_path / "run" / "log.txt").read_text().splitlines()
     assert warned.endswith(" WARNING internvl_jax.training.saving: step 6 moved")
     assert ended.endswith(" ERROR internvl_jax.training.run: RunError: step 7: the loss is nan")
     assert resumed.endswith(" INFO internvl_jax: resumed")
-    assert sorted(path.name for path in made.output.iterdir()) == ["log.txt", "run.json"]
+    assert sorted(path.name for path in started.output.iterdir()) == ["log.txt", "run.json"]
 
 
-def test_a_lock_inside_is_nothing_that_a_directory_holds(tmp_path):
+def test_a_directory_with_only_a_lock_is_empty(tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / ".lock.holder").touch()
-    assert not saving.is_there(tmp_path, {"steps": 3})
+    assert not saving.is_existing_run(tmp_path, {"steps": 3})
     (tmp_path / "notes.txt").touch()
     with pytest.raises(RunError, match=r"is not empty and holds no run\.json"):
-        saving.is_there(tmp_path, {"steps": 3})
+        saving.is_existing_run(tmp_path, {"steps": 3})
 
 
 @pytest.mark.parametrize(
-    ("now", "said"),
+    ("now", "message"),
     [({"steps": 3}, "recipe.lora was 4, is None"), ({"steps": 3, "recipe": {"lora": 4, "clip": 1}}, "recipe.clip was")],
 )
-def test_a_setting_that_is_gone_or_new_makes_another_run(tmp_path, now, said):
+def test_a_removed_or_new_setting_makes_another_run(tmp_path, now, message):
     before = {"steps": 3, "recipe": {"lora": 4}}
-    saving.begin(tmp_path, before)
-    assert saving.is_there(tmp_path, before)
-    with pytest.raises(RunError, match=f"another run's: {said}"):
-        saving.is_there(tmp_path, now)
+    saving.make_run_directory(tmp_path, before)
+    assert saving.is_existing_run(tmp_path, before)
+    with pytest.raises(RunError, match=f"another run: {message}"):
+        saving.is_existing_run(tmp_path, now)
+
+
+def test_settings_of_earlier_versions_are_read(tmp_path):
+    """run.json of an earlier version has other names for some settings."""
+    optimizer = {"learning_rate": 0.1, "clip": 1.0}
+    recipe = {"rows": 2, "length": 48, "mean": "token", "optimizer": optimizer, "lora": {"language_model": {"rank": 4}}}
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe, "accumulate": 2, "seed": 0}))
+    optimizer = {"learning_rate": 0.1, "max_grad_norm": 1.0}
+    recipe = {"global_batch_size": 2, "max_seq_length": 48, "loss_mean": "token", "optimizer": optimizer}
+    facts = {"recipe": {**recipe, "lora": {"language_model": {"rank": 4}}}, "gradient_accumulation_steps": 2, "seed": 0}
+    assert saving.is_existing_run(tmp_path, facts)
+    with pytest.raises(RunError, match=r"recipe\.global_batch_size was 2, is 4"):
+        saving.is_existing_run(tmp_path, {**facts, "recipe": {**facts["recipe"], "global_batch_size": 4}})
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_every_chunk_of_an_array_is_looked_at(tmp_path, number):
-    """Of an array whose last chunk is a part of one."""
+def test_every_chunk_of_an_array_is_read(tmp_path, number):
+    """Of an array whose last chunk is partial."""
     database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{tmp_path}/"}}
     metadata = {"shape": [5], "chunks": [2], "dtype": "<f4", "fill_value": None}
     spec = {"driver": "zarr", "kvstore": {**database, "path": "a/"}, "metadata": metadata}
     ts.open(spec, create=True).result().write(np.ones(5, np.float32)).result()
-    damage_of._read_arrays(tmp_path)
+    read_arrays(tmp_path)
     ts.KvStore.open(database).result().write(f"a/{number}", None).result()  # deleted
     with pytest.raises(ValueError, match="NOT_FOUND"):
-        damage_of._read_arrays(tmp_path)
+        read_arrays(tmp_path)

@@ -1,4 +1,4 @@
-"""The training loop: it learns, it can be killed anywhere and goes on bit for bit, it notices what is wrong."""
+"""The training loop: it learns, resumes bit for bit wherever it was killed, and stops at NaN."""
 
 import itertools
 import json
@@ -23,10 +23,14 @@ from support.tiny_model import IMAGE, random_params, tiny
 from support.training_cases import RECIPES, Batches, run, steps_of
 
 from internvl_jax.processing.conversation import image_token_index
-from internvl_jax.training import optimizer, trainer
+from internvl_jax.training import trainer
+from internvl_jax.training.context import TrainContext, TrainSettings
+from internvl_jax.training.initialization import init_state
+from internvl_jax.training.mesh_placement import MeshPlacement
 from internvl_jax.training.saving import RunError
-from internvl_jax.training.state import ADAPTERS, Place, init_state
-from internvl_jax.training.trainer import Settings, TrainingError, make_step, put_batch, stack_batches
+from internvl_jax.training.state import ADAPTERS
+from internvl_jax.training.step import make_step, put_batch, stack_batches
+from internvl_jax.training.trainer import TrainHooks, TrainingError
 
 CASES = SUPPORT / "training_cases.py"
 
@@ -36,12 +40,12 @@ def numbers(entries):
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_learns_what_it_trains_and_nothing_else(tmp_path, name):
+def test_trained_parts_learn_and_frozen_parts_stay(tmp_path, name):
     config = tiny()
     before = random_params(config)
     batches = Batches(config)
-    batches.make = lambda number, make=batches.make: make(0)  # the same one again and again
-    done = run(tmp_path / "run", 12, name, batches=batches, alone=True)
+    batches.make = lambda number, make=batches.make: make(0)  # the same batch at every step
+    done = run(tmp_path / "run", 12, name, batches=batches, own_step=True)
     entries = steps_of(tmp_path / "run")
     assert done.finished
     assert len(entries) == 12
@@ -58,26 +62,24 @@ def test_learns_what_it_trains_and_nothing_else(tmp_path, name):
 
 
 def test_one_compile_per_shape(tmp_path):
-    run(tmp_path / "run", 6, alone=True)  # rows of 48 and of 64 tokens
+    run(tmp_path / "run", 6, own_step=True)  # rows of 48 and of 64 tokens
     assert [entry["compiles"] for entry in steps_of(tmp_path / "run")][-1] == 2
 
 
 def test_accumulation_and_remat_equal_the_whole_batch():
-    """Two batches in one step are the four rows at once; what is recomputed comes out the same."""
+    """Two micro-batches equal the four rows at once, and rematerialization changes nothing."""
     config, recipe = tiny(), RECIPES["stage2"]
-    place = Place(config)
-    adamw = optimizer.make_optimizer(recipe.optimizer, 4, config)
-    batches = Batches(config)
+    placement, batches = MeshPlacement(config), Batches(config)
     one, two = (jax.tree.map(np.asarray, batches.make(number)) for number in (0, 1))
-    two = two.replace(labels=np.where(np.arange(48) < 30, two.labels, -100))  # so that the parts weigh differently
+    two = two.replace(labels=np.where(np.arange(48) < 30, two.labels, -100))  # so that they have different weights
     whole = jax.tree.map(lambda a, b: np.concatenate([a, b]), one, two)
     whole = whole.replace(image_index=image_token_index(whole.input_ids == IMAGE))
 
     def after(batch, **settings):
         params = jax.tree.map(jnp.asarray, random_params(config))
-        state, frozen = init_state(params, recipe, adamw, place, 0)
-        step = make_step(config, recipe, Settings(4, **settings), adamw, place)
-        return jax.device_get(step(state, frozen, put_batch(batch, place)))
+        context = TrainContext(recipe, TrainSettings(4, **settings), placement)
+        state, frozen = init_state(params, context)
+        return jax.device_get(make_step(context)(state, frozen, put_batch(batch, placement)))
 
     expected, figures = after(stack_batches([whole]), remat="none")
     for batch, remat in (([one, two], "none"), ([whole], "full"), ([whole], "dots")):
@@ -93,46 +95,46 @@ def test_accumulation_and_remat_equal_the_whole_batch():
 
 @pytest.fixture(scope="module")
 def dropping():
-    """Gradient norms of steps in which something drops: (recipe, step number, batches) -> norm, weights the same."""
-    config = tiny()  # of whose tower one layer runs, which never drops
+    """Gradient norms of steps with dropout or drop path: (recipe, step, micro-batches) -> norm, from equal weights."""
+    config = tiny()  # one layer of its vision tower runs, which never drops
     config = replace(config, vision=replace(config.vision, num_hidden_layers=4))
-    place = Place(config)
-    made = {}
+    placement = MeshPlacement(config)
+    steps = {}
 
     def norm(name, number, batches):
         recipe = replace(RECIPES[name], drop_path=0.5 if name == "stage1" else 0)
-        adamw = optimizer.make_optimizer(recipe.optimizer, 4, config)
-        if (name, len(batches)) not in made:
-            settings = Settings(4, accumulate=len(batches), remat="none")
-            made[name, len(batches)] = make_step(config, recipe, settings, adamw, place)
+        settings = TrainSettings(4, gradient_accumulation_steps=len(batches), remat="none")
+        context = TrainContext(recipe, settings, placement)
+        if (name, len(batches)) not in steps:
+            steps[name, len(batches)] = make_step(context)
         params = jax.tree.map(jnp.asarray, random_params(config))
-        state, frozen = init_state(params, recipe, adamw, place, 0)
-        if ADAPTERS in state.trained:  # lora_b begins at 0, and what is dropped before it would not be seen
+        state, frozen = init_state(params, context)
+        if ADAPTERS in state.trained:  # lora_b starts at 0, which would hide dropout before it
             moved = jax.tree.map(lambda leaf: leaf + 0.05, state.trained[ADAPTERS])
             state = state.replace(trained={**state.trained, ADAPTERS: moved})
         state = state.replace(step=jnp.asarray(number, jnp.int32))
-        batch = put_batch(stack_batches(batches), place)
-        return float(made[name, len(batches)](state, frozen, batch)[1]["grad_norm"])
+        batch = put_batch(stack_batches(batches), placement)
+        return float(steps[name, len(batches)](state, frozen, batch)[1]["grad_norm"])
 
     return norm
 
 
 @pytest.mark.parametrize("name", ["stage1", "lora"])  # drop path; dropout of adapters
-def test_every_step_drops_anew(dropping, name):
+def test_every_step_has_another_dropout_mask(dropping, name):
     batch = Batches(tiny(), rows=8).make(0)
     first, again, second, third = (dropping(name, number, [batch]) for number in (0, 0, 1, 2))
-    assert first == again  # a resumed step drops what it dropped
-    assert len({first, second, third}) == 3  # the same program and inputs: only another mask makes a difference
+    assert first == again  # a resumed step has the same mask
+    assert len({first, second, third}) == 3  # the same program and inputs: only the masks differ
 
 
-def test_every_part_of_a_step_drops_anew(dropping):
-    """Two parts that are the same batch: with the same mask in both, the mean of the gradients would be the first's."""
+def test_every_micro_batch_has_another_dropout_mask(dropping):
+    """Two equal micro-batches: with equal masks, the mean of the gradients would be the first one's."""
     batch = Batches(tiny(), rows=8).make(0)
     one, two = dropping("stage1", 0, [batch]), dropping("stage1", 0, [batch, batch])
     assert abs(one - two) > 1e-4 * one  # 5e-4; a sum in another order is some 1e-7
 
 
-# Never losing a step.
+# Saving and resuming.
 
 
 def test_resumes_bit_for_bit(tmp_path):
@@ -151,19 +153,19 @@ def test_resumes_bit_for_bit(tmp_path):
 
     first = run(tmp_path / "parts", 6, "stage1", batches=Stops(tiny()), save_every=3)
     assert not first.finished
-    assert first.step == stop_at + 1  # the step under way is ended and saved
+    assert first.step == stop_at + 1  # the running step is finished and saved
     second = run(tmp_path / "parts", 6, "stage1", save_every=3)
     assert second.finished
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(second.state), jax.device_get(straight.state))
     assert numbers(steps_of(tmp_path / "parts")) == numbers(steps_of(tmp_path / "straight"))
-    # From a step that was saved on the way, while training went on.
+    # From a step that was saved in the background.
     third = run(tmp_path / "killed", 6, "stage1", save_every=3)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(third.state), jax.device_get(straight.state))
     assert numbers(steps_of(tmp_path / "killed"))[6:] == numbers(steps_of(tmp_path / "straight"))[3:]
     again = run(tmp_path / "parts", 6, "stage1", save_every=3)  # nothing is left to do
     assert again.finished
     assert again.step == 6
-    with pytest.raises(RunError, match="another run's: steps was 6, is 8"):
+    with pytest.raises(RunError, match="another run: steps was 6, is 8"):
         run(tmp_path / "parts", 8, "stage1", save_every=3)
 
 
@@ -182,7 +184,7 @@ def losses(text):
 
 
 def test_killed_while_a_step_is_written(tmp_path):
-    """A process that ends with nothing cleaned up, just after it began to save: the next goes on, the same numbers."""
+    """A process dies without clean-up just after it started to save: the next one resumes with the same numbers."""
     straight = run(tmp_path / "straight", 6)
     victim = process(tmp_path / "killed", 6, "die", 4)  # saves after steps 2 and 4
     lines, _ = victim.communicate(timeout=200)
@@ -201,7 +203,7 @@ def test_killed_while_a_step_is_written(tmp_path):
 
 @pytest.mark.slow  # four processes
 def test_killed_at_a_random_moment(tmp_path):
-    """kill -9 while it trains, saves or begins to: it goes on from the last whole step, with the same numbers."""
+    """kill -9 while it trains or saves: it resumes from the last complete step, with the same numbers."""
     whole, _ = process(tmp_path / "straight").communicate(timeout=200)
     assert whole.splitlines()[-1] == "finished"
     expected = losses(whole)
@@ -219,13 +221,13 @@ def test_killed_at_a_random_moment(tmp_path):
         seen |= losses(lines)
     rest, _ = process(tmp_path / "killed").communicate(timeout=200)
     assert rest.splitlines()[-1] == "finished"
-    assert min(losses(rest)) > 1  # it did go on, and did not begin anew
+    assert min(losses(rest)) > 1  # it did resume
     seen |= losses(rest)
     assert seen == expected
 
 
-def test_half_written_step_is_none(logged, tmp_path):
-    """What a kill leaves of a step under way has another name, and is removed and named."""
+def test_half_written_step_is_removed(logged, tmp_path):
+    """A step that was being written when the process was killed has a temporary name, and is removed with a message."""
     run(tmp_path / "run", 6)
     steps = tmp_path / "run" / "steps"
     (steps / "6").rename(steps / "6.orbax-checkpoint-tmp-7")
@@ -235,7 +237,7 @@ def test_half_written_step_is_none(logged, tmp_path):
     assert [entry["step"] for entry in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 5, 6]
 
 
-def test_loss_that_is_no_number_stops_with_its_batch(tmp_path):
+def test_nan_loss_stops_the_run_and_dumps_the_batch(tmp_path):
     class Poisoned(Batches):
         def make(self, number):
             batch = super().make(number)
@@ -247,12 +249,12 @@ def test_loss_that_is_no_number_stops_with_its_batch(tmp_path):
     np.testing.assert_array_equal(saved["input_ids"][0], Batches(tiny()).make(4).input_ids)
     assert np.isnan(saved["pixel_values"]).all()
     assert len(steps_of(tmp_path / "run")) == 4
-    run(tmp_path / "run", 6)  # with the batch mended, it goes on
+    run(tmp_path / "run", 6)  # without the NaN in the batch, it resumes
     assert [entry["step"] for entry in steps_of(tmp_path / "run")] == list(range(1, 7))
 
 
-def test_a_step_is_saved_after_its_loss_was_looked_at(tmp_path):
-    """The step that broke the run is one that was to be saved: resumed, it would be broken from the beginning."""
+def test_a_step_with_nan_loss_is_never_saved(tmp_path):
+    """The NaN is in a step that was to be saved: a run that resumed from it would have NaN parameters."""
 
     class Poisoned(Batches):
         def make(self, number):
@@ -264,8 +266,8 @@ def test_a_step_is_saved_after_its_loss_was_looked_at(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run" / "steps").iterdir()) == ["2"]
 
 
-def test_the_time_of_an_evaluation_is_no_steps(tmp_path, monkeypatch):
-    """Of a clock that goes a millisecond forward when it is read, and 100 seconds while something is evaluated."""
+def test_step_time_excludes_evaluation(tmp_path, monkeypatch):
+    """With a clock that advances by a millisecond per reading, and by 100 seconds per evaluation."""
     reads = itertools.count()
     evaluated = []
 
@@ -275,19 +277,19 @@ def test_the_time_of_an_evaluation_is_no_steps(tmp_path, monkeypatch):
 
     clock = SimpleNamespace(perf_counter=lambda: next(reads) / 1000 + 100 * len(evaluated))
     monkeypatch.setattr(trainer, "time", clock)
-    run(tmp_path / "run", 6, evaluate=evaluate, eval_every=2)
+    run(tmp_path / "run", 6, hooks=TrainHooks(evaluate=evaluate), eval_every=2)
     assert evaluated == [2, 4, 6]
     entries = steps_of(tmp_path / "run")
     steps = [entry for entry in entries if "loss" in entry]
     assert [entry["step"] for entry in entries if "heldout_loss" in entry] == evaluated
     assert len(steps) == 6
     assert all(0 < entry["seconds"] < 1 for entry in steps)
-    for entry in steps:  # rates are of all tokens, those that are not learned included
+    for entry in steps:  # rates count all tokens, unsupervised ones included
         assert entry["read"] > entry["supervised"]
         assert entry["tokens_per_second"] == pytest.approx(entry["read"] / entry["seconds"])
 
 
-def test_no_room_leaves_the_last_good_step(tmp_path, monkeypatch):
+def test_full_disk_leaves_the_last_good_step(tmp_path, monkeypatch):
     """A step that cannot be written ends the run with an error that names the last good one."""
     import orbax.checkpoint as ocp
 
@@ -307,7 +309,7 @@ def test_no_room_leaves_the_last_good_step(tmp_path, monkeypatch):
 
 
 def test_disk_that_fills_up_while_a_step_is_written(tmp_path):
-    """The file system itself refuses to write more, in the middle of a step that goes out in the background."""
+    """The file system refuses to write more while a step is written in the background."""
     victim = process(tmp_path / "run", 6, "fill", 3, stderr=subprocess.PIPE)
     _, errors = victim.communicate(timeout=200)
     assert victim.returncode == 1
@@ -323,7 +325,9 @@ def test_another_number_of_processes_is_refused(tmp_path):
     (places,) = (tmp_path / "run" / "steps" / "6" / "data").glob("metadata")
     found = json.loads(places.read_text())
     places.write_text(json.dumps({"processes": 2 * found["processes"]}))
-    with pytest.raises(RunError, match="written by 2 processes, now there are 1: each has its own place in the data"):
+    with pytest.raises(
+        RunError, match="written by 2 processes, now there are 1: each has its own position in the data"
+    ):
         run(tmp_path / "run", 6)
 
 
@@ -332,6 +336,6 @@ def test_directories_of_other_things_are_refused(tmp_path):
     with pytest.raises(RunError, match=r"not empty and holds no run\.json"):
         run(tmp_path, 2)
     with pytest.raises(ValueError, match="remat 'some' is not one of full, dots, none"):
-        Settings(3, remat="some")
-    with pytest.raises(ValueError, match="accumulate is 0"):
-        Settings(3, accumulate=0)
+        TrainSettings(3, remat="some")
+    with pytest.raises(ValueError, match="gradient_accumulation_steps is 0"):
+        TrainSettings(3, gradient_accumulation_steps=0)
