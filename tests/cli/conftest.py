@@ -41,7 +41,7 @@ def golden(run, chat, monkeypatch):
     def golden(*argv, **options):
         return run(*GOLDEN, *argv, **options)
 
-    def load(path, **options):
+    def load(path, options, **_):
         golden.loaded = (path, options)
         return chat
 

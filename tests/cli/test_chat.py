@@ -108,10 +108,10 @@ def test_the_model_is_loaded_as_asked(golden):
     golden(TEXT["question"])
     path, options = golden.loaded
     assert path == CHECKPOINT
-    assert (options["mesh"], options["dtype"]) == (None, None)
+    assert (options.mesh, options.dtype) == (None, None)
     golden("--mesh", "data=2,tensor=4", "--dtype", "bfloat16", TEXT["question"])
     _, options = golden.loaded
-    assert (options["mesh"], options["dtype"]) == ("data=2,tensor=4", "bfloat16")
+    assert (options.mesh, options.dtype) == ("data=2,tensor=4", "bfloat16")
 
 
 def test_an_image_of_one_pixel(golden, tmp_path):

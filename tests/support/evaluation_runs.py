@@ -25,7 +25,7 @@ def nano():
 @pytest.fixture
 def run(data, nano, tmp_path, monkeypatch):
     """Run a benchmark with nano, which is loaded once for all tests; returns (exit code, the run's directory)."""
-    monkeypatch.setattr(loading, "load", lambda path, **options: nano)
+    monkeypatch.setattr(loading, "load", lambda *_, **__: nano)
 
     def run(name, *options, out="run"):
         code = main(["eval", name, "--data", str(data), "--output", str(tmp_path / out), *FAST, *options])

@@ -22,6 +22,7 @@ from internvl_jax.evaluation.datasets.data_folder import DataFolder
 from internvl_jax.evaluation.datasets.items import EvaluationError
 from internvl_jax.evaluation.published import PUBLISHED, SYSTEMS
 from internvl_jax.inference import loading
+from internvl_jax.inference.chat import Chat
 from internvl_jax.processing.images import ImageProcessor
 
 IMAGES = DATA / "internvl_chat_v1_1" / "images"
@@ -317,13 +318,13 @@ def test_two_processes(run, data, tmp_path, mesh):
 def test_llava_codebase(data, tmp_path, name, monkeypatch):
     """A model of LLaVA's code is asked with its prompts, greedily, and padded where its script pads."""
     pytest.importorskip("torch")
-    load, chats = loading.load, []
+    with_processor, chats = Chat.with_processor, []
 
-    def remember(path, **options):
-        chats.append(load(path, **options))
+    def remember(chat, processor):
+        chats.append(with_processor(chat, processor))
         return chats[0]
 
-    monkeypatch.setattr(loading, "load", remember)
+    monkeypatch.setattr(Chat, "with_processor", remember)
     arguments = ["--data", str(data), "--checkpoint", str(V1_0), "--output", str(tmp_path), "--quantize", "int8"]
     assert main(["eval", name, *arguments, "--max-new-tokens", "2", "--batch-size", "8"]) == 0
     assert chats[0].processor.pad_to_square == BENCHMARKS[name].pad == (name == "pope")
