@@ -1,6 +1,6 @@
-"""What XLA's CPU backend needs to be fast. Chosen where `on_cpu()`; a GPU or a TPU runs the plain program.
+"""What XLA's CPU backend needs to be fast. Used if `on_cpu()`; GPUs and TPUs run the plain program.
 
-Each function here computes the same as the one that it replaces. Figures were measured on 2 cores of an AMD EPYC.
+Each function computes the same as the one that it replaces. Figures were measured on 2 cores of an AMD EPYC.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Parameters are declared here: each with a logical axis name per array axis, at the place where its module makes it.
+"""Declares parameters, each with a logical name per array axis, where its module makes it.
 
 `params` and checkpoints hold plain arrays. The names are recorded only inside `recording_axes`, as
 `internvl_jax.models.axes` does to read them; everything that depends on what an axis means (sharding,

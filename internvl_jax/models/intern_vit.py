@@ -32,11 +32,11 @@ from internvl_jax.models.stack import LayerStack, Remat
 from internvl_jax.parallel.partitioning import BATCH, constrain, logical_spec
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
-LAYER_SCALE_INIT = 0.1  # the reference's initializer_factor
+LAYER_SCALE_INIT = 0.1  # initializer_factor of the reference code
 
 
 class Embeddings(nn.Module):
-    """Patches and class token with their positions, normed if the config says so. pixel_values [M,3,h,w] -> [M,1+P,D].
+    """Patch and class embeddings with positions, normalized in CLIP. pixel_values [M,3,h,w] -> [M,1+P,D].
 
     Pixels beyond the last whole patch are ignored, as torch's strided convolution ignores them.
     """
@@ -69,10 +69,14 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Full self-attention, InternViT's with q/k RMSNorm over all heads together. x [M,T,D] -> [M,T,D].
+    """Full self-attention, in InternViT with q/k RMSNorm over all heads together. x [M,T,D] -> [M,T,D].
 
-    Parameters may have more heads than the config, zeros that pad for a mesh; the norm still divides by the true width.
-    `axes` are the mesh axes over which images are sharded.
+    Parameters may have more heads than the config: zero padding for a mesh. The norm still divides by the true width.
+
+    Attributes:
+        config: sizes and variants of the tower.
+        dtype: of computation.
+        axes: mesh axes over which images are sharded.
     """
 
     config: VisionConfig
@@ -100,7 +104,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear -> GELU -> Linear. x [M,T,D] -> [M,T,D]."""
+    """Linear -> GELU (CLIP: quick GELU) -> Linear. x [M,T,D] -> [M,T,D]."""
 
     config: VisionConfig
     dtype: Any
@@ -119,7 +123,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One layer: x + ls1 * attn(norm1(x)), then x + ls2 * mlp(norm2(x)), or both unscaled. x [M,T,D] -> [M,T,D].
 
-    keep [2,M] scales the two branches of each image (stochastic depth); None leaves them whole.
+    keep [2,M] scales the two branches of each image (stochastic depth); None for no drop path.
     """
 
     config: VisionConfig
@@ -155,7 +159,7 @@ class InternViT(nn.Module):
         config: sizes and variants of the tower.
         dtype: of computation; parameters are cast where they are used.
         remat: what the backward pass recomputes of each layer.
-        image_axes: mesh axes over which images are sharded; unless TENSOR is among them, it splits heads and mlp.
+        image_axes: mesh axes over which images are sharded. Unless "tensor" is one of them, it shards heads and mlp.
     """
 
     config: VisionConfig
@@ -207,17 +211,25 @@ class InternViT(nn.Module):
 def _drop_path_scales(key: Array, config: VisionConfig, images: int) -> Array:
     """Stochastic depth (Huang et al., 2016): 0 or 1/keep per layer, branch and image. -> [L,2,M]."""
     keep = 1.0 - jnp.linspace(0.0, config.drop_path_rate, config.num_hidden_layers)[:, None, None]
-    # Images are the leading axis, so that padding at the end does not change what the others draw.
+    # Images are the leading axis, so that padding images at the end do not change the draws of the others.
     drawn = jax.random.uniform(key, (images, config.num_hidden_layers, 2)).transpose(1, 2, 0) < keep
     return drawn / keep
 
 
 def resize_positions(table: Array, grid: int, rows: int, columns: int) -> Array:
-    """Resize the patch positions of a table to another grid, in float32; the class row stays.
+    """Resize the position embeddings of patches to another grid, in float32.
 
-    table [1+grid*grid, D] -> [1+rows*columns, D]. torch's bicubic (a = -0.75, half-pixel centres, clamped borders, no
-    antialiasing), which the reference runs on every call; at the native grid it is the identity. Also how a tower is
-    resized for good, from 224 to 448 pixels say.
+    torch's bicubic (a = -0.75, half-pixel centres, clamped borders, no antialiasing), which the reference code runs on
+    every call; at the native grid it is the identity. Training at another resolution resizes a tower with it once.
+
+    Args:
+        table: [1+grid*grid, D], with the class token's row, which stays.
+        grid: patches per side of the table.
+        rows: rows of the new grid.
+        columns: columns of the new grid.
+
+    Returns:
+        [1+rows*columns, D].
     """
     if (rows, columns) == (grid, grid):
         return table

@@ -176,12 +176,12 @@ def unpad_params(params: Any, config: ChatConfig) -> Any:
 
 
 def place_params(params: Any, config: ChatConfig, mesh: Mesh, *, vision: str = "tensor") -> Any:
-    """Pad parameters of true shapes, on any devices, and shard them over the mesh. The arrays given may be donated."""
+    """Pad parameters of true shapes, on any devices, and shard them over the mesh. The input arrays may be donated."""
     padded = jax.eval_shape(lambda tree: pad_params(tree, config, mesh, vision=vision), params)
     shardings = param_shardings(padded, mesh, vision=vision)
     params = jax.device_put(params, storage_shardings(params, mesh, vision=vision))
     leaves, structure = jax.tree.flatten(params)
-    # Arrays that grow cannot be donated; jax would warn of them, and warnings are muted for all threads or for none.
+    # Arrays that are padded cannot be donated; jax would warn about them, and warnings cannot be muted for one thread.
     stays = [
         leaf.shape == made.shape and leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
         for leaf, made, sharding in zip(leaves, jax.tree.leaves(padded), jax.tree.leaves(shardings))

@@ -14,8 +14,16 @@ from internvl_jax.models.layers import Array, LayerNorm, Linear, gelu
 def pixel_unshuffle(x: Array, ratio: int, version: str) -> Array:
     """Fold squares of ratio x ratio patches into channels: [M,h,w,D] -> [M,h/ratio,w/ratio,D*ratio*ratio].
 
-    The reference calls this pixel_shuffle. Its first release ("v1") left the two spatial axes of the result swapped,
-    [M,w/ratio,h/ratio,...]; "v2" swaps them back. Both run on any checkpoint, one of them is right for it.
+    The reference code calls this pixel_shuffle. Its first release ("v1") left the two spatial axes of the result
+    swapped, [M,w/ratio,h/ratio,...]; "v2" swaps them back. Both run on any checkpoint, but only one is right for it.
+
+    Args:
+        x: patch features [M,h,w,D].
+        ratio: side of the squares, in patches.
+        version: "v1" or "v2".
+
+    Raises:
+        ValueError: the grid is not a multiple of `ratio`.
     """
     images, height, width, features = x.shape
     if height % ratio or width % ratio:
@@ -26,7 +34,7 @@ def pixel_unshuffle(x: Array, ratio: int, version: str) -> Array:
 
 
 class Projector(nn.Module):
-    """LayerNorm -> Linear -> exact GELU -> Linear (mlp1), LLaVA's without the norm. x [M,P,E] -> [M,P,D]."""
+    """LayerNorm -> Linear -> exact GELU -> Linear (mlp1); LLaVA's has no norm. x [M,P,E] -> [M,P,D]."""
 
     config: ProjectorConfig
     dtype: Any = jnp.float32
