@@ -49,6 +49,7 @@ def command(directory, output, *more):
     return ["train", "lora", "--no-packing", *(f"--{name}={value}" for name, value in options.items()), *more]
 
 
+@pytest.mark.long  # the same training; the command's flags for two processes are tested with `eval`
 def test_the_command_on_two_processes(tmp_path, monkeypatch):
     """What one process does, once: the same numbers, answers and adapters."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
