@@ -139,11 +139,11 @@ def test_a_saved_position_is_restored_bit_for_bit(meta, model, layout, stop):
     assert_same(take(after, 4), straight[stop:])
 
 
-def test_pictures_are_cropped_anew_in_every_epoch(tmp_path, model):
+def test_images_are_cropped_anew_in_every_epoch(tmp_path, model):
     (tmp_path / "meta.json").write_text(json.dumps(write_data(tmp_path, 2)))
     layout = Layout(rows=1, lengths=(160,), image_slots=1, packed=False)
-    pictures = {b.pixel_values.tobytes() for b in open_data(tmp_path / "meta.json", *model, layout, epochs=4)}
-    assert len(pictures) == 1 + 4  # none, and four crops
+    images = {b.pixel_values.tobytes() for b in open_data(tmp_path / "meta.json", *model, layout, epochs=4)}
+    assert len(images) == 1 + 4  # none, and four crops
     plain = open_data(tmp_path / "meta.json", *model, layout, epochs=4, augmentation=None)
     assert len({b.pixel_values.tobytes() for b in plain}) == 2
 

@@ -1,4 +1,4 @@
-"""Every token, label and picture of the samples in a batch, once and in order, within its shapes."""
+"""Every token, label and image of the samples in a batch, once and in order, within its shapes."""
 
 import jax
 import numpy as np

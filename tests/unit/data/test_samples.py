@@ -69,7 +69,7 @@ def test_several_images_in_order(maker):
     assert not sample.truncated
 
 
-def test_counting_needs_no_pictures():
+def test_counting_needs_no_images():
     sample = make_maker(with_pixels=False)(record(entry("<image>?", "Yes.", image="nowhere.png")), rng())
     assert sample.pixel_values.shape == (0, 3, 112, 112)
 
