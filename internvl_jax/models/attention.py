@@ -201,7 +201,8 @@ def attention_xla(
 
     Args:
         q: [B,T,N,H].
-        k, v: [B,K,S,H].
+        k: [B,K,S,H].
+        v: [B,K,S,H].
         allowed: [B,T,S] bool; None for all.
         scales: of int8 k and v, float32 [B,K,S] each.
 
