@@ -36,9 +36,9 @@ with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary) / "lesson" / "meta.json"
     if args.checkpoint is None:
         recipe, steps = override(recipe, **NANO_NUMBERS), steps or 32
-    options = RunOptions(
-        recipe, data, args.output or Path(temporary) / "run", args.checkpoint, steps=steps, mesh=args.mesh
-    )
+    output = args.output or Path(temporary) / "run"
+    remat = "none" if args.checkpoint is None else "full"  # nano's activations fit in memory
+    options = RunOptions(recipe, data, output, args.checkpoint, steps=steps, mesh=args.mesh, remat=remat)
     run = prepare(options)
     print(*summarize(run), sep="\n")
 
