@@ -35,7 +35,7 @@ def test_errors_say_what_to_do(run, tmp_path, monkeypatch):
         ((*GOLDEN, "--repetition-penalty", 0, "Hi"), "repetition_penalty must be above 0"),
         ((*GOLDEN, "--seed", -1, "Hi"), "seed must be at least 0"),
         ((*GOLDEN, "--seed", 2**32, "Hi"), "seed must be at least 0 and below 2**31"),
-        ((*GOLDEN, "--stop", "", "Hi"), "stop must be strings that are not empty"),
+        ((*GOLDEN, "--stop", "", "Hi"), "stop must be non-empty strings"),
         ((*GOLDEN, "bytes\udcff"), "the text is not valid UTF-8"),
         ((*GOLDEN, "--temperature", "-1", "Hi"), "temperature must be 0 (greedy) or more, not -1.0"),
         ((*GOLDEN, "--num-beams", 2, "--temperature", 1, "Hi"), "beam search does not sample"),

@@ -127,7 +127,7 @@ def test_bare_tower():
 
 
 def test_illegal_meshes_are_refused_before_anything_is_read(monkeypatch):
-    monkeypatch.setattr(loading, "_read", lambda *_: pytest.fail("parameters were read"))
+    monkeypatch.setattr(loading, "read_params", lambda *_: pytest.fail("parameters were read"))
     monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("parameters were read"))
     for spec, message in (
         ("tensor=8", r"tensor=8 does not divide .*heads \(4\).*legal sizes of tensor on 8 devices are 1, 2, 4"),

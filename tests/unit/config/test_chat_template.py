@@ -133,7 +133,7 @@ def test_a_template_that_nothing_names_is_said(tmp_path, logged):
     directory = shutil.copytree(HF, tmp_path / "model")
     internvl_jax.load(directory)
     assert [text.split(": ")[0] for text in logged] == [
-        f"{directory} says nowhere which conversation template it was trained with"
+        f"{directory} does not say which conversation template it was trained with"
     ]
     internvl_jax.load(directory, template="vicuna_v1")
     write(directory, "chat_template.json", {"chat_template": LLAVA_HF})

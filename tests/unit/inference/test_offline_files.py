@@ -76,7 +76,7 @@ def test_malformed_lines_are_listed_before_work(tmp_path, monkeypatch):
         '22: "system" must be a string',
         "23: temperature must be a number, not nan",
         "24: max_new_tokens must be",
-        "25: stop must be strings that are not empty, not 5",
+        "25: stop must be non-empty strings, not 5",
         "26: seed must be an integer",
         "27: Exceeds the limit",
         "28: temperature must be a number",
