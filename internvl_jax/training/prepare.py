@@ -27,7 +27,7 @@ from internvl_jax.data.estimate import EpochEstimate, estimate_epoch
 from internvl_jax.data.loader import Loader, ReadOptions, open_data
 from internvl_jax.data.packing import Layout
 from internvl_jax.data.samples import Problem, SampleMaker
-from internvl_jax.inference.loading import NANO
+from internvl_jax.inference.loading import NANO, resolve_dtype
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.processing.images import ImageProcessor, load_processor
@@ -228,7 +228,7 @@ def _prepare(options: RunOptions, report: Callable[[Problem], None] | None, prog
         steps=_num_steps(options, recipe, facts, data, placement.num_data_shards),
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         seed=options.seed,
-        dtype=options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        dtype=resolve_dtype(options.dtype).name,
         remat=options.remat,
         save_every=options.save_every,
         keep=options.keep,
