@@ -1,1 +1,1 @@
-"""Between PyTorch checkpoints and this project's: read, map, convert, export, compare. Only this room knows torch."""
+"""Conversion between PyTorch checkpoints and this project's, and comparison with PyTorch. The only package with torch."""

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from checkpoints_convert.convert import convert
 from checkpoints_convert.export import export
-from checkpoints_convert.parity import run_parity
+from checkpoints_convert.parity.run import run_parity
 from internvl_jax.inference.loading import NANO
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

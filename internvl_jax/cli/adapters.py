@@ -47,7 +47,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _to_peft(args: argparse.Namespace) -> int:
-    from checkpoints_convert.peft_adapters import export_peft
+    from checkpoints_convert.adapters.peft_adapters import export_peft
     from internvl_jax import lora
 
     config, params = _model(args.checkpoint)
@@ -61,7 +61,7 @@ def _to_peft(args: argparse.Namespace) -> int:
 
 
 def _from_peft(args: argparse.Namespace) -> int:
-    from checkpoints_convert.peft_adapters import import_peft
+    from checkpoints_convert.adapters.peft_adapters import import_peft
     from internvl_jax import lora
 
     config, params = _model(args.checkpoint)

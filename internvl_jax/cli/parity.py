@@ -32,7 +32,7 @@ def add_parser(commands: options.Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from checkpoints_convert.parity import run_parity
+    from checkpoints_convert.parity.run import run_parity
 
     with progress_bar() as progress:
         report = run_parity(

@@ -27,7 +27,7 @@ def converted(tmp_path_factory):
 
 @pytest.mark.parametrize("recipe", [pytest.param("stage2", marks=pytest.mark.long), "lora-both"])
 def test_fine_tuned_model_gives_the_same_logits_in_torch(converted, tmp_path, monkeypatch, recipe):
-    from checkpoints_convert.parity import run_parity
+    from checkpoints_convert.parity.run import run_parity
     from checkpoints_convert.readers import open_weights
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -16,13 +16,13 @@ from support.llava_cases import LLAVA, SIZES, V1_0, expand  # noqa: E402
 from support.parity_cases import add, chain, names, text, vision  # noqa: E402
 from support.published import CLIP, assert_same_bits, state_of, with_tower  # noqa: E402  # noqa: E402
 
-from checkpoints_convert import parity  # noqa: E402
 from checkpoints_convert.convert import convert  # noqa: E402
 from checkpoints_convert.export import export  # noqa: E402
 from checkpoints_convert.mapping import TOWER  # noqa: E402
-from checkpoints_convert.parity import ParityError, run_parity  # noqa: E402
+from checkpoints_convert.parity import run as parity  # noqa: E402
+from checkpoints_convert.parity.reference import Reference  # noqa: E402
+from checkpoints_convert.parity.run import ParityError, run_parity  # noqa: E402
 from checkpoints_convert.readers import open_checkpoint  # noqa: E402
-from checkpoints_convert.reference import Reference  # noqa: E402
 from internvl_jax.cli import main  # noqa: E402
 from internvl_jax.config import ConfigError, load_config  # noqa: E402
 from internvl_jax.processing.images import load_image  # noqa: E402

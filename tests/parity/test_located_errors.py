@@ -14,8 +14,8 @@ transformers = pytest.importorskip("transformers")
 
 from support.golden import DATA  # noqa: E402
 
-from checkpoints_convert import parity  # noqa: E402
-from checkpoints_convert.parity import run_parity  # noqa: E402
+from checkpoints_convert.parity import run as parity  # noqa: E402
+from checkpoints_convert.parity.run import run_parity  # noqa: E402
 from internvl_jax.cli import main  # noqa: E402
 from internvl_jax.config import load_config  # noqa: E402
 from internvl_jax.models import intern_vit  # noqa: E402

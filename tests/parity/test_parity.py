@@ -17,11 +17,11 @@ transformers = pytest.importorskip("transformers")
 from rich.console import Console  # noqa: E402
 from support.golden import DATA, assert_close, bundle, spread  # noqa: E402
 
-from checkpoints_convert.parity import ParityError, run_parity  # noqa: E402
-from checkpoints_convert.parity_inputs import RANDOM_TOKENS  # noqa: E402
-from checkpoints_convert.parity_report import Distribution, Errors, Stage  # noqa: E402
+from checkpoints_convert.parity.inputs import RANDOM_TOKENS  # noqa: E402
+from checkpoints_convert.parity.reference import Reference  # noqa: E402
+from checkpoints_convert.parity.report import Distribution, Errors, Stage  # noqa: E402
+from checkpoints_convert.parity.run import ParityError, run_parity  # noqa: E402
 from checkpoints_convert.readers import open_weights  # noqa: E402
-from checkpoints_convert.reference import Reference  # noqa: E402
 from internvl_jax.cli import main  # noqa: E402
 from internvl_jax.config import (  # noqa: E402
     PRESETS,

@@ -363,7 +363,7 @@ def logits_of(variables, config, ids):
 
 def test_llama_adapters_equal_pefts_both_ways(tmp_path):
     torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
-    from checkpoints_convert.peft_adapters import export_peft, import_peft
+    from checkpoints_convert.adapters.peft_adapters import export_peft, import_peft
 
     model = llama(transformers)
     config = config_from_hf(model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
@@ -396,8 +396,8 @@ def test_llama_adapters_equal_pefts_both_ways(tmp_path):
 def test_tower_adapters_in_pefts_layout(tmp_path):
     """Layers past select_layer have none; peft's names are those of the reference's own modules."""
     pytest.importorskip("torch")  # of the extra 'convert'
+    from checkpoints_convert.adapters.peft_adapters import export_peft, import_peft
     from checkpoints_convert.mapping import ConversionError
-    from checkpoints_convert.peft_adapters import export_peft, import_peft
     from checkpoints_convert.readers import Weights
 
     config = tiny()

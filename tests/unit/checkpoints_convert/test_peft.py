@@ -16,9 +16,9 @@ torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "tr
 from safetensors.torch import load_file, save_file  # noqa: E402
 from support import modules  # noqa: E402
 
-from checkpoints_convert import peft_config  # noqa: E402
+from checkpoints_convert.adapters import peft_config  # noqa: E402
+from checkpoints_convert.adapters.peft_adapters import CONFIG, PICKLE, WEIGHTS, export_peft, import_peft  # noqa: E402
 from checkpoints_convert.mapping import ConversionError  # noqa: E402
-from checkpoints_convert.peft_adapters import CONFIG, PICKLE, WEIGHTS, export_peft, import_peft  # noqa: E402
 from internvl_jax import checkpoint, lora  # noqa: E402
 from internvl_jax.cli import main  # noqa: E402
 from internvl_jax.config import ChatConfig, config_from_hf, load_config  # noqa: E402

@@ -12,8 +12,8 @@ from support.tiny_model import random_params, tiny
 torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from checkpoints_convert.adapters.peft_adapters import BESIDE, CONFIG, WEIGHTS, export_peft, import_peft  # noqa: E402
 from checkpoints_convert.mapping import ConversionError  # noqa: E402
-from checkpoints_convert.peft_adapters import BESIDE, CONFIG, WEIGHTS, export_peft, import_peft  # noqa: E402
 from internvl_jax import checkpoint, lora  # noqa: E402
 from internvl_jax.config import load_config  # noqa: E402
 from internvl_jax.lora import REPLACED, LoraError  # noqa: E402

@@ -28,11 +28,11 @@ from internvl_jax.utils.files import read_json_object
 
 try:
     from checkpoints_convert.conversion_report import peak_rss
-    from checkpoints_convert.parity_inputs import ParityInputs, prepare_inputs
-    from checkpoints_convert.parity_report import TINY, Distribution, Errors, ParityError, Report, Stage, rms
-    from checkpoints_convert.parity_source import ParitySource, parameter_shapes
-    from checkpoints_convert.parity_stages import OurStages, RunStage
-    from checkpoints_convert.reference import Reference
+    from checkpoints_convert.parity.inputs import ParityInputs, prepare_inputs
+    from checkpoints_convert.parity.reference import Reference
+    from checkpoints_convert.parity.report import TINY, Distribution, Errors, ParityError, Report, Stage, rms
+    from checkpoints_convert.parity.source import ParitySource, parameter_shapes
+    from checkpoints_convert.parity.stages import OurStages, RunStage
 except ImportError as missing:
     raise ImportError(
         f"comparing with the PyTorch reference needs more packages ({missing}): pip install 'internvl-jax[convert]'"

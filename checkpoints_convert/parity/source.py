@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert.mapping import Tensor, plan, tensors
-from checkpoints_convert.parity_report import ParityError
+from checkpoints_convert.parity.report import ParityError
 from checkpoints_convert.readers import Weights, open_checkpoint
 from internvl_jax import checkpoint
 from internvl_jax.config import ChatConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from checkpoints_convert.parity_report import ParityError
+from checkpoints_convert.parity.report import ParityError
 from internvl_jax.config import ChatConfig
 from internvl_jax.config.conversation_templates import IMG_CONTEXT, TEMPLATES
 from internvl_jax.processing.conversation import place_images, prepare_prompt

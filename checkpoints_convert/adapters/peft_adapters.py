@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+from checkpoints_convert.adapters.peft_config import MERGE_IT, PeftConfig, read_config
 from checkpoints_convert.mapping import ConversionError, Tensor, canonical, tensors
-from checkpoints_convert.peft_config import MERGE_IT, PeftConfig, read_config
 from checkpoints_convert.readers import Weights
 from internvl_jax.config import ChatConfig
 from internvl_jax.lora import ADAPTABLE, REPLACED, Lora, LoraSettings, leaf_at, put_at, sides

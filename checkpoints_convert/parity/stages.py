@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from checkpoints_convert.parity_report import ParityError
-from checkpoints_convert.parity_source import ParitySource
+from checkpoints_convert.parity.report import ParityError
+from checkpoints_convert.parity.source import ParitySource
 from internvl_jax.config import ChatConfig, ProjectorConfig, TextConfig, VisionConfig
 from internvl_jax.models import chat_model, intern_vit, llama, projector
 from internvl_jax.models.layers import Params

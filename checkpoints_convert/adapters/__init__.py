@@ -1,0 +1,1 @@
+"""Adapters in peft's layout, in and out."""

@@ -1,0 +1,1 @@
+"""A model beside the PyTorch implementation, stage by stage."""
