@@ -5,7 +5,8 @@
 The model is the tiny InternVL-Chat-V1-1 of the tests; its first loss was recorded from the original code
 (tests/data/internvl_chat_v1_1). The PyTorch side is transformers' modules as assembled by
 checkpoints_convert/parity/reference.py, with transformers' loss and schedule and torch's optimizer; our side is the
-trainer's step. Both run in float32 without stochastic depth. The recipe says what is trained: full (everything), stage1, stage2.
+trainer's step. Both run in float32 without stochastic depth. The recipe says what is trained: full (everything),
+stage1 or stage2.
 
 Two correct programs do not stay equal: float32 rounds, and AdamW takes full steps along gradients that are rounding
 errors only. So PyTorch also runs from weights that are each perturbed by one unit in the last place: the difference of

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 import internvl_jax
-from internvl_jax.inference.sampling import GenerationConfig
+from internvl_jax.inference.generation.sampling import GenerationConfig
 
 IMAGES, PROMPT, NEW_TOKENS = 2, 512, 64
 PAUSE = 0.5  # seconds before a measurement: the other library's idle threads keep spinning for a while

@@ -1,1 +1,1 @@
-"""Conversion between PyTorch checkpoints and this project's, and comparison with PyTorch. The only package with torch."""
+"""Conversion from and to PyTorch checkpoints, and comparison with PyTorch. Only here is torch imported."""

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import internvl_jax
 from internvl_jax.nano import lesson
-from internvl_jax.training.prepare import RunOptions, prepare
 from internvl_jax.training.recipes import override, recipe_of
-from internvl_jax.training.run import start
-from internvl_jax.training.summary import summarize, summarize_result
+from internvl_jax.training.runs.prepare import RunOptions, prepare
+from internvl_jax.training.runs.run import start
+from internvl_jax.training.runs.summary import summarize, summarize_result
 
 WORD = Path(internvl_jax.__file__).parent / "nano" / "images" / "word.png"
 NANO_NUMBERS = {"optimizer": {"learning_rate": 3e-3}, "global_batch_size": 4}  # nano is small, and the run short

@@ -1,7 +1,7 @@
 """The inference programs: how each is lowered for a workload, and the FLOPs that it cannot do without.
 
-The jitted functions of `inference.generate` are lowered themselves, donation included, with ShapeDtypeStructs that
-carry the shardings of `parallel.partitioning`.
+The jitted functions of `inference.generation.generate` are lowered themselves, donation included, with
+ShapeDtypeStructs that carry the shardings of `parallel.partitioning`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from jax.sharding import PartitionSpec as P
 from internvl_jax.aot.compiled_program import bytes_per_device
 from internvl_jax.aot.workload import Workload
 from internvl_jax.config import ChatConfig
-from internvl_jax.inference import generate, ideal_flops
-from internvl_jax.inference.bound_model import BoundModel, PromptBatch
-from internvl_jax.inference.generator import pad_images
-from internvl_jax.inference.sampling import GenerationConfig, RowSettings, make_row_settings
+from internvl_jax.inference.generation import generate, ideal_flops
+from internvl_jax.inference.generation.bound_model import BoundModel, PromptBatch
+from internvl_jax.inference.generation.generator import pad_images
+from internvl_jax.inference.generation.sampling import GenerationConfig, RowSettings, make_row_settings
 from internvl_jax.parallel.partitioning import fit_spec
 
 ShapeDtype = jax.ShapeDtypeStruct

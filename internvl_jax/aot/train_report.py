@@ -31,11 +31,11 @@ from internvl_jax.data.batch import Batch
 from internvl_jax.inference.loading import abstract_for_running
 from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.parallel.partitioning import BATCH, fit_spec
-from internvl_jax.training import costs
 from internvl_jax.training.context import REMAT, TrainContext, TrainSettings
 from internvl_jax.training.initialization import init_state
 from internvl_jax.training.mesh_placement import MeshPlacement
 from internvl_jax.training.recipes import recipe_of
+from internvl_jax.training.runs import costs
 from internvl_jax.training.state import State
 from internvl_jax.training.step import make_step
 
@@ -324,7 +324,7 @@ def plan_training(
     """Find a memory configuration and a micro-batch that fit.
 
     The first of `MEMORY_CONFIGURATIONS` that fits with one row per device is chosen, then the largest power of two of
-    rows that fits. Arithmetic (`training.costs`) proposes, the compiler decides.
+    rows that fits. Arithmetic (`training.runs.costs`) proposes, the compiler decides.
 
     Args:
         request: Its batch, remat and param_dtype are ignored.

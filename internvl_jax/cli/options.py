@@ -251,7 +251,7 @@ def generation(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: A value is out of range.
     """
-    from internvl_jax.inference.sampling import SAMPLING, GenerationConfig
+    from internvl_jax.inference.generation.sampling import SAMPLING, GenerationConfig
 
     names = [*(one.name for one in GENERATION), "stop"]
     given = {name: value for name in names if (value := getattr(args, name)) is not None}

@@ -216,8 +216,9 @@ def _run(args: argparse.Namespace) -> int:
         raise ImportError("training reads its data with grain: pip install 'internvl-jax[train]'")
 
     from internvl_jax.parallel import distributed
-    from internvl_jax.training import prepare, reporting, saving, summary
-    from internvl_jax.training import run as training_run
+    from internvl_jax.training import saving
+    from internvl_jax.training.runs import prepare, reporting, summary
+    from internvl_jax.training.runs import run as training_run
 
     if args.tensorboard:
         reporting.require_board()

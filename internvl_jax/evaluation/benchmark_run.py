@@ -19,7 +19,7 @@ from internvl_jax.evaluation.datasets.data_folder import DataFolder, is_file
 from internvl_jax.evaluation.datasets.items import Codebase, EvaluationError, Item
 from internvl_jax.evaluation.datasets.records import json_object, raise_problems, read_text, records
 from internvl_jax.evaluation.submissions import import_openpyxl
-from internvl_jax.inference.sampling import GenerationConfig
+from internvl_jax.inference.generation.sampling import GenerationConfig
 from internvl_jax.utils import files
 
 # Files that a run, or the grading of one, writes beside its images.

@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from internvl_jax.inference.bound_model import BoundModel, PromptBatch
 from internvl_jax.inference.chat import Chat, Reply, require_answers
-from internvl_jax.inference.generate import read_prompt
+from internvl_jax.inference.generation.bound_model import BoundModel, PromptBatch
+from internvl_jax.inference.generation.generate import read_prompt
+from internvl_jax.inference.generation.sampling import GenerationConfig
 from internvl_jax.inference.loading import load
-from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.models.layers import Array, part_variables
 from internvl_jax.models.llama import Llama
 from internvl_jax.nano.render import KINDS, QAPair, heldout_questions

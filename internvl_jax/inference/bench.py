@@ -25,9 +25,10 @@ from jax.sharding import Mesh
 
 from internvl_jax.aot.topology import CHIPS, Chip
 from internvl_jax.config import PRESETS, ChatConfig, load_config
-from internvl_jax.inference import ideal_flops
-from internvl_jax.inference.bound_model import bind_model
-from internvl_jax.inference.generator import Generator, bucket
+from internvl_jax.inference.generation import ideal_flops
+from internvl_jax.inference.generation.bound_model import bind_model
+from internvl_jax.inference.generation.generator import Generator, bucket
+from internvl_jax.inference.generation.sampling import GenerationConfig
 from internvl_jax.inference.load_options import LoadOptions
 from internvl_jax.inference.loading import (
     abstract_for_running,
@@ -36,7 +37,6 @@ from internvl_jax.inference.loading import (
     resolve_dtype,
     resolve_mesh,
 )
-from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.models import param_sharding
 from internvl_jax.models.layers import Params
 from internvl_jax.parallel import mesh as mesh_lib

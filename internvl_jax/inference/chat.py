@@ -16,12 +16,12 @@ import numpy as np
 from internvl_jax.config import ChatConfig
 from internvl_jax.config.conversation_templates import TEMPLATES
 from internvl_jax.inference.answer_text import AnswerDecoder, AnswerStream, cut_at_stop
-from internvl_jax.inference.generate import DecodeState
-from internvl_jax.inference.generator import Generator
+from internvl_jax.inference.generation.generate import DecodeState
+from internvl_jax.inference.generation.generator import Generator
+from internvl_jax.inference.generation.sampling import GenerationConfig
 from internvl_jax.inference.input_checks import check_pixels, check_settings, complete_settings, features_shape
 from internvl_jax.inference.prompts import AskOptions, History, ImageSource, PromptBuilder, QuestionBatch
 from internvl_jax.inference.replies import NOT_FINITE, AnswerError, Reply, Stream, require_answers
-from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.models.layers import Params
 from internvl_jax.processing.images import ImageProcessor
 from internvl_jax.processing.tokenizer import Tokenizer

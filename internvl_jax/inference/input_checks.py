@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from internvl_jax.config import ChatConfig
-from internvl_jax.inference.sampling import GenerationConfig
+from internvl_jax.inference.generation.sampling import GenerationConfig
 
 DEFAULT_NEW_TOKENS = 1024  # longest answer if the caller sets no limit and the context has room
 

@@ -17,9 +17,9 @@ from internvl_jax import checkpoint, lora
 from internvl_jax.config import ChatConfig, ConfigError, load_config
 from internvl_jax.config.chat_template import find_template
 from internvl_jax.config.conversation_templates import TEMPLATES
-from internvl_jax.inference.bound_model import bind_model
 from internvl_jax.inference.chat import Chat
-from internvl_jax.inference.generator import Generator
+from internvl_jax.inference.generation.bound_model import bind_model
+from internvl_jax.inference.generation.generator import Generator
 from internvl_jax.inference.load_options import CACHE_DTYPES, DTYPES, LoadOptions
 from internvl_jax.models import chat_model, param_sharding
 from internvl_jax.models.cpu import on_cpu

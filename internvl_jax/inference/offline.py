@@ -30,6 +30,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
+from internvl_jax.inference.generation.sampling import SAMPLING, GenerationConfig
 from internvl_jax.inference.offline_files import (
     GENERATION,
     BatchError,
@@ -42,7 +43,6 @@ from internvl_jax.inference.offline_files import (
     sorted_answers,
 )
 from internvl_jax.inference.replies import Reply
-from internvl_jax.inference.sampling import SAMPLING, GenerationConfig
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.utils import files

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from internvl_jax.inference.sampling import GenerationConfig
+from internvl_jax.inference.generation.sampling import GenerationConfig
 from internvl_jax.parallel import distributed
 from internvl_jax.processing.conversation import Turn, as_turn, expand_images, place_images
 from internvl_jax.utils import files

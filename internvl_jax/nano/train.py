@@ -48,7 +48,7 @@ from internvl_jax.training.mesh_placement import MeshPlacement
 from internvl_jax.training.objective import LossOptions, LossSums
 from internvl_jax.training.optimizer import AdamW
 from internvl_jax.training.recipes import Recipe
-from internvl_jax.training.reporting import reporting
+from internvl_jax.training.runs.reporting import reporting
 from internvl_jax.training.trainer import Outcome, TrainHooks, train
 from internvl_jax.utils import logs
 from internvl_jax.utils.files import new_directory, read_json_object, resolve

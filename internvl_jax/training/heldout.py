@@ -17,9 +17,9 @@ from internvl_jax.data.batch import Batch, pad_rows
 from internvl_jax.data.loader import Loader
 from internvl_jax.data.packing import Layout, assemble
 from internvl_jax.data.samples import SampleError, SampleMaker, image_names, read_entry
-from internvl_jax.inference.bound_model import bind_model
 from internvl_jax.inference.chat import Chat
-from internvl_jax.inference.generator import Generator
+from internvl_jax.inference.generation.bound_model import bind_model
+from internvl_jax.inference.generation.generator import Generator
 from internvl_jax.inference.loading import inference_layout
 from internvl_jax.models.layers import Params
 from internvl_jax.parallel import distributed

@@ -91,7 +91,7 @@ def test_the_same_thing_has_the_same_option():
 
 
 def test_generation_settings_are_complete_and_their_defaults_true():
-    from internvl_jax.inference.sampling import GenerationConfig
+    from internvl_jax.inference.generation.sampling import GenerationConfig
 
     defaults = {name: field.default for name, field in GenerationConfig.__dataclass_fields__.items()}
     shown = {one.name: one.default for one in options.GENERATION}

@@ -63,7 +63,8 @@ class Terminal:
 # Tokens come one by one, with time in between to interrupt them.
 SLOW = """
 import time
-from internvl_jax.inference import chat, generator
+from internvl_jax.inference import chat
+from internvl_jax.inference.generation import generator
 chat.STREAM_CHUNK = 1
 decode = generator.Generator.decode
 generator.Generator.decode = lambda *args: time.sleep(0.25) or decode(*args)

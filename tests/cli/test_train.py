@@ -22,9 +22,9 @@ import internvl_jax
 from internvl_jax import checkpoint
 from internvl_jax.cli import main
 from internvl_jax.config import load_config
-from internvl_jax.training import prepare
-from internvl_jax.training import run as training_run
 from internvl_jax.training.recipes import recipe_of
+from internvl_jax.training.runs import prepare
+from internvl_jax.training.runs import run as training_run
 from internvl_jax.utils import files
 
 QUESTION = "What color is it?"
@@ -330,8 +330,8 @@ def test_data_errors(train, place, tmp_path):
     for message in ("warning: skipped", "1 of 24 checked conversations", "1 conversations were invalid"):
         assert message in printed
     assert "1 of 24 checked conversations are invalid" in log
-    assert re.search(r"WARNING internvl_jax\.training\.reporting: skipped .*bad\.jsonl:4: not JSON", log)
-    assert re.search(r"INFO internvl_jax\.training\.reporting: step 2/2: loss", log)
+    assert re.search(r"WARNING internvl_jax\.training\.runs\.reporting: skipped .*bad\.jsonl:4: not JSON", log)
+    assert re.search(r"INFO internvl_jax\.training\.runs\.reporting: step 2/2: loss", log)
     assert re.search(r"INFO .*: adapters: .*/run/model\n", log)
     code, printed = train("lora", tmp_path / "fatal", data_errors="fatal", **bad)
     assert code == 2

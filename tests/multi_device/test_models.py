@@ -13,10 +13,10 @@ from support.golden import assert_close
 from support.mesh_cases import IMAGE, answers, batch_of, config_of, llava_of, params_of
 
 from internvl_jax.config import ChatConfig
-from internvl_jax.inference import generate
-from internvl_jax.inference.bound_model import bind_model
-from internvl_jax.inference.generator import Generator
-from internvl_jax.inference.sampling import GenerationConfig
+from internvl_jax.inference.generation import generate
+from internvl_jax.inference.generation.bound_model import bind_model
+from internvl_jax.inference.generation.generator import Generator
+from internvl_jax.inference.generation.sampling import GenerationConfig
 from internvl_jax.models import param_sharding
 from internvl_jax.models.attention import implementation
 from internvl_jax.parallel import partitioning

@@ -10,7 +10,7 @@ from support.quantize_cases import V1_1, quantized, run
 
 from internvl_jax import checkpoint
 from internvl_jax.evaluation.quantize_report import answer_logits, divergence
-from internvl_jax.inference.bound_model import BoundModel, PromptBatch
+from internvl_jax.inference.generation.bound_model import BoundModel, PromptBatch
 from internvl_jax.inference.loading import load
 from internvl_jax.models import param_sharding
 from internvl_jax.parallel.mesh import make_mesh

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from internvl_jax.config import ChatConfig, ProjectorConfig, TextConfig, VisionConfig, clip_vision
-from internvl_jax.inference.bound_model import bind_model
-from internvl_jax.inference.generator import Generator
-from internvl_jax.inference.sampling import GenerationConfig
+from internvl_jax.inference.generation.bound_model import bind_model
+from internvl_jax.inference.generation.generator import Generator
+from internvl_jax.inference.generation.sampling import GenerationConfig
 from internvl_jax.models import chat_model
 from internvl_jax.parallel import partitioning
 

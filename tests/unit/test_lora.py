@@ -24,7 +24,8 @@ from internvl_jax.models.chat_model import InternVLChat
 from internvl_jax.models.layers import ADAPTER, Adapter, Linear
 from internvl_jax.parallel import partitioning
 from internvl_jax.quantize import quantize_params
-from internvl_jax.training import objective, recipes, resizing
+from internvl_jax.training import objective, recipes
+from internvl_jax.training.runs import resizing
 from internvl_jax.utils import files
 
 

@@ -17,11 +17,11 @@ from support.quantize_cases import V1_1, quantized, run
 import internvl_jax
 from internvl_jax import checkpoint
 from internvl_jax.config import PRESETS, load_config
-from internvl_jax.inference.beam_search import reorder, widen
-from internvl_jax.inference.bound_model import bind_model
-from internvl_jax.inference.generator import Generator
+from internvl_jax.inference.generation.beam_search import reorder, widen
+from internvl_jax.inference.generation.bound_model import bind_model
+from internvl_jax.inference.generation.generator import Generator
+from internvl_jax.inference.generation.sampling import GenerationConfig
 from internvl_jax.inference.loading import unstack_towers
-from internvl_jax.inference.sampling import GenerationConfig
 from internvl_jax.models import chat_model, kv_cache
 from internvl_jax.models.layers import Linear, product, split_groups
 from internvl_jax.quantize import (

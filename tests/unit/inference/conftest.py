@@ -6,8 +6,8 @@ import pytest
 from support.generation_cases import IMAGE, LLAMA, llama_weights
 
 from internvl_jax.config import config_from_hf
-from internvl_jax.inference.bound_model import bind_model
-from internvl_jax.inference.generator import Generator
+from internvl_jax.inference.generation.bound_model import bind_model
+from internvl_jax.inference.generation.generator import Generator
 
 
 @pytest.fixture(scope="package")

@@ -20,10 +20,10 @@ from support.generation_cases import (
 )
 
 from internvl_jax.config import config_from_hf
-from internvl_jax.inference import beam_search, generate
-from internvl_jax.inference.bound_model import bind_model
-from internvl_jax.inference.generator import Generator
-from internvl_jax.inference.sampling import GenerationConfig, make_row_settings
+from internvl_jax.inference.generation import beam_search, generate
+from internvl_jax.inference.generation.bound_model import bind_model
+from internvl_jax.inference.generation.generator import Generator
+from internvl_jax.inference.generation.sampling import GenerationConfig, make_row_settings
 from internvl_jax.models import kv_cache
 from internvl_jax.models.stack import unstack
 

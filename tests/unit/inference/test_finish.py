@@ -6,9 +6,9 @@ import pytest
 from support.generation_cases import LLAMA, NO_END, tokens_of
 
 from internvl_jax.config import config_from_hf
-from internvl_jax.inference.bound_model import bind_model
-from internvl_jax.inference.generator import Generator
-from internvl_jax.inference.sampling import EOS_SLOTS, GenerationConfig, all_finite
+from internvl_jax.inference.generation.bound_model import bind_model
+from internvl_jax.inference.generation.generator import Generator
+from internvl_jax.inference.generation.sampling import EOS_SLOTS, GenerationConfig, all_finite
 
 CONFIG = config_from_hf(LLAMA)
 VOCABULARY, CONTEXT, PAD = LLAMA["vocab_size"], LLAMA["max_position_embeddings"], LLAMA["pad_token_id"]

@@ -11,10 +11,10 @@ from support.generation_cases import IMAGE, LLAMA, NO_END, llama_weights, padded
 from support.paths import DATA
 
 from internvl_jax.config import config_from_hf, load_config
-from internvl_jax.inference import generate
-from internvl_jax.inference.bound_model import bind_model
-from internvl_jax.inference.generator import Generator, bucket
-from internvl_jax.inference.sampling import GenerationConfig
+from internvl_jax.inference.generation import generate
+from internvl_jax.inference.generation.bound_model import bind_model
+from internvl_jax.inference.generation.generator import Generator, bucket
+from internvl_jax.inference.generation.sampling import GenerationConfig
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import positions_from_valid
 from internvl_jax.models.stack import unstack

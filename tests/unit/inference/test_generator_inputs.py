@@ -6,10 +6,10 @@ import pytest
 from support.generation_cases import IMAGE, LLAMA, NO_END, padded, tokens_of
 
 from internvl_jax.config import config_from_hf
-from internvl_jax.inference import generate, generator
-from internvl_jax.inference.bound_model import bind_model
-from internvl_jax.inference.generator import Generator
-from internvl_jax.inference.sampling import GenerationConfig
+from internvl_jax.inference.generation import generate, generator
+from internvl_jax.inference.generation.bound_model import bind_model
+from internvl_jax.inference.generation.generator import Generator
+from internvl_jax.inference.generation.sampling import GenerationConfig
 
 PER_IMAGE = 4
 CONFIG = config_from_hf(LLAMA)

@@ -15,9 +15,9 @@ from support.golden import DATA, assert_close, bundle
 import internvl_jax
 from internvl_jax.config import ConfigError, load_config
 from internvl_jax.inference import loading
-from internvl_jax.inference.bound_model import bind_model
 from internvl_jax.inference.chat import Chat
-from internvl_jax.inference.generator import Generator
+from internvl_jax.inference.generation.bound_model import bind_model
+from internvl_jax.inference.generation.generator import Generator
 from internvl_jax.utils import logs
 
 pytest.importorskip("torch")  # the golden checkpoint is PyTorch's

@@ -7,10 +7,10 @@ import pytest
 from support.generation_cases import LLAMA, NO_END, padded, rows_of, tokens_of, torch_llama
 
 from internvl_jax.config import config_from_hf
-from internvl_jax.inference import generate
-from internvl_jax.inference.bound_model import PromptBatch
-from internvl_jax.inference.generator import bucket
-from internvl_jax.inference.sampling import (
+from internvl_jax.inference.generation import generate
+from internvl_jax.inference.generation.bound_model import PromptBatch
+from internvl_jax.inference.generation.generator import bucket
+from internvl_jax.inference.generation.sampling import (
     GenerationConfig,
     keep_likely,
     make_row_settings,

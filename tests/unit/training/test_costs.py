@@ -12,10 +12,11 @@ from support.tiny_model import IMAGE, random_params
 from internvl_jax.aot import hlo
 from internvl_jax.data.batch import Batch
 from internvl_jax.processing.conversation import image_token_index
-from internvl_jax.training import costs, recipes
+from internvl_jax.training import recipes
 from internvl_jax.training.context import TrainContext, TrainSettings
 from internvl_jax.training.initialization import init_state
 from internvl_jax.training.mesh_placement import MeshPlacement
+from internvl_jax.training.runs import costs
 from internvl_jax.training.step import make_step, stack_batches
 
 ROWS, LENGTH, IMAGES = 2, 256, 3

@@ -17,10 +17,11 @@ from support.training_cases import RECIPES, Batches, run, steps_of
 
 from internvl_jax.config import load_config
 from internvl_jax.inference.loading import NANO
-from internvl_jax.training import model_output, saving
-from internvl_jax.training import run as training_run
+from internvl_jax.training import saving
 from internvl_jax.training.damage import read_arrays
 from internvl_jax.training.mesh_placement import MeshPlacement
+from internvl_jax.training.runs import model_output
+from internvl_jax.training.runs import run as training_run
 from internvl_jax.training.saving import RunError
 from internvl_jax.training.state import ADAPTERS
 from internvl_jax.training.trainer import TrainHooks
@@ -362,7 +363,7 @@ def test_a_run_logs_messages_and_the_error_that_ends_it(tmp_path):
         logging.getLogger("internvl_jax").info("resumed")
     warned, ended, resumed = (tmp_path / "run" / "log.txt").read_text().splitlines()
     assert warned.endswith(" WARNING internvl_jax.training.saving: step 6 moved")
-    assert ended.endswith(" ERROR internvl_jax.training.run: RunError: step 7: the loss is nan")
+    assert ended.endswith(" ERROR internvl_jax.training.runs.run: RunError: step 7: the loss is nan")
     assert resumed.endswith(" INFO internvl_jax: resumed")
     assert sorted(path.name for path in started.output.iterdir()) == ["log.txt", "run.json"]
 

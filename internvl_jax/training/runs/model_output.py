@@ -11,9 +11,9 @@ from internvl_jax import checkpoint, lora
 from internvl_jax.config import load_config
 from internvl_jax.models.layers import Params
 from internvl_jax.parallel import distributed
-from internvl_jax.training import resizing
 from internvl_jax.training.mesh_placement import MeshPlacement
 from internvl_jax.training.recipes import Recipe
+from internvl_jax.training.runs import resizing
 from internvl_jax.training.state import ADAPTERS, split_adapters
 from internvl_jax.utils import files
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.config.conversation_templates import IMG_CONTEXT
-from internvl_jax.inference import generate
-from internvl_jax.inference.beam_search import EARLY_STOPPING, SearchSettings
-from internvl_jax.inference.bound_model import BoundModel, PromptBatch
-from internvl_jax.inference.generate import DecodeState
-from internvl_jax.inference.sampling import GenerationConfig, RowSettings, make_row_settings
+from internvl_jax.inference.generation import generate
+from internvl_jax.inference.generation.beam_search import EARLY_STOPPING, SearchSettings
+from internvl_jax.inference.generation.bound_model import BoundModel, PromptBatch
+from internvl_jax.inference.generation.generate import DecodeState
+from internvl_jax.inference.generation.sampling import GenerationConfig, RowSettings, make_row_settings
 from internvl_jax.models.layers import Array, Params
 from internvl_jax.parallel.partitioning import BATCH
 from internvl_jax.processing.conversation import image_token_index

@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from internvl_jax.inference.beam_search import beam_search
-from internvl_jax.inference.bound_model import BoundModel, PromptBatch
-from internvl_jax.inference.sampling import RowSettings, all_finite, select_tokens
+from internvl_jax.inference.generation.beam_search import beam_search
+from internvl_jax.inference.generation.bound_model import BoundModel, PromptBatch
+from internvl_jax.inference.generation.sampling import RowSettings, all_finite, select_tokens
 from internvl_jax.models import cpu
 from internvl_jax.models.chat_model import InternVLChat
 from internvl_jax.models.intern_vit import InternViT

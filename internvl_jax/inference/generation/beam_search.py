@@ -28,8 +28,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from internvl_jax.inference.bound_model import BoundModel
-from internvl_jax.inference.sampling import RowSettings, all_finite, end_tokens, penalize
+from internvl_jax.inference.generation.bound_model import BoundModel
+from internvl_jax.inference.generation.sampling import RowSettings, all_finite, end_tokens, penalize
 from internvl_jax.models.kv_cache import KVCache
 from internvl_jax.models.layers import Array, part_variables
 from internvl_jax.models.llama import next_logits

@@ -33,10 +33,10 @@ from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.processing.images import ImageProcessor, load_processor
 from internvl_jax.processing.tokenizer import Tokenizer, load_tokenizer
 from internvl_jax.quantize import scheme_of
-from internvl_jax.training import costs, resizing
 from internvl_jax.training.context import TrainContext, TrainSettings
 from internvl_jax.training.mesh_placement import MeshPlacement
 from internvl_jax.training.recipes import Recipe
+from internvl_jax.training.runs import costs, resizing
 from internvl_jax.training.saving import MODEL, RUN, STEPS, RunError, is_existing_run
 from internvl_jax.training.trainer import PROFILED, run_facts
 from internvl_jax.utils import files

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 
 from internvl_jax.inference.bench import chip_of
-from internvl_jax.training import costs
 from internvl_jax.training.mesh_placement import MeshPlacement
-from internvl_jax.training.prepare import Run
+from internvl_jax.training.runs import costs
+from internvl_jax.training.runs.prepare import Run
 from internvl_jax.training.saving import MODEL
 from internvl_jax.training.state import ADAPTERS
 from internvl_jax.training.trainer import Outcome

@@ -10,13 +10,13 @@ from typing import Any
 from internvl_jax.inference.loading import enable_compilation_cache
 from internvl_jax.models.layers import Params
 from internvl_jax.parallel import distributed
-from internvl_jax.training import costs, resizing
 from internvl_jax.training.heldout import HeldOutAnswer, HeldOutData, HeldOutEvaluation, pick_questions
 from internvl_jax.training.initialization import read_params
-from internvl_jax.training.model_output import write_model
-from internvl_jax.training.prepare import Progress, Run
+from internvl_jax.training.runs import costs, resizing
+from internvl_jax.training.runs.model_output import write_model
+from internvl_jax.training.runs.prepare import Progress, Run
+from internvl_jax.training.runs.summary import peak_flops
 from internvl_jax.training.saving import MODEL, make_run_directory
-from internvl_jax.training.summary import peak_flops
 from internvl_jax.training.trainer import Outcome, TrainHooks, train
 from internvl_jax.utils import files, logs
 

@@ -1,0 +1,1 @@
+"""A run of `internvl-jax train`: prepared, trained, reported, its model written."""
