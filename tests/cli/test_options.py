@@ -112,7 +112,7 @@ def test_help_of_a_recipe_shows_its_numbers(capsys):
         out = " ".join(capsys.readouterr().out.split())
         expected = {
             "stage2": "rows per optimizer step, over all devices (default: 128)",
-            "lora": "rank; sets alpha to twice as much (default: 16)",
+            "lora": "rank of the adapters; sets alpha to twice the rank (default: 16)",
             None: "peak learning rate (default: the recipe's)",
         }[recipe]
         assert expected in out, numbers

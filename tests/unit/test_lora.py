@@ -332,7 +332,7 @@ def test_recipes_are_consistent():
         assert not (frozen_tower and recipe.drop_path), name
     with pytest.raises(ValueError, match="recipe 'stage3' is not known: stage1, stage2"):
         recipes.recipe_of("stage3")
-    with pytest.raises(LoraError, match="train a tower itself or its adapters"):
+    with pytest.raises(LoraError, match="language_model: train a part itself or its adapters, not both"):
         dataclasses.replace(recipes.LORA, train=("language_model",))
     with pytest.raises(ValueError, match="trains nothing"):
         dataclasses.replace(recipes.LORA, lora={})

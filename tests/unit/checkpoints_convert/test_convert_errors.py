@@ -432,7 +432,7 @@ def test_names_that_tensorstore_misreads(name, tmp_path):
         with pytest.raises(checkpoint.CheckpointError, match="rename the directory"):
             checkpoint.save(place, {"mlp1": {"norm": {"scale": np.ones(4)}}})
         with pytest.raises(checkpoint.CheckpointError, match="rename the directory"):
-            saving.is_there(place, {})
+            saving.is_existing_run(place, {})
     assert not os.listdir(tmp_path)
     shutil.copytree(VIT_BIN, tmp_path / name)
     if not name.isprintable():  # torch cannot either
