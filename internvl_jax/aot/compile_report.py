@@ -10,6 +10,7 @@ Figures are per chip. A TPU7x chip is two JAX devices; its figures are those of 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,10 +18,14 @@ import jax
 from internvl_jax.aot.compiled_program import (
     compile_program,
     format_memory,
+    format_schedule,
     format_work,
+    ideal_seconds,
     roofline_seconds,
+    write_hlo,
 )
 from internvl_jax.aot.programs import PROGRAMS, InferenceProgram
+from internvl_jax.aot.schedule import Schedule
 from internvl_jax.aot.topology import GIB
 from internvl_jax.aot.workload import Workload
 from internvl_jax.parallel import mesh as mesh_lib
@@ -53,6 +58,8 @@ class CompileReport:
         collectives: Per kind: kind, count_per_layer, bytes_per_layer, count and bytes (of the results).
         roofline_seconds: Lower bounds by compute, hbm and network; empty where the program does not fit.
         bound_by: The largest of these.
+        ideal_seconds: Time that the program needs at least.
+        schedule: Time of the schedule (`schedule.Schedule`); None where the program does not fit.
         throughput_bound: Upper bound on the throughput of the whole slice: value and unit.
         compile_seconds: Time that compilation took.
         advice: What would fit, where the program does not.
@@ -78,6 +85,8 @@ class CompileReport:
     collectives: list[dict[str, Any]]
     roofline_seconds: dict[str, float]
     bound_by: str | None
+    ideal_seconds: float
+    schedule: Schedule | None
     throughput_bound: dict[str, Any]
     compile_seconds: float
     advice: tuple[str, ...] = ()
@@ -88,18 +97,19 @@ class CompileReport:
         return asdict(self)
 
 
-def make_report(workload: Workload, program: str) -> CompileReport:
+def make_report(workload: Workload, program: str, dump_hlo: Path | None = None) -> CompileReport:
     """Compile a program and analyze it.
 
     Args:
         workload: Model, mesh and input shapes.
         program: Key of `PROGRAMS`, or "generate" for all of them.
+        dump_hlo: Directory for the optimized HLO, PROGRAM.txt.
 
     Raises:
         ValueError: The program is unknown, or needs a part that the model does not have.
     """
     if program == GENERATE:
-        return combine_reports(workload, {name: make_report(workload, name) for name in PROGRAMS})
+        return combine_reports(workload, {name: make_report(workload, name, dump_hlo) for name in PROGRAMS})
     if program not in PROGRAMS:
         raise ValueError(f"there is no program {program!r}; there are {', '.join((*PROGRAMS, GENERATE))}")
     spec = PROGRAMS[program]
@@ -110,11 +120,14 @@ def make_report(workload: Workload, program: str) -> CompileReport:
     with jax.set_mesh(workload.mesh):
         lowered = spec.lower(workload)
         compiled = compile_program(workload.topology, workload.mesh, lowered, spec.num_layers(workload.config))
+    if dump_hlo is not None:
+        write_hlo(compiled, dump_hlo, program)
     memory = compiled.memory | {"parameters": workload.param_bytes(spec.parts)}
     traffic = _least_traffic(workload, spec, memory) if compiled.fits else 0
     roofline = roofline_seconds(compiled, chip, traffic)
     bound_by = max(roofline, key=lambda name: roofline[name]) if compiled.fits else None
     items = spec.items_per_call(workload)
+    ideal_flops = spec.ideal_flops(workload) / workload.topology.chips
     report = CompileReport(
         topology=workload.topology.name,
         chips=workload.topology.chips,
@@ -131,10 +144,12 @@ def make_report(workload: Workload, program: str) -> CompileReport:
         hbm_capacity_bytes=chip.hbm_bytes,
         fits=compiled.fits,
         flops_per_chip=compiled.flops,
-        ideal_flops_per_chip=spec.ideal_flops(workload) / workload.topology.chips,
+        ideal_flops_per_chip=ideal_flops,
         collectives=compiled.collectives,
         roofline_seconds=roofline,
         bound_by=bound_by,
+        ideal_seconds=ideal_seconds(ideal_flops, roofline, chip) if compiled.fits else 0.0,
+        schedule=compiled.schedule,
         throughput_bound={"value": items / roofline[bound_by] if bound_by else None, "unit": spec.unit},
         compile_seconds=compiled.compile_seconds,
     )
@@ -216,6 +231,7 @@ def format_report(report: CompileReport) -> list[str]:
         lines.append(
             f"  roofline ms  {times}: bound by {report.bound_by}, at most {bound['value']:,.4g} {bound['unit']}"
         )
+        lines += format_schedule(report.schedule, report.ideal_seconds)
     lines.append(f"  compiled in  {report.compile_seconds:.1f} s")
     for part in report.parts:
         lines += ["", *format_report(part)]

@@ -6,14 +6,17 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from internvl_jax.aot import hlo
+from internvl_jax.aot import hlo, schedule
+from internvl_jax.aot.schedule import Schedule
 from internvl_jax.aot.topology import DIE_TO_DIE, GIB, Chip, Topology
+from internvl_jax.utils import files
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class CompiledStats:
         collectives: Per kind: kind, count_per_layer, bytes_per_layer, count and bytes (of the results).
         network_seconds: Lower bound on the time of all collectives.
         compile_seconds: Time that compilation took.
+        schedule: Time of the program's schedule.
+        hlo_text: The optimized, scheduled HLO.
     """
 
     memory: dict[str, int]
@@ -34,6 +39,8 @@ class CompiledStats:
     collectives: list[dict[str, Any]]
     network_seconds: float | None
     compile_seconds: float
+    schedule: Schedule | None = None
+    hlo_text: str = ""
 
     @property
     def fits(self) -> bool:
@@ -74,6 +81,13 @@ def compile_program(topology: Topology, mesh: Mesh, lowered: jax.stages.Lowered,
         "peak": stats.peak_memory_in_bytes,
     }
     module = hlo.parse(text)
+    chip = topology.chip
+    rates = schedule.Rates(
+        flops=chip.bf16_flops / devices,
+        hbm_bandwidth=chip.hbm_bandwidth / devices,
+        wire=lambda collective: network_seconds(topology, mesh, collective),
+    )
+    time_of_schedule = schedule.walk(module, rates, num_layers)
     collectives = hlo.collectives(module)
     return CompiledStats(
         memory={name: devices * size for name, size in memory.items()},
@@ -81,7 +95,16 @@ def compile_program(topology: Topology, mesh: Mesh, lowered: jax.stages.Lowered,
         collectives=_by_kind(collectives, num_layers),
         network_seconds=sum(network_seconds(topology, mesh, one) for one in collectives),
         compile_seconds=seconds,
+        schedule=replace(time_of_schedule, hbm_bytes=devices * time_of_schedule.hbm_bytes),
+        hlo_text=text,
     )
+
+
+def write_hlo(compiled: CompiledStats, directory: Path, program: str) -> None:
+    """Write the optimized HLO of a program to `directory`/`program`.txt. Nothing where the program does not fit."""
+    if compiled.hlo_text:
+        directory.mkdir(parents=True, exist_ok=True)
+        files.write_text(directory / f"{program}.txt", compiled.hlo_text)
 
 
 def roofline_seconds(compiled: CompiledStats, chip: Chip, hbm_traffic: int) -> dict[str, float]:
@@ -187,6 +210,36 @@ def format_memory(memory: Mapping[str, int], capacity: int, fits: bool, advice: 
         f"  fits         {'yes' if fits else 'NO'}: {used}",
         *(f"               {line}" for line in advice),
         *([f"  HBM          {sizes} GiB"] if sizes else []),
+    ]
+
+
+def ideal_seconds(ideal_flops: float, roofline: Mapping[str, float], chip: Chip) -> float:
+    """Return the time that a program needs at least: its ideal FLOPs at the chip's peak, or its HBM traffic.
+
+    Args:
+        ideal_flops: FLOPs per chip that the computation needs.
+        roofline: Lower bounds of `roofline_seconds`.
+        chip: TPU generation.
+    """
+    return max(ideal_flops / chip.bf16_flops, roofline["hbm"])
+
+
+def format_schedule(timed: Schedule | None, ideal: float) -> list[str]:
+    """Return the report lines about the schedule: its time beside the ideal, what is exposed, what takes longest.
+
+    Args:
+        timed: The schedule; None where the program does not fit.
+        ideal: Seconds that the program needs at least.
+    """
+    if timed is None:
+        return []
+    longest = ", ".join(f"{1e3 * cost.seconds:.3g} {cost.name}" for cost in timed.costliest[:3])
+    exposed = f"{1e3 * timed.exposed_network_seconds:.3g} of {1e3 * timed.network_seconds:.3g}"
+    return [
+        f"  schedule ms  {1e3 * timed.seconds:.4g}, {timed.seconds / ideal:.2f} x the ideal {1e3 * ideal:.4g}; network "
+        f"exposed {exposed}, copies {1e3 * timed.exposed_copy_seconds:.3g}; HBM {timed.hbm_bytes / GIB:.3g} GiB",
+        f"               {timed.instructions_per_layer:.0f} instructions and {timed.copies_per_layer:.0f} copies per "
+        f"layer; longest: {longest}",
     ]
 
 

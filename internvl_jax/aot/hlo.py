@@ -27,7 +27,7 @@ _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]((?:\{[^{}]*\})?)")
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of one array. `on_chip` is True for arrays in VMEM, memory space S(1), instead of HBM."""
+    """Shape of one array. `on_chip` is True for arrays in VMEM or SMEM, memory spaces S(1) and S(6), instead of HBM."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -127,7 +127,7 @@ def parse(text: str) -> HloModule:
         elif current is not None and (match := _INSTRUCTION.match(line)):
             operands, attributes = _split_operands(match[5])
             shapes = tuple(
-                Shape(dtype, tuple(int(d) for d in dims.split(",") if d), "S(1)" in layout)
+                Shape(dtype, tuple(int(d) for d in dims.split(",") if d), "S(1)" in layout or "S(6)" in layout)
                 for dtype, dims, layout in _SHAPE.findall(match[3])
             )
             names = tuple(re.findall(r"%([\w.$-]+)", operands)) or (operands.strip(),)
@@ -238,13 +238,20 @@ def collectives(module: HloModule) -> list[Collective]:
             if channel and (channel[1], one.loop) in seen:
                 continue
             seen.add((channel and channel[1], one.loop))
-        shapes = one.instruction.shapes
-        if one.instruction.opcode in ("all-gather-start", "collective-permute-start"):
-            shapes = shapes[1:2]  # (operand, result, context)
-        size = sum(shape.bytes for shape in shapes)
-        group = replica_group(one.instruction.attributes)
-        found.append(Collective(kind, size, one.count, one.loop, one.trip_count, group))
+        found.append(collective(one.instruction, one.count, one.loop, one.trip_count))
     return found
+
+
+def collective(
+    instruction: Instruction, count: int = 1, loop: str | None = None, trip_count: int | None = None
+) -> Collective:
+    """Return the collective that an instruction is or starts. Arguments as the attributes of `Collective`."""
+    shapes = instruction.shapes
+    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+        shapes = shapes[1:2]  # (operand, result, context)
+    size = sum(shape.bytes for shape in shapes)
+    kind = instruction.opcode.removesuffix("-start")
+    return Collective(kind, size, count, loop, trip_count, replica_group(instruction.attributes))
 
 
 def replica_group(attributes: str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,10 +21,14 @@ from internvl_jax.aot.compiled_program import (
     compile_program,
     format_gib,
     format_memory,
+    format_schedule,
     format_work,
+    ideal_seconds,
     mesh_name,
     roofline_seconds,
+    write_hlo,
 )
+from internvl_jax.aot.schedule import Schedule
 from internvl_jax.aot.topology import GIB, Topology, parse_topology
 from internvl_jax.aot.workload import mesh_over, read_config
 from internvl_jax.config import ChatConfig
@@ -145,6 +150,8 @@ class TrainReport:
         ideal_flops_per_chip: FLOPs that the step needs.
         collectives: Per kind: kind, count_per_layer, bytes_per_layer, count and bytes (of the results).
         roofline_seconds: Lower bounds by compute, hbm and network; empty where the step does not fit.
+        ideal_seconds: Time that the step needs at least.
+        schedule: Time of the schedule (`schedule.Schedule`); None where the step does not fit.
         compile_seconds: Time that compilation took.
     """
 
@@ -166,6 +173,8 @@ class TrainReport:
     ideal_flops_per_chip: float
     collectives: list[dict[str, Any]]
     roofline_seconds: dict[str, float]
+    ideal_seconds: float
+    schedule: Schedule | None
     compile_seconds: float
 
     @property
@@ -265,15 +274,24 @@ def _abstract_batch(workload: TrainWorkload) -> Batch:
     )
 
 
-def make_train_report(workload: TrainWorkload) -> TrainReport:
-    """Compile the training step and analyze it."""
+def make_train_report(workload: TrainWorkload, dump_hlo: Path | None = None) -> TrainReport:
+    """Compile the training step and analyze it.
+
+    Args:
+        workload: The step.
+        dump_hlo: Directory for the optimized HLO, train.txt.
+    """
     chip, mesh, request = workload.topology.chip, workload.mesh, workload.request
     step = make_step(workload.context)
     num_layers = workload.config.required_text.num_hidden_layers
     with jax.set_mesh(mesh):
         compiled = compile_program(workload.topology, mesh, step.lower(*abstract_arguments(workload)), num_layers)
+    if dump_hlo is not None:
+        write_hlo(compiled, dump_hlo, "train")
     memory = compiled.memory
     traffic = memory["arguments"] + memory["outputs"] if compiled.fits else 0  # the state is read and written
+    roofline = roofline_seconds(compiled, chip, traffic)
+    ideal_flops = workload.ideal_flops / workload.topology.chips
     return TrainReport(
         topology=workload.topology.name,
         chips=workload.topology.chips,
@@ -290,9 +308,11 @@ def make_train_report(workload: TrainWorkload) -> TrainReport:
         hbm_capacity_bytes=chip.hbm_bytes,
         fits=compiled.fits,
         flops_per_chip=compiled.flops,
-        ideal_flops_per_chip=workload.ideal_flops / workload.topology.chips,
+        ideal_flops_per_chip=ideal_flops,
         collectives=compiled.collectives,
-        roofline_seconds=roofline_seconds(compiled, chip, traffic),
+        roofline_seconds=roofline,
+        ideal_seconds=ideal_seconds(ideal_flops, roofline, chip) if compiled.fits else 0.0,
+        schedule=compiled.schedule,
         compile_seconds=compiled.compile_seconds,
     )
 
@@ -313,6 +333,7 @@ def format_train_report(report: TrainReport) -> list[str]:
         times = ", ".join(f"{name} {1e3 * seconds:.4g}" for name, seconds in report.roofline_seconds.items())
         tokens = report.batch * report.length / report.step_seconds
         lines.append(f"  roofline ms  {times}: at most {tokens:,.0f} tokens/s")
+        lines += format_schedule(report.schedule, report.ideal_seconds)
     return [*lines, f"  compiled in  {report.compile_seconds:.1f} s"]
 
 

@@ -25,9 +25,9 @@ def add_parser(commands: options.Commands) -> None:
     """Add `compile-report` to the commands."""
     parser = commands.add_parser(
         "compile-report",
-        help="compile for a TPU slice, without a TPU: memory, FLOPs, collectives, rooflines",
+        help="compile for a TPU slice, without a TPU: memory, FLOPs, collectives, time of the schedule",
         description="Compiles the programs for a named TPU slice with the TPU compiler, which needs no TPU, and prints "
-        "memory, FLOPs, collectives and rooflines per chip. Needs the extra 'tpu'.",
+        "memory, FLOPs, collectives, rooflines and the time of the schedule per chip. Needs the extra 'tpu'.",
         epilog="examples:\n"
         "  internvl-jax compile-report --topology v5e-8 --program decode --batch-size 8\n"
         "  internvl-jax compile-report --topology v6e:2x2 --mesh tensor=4 --batch-size 16 --json\n"
@@ -74,6 +74,12 @@ def add_parser(commands: options.Commands) -> None:
     )
     parser.add_argument("--plan", action="store_true", help="choose mesh and batch; for training, remat and dtype")
     parser.add_argument("--table", action="store_true", help="plan for several slices and print Markdown (slow)")
+    parser.add_argument(
+        "--dump-hlo",
+        type=options.path,
+        metavar="DIR",
+        help="directory for the optimized HLO of each program, PROGRAM.txt (default: none)",
+    )
     options.add_json(parser)
     parser.set_defaults(run=_run)
 
@@ -88,6 +94,8 @@ def _run(args: argparse.Namespace) -> int:
         args.parser.error("--plan and --table choose the mesh: leave --mesh out, or both of them")
     if training and (args.plan or args.table) and options.given(args, CHOSEN_BY_PLAN):
         args.parser.error("--plan and --table choose --batch-size, --remat and --param-dtype: leave them out")
+    if args.dump_hlo and (args.plan or args.table):
+        args.parser.error("--dump-hlo belongs to one report: leave out --plan and --table")
     if not args.table and not args.topology:
         args.parser.error("name the slice: --topology v5e-8 for example")
     return in_background(lambda: (_train if training else _inference)(args), "compiling")
@@ -116,7 +124,7 @@ def _inference(args: argparse.Namespace) -> int:
     elif args.plan:
         _show(planner.plan_mesh(request, log=err.print), args.json, planner.format_plan)
     else:
-        report = compile_report.make_report(make_workload(request), args.program)
+        report = compile_report.make_report(make_workload(request), args.program, args.dump_hlo)
         _show(report, args.json, compile_report.format_report)
     return 0
 
@@ -134,7 +142,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.plan:
         report = train_report.plan_training(request, log=err.print)
     else:
-        report = train_report.make_train_report(train_report.make_train_workload(request))
+        report = train_report.make_train_report(train_report.make_train_workload(request), args.dump_hlo)
     if report is None:
         print("nothing fits: choose a larger slice, shorter rows or adapters (--recipe lora)")
         return 0
