@@ -85,7 +85,7 @@ def compile_program(topology: Topology, mesh: Mesh, lowered: jax.stages.Lowered,
     rates = schedule.Rates(
         flops=chip.bf16_flops / devices,
         hbm_bandwidth=chip.hbm_bandwidth / devices,
-        wire=lambda collective: network_seconds(topology, mesh, collective),
+        wire=lambda collective: network_seconds(topology, mesh, collective, alone=True),
     )
     time_of_schedule = schedule.walk(module, rates, num_layers)
     collectives = hlo.collectives(module)
@@ -168,10 +168,16 @@ def _by_kind(collectives: list[hlo.Collective], num_layers: int) -> list[dict[st
     return summary
 
 
-def network_seconds(topology: Topology, mesh: Mesh, collective: hlo.Collective) -> float:
+def network_seconds(topology: Topology, mesh: Mesh, collective: hlo.Collective, *, alone: bool = False) -> float:
     """Return a lower bound on the time of a collective: bytes that a chip sends over the bandwidth of its links.
 
     The formulas are those of bandwidth-optimal rings, without latency.
+
+    Args:
+        topology: Slice.
+        mesh: Mesh over its devices.
+        collective: The collective.
+        alone: Whether nothing else runs in the network: a permute then has one link, in one direction, of all.
     """
     devices = list(mesh.devices.flat)
     group = [devices[index] for index in collective.group] if collective.group else devices
@@ -189,6 +195,8 @@ def network_seconds(topology: Topology, mesh: Mesh, collective: hlo.Collective) 
         "collective-permute": 1,
     }[collective.kind] * collective.bytes
     links = DIE_TO_DIE if on_one_chip else topology.links(coords)
+    if alone and collective.kind == "collective-permute" and not on_one_chip:
+        links = 1
     return collective.count * sent / (links * chip.link_bandwidth)
 
 

@@ -26,6 +26,8 @@ from internvl_jax.aot.hlo import HloModule, Instruction
 # Opcodes that move nothing: they name, group or reinterpret arrays.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "add-dependency")
 SLICES = ("dynamic-slice", "slice", "gather")
+# XLA splits a collective over fusions: one that starts it, some that compute beside it, one that waits for it.
+ASYNC_START, ASYNC_STEP, ASYNC_DONE = "async-collective-start", "async_collective_fusion", "async-collective-done"
 NUM_COSTLIEST = 10  # instructions that a schedule names
 
 Wire = Callable[[hlo.Collective], float]  # seconds that a collective takes on the wire, count not included
@@ -73,7 +75,7 @@ class Schedule:
         seconds: Time of the schedule.
         compute_seconds: Time that the matrix products alone take.
         hbm_bytes: Bytes between HBM and the chip.
-        network_seconds: Time of all collectives on the wire.
+        network_seconds: Times of all collectives on the wire, added up, also of permutes that run at once.
         exposed_network_seconds: Of these, the time in which nothing else runs.
         exposed_copy_seconds: Time of waiting for asynchronous copies.
         instructions_per_layer: Instructions on arrays that run once or more per layer.
@@ -167,11 +169,12 @@ class _Walker:
             called = self._called(line)
             if called is not None:
                 clock.run_computation(called)
-            elif line.opcode.endswith("-done") or line.name.startswith("async-collective-done"):
+            elif line.opcode.endswith("-done") or line.name.startswith(ASYNC_DONE):
                 clock.finish(line, computation.start_of(line))
             elif (collective := computation.collective(line)) is not None:
                 seconds = self._rates.wire(collective)
-                clock.communicate(line, seconds, _directions(line), is_async=_is_start(line))
+                start = computation.start_of(line) if _is_start(line) else None
+                clock.communicate(line, seconds, _directions(line), start)
             elif _is_start(line):
                 clock.copy(line, computation.copied_bytes(line))
             elif not computation.is_free(line):
@@ -225,15 +228,15 @@ class _Clock:
         self._move_copies(max(called.seconds - called.hbm_bytes / self.hbm_bandwidth, 0.0))
         self.time += called
 
-    def communicate(self, line: Instruction, seconds: float, directions: tuple[int, ...], is_async: bool) -> None:
-        """Start a collective in these directions of the network, and wait for it if it is synchronous."""
+    def communicate(self, line: Instruction, seconds: float, directions: tuple[int, ...], start: str | None) -> None:
+        """Run a collective in these directions of the network: to its end, or from `start` on if it has that name."""
         end = max(self.time.seconds, *(self.network_free[direction] for direction in directions)) + seconds
         self.network_free.update(dict.fromkeys(directions, end))
         self.time += _Time(network_seconds=seconds)
-        if is_async:
-            self.arrivals[line.name] = end
-        else:
+        if start is None:
             self._wait(line, end)
+        else:
+            self.arrivals[start] = end
 
     def copy(self, line: Instruction, traffic: int) -> None:
         """Start an asynchronous copy."""
@@ -275,22 +278,23 @@ def _cost(line: Instruction, seconds: float) -> Cost:
 
 
 def _is_start(line: Instruction) -> bool:
-    return line.opcode.endswith("-start") or line.name.startswith("async-collective-start")
+    return line.opcode.endswith("-start") or line.name.startswith(ASYNC_START)
 
 
 def _directions(line: Instruction) -> tuple[int, ...]:
     """The directions of the network that a collective uses: both, or of a permute along a ring one."""
-    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line.attributes)
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line.attributes)
     if not line.opcode.startswith("collective-permute") or pairs is None:
         return (1, -1)
-    return (1,) if int(pairs[2]) > int(pairs[1]) else (-1,)
+    steps = [int(target) - int(source) for source, target in re.findall(r"(\d+),(\d+)", pairs[1])]
+    return (1,) if sum(step > 0 for step in steps) >= len(steps) / 2 else (-1,)  # one pair of a ring goes around
 
 
 class _Computation:
     """The instructions of one computation: what each reads, writes, computes and communicates."""
 
     def __init__(self, module: HloModule, name: str):
-        self._module = module
+        self._module, self.name = module, name
         self.lines = module.computations.get(name, ())
         self._by_name = {line.name: line for line in self.lines}
 
@@ -323,11 +327,10 @@ class _Computation:
 
     def collective(self, line: Instruction) -> hlo.Collective | None:
         """The collective that an instruction is, starts, or fuses; None for other instructions."""
-        kind = line.opcode.removesuffix("-start")
-        if kind in hlo.COLLECTIVES:
+        if line.opcode.removesuffix("-start") in hlo.COLLECTIVES:
             return hlo.collective(line)
         fused = self._fused(line)
-        if fused is None:
+        if fused is None or fused.name.startswith(ASYNC_STEP):
             return None
         inner = next((found for part in fused.lines if (found := fused.collective(part))), None)
         if inner is not None and inner.kind == "all-reduce" and any(x.opcode == "dynamic-slice" for x in fused.lines):
@@ -335,7 +338,13 @@ class _Computation:
         return inner
 
     def start_of(self, line: Instruction) -> str:
-        """The name of the instruction that started what a done waits for."""
+        """The name of what an instruction starts or waits for: a channel, or the instruction that started it."""
+        fused = self._fused(line)
+        for part in fused.lines if fused is not None else ():
+            if channel := re.search(r"channel_id=\d+", part.attributes):
+                return channel[0]
+        if _is_start(line):
+            return line.name
         name = line.operands[0]
         while (before := self._by_name.get(name)) is not None and before.opcode in ("get-tuple-element", "bitcast"):
             name = before.operands[0]
@@ -372,8 +381,9 @@ class _Computation:
         return result + sum(map(_in_hbm, operands))
 
     def _operand_shapes(self, line: Instruction) -> list[hlo.Shape]:
+        nothing = hlo.Shape("pred", (0,))  # of a token
         lines = (self._by_name.get(name) for name in line.operands)
-        return [operand.shapes[0] for operand in lines if operand is not None and operand.shapes]
+        return [operand.shapes[0] if operand is not None and operand.shapes else nothing for operand in lines]
 
     def _traffic_as_fusion(self, operands: list[hlo.Shape]) -> int:
         """Bytes of HBM traffic of a fusion of these instructions."""
@@ -391,6 +401,8 @@ class _Computation:
         for user in self.lines:
             if line.name not in user.operands:
                 continue
+            if user.opcode in hlo.COLLECTIVES:
+                continue  # a step of a collective, whose time is the network's
             if user.opcode in ("bitcast", "get-tuple-element"):
                 total += self._bytes_read(user)
             elif user.opcode in SLICES and user.operands[0] == line.name:
@@ -419,7 +431,7 @@ class _Computation:
             source = self._by_name[source.operands[0]]
         if source.opcode == "dynamic-update-slice":
             return self._by_name[source.operands[1]].shapes[0].bytes
-        return 0 if line.opcode == "parameter" else sum(map(_in_hbm, line.shapes))
+        return 0 if line.opcode in ("parameter", "custom-call", *hlo.COLLECTIVES) else sum(map(_in_hbm, line.shapes))
 
 
 def _in_hbm(shape: hlo.Shape) -> int:

@@ -87,6 +87,17 @@ def test_decode_figures(generated):
     assert done.bound_by == "hbm"
     assert done.throughput_bound == {"value": pytest.approx(2 / (read / 819e9)), "unit": "tokens/s"}
 
+    timed = done.schedule
+    assert done.ideal_seconds == done.roofline_seconds["hbm"]
+    assert timed.compute_seconds == pytest.approx(done.roofline_seconds["compute"])
+    assert timed.network_seconds == pytest.approx(done.roofline_seconds["network"])
+    assert timed.exposed_network_seconds == pytest.approx(timed.network_seconds)
+    assert timed.hbm_bytes > read  # so small a cache is moved into VMEM and back besides
+    assert done.ideal_seconds < timed.seconds < timed.hbm_bytes / 819e9 + timed.network_seconds + 1e-6
+    assert 10 < timed.instructions_per_layer < 40
+    assert timed.estimated_cycles > 0
+    assert timed.costliest[0].seconds >= timed.costliest[-1].seconds > 0
+
 
 def test_prefill_and_encode_figures(generated):
     _, _, parts = generated
@@ -333,7 +344,7 @@ def test_plan_where_nothing_fits(compile_report):
         planner.rank_candidates(replace(full, topology="v5e-256", batch=8))
 
 
-def test_command(compile_report, small, capsys):
+def test_command(compile_report, small, capsys, tmp_path):
     arguments = [
         "compile-report",
         "--preset",
@@ -345,8 +356,11 @@ def test_command(compile_report, small, capsys):
         "--batch-size",
         "2",
     ]
-    assert main([*arguments, "--max-seq-length", "1024", "--program", "decode", "--json"]) == 0
+    dump = ["--dump-hlo", str(tmp_path / "hlo")]
+    assert main([*arguments, "--max-seq-length", "1024", "--program", "decode", "--json", *dump]) == 0
     printed = json.loads(capsys.readouterr().out)
+    assert (tmp_path / "hlo" / "decode.txt").read_text().startswith("HloModule")
+    assert set(printed["schedule"]["costliest"][0]) == {"name", "op_name", "seconds", "count", "is_copy"}
     assert printed["program"] == "decode"
     assert printed["fits"]
     assert set(printed["hbm_bytes"]) >= {"arguments", "outputs", "temporaries", "aliased", "peak"}

@@ -95,7 +95,7 @@ def test_permutes_in_both_directions_of_a_ring_run_at_once():
 %c = f32[100] collective-permute-done(%a)
 ROOT %d = f32[100] collective-permute-done(%b)"""
 
-    assert walk(entry("{{1,0},{2,1},{0,2}}")).seconds == 40
+    assert walk(entry("{{0,2},{1,0},{2,1}}")).seconds == 40
     assert walk(entry("{{0,1},{1,2},{2,0}}")).seconds == 80
 
 
@@ -172,3 +172,37 @@ def test_a_reduction_that_is_sliced_at_once_is_a_reduce_scatter():
     )
     schedule.walk(module, schedule.Rates(1, 1, lambda one: seen.append((one.kind, one.bytes)) or 1.0))
     assert seen == [("reduce-scatter", 200)]
+
+
+def test_a_collective_that_is_split_over_fusions():
+    """Started by one, beside the product of the next, awaited by a third: they share a channel."""
+    before = """%start (x: f32[100]) -> f32[200] {
+  %x = f32[100] parameter(0)
+  %g = f32[200] all-gather(%x), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+  ROOT %c = f32[200] custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+%async_collective_fusion.1 (g: f32[200], w: f32[1,100], v: f32[100,100]) -> (f32[200], f32[1,100]) {
+  %g = f32[200] parameter(0)
+  %w = f32[1,100]{1,0:S(1)} parameter(1)
+  %v = f32[100,100]{1,0:S(1)} parameter(2)
+  %step = f32[200] all-gather(%g), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+  %y = f32[1,100]{1,0:S(1)} dot(%w, %v), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (f32[200], f32[1,100]{1,0:S(1)}) tuple(%step, %y)
+}
+%done (g: f32[200]) -> f32[200] {
+  %g = f32[200] parameter(0)
+  %e = f32[200] all-gather(%g), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+  ROOT %c = f32[200] custom-call(%e), custom_call_target="AsyncCollectiveDone"
+}
+"""
+    entry = """%x = f32[100] parameter(0)
+%w = f32[1,100]{1,0:S(1)} parameter(1)
+%v = f32[100,100]{1,0:S(1)} parameter(2)
+%async-collective-start.1 = f32[200] fusion(%x), kind=kCustom, calls=%start
+%s = f32[200] bitcast(%async-collective-start.1)
+%f = (f32[200], f32[1,100]{1,0:S(1)}) fusion(%s, %w, %v), kind=kOutput, calls=%async_collective_fusion.1
+%g = f32[200] get-tuple-element(%f), index=0
+ROOT %async-collective-done.1 = f32[200] fusion(%g), kind=kCustom, calls=%done"""
+    found = walk(entry, before)
+    assert (found.compute_seconds, found.network_seconds) == (20, 80)
+    assert (found.exposed_network_seconds, found.seconds, found.hbm_bytes) == (60, 80, 0)

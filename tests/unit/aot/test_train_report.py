@@ -15,6 +15,7 @@ pytest.importorskip("libtpu")
 
 from internvl_jax.aot import train_report
 from internvl_jax.aot.compiled_program import bytes_per_device, mesh_name
+from internvl_jax.aot.schedule import Schedule
 from internvl_jax.aot.train_report import TrainReport, TrainRequest, make_train_workload
 
 
@@ -94,7 +95,9 @@ def by_arithmetic(work):
         flops_per_chip=flops if fits else None,
         ideal_flops_per_chip=flops,
         collectives=[{"bytes": 2**30}],
-        roofline_seconds=dict.fromkeys(("compute", "hbm", "network"), 2.0 if fits else None),
+        roofline_seconds=dict.fromkeys(("compute", "hbm", "network"), 2.0) if fits else {},
+        ideal_seconds=1.5 if fits else 0.0,
+        schedule=Schedule(seconds=3.0) if fits else None,
         compile_seconds=0.0,
     )
 
