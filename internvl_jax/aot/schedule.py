@@ -68,8 +68,8 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The time of a program and what it is made of, per device.
+class Totals:
+    """What the instructions of a program, or of a computation, add up to on one device.
 
     Attributes:
         seconds: Time of the schedule.
@@ -78,10 +78,7 @@ class Schedule:
         network_seconds: Times of all collectives on the wire, added up, also of permutes that run at once.
         exposed_network_seconds: Of these, the time in which nothing else runs.
         exposed_copy_seconds: Time of waiting for asynchronous copies.
-        instructions_per_layer: Instructions on arrays that run once or more per layer.
-        copies_per_layer: Asynchronous copies and slices among the layers.
         estimated_cycles: XLA's own estimates added up; 0 where the HLO has none.
-        costliest: The instructions that take the most time.
     """
 
     seconds: float = 0.0
@@ -90,9 +87,21 @@ class Schedule:
     network_seconds: float = 0.0
     exposed_network_seconds: float = 0.0
     exposed_copy_seconds: float = 0.0
+    estimated_cycles: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule(Totals):
+    """The time of a program, what it is made of, and where it goes.
+
+    Attributes:
+        instructions_per_layer: Instructions on arrays that run once or more per layer.
+        copies_per_layer: Asynchronous copies and slices among the layers.
+        costliest: The instructions that take the most time.
+    """
+
     instructions_per_layer: float = 0.0
     copies_per_layer: float = 0.0
-    estimated_cycles: int = 0
     costliest: tuple[Cost, ...] = ()
 
     @property
@@ -114,30 +123,17 @@ def walk(module: HloModule, rates: Rates, num_layers: int = 1) -> Schedule:
     copies = sum(cost.count for cost in layers if cost.is_copy)
     costliest = sorted(time.costs, key=lambda cost: -cost.seconds)[:NUM_COSTLIEST]
     return Schedule(
-        seconds=time.seconds,
-        compute_seconds=time.compute_seconds,
-        hbm_bytes=time.hbm_bytes,
-        network_seconds=time.network_seconds,
-        exposed_network_seconds=time.exposed_network_seconds,
-        exposed_copy_seconds=time.exposed_copy_seconds,
+        **{part.name: getattr(time, part.name) for part in fields(Totals)},
         instructions_per_layer=(sum(cost.count for cost in layers) - copies) / num_layers,
         copies_per_layer=copies / num_layers,
-        estimated_cycles=time.estimated_cycles,
         costliest=tuple(cost for cost in costliest if cost.seconds > 0),
     )
 
 
 @dataclass(frozen=True)
-class _Time:
-    """The time of a computation; as `Schedule`, with the costs of all instructions."""
+class _Time(Totals):
+    """The totals of a computation, with the costs of all its instructions."""
 
-    seconds: float = 0.0
-    compute_seconds: float = 0.0
-    hbm_bytes: int = 0
-    network_seconds: float = 0.0
-    exposed_network_seconds: float = 0.0
-    exposed_copy_seconds: float = 0.0
-    estimated_cycles: int = 0
     costs: tuple[Cost, ...] = ()
 
     def __add__(self, other: _Time) -> _Time:
@@ -145,7 +141,7 @@ class _Time:
 
     def times(self, count: int) -> _Time:
         """The time of so many repetitions."""
-        numbers = {part.name: getattr(self, part.name) * count for part in fields(self) if part.name != "costs"}
+        numbers = {part.name: getattr(self, part.name) * count for part in fields(Totals)}
         costs = (replace(cost, seconds=cost.seconds * count, count=cost.count * count) for cost in self.costs)
         return replace(self, **numbers, costs=tuple(costs))
 
