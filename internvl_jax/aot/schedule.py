@@ -104,11 +104,6 @@ class Schedule(Totals):
     copies_per_layer: float = 0.0
     costliest: tuple[Cost, ...] = ()
 
-    @property
-    def hidden_network_seconds(self) -> float:
-        """Time of collectives beside which other instructions run."""
-        return self.network_seconds - self.exposed_network_seconds
-
 
 def walk(module: HloModule, rates: Rates, num_layers: int = 1) -> Schedule:
     """Return the schedule of a program.
