@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from internvl_jax.aot.compiled_program import (
+    beside_ideal,
     compile_program,
     format_memory,
     format_schedule,
@@ -128,6 +129,7 @@ def make_report(workload: Workload, program: str, dump_hlo: Path | None = None) 
     bound_by = max(roofline, key=lambda name: roofline[name]) if compiled.fits else None
     items = spec.items_per_call(workload)
     ideal_flops = spec.ideal_flops(workload) / workload.topology.chips
+    ideal = ideal_seconds(ideal_flops, roofline, chip) if compiled.fits else 0.0
     report = CompileReport(
         topology=workload.topology.name,
         chips=workload.topology.chips,
@@ -148,8 +150,8 @@ def make_report(workload: Workload, program: str, dump_hlo: Path | None = None) 
         collectives=compiled.collectives,
         roofline_seconds=roofline,
         bound_by=bound_by,
-        ideal_seconds=ideal_seconds(ideal_flops, roofline, chip) if compiled.fits else 0.0,
-        schedule=compiled.schedule,
+        ideal_seconds=ideal,
+        schedule=beside_ideal(compiled.schedule, ideal),
         throughput_bound={"value": items / roofline[bound_by] if bound_by else None, "unit": spec.unit},
         compile_seconds=compiled.compile_seconds,
     )
@@ -231,7 +233,8 @@ def format_report(report: CompileReport) -> list[str]:
         lines.append(
             f"  roofline ms  {times}: bound by {report.bound_by}, at most {bound['value']:,.4g} {bound['unit']}"
         )
-        lines += format_schedule(report.schedule, report.ideal_seconds)
+        if not report.parts:  # which have their own
+            lines += format_schedule(report.schedule, report.ideal_seconds)
     lines.append(f"  compiled in  {report.compile_seconds:.1f} s")
     for part in report.parts:
         lines += ["", *format_report(part)]

@@ -14,8 +14,9 @@ import jax
 from jax.sharding import Mesh
 
 from internvl_jax.aot import hlo, schedule
+from internvl_jax.aot.network import Network
 from internvl_jax.aot.schedule import Schedule
-from internvl_jax.aot.topology import DIE_TO_DIE, GIB, Chip, Topology
+from internvl_jax.aot.topology import GIB, Chip, Topology
 from internvl_jax.utils import files
 
 
@@ -80,22 +81,22 @@ def compile_program(topology: Topology, mesh: Mesh, lowered: jax.stages.Lowered,
         "aliased": stats.alias_size_in_bytes,
         "peak": stats.peak_memory_in_bytes,
     }
-    module = hlo.parse(text)
-    chip = topology.chip
+    module, chip, network = hlo.parse(text), topology.chip, Network(topology, mesh)
     rates = schedule.Rates(
         flops=chip.bf16_flops / devices,
         hbm_bandwidth=chip.hbm_bandwidth / devices,
-        wire=lambda collective: network_seconds(topology, mesh, collective, alone=True),
+        wire=network.transfer,
     )
-    time_of_schedule = schedule.walk(module, rates, num_layers)
+    timed = schedule.walk(module, rates, num_layers)
+    estimated = timed.estimated_cycles / chip.clock_rate if chip.clock_rate and timed.estimated_cycles else None
     collectives = hlo.collectives(module)
     return CompiledStats(
         memory={name: devices * size for name, size in memory.items()},
         flops=devices * hlo.flops(module),
         collectives=_by_kind(collectives, num_layers),
-        network_seconds=sum(network_seconds(topology, mesh, one) for one in collectives),
+        network_seconds=sum(map(network.lower_bound, collectives)),
         compile_seconds=seconds,
-        schedule=replace(time_of_schedule, hbm_bytes=devices * time_of_schedule.hbm_bytes),
+        schedule=replace(timed, hbm_bytes=devices * timed.hbm_bytes, estimated_seconds=estimated),
         hlo_text=text,
     )
 
@@ -168,38 +169,6 @@ def _by_kind(collectives: list[hlo.Collective], num_layers: int) -> list[dict[st
     return summary
 
 
-def network_seconds(topology: Topology, mesh: Mesh, collective: hlo.Collective, *, alone: bool = False) -> float:
-    """Return a lower bound on the time of a collective: bytes that a chip sends over the bandwidth of its links.
-
-    The formulas are those of bandwidth-optimal rings, without latency.
-
-    Args:
-        topology: Slice.
-        mesh: Mesh over its devices.
-        collective: The collective.
-        alone: Whether nothing else runs in the network: a permute then has one link, in one direction, of all.
-    """
-    devices = list(mesh.devices.flat)
-    group = [devices[index] for index in collective.group] if collective.group else devices
-    coords = {tuple(device.coords) for device in group}
-    num_chips, chip = len(coords), topology.chip
-    on_one_chip = num_chips == 1
-    size = len(group) if on_one_chip else num_chips
-    if size == 1:
-        return 0.0
-    sent = {
-        "all-reduce": 2 * (size - 1) / size,
-        "all-gather": (size - 1) / size,
-        "reduce-scatter": size - 1,
-        "all-to-all": (size - 1) / size,
-        "collective-permute": 1,
-    }[collective.kind] * collective.bytes
-    links = DIE_TO_DIE if on_one_chip else topology.links(coords)
-    if alone and collective.kind == "collective-permute" and not on_one_chip:
-        links = 1
-    return collective.count * sent / (links * chip.link_bandwidth)
-
-
 def mesh_name(mesh: Mesh) -> str:
     """Return a mesh as the option --mesh takes it, for example "data=2,tensor=4"."""
     return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "tensor=1"
@@ -232,6 +201,11 @@ def ideal_seconds(ideal_flops: float, roofline: Mapping[str, float], chip: Chip)
     return max(ideal_flops / chip.bf16_flops, roofline["hbm"])
 
 
+def beside_ideal(timed: Schedule | None, ideal: float) -> Schedule | None:
+    """Return a schedule with its ratio to the ideal seconds; None where the program does not fit."""
+    return None if timed is None else replace(timed, ratio_to_ideal=timed.seconds / ideal)
+
+
 def format_schedule(timed: Schedule | None, ideal: float) -> list[str]:
     """Return the report lines about the schedule: its time beside the ideal, what is exposed, what takes longest.
 
@@ -241,14 +215,34 @@ def format_schedule(timed: Schedule | None, ideal: float) -> list[str]:
     """
     if timed is None:
         return []
-    longest = ", ".join(f"{1e3 * cost.seconds:.3g} {cost.name}" for cost in timed.costliest[:3])
-    exposed = f"{1e3 * timed.exposed_network_seconds:.3g} of {1e3 * timed.network_seconds:.3g}"
-    return [
-        f"  schedule ms  {1e3 * timed.seconds:.4g}, {timed.seconds / ideal:.2f} x the ideal {1e3 * ideal:.4g}; network "
-        f"exposed {exposed}, copies {1e3 * timed.exposed_copy_seconds:.3g}; HBM {timed.hbm_bytes / GIB:.3g} GiB",
-        f"               {timed.instructions_per_layer:.0f} instructions and {timed.copies_per_layer:.0f} copies per "
-        f"layer; longest: {longest}",
+    exposed, hidden, latency = (
+        f"{1e3 * seconds:.3g}"
+        for seconds in (timed.exposed_network_seconds, timed.hidden_network_seconds, timed.exposed_latency_seconds)
+    )
+    lines = [
+        f"  schedule ms  {1e3 * timed.seconds:.4g}, {timed.seconds / ideal:.2f} x the ideal {1e3 * ideal:.4g}; HBM "
+        f"{timed.hbm_bytes / GIB:.3g} GiB",
+        f"               network {exposed} exposed ({latency} of it latency), {hidden} hidden; copies "
+        f"{1e3 * timed.exposed_copy_seconds:.3g} exposed",
+        f"               {timed.instructions_per_layer:.0f} instructions and {timed.copies_per_layer:.0f} asynchronous "
+        "copies per layer",
     ]
+    if timed.estimated_cycles:
+        estimated = "" if timed.estimated_seconds is None else f", {1e3 * timed.estimated_seconds:.4g} ms"
+        lines.append(
+            f"               XLA estimates {timed.estimated_cycles:,} cycles{estimated} without kernels and collectives"
+        )
+    return lines + [
+        f"  {'costliest ms' if index == 0 else '':<13}{1e3 * cost.seconds:<8.3g}{cost.count} x {cost.name}: "
+        f"{_short_op_name(cost.op_name)}"
+        for index, cost in enumerate(timed.costliest)
+    ]
+
+
+def _short_op_name(op_name: str) -> str:
+    """The last parts of an operation's name, without the loops around it."""
+    parts = [part for part in op_name.split("/") if part not in ("while", "body", "closed_call", "checkpoint")]
+    return "/".join(parts[-4:]) or "no name"
 
 
 def format_work(flops: float | None, ideal: float, collectives: list[dict[str, Any]]) -> list[str]:

@@ -98,6 +98,7 @@ class Collective:
         loop: Name of the innermost while loop around it, or None.
         trip_count: Trip count of that loop, or None where it is not known.
         group: Indices into the mesh of the first group of devices that take part; () for all devices.
+        pairs: Of a permute, the pairs of indices of source and target.
     """
 
     kind: str
@@ -106,6 +107,7 @@ class Collective:
     loop: str | None
     trip_count: int | None
     group: tuple[int, ...]
+    pairs: tuple[tuple[int, int], ...] = ()
 
 
 def parse(text: str) -> HloModule:
@@ -247,11 +249,19 @@ def collective(
 ) -> Collective:
     """Return the collective that an instruction is or starts. Arguments as the attributes of `Collective`."""
     shapes = instruction.shapes
-    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
-        shapes = shapes[1:2]  # (operand, result, context)
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
+        operands = len(instruction.operands)
+        shapes = shapes[operands : 2 * operands]  # (operands, results, context)
     size = sum(shape.bytes for shape in shapes)
     kind = instruction.opcode.removesuffix("-start")
-    return Collective(kind, size, count, loop, trip_count, replica_group(instruction.attributes))
+    group, pairs = replica_group(instruction.attributes), permuted_pairs(instruction.attributes)
+    return Collective(kind, size, count, loop, trip_count, group, pairs)
+
+
+def permuted_pairs(attributes: str) -> tuple[tuple[int, int], ...]:
+    """Return the pairs of source and target of a permute; () for any other collective."""
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
+    return tuple((int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs[1])) if pairs else ()
 
 
 def replica_group(attributes: str) -> tuple[int, ...]:
@@ -259,10 +269,9 @@ def replica_group(attributes: str) -> tuple[int, ...]:
 
     XLA writes groups as lists {{0,1},{2,3}}, as iotas [2,4]<=[4,2]T(1,0), as mesh axes, or as the pairs of a permute.
     """
-    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
+    pairs = permuted_pairs(attributes)
     if pairs:
-        links = [(int(source), int(target)) for source, target in re.findall(r"(\d+),(\d+)", pairs[1])]
-        following, group = dict(links), [links[0][0]]
+        following, group = dict(pairs), [pairs[0][0]]
         while (after := following.get(group[-1])) is not None and after not in group:
             group.append(after)
         return tuple(group)
@@ -297,11 +306,6 @@ def flops(module: HloModule) -> int:
     )
 
 
-# Number of matrix products of each splash attention kernel: scores and weighted sum; scores, dp and dq; scores, dp, dk
-# and dv (and dq in the fused backward kernel).
-_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
-
-
 def kernel_flops(instruction: Instruction) -> int:
     """Return the FLOPs of one Pallas kernel; 0 for any other instruction.
 
@@ -311,35 +315,105 @@ def kernel_flops(instruction: Instruction) -> int:
     Raises:
         ValueError: Another kernel has no cost_estimate.
     """
-    if instruction.opcode != "custom-call" or '"tpu_custom_call"' not in instruction.attributes:
+    if not is_kernel(instruction):
         return 0
     stated = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.attributes)
-    if stated:
-        return int(stated[1])
+    return int(stated[1]) if stated else splash_call(instruction).flops
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    """Whether an instruction is a Pallas kernel."""
+    return instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.attributes
+
+
+# Number of matrix products of each splash attention kernel: scores and weighted sum; scores, dp and dq; scores, dp, dk
+# and dv (and dq in the fused backward kernel).
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+@dataclass(frozen=True)
+class SplashCall:
+    """One call of a splash attention kernel.
+
+    The grid goes over heads, over blocks of queries and over blocks of keys; "dkv" goes over keys before queries.
+
+    Attributes:
+        kind: "fwd", "dq" or "dkv".
+        products: Number of matrix products per block.
+        operands: Dtype and dimensions of every operand.
+        first: Index of the first float operand, the queries. Keys and values follow.
+        rows: Queries per block.
+        columns: Keys per block.
+        visited: Number of blocks of one head that the mask does not skip.
+    """
+
+    kind: str
+    products: int
+    operands: tuple[Shape, ...]
+    first: int
+    rows: int
+    columns: int
+    visited: int
+
+    @property
+    def _heads(self) -> int:
+        return math.prod(self.operands[self.first].dims[:-2])  # of all batch rows
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the visited blocks."""
+        head_dim = self.operands[self.first].dims[-1]
+        return 2 * self.products * self._heads * head_dim * self.visited * self.rows * self.columns
+
+    def times_read(self, index: int) -> float:
+        """Return how often an operand is read from HBM, in multiples of its size.
+
+        What belongs to the inner blocks of the grid is read in every block that is visited, the rest once. Several
+        heads of queries read the same keys, and every head the same segment ids.
+        """
+        shape = self.operands[index]
+        if index < self.first or len(shape.dims) < 2:
+            return 1.0
+        queries, keys = (self.operands[self.first + offset].dims[-2] for offset in (0, 1))
+        if shape.dtype == "s32":  # segment ids and positions: [8,T] of the inner blocks, [T,128] of the outer ones
+            is_inner = shape.dims[-2] == 8
+        else:
+            is_inner = (index - self.first in (1, 2)) != (self.kind == "dkv")
+        blocks = -(-keys // self.columns) if is_inner != (self.kind == "dkv") else -(-queries // self.rows)
+        if blocks == 1:
+            return 1.0
+        return self._heads / math.prod(shape.dims[:-2]) * (self.visited / blocks if is_inner else 1.0)
+
+
+def splash_call(instruction: Instruction) -> SplashCall:
+    """Return what a splash attention kernel works on.
+
+    Raises:
+        ValueError: It is another kernel.
+    """
     kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.name)
     if not kind:
         raise ValueError(f"the kernel {instruction.name} has no cost_estimate: pass one to pallas_call")
     settings = {name: int(size) for name, size in re.findall(r"(block_\w+)\W+(\d+)", instruction.attributes)}
     suffix = "" if kind[1] == "fwd" else f"_{kind[1]}"
+    rows, columns = settings[f"block_q{suffix}"], settings[f"block_kv{suffix}"]
     fused = kind[1] == "dkv" and re.search(r"use_fused_bwd_kernel\W+true", instruction.attributes)
-    products = _SPLASH_PRODUCTS[kind[1]] + bool(fused)
     constraints = _attribute(instruction, r"operand_layout_constraints=\{(.*?)\}\}")[1]
     shapes = re.findall(r"(\w+)\[([\d,]+)\]", constraints)
-    operands = [(dtype, [int(size) for size in dims.split(",")]) for dtype, dims in shapes]
-    queries, keys = [dims for dtype, dims in operands if dtype in ("bf16", "f32")][:2]
-    length, slots, heads = queries[-2], keys[-2], math.prod(queries[:-2])
-    rows, columns = settings[f"block_q{suffix}"], settings[f"block_kv{suffix}"]
+    operands = tuple(Shape(dtype, tuple(int(size) for size in dims.split(","))) for dtype, dims in shapes)
+    first = next(index for index, shape in enumerate(operands) if shape.dtype in ("bf16", "f32"))
+    length, slots = (operands[first + offset].dims[-2] for offset in (0, 1))
     # A causal mask is computed in the kernel from the query positions, one more integer operand; blocks above the
     # diagonal are skipped.
-    first = next(index for index, (dtype, _) in enumerate(operands) if dtype in ("bf16", "f32"))
-    integers = sum(dtype == "s32" for dtype, _ in operands[first:])
+    integers = sum(shape.dtype == "s32" for shape in operands[first:])
     causal = integers > (2 if "segmented" in instruction.name else 0)
-    blocks = sum(
+    visited = sum(
         not causal or column * columns < (row + 1) * rows
         for row in range(-(-length // rows))
         for column in range(-(-slots // columns))
     )
-    return 2 * products * heads * queries[-1] * blocks * rows * columns
+    products = _SPLASH_PRODUCTS[kind[1]] + bool(fused)
+    return SplashCall(kind[1], products, operands, first, rows, columns, visited)
 
 
 def _attribute(instruction: Instruction, pattern: str) -> re.Match[str]:

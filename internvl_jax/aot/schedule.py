@@ -4,13 +4,14 @@ A roofline lets everything overlap. Here instructions run one after the other, a
 the chip's peak and its bytes at HBM bandwidth:
 
 * Arrays in VMEM or SMEM cost no HBM traffic. A fusion reads what it slices and writes what it updates.
-* A synchronous collective takes its time on the wire, and everything else waits.
+* A synchronous collective takes its time on the wire, and everything else waits. The network is one resource, but
+  permutes that use other links, such as the two directions of a ring, run at the same time.
 * An asynchronous collective, copy or slice runs beside the instructions between its start and its done. Only what is
   left at the done is exposed. Copies have the HBM bandwidth that the instructions beside them leave.
-* Permutes in the two directions of a ring run at the same time.
 * The body of a loop counts once per trip; where the trip count is not known (the decode loop), once.
 
-Left out are fixed costs of small instructions, latency, contention and scalar work, so a real program takes longer.
+Left out are fixed costs of small instructions, work of the vector unit, contention and scalar work, so a real program
+takes longer. XLA's own estimates of cycles, which have the first two, are added up beside it.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ from functools import cached_property
 
 from internvl_jax.aot import hlo
 from internvl_jax.aot.hlo import HloModule, Instruction
+from internvl_jax.aot.network import Transfer
+from internvl_jax.aot.topology import Link
 
 # Opcodes that move nothing: they name, group or reinterpret arrays.
-FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "add-dependency")
+NAMES = ("get-tuple-element", "bitcast", "async-update")
+FREE = (*NAMES, "parameter", "constant", "tuple", "after-all", "opt-barrier", "add-dependency")
 SLICES = ("dynamic-slice", "slice", "gather")
 # XLA splits a collective over fusions: one that starts it, some that compute beside it, one that waits for it.
 ASYNC_START, ASYNC_STEP, ASYNC_DONE = "async-collective-start", "async_collective_fusion", "async-collective-done"
 NUM_COSTLIEST = 10  # instructions that a schedule names
 
-Wire = Callable[[hlo.Collective], float]  # seconds that a collective takes on the wire, count not included
+Wire = Callable[[hlo.Collective], Transfer]  # one execution of a collective
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Rates:
     Attributes:
         flops: FLOPs per second of the matrix unit.
         hbm_bandwidth: Bytes per second.
-        wire: Seconds of one execution of a collective.
+        wire: The time of one execution of a collective, and the links that it uses.
     """
 
     flops: float
@@ -76,7 +80,9 @@ class Totals:
         compute_seconds: Time that the matrix products alone take.
         hbm_bytes: Bytes between HBM and the chip.
         network_seconds: Times of all collectives on the wire, added up, also of permutes that run at once.
-        exposed_network_seconds: Of these, the time in which nothing else runs.
+        exposed_network_seconds: Time in which a collective runs and nothing else does.
+        hidden_network_seconds: Time in which a collective and other instructions run.
+        exposed_latency_seconds: The part of the exposed time that is latency.
         exposed_copy_seconds: Time of waiting for asynchronous copies.
         estimated_cycles: XLA's own estimates added up; 0 where the HLO has none.
     """
@@ -86,6 +92,8 @@ class Totals:
     hbm_bytes: int = 0
     network_seconds: float = 0.0
     exposed_network_seconds: float = 0.0
+    hidden_network_seconds: float = 0.0
+    exposed_latency_seconds: float = 0.0
     exposed_copy_seconds: float = 0.0
     estimated_cycles: int = 0
 
@@ -98,11 +106,15 @@ class Schedule(Totals):
         instructions_per_layer: Instructions on arrays that run once or more per layer.
         copies_per_layer: Asynchronous copies and slices among the layers.
         costliest: The instructions that take the most time.
+        estimated_seconds: XLA's estimated cycles at the chip's clock rate; None where one of them is not known.
+        ratio_to_ideal: `seconds` over the time that the program needs at least; None where that is not known.
     """
 
     instructions_per_layer: float = 0.0
     copies_per_layer: float = 0.0
     costliest: tuple[Cost, ...] = ()
+    estimated_seconds: float | None = None
+    ratio_to_ideal: float | None = None
 
 
 def walk(module: HloModule, rates: Rates, num_layers: int = 1) -> Schedule:
@@ -163,9 +175,8 @@ class _Walker:
             elif line.opcode.endswith("-done") or line.name.startswith(ASYNC_DONE):
                 clock.finish(line, computation.start_of(line))
             elif (collective := computation.collective(line)) is not None:
-                seconds = self._rates.wire(collective)
                 start = computation.start_of(line) if _is_start(line) else None
-                clock.communicate(line, seconds, _directions(line), start)
+                clock.communicate(line, self._rates.wire(collective), start)
             elif _is_start(line):
                 clock.copy(line, computation.copied_bytes(line))
             elif not computation.is_free(line):
@@ -190,15 +201,19 @@ class _Clock:
         hbm_bandwidth: Bytes per second.
         time: What has passed.
         pending_copies: Bytes that are still to move, by the name of an asynchronous copy, oldest first.
-        arrivals: When an asynchronous collective is complete, by its name.
-        network_free: When each direction of the network is free.
+        arrivals: When an asynchronous collective is complete, and how much of its time is latency, by its name.
+        link_free: When each link is free of permutes.
+        network_free: When the whole network is free of other collectives.
+        network_busy: Until when anything is in the network.
     """
 
     hbm_bandwidth: float
     time: _Time = field(default_factory=_Time)
     pending_copies: dict[str, float] = field(default_factory=dict)
-    arrivals: dict[str, float] = field(default_factory=dict)
-    network_free: dict[int, float] = field(default_factory=lambda: {1: 0.0, -1: 0.0})
+    arrivals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    link_free: dict[Link, float] = field(default_factory=dict)
+    network_free: float = 0.0
+    network_busy: float = 0.0
 
     def run(self, line: Instruction, compute: float, traffic: int) -> None:
         """Run an instruction of so many seconds of compute and bytes of traffic."""
@@ -219,15 +234,23 @@ class _Clock:
         self._move_copies(max(called.seconds - called.hbm_bytes / self.hbm_bandwidth, 0.0))
         self.time += called
 
-    def communicate(self, line: Instruction, seconds: float, directions: tuple[int, ...], start: str | None) -> None:
-        """Run a collective in these directions of the network: to its end, or from `start` on if it has that name."""
-        end = max(self.time.seconds, *(self.network_free[direction] for direction in directions)) + seconds
-        self.network_free.update(dict.fromkeys(directions, end))
-        self.time += _Time(network_seconds=seconds)
-        if start is None:
-            self._wait(line, end)
+    def communicate(self, line: Instruction, transfer: Transfer, start: str | None) -> None:
+        """Run a collective: to its end, or from `start` on if it has that name."""
+        shared = [self.link_free.get(link, 0.0) for link in transfer.links] or self.link_free.values()
+        begin = max(self.time.seconds, self.network_free, *shared)
+        end = begin + transfer.seconds
+        if transfer.links:
+            self.link_free.update(dict.fromkeys(transfer.links, end))
         else:
-            self.arrivals[start] = end
+            self.network_free = end
+        # What of this is exposed is subtracted when it is awaited.
+        hidden = max(end - max(begin, self.network_busy), 0.0)
+        self.network_busy = max(end, self.network_busy)
+        self.time += _Time(network_seconds=transfer.seconds, hidden_network_seconds=hidden)
+        if start is None:
+            self._wait(line, end, transfer.latency_seconds)
+        else:
+            self.arrivals[start] = (end, transfer.latency_seconds)
 
     def copy(self, line: Instruction, traffic: int) -> None:
         """Start an asynchronous copy."""
@@ -237,7 +260,7 @@ class _Clock:
     def finish(self, line: Instruction, start: str) -> None:
         """Wait for what the instruction `start` has started."""
         if start in self.arrivals:
-            self._wait(line, self.arrivals.pop(start))
+            self._wait(line, *self.arrivals.pop(start))
         elif start in self.pending_copies:
             # Copies are moved in the order of their starts, so those before this one are complete then too.
             names = list(self.pending_copies)
@@ -249,10 +272,16 @@ class _Clock:
             cost = replace(_cost(line, seconds), is_copy=True)
             self.time += _Time(seconds=seconds, exposed_copy_seconds=seconds, costs=(cost,))
 
-    def _wait(self, line: Instruction, end: float) -> None:
+    def _wait(self, line: Instruction, end: float, latency: float) -> None:
         exposed = max(end - self.time.seconds, 0.0)
         self._move_copies(exposed)
-        self.time += _Time(seconds=exposed, exposed_network_seconds=exposed, costs=(_cost(line, exposed),))
+        self.time += _Time(
+            seconds=exposed,
+            exposed_network_seconds=exposed,
+            hidden_network_seconds=-exposed,
+            exposed_latency_seconds=min(exposed, latency),
+            costs=(_cost(line, exposed),),
+        )
 
     def _move_copies(self, seconds: float) -> None:
         """Move pending copies while HBM has nothing else to do."""
@@ -270,15 +299,6 @@ def _cost(line: Instruction, seconds: float) -> Cost:
 
 def _is_start(line: Instruction) -> bool:
     return line.opcode.endswith("-start") or line.name.startswith(ASYNC_START)
-
-
-def _directions(line: Instruction) -> tuple[int, ...]:
-    """The directions of the network that a collective uses: both, or of a permute along a ring one."""
-    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line.attributes)
-    if not line.opcode.startswith("collective-permute") or pairs is None:
-        return (1, -1)
-    steps = [int(target) - int(source) for source, target in re.findall(r"(\d+),(\d+)", pairs[1])]
-    return (1,) if sum(step > 0 for step in steps) >= len(steps) / 2 else (-1,)  # one pair of a ring goes around
 
 
 class _Computation:
@@ -301,7 +321,7 @@ class _Computation:
     def is_free(self, line: Instruction) -> bool:
         """Whether an instruction moves no array: bitcasts, scalars, a custom call that names a buffer."""
         if line.opcode == "custom-call":
-            return '"tpu_custom_call"' not in line.attributes
+            return not hlo.is_kernel(line)
         fused = self._fused(line)
         if fused is not None:
             return all(inner.opcode in FREE for inner in fused.lines)
@@ -330,14 +350,14 @@ class _Computation:
 
     def start_of(self, line: Instruction) -> str:
         """The name of what an instruction starts or waits for: a channel, or the instruction that started it."""
-        fused = self._fused(line)
+        fused = self._fused(line) if line.opcode == "fusion" else None
         for part in fused.lines if fused is not None else ():
             if channel := re.search(r"channel_id=\d+", part.attributes):
                 return channel[0]
         if _is_start(line):
             return line.name
         name = line.operands[0]
-        while (before := self._by_name.get(name)) is not None and before.opcode in ("get-tuple-element", "bitcast"):
+        while (before := self._by_name.get(name)) is not None and before.opcode in NAMES:
             name = before.operands[0]
         return name
 
@@ -348,10 +368,12 @@ class _Computation:
         fused = self._fused(line)
         if fused is not None:
             return fused._traffic_as_fusion(self._operand_shapes(line))
-        destination, source = line.shapes[0], line.shapes[1]
-        if line.opcode == "slice-start":  # ((operand), result, context)
-            destination, source = line.shapes[1], replace(line.shapes[1], on_chip=line.shapes[0].on_chip)
-        return _in_hbm(destination) + _in_hbm(source)
+        if line.opcode == "copy-start":  # (result, operand, context)
+            return _in_hbm(line.shapes[0]) + _in_hbm(line.shapes[1])
+        moved = line.shapes[len(line.operands)]  # ((operands), result, context)
+        if line.opcode == "dynamic-update-slice-start":
+            return _in_hbm(line.shapes[1]) + _in_hbm(replace(line.shapes[1], on_chip=moved.on_chip))
+        return _in_hbm(moved) + _in_hbm(replace(moved, on_chip=line.shapes[0].on_chip))
 
     def traffic(self, line: Instruction) -> int:
         """Bytes of HBM traffic of an instruction that runs by itself."""
@@ -362,7 +384,7 @@ class _Computation:
         result = sum(map(_in_hbm, line.shapes))
         if line.opcode == "custom-call":
             stated = re.search(r'"bytes_accessed":"?(\d+)', line.attributes)
-            return int(stated[1]) if stated else result + sum(map(_in_hbm, operands))
+            return int(stated[1]) if stated else result + _splash_reads(line, operands)
         if line.opcode in SLICES:
             read = result if operands and not operands[0].on_chip else 0
             return result + min(read, _in_hbm(operands[0])) + sum(map(_in_hbm, operands[1:]))
@@ -423,6 +445,12 @@ class _Computation:
         if source.opcode == "dynamic-update-slice":
             return self._by_name[source.operands[1]].shapes[0].bytes
         return 0 if line.opcode in ("parameter", "custom-call", *hlo.COLLECTIVES) else sum(map(_in_hbm, line.shapes))
+
+
+def _splash_reads(line: Instruction, operands: list[hlo.Shape]) -> int:
+    """Bytes of HBM that a splash attention kernel reads."""
+    call = hlo.splash_call(line)
+    return round(sum(call.times_read(index) * _in_hbm(shape) for index, shape in enumerate(operands)))
 
 
 def _in_hbm(shape: hlo.Shape) -> int:

@@ -1,7 +1,9 @@
 """TPU generations: published figures, slice names, and device descriptions for ahead-of-time compilation.
 
 Figures per chip are from Google's pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (August 2026). The usable
-HBM is what libtpu's compiler states when a program does not fit; the rest of the chip's memory is reserved.
+HBM is what libtpu's compiler states when a program does not fit; the rest of the chip's memory is reserved. Clock rates
+are from Jouppi et al., "TPU v4" (2023), and from Austin et al., "How to Scale Your Model" (2025), part 2; that
+of other generations is not published.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 GIB = 2**30
 
@@ -33,6 +35,7 @@ class Chip:
         cores_in_name: Cores per chip that the N of "v5p-N" counts.
         smallest: Chips of the smallest slice.
         chip_config: Compiler configuration; v4 runs both cores of a chip as one device.
+        clock_rate: Cycles per second, or None where it is not published.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Chip:
     cores_in_name: int = 1
     smallest: int = 1
     chip_config: str | None = None
+    clock_rate: float | None = None
 
     @property
     def full_torus(self) -> int:
@@ -59,8 +63,8 @@ CHIPS = {
         # link_bandwidth is the bidirectional ICI bandwidth per chip over links and directions: 2400 Gbps / 6,
         # 400 GB/s / 4, 1200 GB/s / 6, 800 GB/s / 4, 1200 GB/s / 6. v4 has no int8 figure (its page: bf16 or int8, 275),
         # TPU7x none but fp8.
-        Chip("v4", 275e12, 275e12, int(30.75 * GIB), 1228e9, 50e9, 3, 1, 2, 4, "megacore"),
-        Chip("v5e", 197e12, 393e12, int(15.75 * GIB), 819e9, 50e9, 2),
+        Chip("v4", 275e12, 275e12, int(30.75 * GIB), 1228e9, 50e9, 3, 1, 2, 4, "megacore", clock_rate=1.05e9),
+        Chip("v5e", 197e12, 393e12, int(15.75 * GIB), 819e9, 50e9, 2, clock_rate=1.5e9),
         Chip("v5p", 459e12, 918e12, int(95.74 * GIB), 2765e9, 100e9, 3, 1, 2, 4),
         Chip("v6e", 918e12, 1836e12, int(31.25 * GIB), 1638e9, 100e9, 2),
         Chip("tpu7x", 2307e12, 2307e12, int(189.5 * GIB), 7380e9, 100e9, 3, 2, 2, 4),
@@ -68,6 +72,9 @@ CHIPS = {
 }
 # The two dies of a TPU7x chip are linked "six times faster than a 1D ICI link" (its page).
 DIE_TO_DIE = 6
+# A hop over an ICI link takes at least about 1 us, however little is sent (Austin et al., part 3, which measured 8 us
+# for an all-gather of three hops).
+HOP_SECONDS = 1e-6
 
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "trillium": "v6e", "v7x": "tpu7x", "7x": "tpu7x", "ironwood": "tpu7x"}
 _SHAPES = {
@@ -78,6 +85,14 @@ _SHAPES = {
 
 class TopologyError(ValueError):
     """The slice does not exist; the message lists those that do."""
+
+
+class Link(NamedTuple):
+    """One direction of a link: from the chip at `coords` to the next along `dim`, up (1) or down (-1)."""
+
+    coords: tuple[int, ...]
+    dim: int
+    sign: int
 
 
 @dataclass(frozen=True)
@@ -102,25 +117,54 @@ class Topology:
         """Name as Cloud TPU writes it, for example "v5e-8" or, counting cores, "v5p-8" for four chips."""
         return f"{self.chip.name}-{self.chips * self.chip.cores_in_name}"
 
-    def links(self, coords: Iterable[Sequence[int]]) -> int:
+    def links(self, coords: Iterable[Sequence[int]]) -> float:
         """Return the number of links within a group of chips that the chip with the fewest has; 0 for one chip.
 
-        A dimension contributes one link (a chip at its end has no more), or two where it is closed to a ring.
+        A dimension contributes one link (a chip at its end has no more), or two where it is closed to a ring. Chips
+        that lie apart share the links between them with the groups of the chips there, and have a part of each.
+
+        Args:
+            coords: Coordinates of the chips in the slice.
+        """
+        total: float = 0
+        for dim, positions in enumerate(map(set, zip(*coords))):
+            if dim < len(self.shape) and len(positions) > 1:
+                extent = max(positions) - min(positions) + 1
+                gap = (extent - 1) // (len(positions) - 1)
+                ring = self._is_ring(dim) and len(positions) * gap == self.shape[dim]
+                total += (2 if ring else 1) / gap
+        return total
+
+    def hops(self, coords: Iterable[Sequence[int]]) -> int:
+        """Return the number of links between the two chips of a group that are farthest apart.
 
         Args:
             coords: Coordinates of the chips in the slice.
         """
         total = 0
-        for positions, along in zip(zip(*coords), self.shape):
-            extent = max(positions) - min(positions) + 1
-            closed = extent == along and along % self.chip.full_torus == 0 and self._torus
-            total += 0 if extent == 1 else 2 if closed else 1
+        for dim, positions in enumerate(map(set, zip(*coords))):
+            if dim < len(self.shape):  # coordinates always have three
+                extent = max(positions) - min(positions)
+                total += min(extent, self.shape[dim] // 2) if self._is_ring(dim) else extent
         return total
 
-    @property
-    def _torus(self) -> bool:
-        # Three-dimensional slices below one cube of 4x4x4 have no ring at all.
-        return self.chip.dimensions == 2 or all(n % self.chip.full_torus == 0 for n in self.shape)
+    def route(self, source: Sequence[int], target: Sequence[int]) -> list[Link]:
+        """Return the links from one chip to another: along one dimension after the other, each the shorter way."""
+        links, at = [], list(source)
+        for dim, size in enumerate(self.shape):
+            steps = target[dim] - source[dim]
+            if self._is_ring(dim) and 2 * abs(steps) > size:
+                steps -= size if steps > 0 else -size
+            sign = 1 if steps > 0 else -1
+            for _ in range(abs(steps)):
+                links.append(Link(tuple(at), dim, sign))
+                at[dim] = (at[dim] + sign) % size
+        return links
+
+    def _is_ring(self, dim: int) -> bool:
+        """Whether wraparound links close a dimension. Of a 3D slice below a cube of 4x4x4 they close none."""
+        sizes = self.shape if self.chip.dimensions == 3 else self.shape[dim : dim + 1]
+        return all(size % self.chip.full_torus == 0 for size in sizes)
 
     def devices(self) -> list[Any]:
         """Return descriptions of the slice's devices, for which XLA compiles; `coords` has their coordinates.

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from internvl_jax.aot.compiled_program import (
+    beside_ideal,
     compile_program,
     format_gib,
     format_memory,
@@ -292,6 +293,7 @@ def make_train_report(workload: TrainWorkload, dump_hlo: Path | None = None) -> 
     traffic = memory["arguments"] + memory["outputs"] if compiled.fits else 0  # the state is read and written
     roofline = roofline_seconds(compiled, chip, traffic)
     ideal_flops = workload.ideal_flops / workload.topology.chips
+    ideal = ideal_seconds(ideal_flops, roofline, chip) if compiled.fits else 0.0
     return TrainReport(
         topology=workload.topology.name,
         chips=workload.topology.chips,
@@ -311,8 +313,8 @@ def make_train_report(workload: TrainWorkload, dump_hlo: Path | None = None) -> 
         ideal_flops_per_chip=ideal_flops,
         collectives=compiled.collectives,
         roofline_seconds=roofline,
-        ideal_seconds=ideal_seconds(ideal_flops, roofline, chip) if compiled.fits else 0.0,
-        schedule=compiled.schedule,
+        ideal_seconds=ideal,
+        schedule=beside_ideal(compiled.schedule, ideal),
         compile_seconds=compiled.compile_seconds,
     )
 

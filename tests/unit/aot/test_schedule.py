@@ -3,9 +3,18 @@
 import pytest
 
 from internvl_jax.aot import hlo, schedule
+from internvl_jax.aot.network import Transfer
+from internvl_jax.aot.topology import Link
 
-# One device: 1000 FLOPs and 100 bytes a second; a collective takes a second per 10 bytes of its result.
-RATES = schedule.Rates(flops=1000.0, hbm_bandwidth=100.0, wire=lambda collective: collective.bytes / 10)
+
+def wire(collective, latency=0.0):
+    """A second per 10 bytes of the result; devices lie on one line, and permutes use the links between neighbors."""
+    links = frozenset(Link((source,), 0, (target > source) * 2 - 1) for source, target in collective.pairs)
+    return Transfer(collective.bytes / 10 + latency, latency, links)
+
+
+# One device: 1000 FLOPs and 100 bytes a second.
+RATES = schedule.Rates(flops=1000.0, hbm_bandwidth=100.0, wire=wire)
 ADD = """%add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
   %b = f32[] parameter(1)
@@ -14,9 +23,9 @@ ADD = """%add (a: f32[], b: f32[]) -> f32[] {
 """
 
 
-def walk(entry, before="", num_layers=1):
+def walk(entry, before="", num_layers=1, rates=RATES):
     lines = "\n".join(f"  {line}" for line in entry.strip().splitlines())
-    return schedule.walk(hlo.parse(f"{before}\nENTRY %main (x: f32[]) -> f32[] {{\n{lines}\n}}\n"), RATES, num_layers)
+    return schedule.walk(hlo.parse(f"{before}\nENTRY %main (x: f32[]) -> f32[] {{\n{lines}\n}}\n"), rates, num_layers)
 
 
 def test_an_instruction_takes_the_longer_of_compute_and_memory():
@@ -72,6 +81,10 @@ def test_a_synchronous_collective_is_exposed():
     entry = "%x = f32[100] parameter(0)\nROOT %r = f32[100] all-reduce(%x), replica_groups={{0,1}}, to_apply=%add"
     found = walk(entry, ADD)
     assert (found.seconds, found.network_seconds, found.exposed_network_seconds) == (40, 40, 40)
+    assert (found.hidden_network_seconds, found.exposed_latency_seconds) == (0, 0)
+    late = schedule.Rates(1000.0, 100.0, lambda collective: wire(collective, latency=2.0))
+    found = walk(entry, ADD, rates=late)
+    assert (found.seconds, found.exposed_network_seconds, found.exposed_latency_seconds) == (42, 42, 2)
 
 
 @pytest.mark.parametrize(("beside", "exposed"), [(1, 28), (3, 4), (4, 0)])
@@ -82,20 +95,49 @@ def test_an_asynchronous_collective_runs_beside_what_follows(beside, exposed):
     entry += "ROOT %d = f32[100] collective-permute-done(%s)"
     found = walk(entry)
     assert (found.network_seconds, found.exposed_network_seconds) == (40, exposed)
+    assert found.hidden_network_seconds == 40 - exposed
     assert found.seconds == 12 * beside + exposed
     assert found.costliest[0].seconds == max(12, exposed)
+    late = schedule.Rates(1000.0, 100.0, lambda collective: wire(collective, latency=10.0))
+    assert walk(entry, rates=late).exposed_latency_seconds == min(10, 50 - 12 * beside)
 
 
-def test_permutes_in_both_directions_of_a_ring_run_at_once():
+@pytest.mark.parametrize("channel", ["", ", channel_id=3"])
+def test_an_asynchronous_computation_is_what_it_does(channel):
+    """async-start names what runs beside the rest, async-update passes it on, async-done waits for it."""
+    before = f"""{ADD}%sums (x: f32[100]) -> f32[100] {{
+  %x = f32[100] parameter(0)
+  ROOT %r = f32[100] all-reduce(%x), replica_groups={{{{0,1}}}}, to_apply=%add{channel}
+}}
+"""
+    entry = "%x = f32[100] parameter(0)\n%s = ((f32[100]), f32[100], s32[]) async-start(%x), calls=%sums\n"
+    entry += "%u = ((f32[100]), f32[100], s32[]) async-update(%s)\n" + ADD_100.format("y")
+    entry += "ROOT %d = f32[100] async-done(%u)"
+    found = walk(entry, before)
+    assert (found.seconds, found.exposed_network_seconds, found.hidden_network_seconds) == (40, 28, 12)
+
+
+def test_of_an_asynchronous_gather_the_results_count():
+    """40 s of the two results, whose operands are half as large."""
+    entry = """%x = f32[25] parameter(0)
+%s = ((f32[25], f32[25]), (f32[50], f32[50])) all-gather-start(%x, %x), replica_groups={{0,1}}, dimensions={0}
+ROOT %d = (f32[50], f32[50]) all-gather-done(%s)"""
+    assert walk(entry).network_seconds == 40
+
+
+def test_permutes_over_different_links_run_at_once():
     def entry(second):
         return f"""%x = f32[100] parameter(0)
-%a = (f32[100], f32[100]) collective-permute-start(%x), source_target_pairs={{{{0,1}},{{1,2}},{{2,0}}}}
+%a = (f32[100], f32[100]) collective-permute-start(%x), source_target_pairs={{{{0,1}},{{1,2}}}}
 %b = (f32[100], f32[100]) collective-permute-start(%x), source_target_pairs={second}
 %c = f32[100] collective-permute-done(%a)
 ROOT %d = f32[100] collective-permute-done(%b)"""
 
-    assert walk(entry("{{0,2},{1,0},{2,1}}")).seconds == 40
-    assert walk(entry("{{0,1},{1,2},{2,0}}")).seconds == 80
+    found = walk(entry("{{1,0},{2,1}}"))  # in the other direction
+    assert (found.seconds, found.network_seconds) == (40, 80)
+    assert walk(entry("{{1,2},{2,3}}")).seconds == 80
+    gather = "%g = f32[200] all-gather(%x), replica_groups={{0,1}}, dimensions={0}\n%c = "
+    assert walk(entry("{{1,0},{2,1}}").replace("%c = ", gather)).seconds == 40 + 80
 
 
 def test_copies_have_the_bandwidth_that_is_left():
@@ -118,6 +160,55 @@ def test_of_a_slice_the_result_counts():
 %s = ((f32[10,100]), f32[1,100]{1,0:S(1)}, s32[]) slice-start(%x), slice={[0:1], [0:100]}
 ROOT %d = f32[1,100]{1,0:S(1)} slice-done(%s)"""
     assert walk(entry).hbm_bytes == 400
+    dynamic = "dynamic-slice-start(%x, %n, %n)"
+    entry = entry.replace("slice-start(%x)", dynamic).replace("((f32[10,100])", "((f32[10,100], s32[], s32[])")
+    assert walk("%n = s32[] parameter(1)\n" + entry).hbm_bytes == 400
+
+
+def test_of_an_update_the_update_counts():
+    entry = """%x = f32[10,100] parameter(0)
+%y = f32[1,100]{1,0:S(1)} parameter(1)
+%n = s32[] parameter(2)
+%s = ((f32[10,100], f32[1,100]{1,0:S(1)}, s32[], s32[]), f32[10,100], s32[]) dynamic-update-slice-start(%x, %y, %n, %n)
+ROOT %d = f32[10,100] dynamic-update-slice-done(%s)"""
+    assert walk(entry).hbm_bytes == 400
+
+
+def test_kernels_read_what_they_say():
+    """Of a stack of four layers one."""
+    entry = """%stack = f32[4,100] parameter(0)
+ROOT %k = f32[100] custom-call(%stack), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config":{"cost_estimate":{"flops":"3000","bytes_accessed":"800"}}}"""
+    found = walk(entry)
+    assert (found.seconds, found.compute_seconds, found.hbm_bytes) == (8, 3, 800)
+
+
+@pytest.mark.parametrize("kind", ["fwd", "dq", "dkv"])
+def test_splash_attention_visits_blocks_that_the_mask_leaves(kind):
+    """2 heads of 1024 tokens in blocks of 512, causal: 3 of 4. What belongs to the inner blocks is read in each."""
+    suffix = "" if kind == "fwd" else f"_{kind}"
+    head = "bf16[2,1024,128]"
+    operands = ["s8[1,2,2]", head, head, head]
+    if kind != "fwd":
+        operands += ["f32[2,8,1024]", head, "f32[2,8,1024]"]
+    operands += ["s32[8,1024]" if kind == "dkv" else "s32[1024,128]"]  # positions of the queries, for the mask
+    names = ", ".join(f"%a{index}" for index in range(len(operands)))
+    lines = [f"%a{index} = {shape} parameter({index})" for index, shape in enumerate(operands)]
+    lines.append(
+        f'ROOT %splash_mha_{kind}.1 = {head} custom-call({names}), custom_call_target="tpu_custom_call", '
+        f"operand_layout_constraints={{{', '.join(f'{shape}{{0}}' for shape in operands)}}}, "
+        f'frontend_attributes={{kernel_metadata={{"block_q{suffix}":512,"block_kv{suffix}":512}}}}'
+    )
+    found = walk("\n".join(lines))
+    products = {"fwd": 2, "dq": 3, "dkv": 4}[kind]
+    assert found.compute_seconds == products * 2 * 2 * 3 * 512 * 512 * 128 / 1000
+    array, sums = 2 * 1024 * 128 * 2, 2 * 8 * 1024 * 4
+    expected = {
+        "fwd": array + 2 * array * 1.5 + 2 * 1024 * 128 * 4,
+        "dq": 2 * array + 2 * array * 1.5 + 2 * sums + 2 * 1024 * 128 * 4,
+        "dkv": 2 * array + 2 * array * 1.5 + 2 * sums * 1.5 + 2 * 1.5 * 8 * 1024 * 4,
+    }[kind]
+    assert found.hbm_bytes == expected + array + 4  # and the result, and which blocks the mask leaves
 
 
 LOOP = """%body (c: (s32[], f32[100])) -> (s32[], f32[100]) {
@@ -169,7 +260,7 @@ def test_a_reduction_that_is_sliced_at_once_is_a_reduce_scatter():
         f"{ADD}{fused}ENTRY %main (x: f32[100], at: s32[]) -> f32[50] {{\n  %x = f32[100] parameter(0)\n"
         "  %at = s32[] parameter(1)\n  ROOT %f = f32[50] fusion(%x, %at), kind=kCustom, calls=%scatter\n}\n"
     )
-    schedule.walk(module, schedule.Rates(1, 1, lambda one: seen.append((one.kind, one.bytes)) or 1.0))
+    schedule.walk(module, schedule.Rates(1, 1, lambda one: seen.append((one.kind, one.bytes)) or wire(one)))
     assert seen == [("reduce-scatter", 200)]
 
 
