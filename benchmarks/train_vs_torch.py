@@ -33,6 +33,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from internvl_jax.utils import formats
+
 # Libraries are imported where they are used, so that a process holds those of one side only.
 
 IMAGE_TOKEN = 5
@@ -260,19 +262,29 @@ def main() -> None:
         sys.exit(f"LOSSES DO NOT AGREE: {', '.join(apart)}; the ratios above mean nothing")
 
 
+COLUMNS = (  # title, key and width
+    ("s/step", "seconds", 8),
+    ("ratio", "seconds_ratio", 7),
+    ("fastest", "fastest", 9),
+    ("ratio", "fastest_ratio", 7),
+    ("MiB", "peak", 7),
+    ("ratio", "peak_ratio", 7),
+    ("imports", "imports", 9),
+    ("loaded", "loaded", 8),
+    ("1st step", "first_step", 10),
+)
+
+
 def show(rows: list[dict[str, Any]], machine: dict[str, Any], args: argparse.Namespace) -> None:
     print(
         f"{args.recipe}, {args.batch_size} rows of {args.max_seq_length} tokens and one image, "
-        f"{machine['parameters'] / 1e6:.0f}M parameters, float32, {machine['cores']} cores, {machine['processor']}"
+        f"{formats.parameters(machine['parameters'])} parameters, float32, {machine['cores']} cores, "
+        f"{machine['processor']}"
     )
-    columns = ("", "s/step", "ratio", "fastest", "ratio", "MiB", "ratio", "imports", "loaded", "1st step", "loss diff")
-    print("{:18}{:>8}{:>7}{:>9}{:>7}{:>7}{:>7}{:>9}{:>8}{:>10}{:>11}".format(*columns))
+    print(" " * 18 + "".join(f"{title:>{width}}" for title, _, width in COLUMNS) + f"{'loss diff':>11}")
     for row in rows:
-        print(
-            f"{row['program']:18}{row['seconds']:8.2f}{row['seconds_ratio']:7.2f}{row['fastest']:9.2f}"
-            f"{row['fastest_ratio']:7.2f}{row['peak']:7.0f}{row['peak_ratio']:7.2f}{row['imports']:9.0f}"
-            f"{row['loaded']:8.0f}{row['first_step']:10.1f}{row['loss_difference']:11.1e}"
-        )
+        cells = "".join(f"{formats.number(row[key]):>{width}}" for _, key, width in COLUMNS)
+        print(f"{row['program']:18}{cells}{row['loss_difference']:11.1e}")
     for row in rows:
         print(f"losses, {row['program']}: " + " ".join(f"{loss:.5f}" for loss in row["losses"]))
     print(f"torch {machine['torch']}, {machine['torch_threads']} threads, transformers {machine['transformers']}")

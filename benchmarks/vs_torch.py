@@ -36,6 +36,7 @@ from rich.table import Table
 
 import internvl_jax
 from internvl_jax.inference.generation.sampling import GenerationConfig
+from internvl_jax.utils import formats
 
 IMAGES, PROMPT, NEW_TOKENS = 2, 512, 64
 PAUSE = 0.5  # seconds before a measurement: the other library's idle threads keep spinning for a while
@@ -216,22 +217,20 @@ def main() -> None:
     if args.json:
         print(json.dumps({"machine": machine, "rows": rows}))
         return
-    table = Table(title=f"{parameters / 1e6:.0f}M parameters, {machine['cores']} cores, {machine['processor']}")
+    size = formats.parameters(parameters)
+    table = Table(title=f"{size} parameters, {machine['cores']} cores, {machine['processor']}")
     for column in ("dtype", "stage", "torch", "ours", "ratio", "possible", "equal tokens"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             row["dtype"],
             f"{row['stage']}, {row['unit']}",
-            *(f"{row[k]:.2f}" for k in ("torch", "ours")),
-            f"{row['ratio']:.2f}",
-            f"{row['possible']:.2f}" if row["possible"] else "",
+            *(formats.number(row[column]) if row[column] else "" for column in ("torch", "ours", "ratio", "possible")),
             f"{row['equal_greedy_tokens']}/{NEW_TOKENS + 1}",
         )
     Console(width=100).print(table)
-    rates = ", ".join(
-        f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in {r["dtype"]: r["matmul_gflops"] for r in rows}.items()
-    )
+    best = {row["dtype"]: formats.number(row["matmul_gflops"]) for row in rows}
+    rates = ", ".join(f"{dtype} {rate} GFLOP/s" for dtype, rate in best.items())
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, jax {jax.__version__}; median of runs")
     print(f"best rate of a large matrix product, either library: {rates}")
 

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from internvl_jax.utils import formats
+
 
 @dataclass(frozen=True)
 class ConversionReport:
@@ -30,8 +32,8 @@ class ConversionReport:
     def summary(self) -> str:
         """One line for people."""
         return (
-            f"{self.destination}: {self.tensors} tensors, {self.bytes / 1e9:.2f} GB, in {self.seconds:.0f} s; "
-            f"peak memory {self.peak_rss / 1e9:.2f} GB"
+            f"{self.destination}: {self.tensors:,} tensors, {formats.disk(self.bytes)}, in "
+            f"{formats.duration(self.seconds)}; peak memory {formats.memory(self.peak_rss)}"
         )
 
 

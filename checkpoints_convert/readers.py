@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from checkpoints_convert.mapping import TOWER, ConversionError, is_buffer
 from internvl_jax.config import ConfigError, find_vision_tower, vision_tower_name
+from internvl_jax.utils import formats
 from internvl_jax.utils.files import read_json_object, wrong_download
 
 logger = logging.getLogger(__name__)
@@ -270,8 +271,8 @@ def _map_safetensors(path: Path) -> dict[str, Any]:
 def _map_pickle(path: Path) -> Any:
     if legacy := _is_legacy(path):
         logger.info(
-            "%s was written by torch before 1.6 and cannot be mapped: it is read as a whole, %.2f GB of memory",
-            path.name, path.stat().st_size / 1e9,
+            "%s was written by torch before 1.6 and cannot be mapped: it is read as a whole, %s of memory",
+            path.name, formats.memory(path.stat().st_size),
         )  # fmt: skip
     else:
         _check_zip(path)

@@ -23,6 +23,7 @@ from checkpoints_convert.mapping import TOWER, Tensor, tensors
 from checkpoints_convert.readers import PICKLES
 from checkpoints_convert.writers import assign_files, lay_out, write_at, write_index
 from internvl_jax.config import PRESETS, ChatConfig, config_to_hf, vision_tower_name, vision_tower_to_hf
+from internvl_jax.utils import formats
 from internvl_jax.utils.files import new_directory
 
 SHARD = 10 * 10**9  # bytes, as published
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--random-layers", type=int, default=0, metavar="N", help="layers with random contents (0)")
     args = parser.parse_args()
     size = write_synthetic(args.directory, preset=args.preset, random_layers=args.random_layers)
-    print(f"{args.directory}: {size / 1e9:.1f} GB of tensors")
+    print(f"{args.directory}: {formats.disk(size)} of tensors")
 
 
 if __name__ == "__main__":

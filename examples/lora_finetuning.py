@@ -44,7 +44,7 @@ with tempfile.TemporaryDirectory() as temporary:
 
     def log(metrics):
         if metrics["step"] % 8 == 0:
-            print(f"step {metrics['step']}: loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s")
+            print(f"step {metrics['step']}: loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s")
 
     outcome = start(run, log=log)
     print(*summarize_result(run, outcome), sep="\n")

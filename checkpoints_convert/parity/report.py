@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from internvl_jax.utils import formats
+
 TINY = float(np.finfo(np.float32).tiny)
 
 # Limits on the relative error, (local, accumulated), by kind of stage: single operations, blocks, the whole model.
@@ -221,7 +223,8 @@ class Report:
         )
         versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
         console.print(
-            f"float32; {versions}; {self.seconds:.0f} s, peak memory {self.peak_rss / 1e9:.2f} GB", soft_wrap=True
+            f"float32; {versions}; {formats.duration(self.seconds)}, peak memory {formats.memory(self.peak_rss)}",
+            soft_wrap=True,
         )
         if self.passed:
             console.print(Text("passed", "bold green") + ": every stage is within its limits")

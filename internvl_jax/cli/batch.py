@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from internvl_jax.cli import options
+from internvl_jax.utils import formats
 from internvl_jax.utils.progress import counting, err, progress_bar
 
 
@@ -45,7 +46,7 @@ def _run(args: argparse.Namespace) -> int:
         with counting() as progress:
             done = offline.run(chat, job, batch_size=args.batch_size, progress=progress, **settings)
     err.print(
-        f"{args.output}: {done.answered} answered in {done.seconds:.0f} s ({done.new_tokens} tokens), {done.failed} "
-        f"failed, {done.resumed} were already answered"
+        f"{args.output}: {done.answered:,} answered in {formats.duration(done.seconds)} ({done.new_tokens:,} tokens), "
+        f"{done.failed:,} failed, {done.resumed:,} were already answered"
     )
     return 1 if done.failed else 0

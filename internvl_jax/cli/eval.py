@@ -17,7 +17,7 @@ from internvl_jax.evaluation.datasets.records import json_object
 from internvl_jax.evaluation.predictions import read_predictions
 from internvl_jax.evaluation.scoring import Score
 from internvl_jax.evaluation.submissions import import_openpyxl, write_apart
-from internvl_jax.utils import files
+from internvl_jax.utils import files, formats
 from internvl_jax.utils.progress import counting, err, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -185,8 +185,8 @@ def _answer(args: argparse.Namespace, run: BenchmarkRun) -> int:
         raise
     if distributed.is_process_0():
         print((run.output / "report.md").read_text(encoding="utf-8"), end="")
-        asked = f"{done.answered} answered in {done.seconds:.0f} s" if done.answered else "no new answers"
-        there = f", {done.resumed} were already answered" if done.resumed else ""
+        asked = f"{done.answered:,} answered in {formats.duration(done.seconds)}" if done.answered else "no new answers"
+        there = f", {done.resumed:,} were already answered" if done.resumed else ""
         err.print(f"{run.output}: {asked}{there}; {result(json_object(run.output / 'report.json'))}")
         if (run.output / "wrong.html").exists():
             err.print(f"wrong answers: {(run.output / 'wrong.html').resolve().as_uri()}")
@@ -250,9 +250,9 @@ class WatchedAnswers(dict[str, str]):
 
 def lines(title: str, questions: int, score: Score) -> list[str]:
     """The score to read: the table's figure first."""
-    shown = [f"{title}: {score.value:.2f} ({score.name}, {questions} questions)"]
+    shown = [f"{title}: {score.value:.1f} ({score.name}, {questions:,} questions)"]
     for figures in (score.figures, score.categories):
-        shown += [f"  {name}: {value:.2f}" for name, value in figures.items()]
+        shown += [f"  {name}: {value:.1f}" for name, value in figures.items()]
     return shown
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from internvl_jax.cli import options
+from internvl_jax.utils import formats
 from internvl_jax.utils.progress import err, progress_bar
 
 
@@ -26,5 +27,5 @@ def _run(args: argparse.Namespace) -> int:
     with progress_bar() as progress:
         size, summed = checkpoint.verify(args.checkpoint, progress=progress)
     checked = "sizes, checksums and numbers checked" if summed else "sizes and numbers checked; it has no checksums"
-    err.print(f"{args.checkpoint}: {size / 1e9:.2f} GB, {checked}")
+    err.print(f"{args.checkpoint}: {formats.disk(size)}, {checked}")
     return 0

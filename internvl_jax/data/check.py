@@ -25,7 +25,7 @@ from internvl_jax.data.packing import Layout
 from internvl_jax.data.samples import MAX_UNREAD_KEYS, Problem, Sample, SampleMaker, unread_message
 from internvl_jax.processing.images import load_processor
 from internvl_jax.processing.tokenizer import Tokenizer, load_tokenizer
-from internvl_jax.utils import files
+from internvl_jax.utils import files, formats
 
 LISTED = 20  # problems per data set that are printed; all are counted
 MAX_COUNTED_KEYS = 1000  # unread keys per data set that are counted
@@ -45,7 +45,7 @@ class Occurrences:
             self.locations.append(location)
 
     def __str__(self) -> str:
-        return f"{self.count} entries, first {', '.join(self.locations)}"
+        return f"{self.count:,} entries, first {', '.join(self.locations)}"
 
 
 @dataclass
@@ -110,13 +110,13 @@ class SourceStats:
         warnings = []
         if self.source.length is not None and self.source.length != self.entries:
             warnings.append(
-                f'the meta file says "length" {self.source.length}, the annotation has {self.entries} entries'
+                f'the meta file says "length" {self.source.length}, the annotation has {self.entries:,} entries'
             )
         if self.images and not self.source.root.is_dir():
             warnings.append(f"the images' directory {self.source.root} {files.not_a_directory(self.source.root)}")
         if self.truncated:
             warnings.append(
-                f"{self.truncated} of {len(self.tokens)} conversations are truncated: longer rows would keep their "
+                f"{self.truncated:,} of {len(self.tokens):,} conversations are truncated: longer rows would keep their "
                 "answers"
             )
         for key, occurrences in list(self.unread_keys.items())[:MAX_UNREAD_KEYS]:
@@ -374,7 +374,7 @@ def print_report(report: DataReport, tokenizer: Tokenizer, console: Console) -> 
     rows = f"{layout.rows} {'packed ' if layout.packed else ''}rows of {' or '.join(map(str, layout.lengths))} tokens"
     console.print(
         f"in batches of {rows} and {layout.image_slots} images: {report.fill_ratio:.1%} of the tokens are not padding, "
-        f"about {report.batches:,.0f} batches an epoch"
+        f"about {formats.number(report.batches)} batches an epoch"
     )
     for stats in report.stats:
         for warning in stats.warnings():
@@ -382,10 +382,12 @@ def print_report(report: DataReport, tokenizer: Tokenizer, console: Console) -> 
         for problem in stats.listed:
             console.print(f"{problem.location}: {problem.message}", style="red")
         if (more := stats.problems.total() - len(stats.listed)) > 0:
-            console.print(f"{stats.source.name}: {more} more", style="red")
+            console.print(f"{stats.source.name}: {more:,} more", style="red")
         if stats.problems:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in stats.problems.most_common())
-            console.print(f"{stats.source.name}: {stats.problems.total()} of {stats.checked} cannot be used: {kinds}")
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in stats.problems.most_common())
+            console.print(
+                f"{stats.source.name}: {stats.problems.total():,} of {stats.checked:,} cannot be used: {kinds}"
+            )
     for sample in report.examples:
         supervised = int(np.sum(sample.labels != IGNORED))
         console.print(f"\n{sample.location}: {len(sample.input_ids)} tokens, {supervised} supervised")

@@ -148,13 +148,13 @@ def measure(
 
 def print_table(costs: list[Cost], console: Console) -> None:
     """One row per variant."""
-    title = f"against float32: {costs[0].answers} answers, {costs[0].tokens} tokens"
+    title = f"against float32: {costs[0].answers:,} answers, {costs[0].tokens:,} tokens"
     table = Table(title=title)
     for column in ("variant", "KL mean", "KL max", "same token", "same answer", "correct"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for one in costs:
         shares = (f"{share:.1%}" for share in (one.next_token, one.answer, one.right))
-        table.add_row(one.variant, f"{one.kl_mean:.2g}", f"{one.kl_max:.2g}", *shares)
+        table.add_row(one.variant, f"{one.kl_mean:.1e}", f"{one.kl_max:.1e}", *shares)
     console.print(table)
 
 

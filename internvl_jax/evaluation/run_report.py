@@ -14,7 +14,7 @@ from internvl_jax.evaluation.datasets.items import EvaluationError
 from internvl_jax.evaluation.datasets.records import json_object
 from internvl_jax.evaluation.published import PUBLISHED, SYSTEMS
 from internvl_jax.evaluation.wrong_page import wrong_page
-from internvl_jax.utils import files
+from internvl_jax.utils import files, formats
 
 NANO = "nano"  # name of the bundled model
 CODEBASES = {"internvl": "V1-1's evaluation scripts", "llava": "LLaVA's evaluation scripts"}
@@ -103,7 +103,7 @@ def lines(values: Mapping[str, Any]) -> list[str]:
     name = "score" if score is None else score["name"]
     shown = [f"# {values['title']}: {values['model']}", ""]
     if values["limit"] is not None:
-        shown += [f"**Only the first {values['questions']} questions: no figure to compare.**", ""]
+        shown += [f"**Only the first {values['questions']:,} questions: no figure to compare.**", ""]
     if values["failed"]:
         listed = ", ".join(values["failed"][:20])
         shown += [f"**No score: {len(values['failed'])} questions could not be answered ({listed}).**", ""]
@@ -112,13 +112,13 @@ def lines(values: Mapping[str, Any]) -> list[str]:
     shown += [f"| system | {name} |", "|---|---|"]
     shown += [f"| {system}, published | {figure} |" for system, figure in values["published"].items()]
     if score is not None:
-        shown += [f"| **{values['model']}, this run** | **{score['value']:.2f}** |"]
+        shown += [f"| **{values['model']}, this run** | **{score['value']:.1f}** |"]
     beams = generation.get("num_beams", 1)
     if values["model"] == NANO and values["published"] and score is not None:
         shown += ["", "nano is a demonstration model of 2.2M parameters: its score is not comparable with these."]
     shown += [
         "",
-        f"{values['questions']} questions, prompts and rules of {CODEBASES[values['codebase']]}, "
+        f"{values['questions']:,} questions, prompts and rules of {CODEBASES[values['codebase']]}, "
         f"{f'{beams} beams' if beams > 1 else 'greedy'}, at most {generation['max_new_tokens']} new tokens, "
         f"{values['numbers']}.",
     ]
@@ -127,16 +127,16 @@ def lines(values: Mapping[str, Any]) -> list[str]:
     for title, figures in (("Figures", "figures"), ("Categories", "categories")):
         if score is not None and score[figures]:
             shown += ["", f"## {title}", "", "| | |", "|---|---|"]
-            shown += [f"| {key} | {value:.2f} |" for key, value in score[figures].items()]
+            shown += [f"| {key} | {value:.1f} |" for key, value in score[figures].items()]
     asked = timing if timing["answered"] else timing.get("before", timing)
     shown.append("")
     if not timing["answered"]:
         shown.append("Nothing was asked this time: all answers were there already.")
     if asked["answered"]:
-        rate = f": {asked['answered'] / asked['seconds']:.2f} questions/s" if asked["seconds"] else ""
+        rate = f": {formats.number(asked['answered'] / asked['seconds'])} questions/s" if asked["seconds"] else ""
         shown.append(
-            f"{asked['answered']} answered in {asked['seconds']:.0f} s{rate}, {asked['new_tokens']} tokens, batches of "
-            f"{asked['batch']}."
+            f"{asked['answered']:,} answered in {formats.duration(asked['seconds'])}{rate}, "
+            f"{asked['new_tokens']:,} tokens, batches of {asked['batch']}."
         )
     return shown
 
@@ -147,7 +147,7 @@ def result(values: Mapping[str, Any]) -> str:
         return f"no score, {len(values['failed'])} questions have an error"
     if values["score"] is None:
         return f"to hand in: {', '.join(values['submission'])}"
-    return f"{values['score']['name']} {values['score']['value']:.2f}"
+    return f"{values['score']['name']} {values['score']['value']:.1f}"
 
 
 def table(directories: Sequence[Path]) -> list[str]:
@@ -177,7 +177,7 @@ def table(directories: Sequence[Path]) -> list[str]:
             number += 1
         origin[column, name] = directory.resolve()
         if values["limit"] is not None or values["score"] is None:
-            why = "no score" if values["score"] is None else f"the first {values['questions']} questions only"
+            why = "no score" if values["score"] is None else f"the first {values['questions']:,} questions only"
             notes.append(f"{directory}: left out ({why})")
             continue
         beams = values["generation"].get("num_beams", 1)

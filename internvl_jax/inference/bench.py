@@ -40,7 +40,7 @@ from internvl_jax.inference.loading import (
 from internvl_jax.models import param_sharding
 from internvl_jax.models.layers import Params
 from internvl_jax.parallel import mesh as mesh_lib
-from internvl_jax.utils import files
+from internvl_jax.utils import files, formats
 
 logger = logging.getLogger(__name__)
 
@@ -214,23 +214,22 @@ HEADER = f"{'program':8} {'batch':>5} {'rate':>12} {'unit':16} {'ms':>9} {'compi
 
 def row(one: Measurement) -> str:
     """A measurement as a table row below HEADER."""
-    mfu, roofline = ("-" if value is None else f"{100 * value:.1f}%" for value in (one.mfu, one.roofline))
-    return (
-        f"{one.program:8} {one.batch:5} {one.rate:12,.1f} {one.unit:16} {1e3 * one.seconds:9,.2f} "
-        f"{one.compile_seconds:9.2f} {mfu:>6} {roofline:>8}"
-    )
+    rate, ms, compile_seconds = map(formats.number, (one.rate, 1e3 * one.seconds, one.compile_seconds))
+    mfu, roofline = ("-" if value is None else f"{value:.1%}" for value in (one.mfu, one.roofline))
+    return f"{one.program:8} {one.batch:5} {rate:>12} {one.unit:16} {ms:>9} {compile_seconds:>9} {mfu:>6} {roofline:>8}"
 
 
 def lines(result: Result) -> list[str]:
     """The result as the lines of a table."""
     mesh = f"mesh {result.mesh}" if result.mesh else "one device"
+    first, peak = formats.duration(result.time_to_first_token), formats.memory(result.memory_peak_bytes)
     return [
-        f"{result.model}: {result.parameters / 1e9:.3f}B parameters, {result.dtype}, {result.devices} x "
+        f"{result.model}: {formats.parameters(result.parameters)} parameters, {result.dtype}, {result.devices} x "
         f"{result.device}, {mesh}, {result.processes} process(es), jax {result.jax}",
         HEADER,
         *map(row, result.measurements),
-        f"prompts of {result.prompt_tokens} tokens; time to first token {1e3 * result.time_to_first_token:.1f} ms; "
-        f"memory peak {result.memory_peak_bytes / 2**30:.2f} GiB ({result.memory_of})",
+        f"prompts of {result.prompt_tokens} tokens; time to first token {first}; "
+        f"peak memory {peak} ({result.memory_of})",
     ]
 
 

@@ -26,6 +26,7 @@ from internvl_jax.models.layers import Params
 from internvl_jax.processing.images import ImageProcessor
 from internvl_jax.processing.tokenizer import Tokenizer
 from internvl_jax.quantize import scheme_of
+from internvl_jax.utils import formats
 
 __all__ = ["AnswerError", "Chat", "Reply", "Stream", "require_answers"]
 
@@ -110,8 +111,8 @@ class Chat:
         return other
 
     def __repr__(self) -> str:
-        parameters = sum(int(leaf.size) for leaf in jax.tree.leaves(self.params))
-        parts = [self.name, f"{parameters / 1e9:.3f}B parameters", self.dtype.name]
+        size = sum(int(leaf.size) for leaf in jax.tree.leaves(self.params))
+        parts = [self.name, f"{formats.parameters(size)} parameters", self.dtype.name]
         scheme = scheme_of(self.params)
         if scheme is not None:
             parts.append(f"{scheme.name} weights")

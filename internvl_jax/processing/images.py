@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageFile
 
 from internvl_jax.config import ChatConfig, ConfigError, find_vision_tower
 from internvl_jax.processing.resampling import pad_and_resize, resize_and_crop
+from internvl_jax.utils import formats
 from internvl_jax.utils.files import read_json_object, wrong_download_in
 from internvl_jax.utils.logs import warn_once
 
@@ -125,7 +126,7 @@ def read_whole(file: IO[bytes], name: str) -> bytes:
     """All bytes of an open file or pipe. Raises ImageError for more than MAX_BYTES."""
     data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise ImageError(f"{name} gives more than {MAX_BYTES:,} bytes: write it to a file")
+        raise ImageError(f"{name} gives more than {formats.disk(MAX_BYTES)}: write it to a file")
     return data
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import filelock
 
+from internvl_jax.utils import formats
 from internvl_jax.utils.logs import warn_once
 
 logger = logging.getLogger(__name__)
@@ -366,7 +367,7 @@ def new_directory(
             free = shutil.disk_usage(existing).free
         if needed is not None and free < needed + _SPARE:
             raise error(
-                f"{destination} needs {(needed + _SPARE) / 1e9:.2f} GB, {existing} has {free / 1e9:.2f} GB left: free "
+                f"{destination} needs {formats.disk(needed + _SPARE)}, {existing} has {formats.disk(free)} left: free "
                 "some space, or name a directory on another disk"
             )
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)

@@ -16,6 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from internvl_jax.utils import formats
+
 PIPE_WIDTH = 10_000  # columns of tables that are not printed to a terminal
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 but tab and newline, DEL and C1
 
@@ -51,7 +53,7 @@ def counting() -> Iterator[Callable[..., None]]:
 
     Where stderr is not a terminal, a line is printed every half minute.
     """
-    columns = ("[progress.description]{task.description}", "{task.completed}/{task.total}", "{task.fields[rate]}")
+    columns = ("[progress.description]{task.description}", "{task.fields[count]}", "{task.fields[rate]}")
     last = time.monotonic()
     first, counted = (last, 0), ""  # when the current kind of work began, and how much was done
     with Progress(
@@ -62,7 +64,7 @@ def counting() -> Iterator[Callable[..., None]]:
         disable=not err.is_terminal,
         transient=True,
     ) as bar:
-        task = bar.add_task("starting", total=None, rate="")
+        task = bar.add_task("starting", total=None, count="", rate="")
 
         def report(done: int, total: int, what: str, note: str = "") -> None:
             nonlocal first, last, counted
@@ -70,11 +72,12 @@ def counting() -> Iterator[Callable[..., None]]:
             if what != counted:
                 first, counted = (now, done), what
             rate = (done - first[1]) / max(now - first[0], 1e-9)
-            shown = (f"{rate:.2f}/s" if rate else "") + (note and f" {note}")
-            bar.update(task, completed=done, total=total, description=what, rate=shown)
+            shown = (f"{formats.number(rate)}/s" if rate else "") + (note and f" {note}")
+            count = f"{done:,}/{total:,}"
+            bar.update(task, completed=done, total=total, description=what, count=count, rate=shown)
             if not err.is_terminal and (now - last > 30 or done == total):
-                left = f", {(total - done) / rate / 60:.0f} min left" if rate and done < total else ""
-                err.print(f"{what}: {done}/{total} {shown}{left}")
+                left = f", {formats.duration((total - done) / rate)} left" if rate and done < total else ""
+                err.print(f"{what}: {count} {shown}{left}")
                 last = now
 
         yield report

@@ -167,7 +167,7 @@ def test_verify(run, tmp_path):
     nano = Path(internvl_jax.__file__).parent / "nano" / "model"
     code, out, err = run("verify", str(nano))
     assert (code, out) == (0, "")
-    assert "0.00 GB, sizes and numbers checked; it has no checksums" in " ".join(err.split())
+    assert "4.35 MB, sizes and numbers checked; it has no checksums" in " ".join(err.split())
     checkpoint.save(tmp_path / "new", {"mlp1": {"norm": {"scale": np.ones(4, np.float32)}}})
     code, out, err = run("verify", str(tmp_path / "new"))
     assert code == 0

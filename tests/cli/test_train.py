@@ -417,7 +417,7 @@ def test_a_full_disk_is_seen_before(train, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
     code, printed = train("lora", tmp_path / "run")
     assert code == 2
-    assert "has 0.0 GiB left, and the run writes about" in printed
+    assert "has 1.00 kB left, and the run writes about" in printed
 
 
 def test_missing_packages_are_named(train, tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ from internvl_jax.training.recipes import Recipe
 from internvl_jax.training.runs import costs, resizing
 from internvl_jax.training.saving import MODEL, RUN, STEPS, RunError, is_existing_run
 from internvl_jax.training.trainer import PROFILED, run_facts
-from internvl_jax.utils import files
+from internvl_jax.utils import files, formats
 
 Progress = Callable[[int, int, str], None]
 
@@ -446,10 +446,9 @@ def _check_disk_space(run: Run) -> None:
     needed = step_bytes * (count if run.saved_step is None else 1) + model_bytes
     free = shutil.disk_usage(directory).free
     if free < needed:
-        gib = 2**30
         raise RunError(
-            f"{directory} has {free / gib:.1f} GiB left, and the run writes about {needed / gib:.1f}: {count} steps of "
-            f"{step_bytes / gib:.2f} GiB (--keep) and a model of {model_bytes / gib:.2f}"
+            f"{directory} has {formats.disk(free)} left, and the run writes about {formats.disk(needed)}: "
+            f"{count} steps of {formats.disk(step_bytes)} (--keep) and a model of {formats.disk(model_bytes)}"
         )
 
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from internvl_jax.data.samples import Problem
 from internvl_jax.parallel import distributed
 from internvl_jax.training.heldout import HeldOutAnswer
+from internvl_jax.utils import formats
 from internvl_jax.utils.progress import err
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Reporter:
 
     def progress(self, done: int, total: int, what: str) -> None:
         """Show what happens before the first step, such as reading the checkpoint."""
-        self._bar.update(self._task, figures=f"{what} {done / max(1, total):.0%}")
+        self._bar.update(self._task, figures=f"{what} {done / max(1, total):.1%}")
 
     def log(self, entry: dict[str, Any]) -> None:
         """Show the metrics of a step or of an evaluation."""
@@ -72,7 +73,7 @@ class Reporter:
         due = step % self._every == 0 or step == self._steps
         if due and (err.is_terminal or now - self._last_line > LINE_INTERVAL or step == self._steps):
             seconds = (now - self._started[0]) / max(1, step - self._started[1])
-            left = f", {_duration((self._steps - step) * seconds)} left" if 1 < step < self._steps else ""
+            left = f", {formats.duration((self._steps - step) * seconds)} left" if 1 < step < self._steps else ""
             logger.info(f"step {step}/{self._steps}: {shown}{'' if err.is_terminal else left}")
             self._last_line = now
 
@@ -103,8 +104,8 @@ class Skipped:
 
     def lines(self) -> list[str]:
         """Return a line with the counts, if any sample was skipped."""
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self._kinds.most_common())
-        return [f"{self._kinds.total()} conversations were invalid and skipped: {kinds}"] if kinds else []
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self._kinds.most_common())
+        return [f"{self._kinds.total():,} conversations were invalid and skipped: {kinds}"] if kinds else []
 
 
 def format_metrics(entry: dict[str, Any]) -> str:
@@ -112,21 +113,15 @@ def format_metrics(entry: dict[str, Any]) -> str:
     parts = [
         f"loss {entry['loss']:.4f}",
         f"{entry['accuracy']:.1%} correct",
-        f"grad {entry['grad_norm']:.2g}",
-        f"{entry['tokens_per_second']:,.0f} tokens/s",
-        f"{entry['images_per_second']:,.1f} images/s",
+        f"grad {formats.number(entry['grad_norm'])}",
+        f"{formats.number(entry['tokens_per_second'])} tokens/s",
+        f"{formats.number(entry['images_per_second'])} images/s",
     ]
     if "mfu" in entry:
         parts.append(f"MFU {entry['mfu']:.1%}")
     if entry["data_wait"] > 0.1 * entry["seconds"]:
-        parts.append(f"{entry['data_wait'] / entry['seconds']:.0%} of the time waiting for data")
+        parts.append(f"{entry['data_wait'] / entry['seconds']:.1%} of the time waiting for data")
     return ", ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def require_board() -> None:

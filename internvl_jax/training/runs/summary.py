@@ -11,9 +11,7 @@ from internvl_jax.training.runs.prepare import Run
 from internvl_jax.training.saving import MODEL
 from internvl_jax.training.state import ADAPTERS
 from internvl_jax.training.trainer import Outcome
-from internvl_jax.utils import files
-
-GIB = 2**30
+from internvl_jax.utils import files, formats
 
 
 def summarize(run: Run) -> list[str]:
@@ -23,7 +21,7 @@ def summarize(run: Run) -> list[str]:
     if epoch.problems:
         invalid = len(epoch.problems)
         lines.append(
-            f"{invalid} of {invalid + len(epoch.sizes)} checked conversations are invalid and will be skipped "
+            f"{invalid:,} of {invalid + len(epoch.sizes):,} checked conversations are invalid and will be skipped "
             f"(internvl-jax data check {files.quoted(run.options.data)} lists them)"
         )
     if run.is_done:
@@ -38,13 +36,15 @@ def _recipe_line(run: Run) -> str:
     trained, frozen = costs.count_parameters(run.model.config, recipe)
     parts = [*recipe.train, *(f"adapters of {part} (rank {lora.rank})" for part, lora in recipe.lora.items())]
     name = "nano" if run.options.checkpoint is None else run.model.directory.resolve().name
-    return f"recipe {recipe.name} on {name}: {', '.join(parts)}; {trained:,} parameters trained, {frozen:,} frozen"
+    sizes = f"{formats.parameters(trained)} parameters trained, {formats.parameters(frozen)} frozen"
+    return f"recipe {recipe.name} on {name}: {', '.join(parts)}; {sizes}"
 
 
 def _data_line(run: Run) -> str:
     epoch = run.data.epoch
     return (
-        f"data: {epoch.epoch:,} conversations per epoch, {epoch.tokens:.0f} tokens and {epoch.images:.2f} images each"
+        f"data: {epoch.epoch:,} conversations per epoch, {formats.number(epoch.tokens)} tokens and "
+        f"{formats.number(epoch.images)} images each"
     )
 
 
@@ -55,7 +55,7 @@ def _batch_line(run: Run) -> str:
     return (
         f"global batch: {_global_rows(run)} {'packed ' if layout.packed else ''}rows of "
         f"{' or '.join(map(str, layout.lengths))} tokens, up to {images} images, about "
-        f"{_conversations_per_step(run):,.0f} conversations{micro_batches}"
+        f"{formats.number(_conversations_per_step(run))} conversations{micro_batches}"
     )
 
 
@@ -63,8 +63,8 @@ def _schedule_line(run: Run) -> str:
     recipe, steps, epoch = run.context.recipe, run.context.settings.steps, run.data.epoch
     epochs = steps * _conversations_per_step(run) / (epoch.epoch * epoch.usable)
     return (
-        f"{steps:,} steps ({epochs:.2g} epochs), {recipe.optimizer.warmup_steps(steps)} of them warm-up to a learning "
-        f"rate of {recipe.optimizer.learning_rate:g}; loss mean over "
+        f"{steps:,} steps ({formats.number(epochs)} epochs), {recipe.optimizer.warmup_steps(steps):,} of them "
+        f"warm-up to a learning rate of {recipe.optimizer.learning_rate:g}; loss mean over "
         f"{'tokens' if recipe.loss_mean == 'token' else 'devices'}"
     )
 
@@ -75,13 +75,13 @@ def _device_lines(run: Run) -> list[str]:
     state, activations = estimate_memory(run)
     lines = [
         f"{where} ({run.context.placement.device.device_kind}), {settings.dtype}, remat {settings.remat}: about "
-        f"{state / GIB:.2f} GiB of parameters and optimizer state and {activations / GIB:.2f} GiB of activations per "
-        "device"
+        f"{formats.memory(state)} of parameters and optimizer state and {formats.memory(activations)} of "
+        "activations per device"
     ]
     chip = chip_of(run.context.placement.device)
     if chip is not None and state + activations > chip.hbm_bytes // chip.devices:
         lines.append(
-            f"this is more than the {chip.hbm_bytes / chip.devices / GIB:.2f} GiB of a {chip.name}: it may not fit. "
+            f"this is more than the {formats.memory(chip.hbm_bytes / chip.devices)} of a {chip.name}: it may not fit. "
             "--remat full, --gradient-accumulation-steps, --param-dtype bfloat16, more devices along fsdp or shorter "
             "rows need less"
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -62,9 +63,7 @@ def test_pickles_of_torch_before_1_6(copy, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "checkpoints_convert")
     assert_reads_as(copy)
     assert loads[:4] == [path.name for path in sorted(copy.glob("*.bin"))] * 2
-    assert (
-        "was written by torch before 1.6 and cannot be mapped: it is read as a whole, 0.00 GB of memory" in caplog.text
-    )
+    assert re.search(r"cannot be mapped: it is read as a whole, \d+\.\d\d KiB of memory", caplog.text)
     assert_comes_back(copy, tmp_path)
 
 

@@ -114,7 +114,7 @@ def test_the_last_line_is_the_reports(run, monkeypatch, capsys):
     *_, last, wrong = capsys.readouterr().err.splitlines()
     assert wrong == f"wrong answers: {(out / 'wrong.html').as_uri()}"
     assert last.startswith(f"{out}: {report['questions']} answered in ")
-    assert last.endswith(f"; mean F1 {report['score']['value']:.2f}")
+    assert last.endswith(f"; mean F1 {report['score']['value']:.1f}")
     assert "so far" not in last
 
 

@@ -129,7 +129,7 @@ def test_from_file_to_report(run, data, name, capsys):
         assert report["score"] is None
         assert "a server or a judge has the answers" in printed
         return
-    assert f"| **nano, this run** | **{report['score']['value']:.2f}** |" in printed
+    assert f"| **nano, this run** | **{report['score']['value']:.1f}** |" in printed
     arguments = ["--predictions", str(out / "predictions.jsonl"), "--data", str(data)]
     assert main(["eval", "score", name, *arguments, "--json"]) == 0
     scored = json.loads(capsys.readouterr().out)

@@ -398,7 +398,7 @@ def test_command(small, capsys):
     lines(small / "p.jsonl", [*GOOD[:2], {"question_id": 3, "answer": "nothing"}])
     arguments = ["eval", "score", "vqav2-val", "--data", str(small), "--predictions", str(small / "p.jsonl")]
     assert main(arguments) == 0
-    assert capsys.readouterr().out.startswith("VQAv2 val: 66.67 (accuracy, 3 questions)\n")
+    assert capsys.readouterr().out.startswith("VQAv2 val: 66.7 (accuracy, 3 questions)\n")
     assert main([*arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["points"] == {"1": 1.0, "2": 1.0, "3": 0.0}
