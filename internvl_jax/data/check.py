@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -255,25 +255,14 @@ def check(
         corpus = Corpus([replace(source, repeat_time=1)], progress)
         work.append((SourceStats(source, len(corpus)), corpus, _draw(source, len(corpus), options.limit, rng)))
     total, done = sum(len(numbers) for *_, numbers in work), 0
-    sizes: list[tuple[int, int]] = []  # tokens and images
+    sizes: list[tuple[int, int]] = []
     examples: list[Sample] = []
     for stats, corpus, numbers in work:
-        kept: list[Sample] = []
-        for item in make_samples(corpus, maker, numbers):
-            done += 1
-            if progress is not None:
-                progress(done, total, "checking")
-            stats.add_unread_keys(item)
-            if isinstance(item, Problem):
-                stats.add_problem(item)
-                continue
-            sizes.append((len(item.input_ids), maker.count_images(item)))
-            stats.add_sample(item, sizes[-1][1])
-            # Reservoir sampling: each valid sample is kept with the same probability.
-            slot = len(kept) if len(kept) < options.show else int(rng.integers(len(stats.tokens)))
-            if slot < options.show:
-                kept[slot : slot + 1] = [item]
-        examples += kept
+        items = _counted(make_samples(corpus, maker, numbers), done, total, progress)
+        source_sizes, source_examples = _collect(stats, items, maker, options.show, rng)
+        sizes += source_sizes
+        examples += source_examples
+        done += len(numbers)
     drawn = [sizes[number] for number in rng.permutation(len(sizes))[:SIMULATED]]
     fill_ratio, batches = simulate_packing(drawn, layout)
     all_stats = [stats for stats, *_ in work]
@@ -286,6 +275,35 @@ def _draw(source: Source, num_entries: int, limit: int | None, rng: np.random.Ge
     """Numbers of the entries to check, of those that an epoch uses."""
     used = min(num_entries, source.samples(num_entries))
     return np.arange(used) if limit is None or limit >= used else np.sort(rng.choice(used, limit, replace=False))
+
+
+def _counted(
+    items: Iterable[Sample | Problem], done: int, total: int, progress: Progress | None
+) -> Iterator[Sample | Problem]:
+    for number, item in enumerate(items, done + 1):
+        if progress is not None:
+            progress(number, total, "checking")
+        yield item
+
+
+def _collect(
+    stats: SourceStats, items: Iterable[Sample | Problem], maker: SampleMaker, show: int, rng: np.random.Generator
+) -> tuple[list[tuple[int, int]], list[Sample]]:
+    """Add a data set's samples to its statistics; returns the tokens and images of each, and `show` of the samples."""
+    sizes: list[tuple[int, int]] = []
+    examples: list[Sample] = []
+    for item in items:
+        stats.add_unread_keys(item)
+        if isinstance(item, Problem):
+            stats.add_problem(item)
+            continue
+        sizes.append((len(item.input_ids), maker.count_images(item)))
+        stats.add_sample(item, sizes[-1][1])
+        # Reservoir sampling: each valid sample is shown with the same probability.
+        slot = len(examples) if len(examples) < show else int(rng.integers(len(sizes)))
+        if slot < show:
+            examples[slot : slot + 1] = [item]
+    return sizes, examples
 
 
 def make_samples(corpus: Corpus, maker: SampleMaker, numbers: np.ndarray) -> Iterator[Sample | Problem]:

@@ -144,56 +144,29 @@ def add_tokens(state: BeamState, logits: Array, search: SearchSettings, prompt_s
         search: settings of the search.
         prompt_slots: slots of the cache that the prompt occupies, which all beams of a row share.
     """
-    settings, length_penalty, early_stopping = search.rows, search.length_penalty, search.early_stopping
-    batch, beams, vocabulary = logits.shape
+    batch, num_beams, _ = logits.shape
     rows = jnp.arange(batch)[:, None]
-    count = jnp.broadcast_to(state.count, batch)
+    length = state.count + 1
     # A beam without a continuation is scored -inf; its logits mean nothing.
     failed = ~state.done & jnp.any(~all_finite(logits) & (state.scores > -jnp.inf), axis=1)
-    scores = jax.nn.log_softmax(logits, axis=-1)
-    scores = jax.vmap(penalize, in_axes=(1, 1, None, None), out_axes=1)(scores, state.seen, count, settings)
-    scores = scores + state.scores[:, :, None]
-    length = state.count + 1
-
-    def rank(score: Array, length: Array) -> Array:
-        return score / jnp.asarray(length, jnp.float32) ** length_penalty
-
-    # The next beams: the best continuations that do not end.
-    is_end = end_tokens(settings, vocabulary)[:, None]
-    open_scores, index = jax.lax.top_k(jnp.where(is_end, -jnp.inf, scores).reshape(batch, -1), beams)
-    parent, token = index // vocabulary, index % vocabulary
+    scores = score_continuations(state, logits, search.rows)
+    open_scores, parent, token = next_beams(scores, search.rows)
     tokens = state.tokens[rows, parent].at[:, :, state.count].set(token)
+    top_score, ended, answer = end_beams(state, scores, open_scores, search)
+    finished = jax.lax.top_k(jnp.concatenate([state.finished, ended], axis=1), num_beams)[0]
+    over = is_over(finished, top_score, length, search)
 
-    # Those that end are few: one per beam and end token. The best of all are found among them and the next beams.
-    ends = settings.eos_ids.shape[1]
-    end_scores = jnp.take_along_axis(scores, jnp.minimum(settings.eos_ids, vocabulary - 1)[:, None], axis=2)
-    end_scores = jnp.where(settings.eos_ids[:, None] < vocabulary, end_scores, -jnp.inf).reshape(batch, -1)
-    top, index = jax.lax.top_k(jnp.concatenate([open_scores, end_scores], axis=1), beams)
-    ended = jnp.where(index >= beams, rank(top, length), -jnp.inf)
-    finished = jax.lax.top_k(jnp.concatenate([state.finished, ended], axis=1), beams)[0]
-
-    # Only the best answer is returned, so only its tokens are kept.
-    first = jnp.argmax(ended, axis=1)
-    choice = jnp.take_along_axis(index, first[:, None], axis=1)[:, 0] - beams
-    answer = state.tokens[rows[:, 0], choice // ends]
-    answer = answer.at[:, state.count].set(settings.eos_ids[rows[:, 0], choice % ends])
+    # Only the best answer is returned, so only its tokens are kept. At the limit the best open beam is an answer too.
     better = ~state.done & (ended.max(axis=1) > state.finished[:, 0])
-
-    longest = jnp.where((early_stopping == 2) & (length_penalty > 0), settings.max_new_tokens, length)
-    hopeless = finished[:, -1] >= rank(top[:, 0], longest)
-    over = (finished[:, -1] > -jnp.inf) & ((early_stopping == 1) | hopeless)
-
-    # At the limit the best open beam is an answer too.
-    limit = length >= settings.max_new_tokens
-    cut = ~state.done & ~over & limit & (rank(open_scores[:, 0], length) > finished[:, 0])
+    limit = length >= search.rows.max_new_tokens
+    cut = ~state.done & ~over & limit & (rank(open_scores[:, 0], length, search) > finished[:, 0])
     best = jnp.where(better[:, None], answer, state.best)
     best = jnp.where(cut[:, None], tokens[:, 0], best)
-
     return BeamState(
-        cache=reorder(state.cache, (rows * beams + parent).reshape(-1), prompt_slots),
+        cache=reorder(state.cache, (rows * num_beams + parent).reshape(-1), prompt_slots),
         tokens=tokens,
         scores=open_scores,
-        seen=state.seen[rows, parent].at[rows, jnp.arange(beams), token].set(True),
+        seen=state.seen[rows, parent].at[rows, jnp.arange(num_beams), token].set(True),
         count=length,
         finished=jnp.where(state.done[:, None], state.finished, finished),
         best=best,
@@ -202,6 +175,66 @@ def add_tokens(state: BeamState, logits: Array, search: SearchSettings, prompt_s
         done=state.done | over | limit | failed,
         failed=state.failed | failed,
     )
+
+
+def rank(score: Array, length: Array, search: SearchSettings) -> Array:
+    """Rank summed log-probabilities of answers of `length` tokens."""
+    return score / jnp.asarray(length, jnp.float32) ** search.length_penalty
+
+
+def score_continuations(state: BeamState, logits: Array, settings: RowSettings) -> Array:
+    """Return the summed log-probability [B,W,V] of every beam with every next token."""
+    count = jnp.broadcast_to(state.count, len(logits))
+    scores = jax.nn.log_softmax(logits, axis=-1)
+    scores = jax.vmap(penalize, in_axes=(1, 1, None, None), out_axes=1)(scores, state.seen, count, settings)
+    return scores + state.scores[:, :, None]
+
+
+def next_beams(scores: Array, settings: RowSettings) -> tuple[Array, Array, Array]:
+    """Return scores, beams that are continued, and their next tokens, each [B,W], of the best that do not end."""
+    batch, num_beams, vocabulary = scores.shape
+    is_end = end_tokens(settings, vocabulary)[:, None]
+    open_scores, index = jax.lax.top_k(jnp.where(is_end, -jnp.inf, scores).reshape(batch, -1), num_beams)
+    return open_scores, index // vocabulary, index % vocabulary
+
+
+def end_beams(
+    state: BeamState, scores: Array, open_scores: Array, search: SearchSettings
+) -> tuple[Array, Array, Array]:
+    """End the beams whose continuation by an end token is among the best num_beams continuations of their row.
+
+    Args:
+        state: the search so far.
+        scores: [B,W,V] float32, of all continuations.
+        open_scores: [B,W] float32, of the next beams.
+        search: settings of the search.
+
+    Returns:
+        The score [B] of each row's best continuation; the ranks [B,W] of the answers that end here, -inf where there is
+        none; and the tokens [B,N] of the best of these answers.
+    """
+    batch, num_beams, vocabulary = scores.shape
+    ends = search.rows.eos_ids
+    # Continuations that end are few: one per beam and end token. The best of all are among them and the next beams.
+    end_scores = jnp.take_along_axis(scores, jnp.minimum(ends, vocabulary - 1)[:, None], axis=2)
+    end_scores = jnp.where(ends[:, None] < vocabulary, end_scores, -jnp.inf).reshape(batch, -1)
+    top, index = jax.lax.top_k(jnp.concatenate([open_scores, end_scores], axis=1), num_beams)
+    ended = jnp.where(index >= num_beams, rank(top, state.count + 1, search), -jnp.inf)
+
+    first = jnp.argmax(ended, axis=1)
+    choice = jnp.take_along_axis(index, first[:, None], axis=1)[:, 0] - num_beams
+    rows, num_ends = jnp.arange(batch), ends.shape[1]
+    answer = state.tokens[rows, choice // num_ends]
+    answer = answer.at[:, state.count].set(ends[rows, choice % num_ends])
+    return top[:, 0], ended, answer
+
+
+def is_over(finished: Array, top_score: Array, length: Array, search: SearchSettings) -> Array:
+    """Return the rows [B] whose list of answers is full and, by the rule of early_stopping, final."""
+    may_grow = (search.early_stopping == 2) & (search.length_penalty > 0)
+    longest = jnp.where(may_grow, search.rows.max_new_tokens, length)
+    hopeless = finished[:, -1] >= rank(top_score, longest, search)
+    return (finished[:, -1] > -jnp.inf) & ((search.early_stopping == 1) | hopeless)
 
 
 def widen(cache: KVCache, beams: int, max_tokens: int) -> KVCache:
