@@ -47,10 +47,10 @@ def _run(args: argparse.Namespace) -> int:
     options.start_processes(args)
     with counting() as progress:
         result = bench.run(
+            args.batch_size,
             checkpoint=args.checkpoint,
             preset=None if args.checkpoint else args.preset,
             options=options.load_options(args),
-            batch_sizes=args.batch_size,
             prompt_tokens=args.prompt_tokens,
             profile=args.profile,
             progress=progress,

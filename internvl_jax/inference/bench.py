@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 
-BATCH_SIZES = (1, 8)
 REPEATS = 5
 PROMPT_TOKENS = 512
 STEPS = 32  # tokens per row and run of decode
@@ -127,11 +126,11 @@ class Result:
 
 
 def run(
+    batch_sizes: Sequence[int],
     *,
     checkpoint: Path | None = None,
     preset: str | None = None,
     options: LoadOptions | None = None,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
     prompt_tokens: int | None = None,
     profile: Path | None = None,
     progress: Progress | None = None,
@@ -139,10 +138,10 @@ def run(
     """Measure a checkpoint, or a preset with random weights, which are as fast as trained ones.
 
     Args:
+        batch_sizes: numbers of images and rows to measure.
         checkpoint: directory of a checkpoint.
         preset: name of a configuration in config.PRESETS.
         options: how to load the checkpoint; of a preset, mesh and dtype.
-        batch_sizes: numbers of images and rows to measure.
         prompt_tokens: length of each prompt; None: 512, or what the context has room for.
         profile: directory for a trace of each program, for xprof; None: no traces.
         progress: called as progress(done, total, what).

@@ -38,8 +38,6 @@ class FastTokenizer:
     """
 
     def __init__(self, path: Path, files: TokenizerFiles):
-        import tokenizers
-
         text = decode_text(read_vocabulary(path), path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)

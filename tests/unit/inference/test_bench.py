@@ -91,7 +91,7 @@ def test_random_weights_are_random_everywhere():
 )
 def test_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        bench.run(**options)
+        bench.run(**{"batch_sizes": (1,), **options})
 
 
 def test_default_prompts_fit_the_context():
