@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,12 @@ from rich.console import Console
 from rich.table import Table
 
 import internvl_jax
+from internvl_jax.inference.generation.generator import Generator
 from internvl_jax.inference.generation.sampling import GenerationConfig
 from internvl_jax.utils import formats
 
 IMAGES, PROMPT, NEW_TOKENS = 2, 512, 64
+WORK = {"encode": (IMAGES, "images/s"), "prefill": (PROMPT, "tokens/s"), "decode": (NEW_TOKENS, "tokens/s")}
 PAUSE = 0.5  # seconds before a measurement: the other library's idle threads keep spinning for a while
 IMAGE_TOKEN = 5
 
@@ -115,79 +118,101 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def compare(model: torch.nn.Module, directory: Path, dtype: str, runs: int) -> list[dict[str, Any]]:
-    """Time every stage in both implementations, alternating; returns one dict per stage."""
-    torch_dtype = getattr(torch, dtype)
-    model = model.to(torch_dtype)
-    ours = internvl_jax.load(directory, dtype=dtype)
-    generator = ours.generator
-    rng = np.random.default_rng(0)
-    pixels = rng.standard_normal((IMAGES, 3, 448, 448), dtype=np.float32)
-    ids = rng.integers(10, 32000, (1, PROMPT)).astype(np.int32)
-    # With min_new_tokens no token ends the answer, so both decode NEW_TOKENS tokens.
-    gen = GenerationConfig(max_new_tokens=NEW_TOKENS + 1, min_new_tokens=NEW_TOKENS + 1)
-    torch_pixels, torch_ids = torch.from_numpy(pixels).to(torch_dtype), torch.from_numpy(ids).long()
+class TorchStages:
+    """The stages of transformers' model on fixed inputs."""
 
-    def torch_prefill() -> tuple[Any, Any]:
-        out = model(input_ids=torch_ids, use_cache=True, logits_to_keep=1)
+    def __init__(self, model: torch.nn.Module, pixels: np.ndarray, ids: np.ndarray):
+        self.model = model
+        self.pixels = torch.from_numpy(pixels).to(model.dtype)
+        self.ids = torch.from_numpy(ids).long()
+
+    def encode(self) -> torch.Tensor:
+        features = self.model.get_image_features(pixel_values=self.pixels)
+        return getattr(features, "pooler_output", features)
+
+    def prefill(self) -> tuple[Any, Any]:
+        """The first token and the KV cache."""
+        out = self.model(input_ids=self.ids, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1:].argmax(-1), out.past_key_values
 
-    def torch_decode(token: Any, cache: Any) -> list[int]:
+    def decode(self, token: Any, cache: Any) -> list[int]:
+        """The tokens after `token`."""
         tokens = []
         for _ in range(NEW_TOKENS):
-            out = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = self.model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
             token = out.logits[:, -1:].argmax(-1)
             tokens.append(int(token))
         return tokens
 
-    def torch_features() -> torch.Tensor:
-        features = model.get_image_features(pixel_values=torch_pixels)
-        return getattr(features, "pooler_output", features)
 
-    times: dict[str, tuple[list[float], list[float]]] = {stage: ([], []) for stage in ("encode", "prefill", "decode")}
+class OurStages:
+    """The stages of this project's model on the same inputs."""
+
+    # With min_new_tokens no token ends the answer, so both sides decode NEW_TOKENS tokens.
+    SETTINGS = GenerationConfig(max_new_tokens=NEW_TOKENS + 1, min_new_tokens=NEW_TOKENS + 1)
+
+    def __init__(self, generator: Generator, pixels: np.ndarray, ids: np.ndarray):
+        self.generator, self.pixels, self.ids = generator, pixels, ids
+
+    def encode(self) -> jax.Array:
+        return jax.block_until_ready(self.generator.encode(self.pixels))
+
+    def prefill(self) -> Any:
+        return jax.block_until_ready(self.generator.prefill(self.ids, None, None, self.SETTINGS))
+
+    def decode(self, state: Any) -> Any:
+        return jax.block_until_ready(self.generator.decode(state, NEW_TOKENS))
+
+
+def compare(model: torch.nn.Module, directory: Path, dtype: str, runs: int) -> list[dict[str, Any]]:
+    """Time every stage in both implementations, alternating; returns one dict per stage."""
+    rng = np.random.default_rng(0)
+    pixels = rng.standard_normal((IMAGES, 3, 448, 448), dtype=np.float32)
+    ids = rng.integers(10, 32000, (1, PROMPT)).astype(np.int32)
+    generator = internvl_jax.load(directory, dtype=dtype).generator
+    theirs, ours = TorchStages(model.to(getattr(torch, dtype)), pixels, ids), OurStages(generator, pixels, ids)
+    times: dict[str, tuple[list[float], list[float]]] = {stage: ([], []) for stage in WORK}
     with torch.inference_mode():
-        difference = np.abs(torch_features().float().numpy() - np.asarray(generator.encode(pixels), np.float32)).max()
-        first, cache = torch_prefill()
-        state = generator.prefill(ids, None, None, gen)
-        mine = generator.read(generator.decode(state, NEW_TOKENS))[0][0]
-        theirs = [int(first), *torch_decode(first, cache)]
-        agree = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), len(theirs))
+        difference = np.abs(theirs.encode().float().numpy() - np.asarray(ours.encode(), np.float32)).max()
+        first, cache = theirs.prefill()
+        pairs = zip([int(first), *theirs.decode(first, cache)], generator.read(ours.decode(ours.prefill()))[0][0])
+        equal_tokens = next((number for number, (a, b) in enumerate(pairs) if a != b), NEW_TOKENS + 1)
         for run in range(1, runs + 1):
             print(f"{dtype}: run {run} of {runs}", file=sys.stderr, flush=True)
-            times["encode"][0].append(timed(torch_features))
-            times["encode"][1].append(timed(lambda: jax.block_until_ready(generator.encode(pixels))))
-            times["prefill"][0].append(timed(torch_prefill))
-            first, cache = torch_prefill()
-            times["decode"][0].append(timed(lambda first=first, cache=cache: torch_decode(first, cache)))
-            times["prefill"][1].append(timed(lambda: jax.block_until_ready(generator.prefill(ids, None, None, gen))))
-            state = jax.block_until_ready(generator.prefill(ids, None, None, gen))
-            times["decode"][1].append(
-                timed(lambda state=state: jax.block_until_ready(generator.decode(state, NEW_TOKENS)))
-            )
+            times["encode"][0].append(timed(theirs.encode))
+            times["encode"][1].append(timed(ours.encode))
+            times["prefill"][0].append(timed(theirs.prefill))
+            times["decode"][0].append(timed(partial(theirs.decode, *theirs.prefill())))
+            times["prefill"][1].append(timed(ours.prefill))
+            times["decode"][1].append(timed(partial(ours.decode, ours.prefill())))
         rate = matmul_rate(dtype, runs)
-    floor = {stage: operations / rate for stage, operations in matmul_flops(model).items()}
-    work = {"encode": (IMAGES, "images/s"), "prefill": (PROMPT, "tokens/s"), "decode": (NEW_TOKENS, "tokens/s")}
-    rows = []
-    for stage, (theirs_s, ours_s) in times.items():
-        amount, unit = work[stage]
-        a, b = statistics.median(theirs_s), statistics.median(ours_s)
-        rows.append(
-            {
-                "dtype": dtype,
-                "stage": stage,
-                "unit": unit,
-                "torch": amount / a,
-                "ours": amount / b,
-                "ratio": a / b,
-                "possible": a / floor[stage] if stage in floor else None,
-                "matmul_gflops": rate / 1e9,
-                "torch_seconds": theirs_s,
-                "our_seconds": ours_s,
-                "max_feature_difference": float(difference),
-                "equal_greedy_tokens": agree,
-            }
-        )
-    return rows
+    flops = matmul_flops(model)
+    return [
+        {
+            "dtype": dtype,
+            **stage_result(stage, *seconds, flops[stage] / rate if stage in flops else None),
+            "matmul_gflops": rate / 1e9,
+            "max_feature_difference": float(difference),
+            "equal_greedy_tokens": equal_tokens,
+        }
+        for stage, seconds in times.items()
+    ]
+
+
+def stage_result(stage: str, theirs: list[float], ours: list[float], floor: float | None) -> dict[str, Any]:
+    """The rates of a stage, from the seconds of each run; `floor`: the seconds of its matrix products alone."""
+    amount, unit = WORK[stage]
+    a, b = statistics.median(theirs), statistics.median(ours)
+    return {
+        "stage": stage,
+        "unit": unit,
+        "torch": amount / a,
+        "ours": amount / b,
+        "ratio": a / b,
+        "possible": None if floor is None else a / floor,
+        "torch_seconds": theirs,
+        "our_seconds": ours,
+    }
 
 
 def main() -> None:
