@@ -40,7 +40,7 @@ from internvl_jax.parallel.partitioning import BATCH, fit_spec
 from internvl_jax.training.context import REMAT, TrainContext, TrainSettings
 from internvl_jax.training.initialization import init_state
 from internvl_jax.training.mesh_placement import MeshPlacement
-from internvl_jax.training.recipes import recipe_of
+from internvl_jax.training.recipes import Recipe, recipe_of
 from internvl_jax.training.runs import costs
 from internvl_jax.training.state import State
 from internvl_jax.training.step import make_step
@@ -80,7 +80,7 @@ class TrainRequest:
         mesh: Mesh as `mesh_lib.make_mesh` reads it. None puts all devices on the fsdp axis.
         batch: Rows of a micro-batch over all devices. None is one row per device of the data and fsdp axes.
         length: Tokens per row.
-        images: Images per row.
+        images: Images per row. None is one, or none where the model has no vision tower.
         remat: Rematerialization policy: "full", "dots" or "none".
         param_dtype: Dtype of trained parameters. Optimizer moments are float32; frozen parameters are in `dtype`.
         dtype: Computation dtype.
@@ -93,7 +93,7 @@ class TrainRequest:
     mesh: str | None = None
     batch: int | None = None
     length: int = 2048
-    images: int = 1
+    images: int | None = None
     remat: str = "full"
     param_dtype: str = "float32"
     dtype: str = "bfloat16"
@@ -110,11 +110,12 @@ class TrainWorkload:
     mesh: Mesh
     context: TrainContext
     batch: int
+    images: int
 
     @property
     def batch_shape(self) -> costs.BatchShape:
         """Size of the micro-batch over all devices."""
-        return costs.BatchShape(self.batch, self.request.length, self.batch * self.request.images)
+        return costs.BatchShape(self.batch, self.request.length, self.batch * self.images)
 
     @property
     def ideal_flops(self) -> float:
@@ -210,19 +211,22 @@ def make_train_workload(request: TrainRequest) -> TrainWorkload:
         ImportError: libtpu is not installed.
     """
     topology, config = parse_topology(request.topology), read_config(request.preset)
-    recipe = recipe_of(request.recipe)
-    if config.text is None or config.vision is None or config.projector is None:
+    if config.text is None or (config.vision is None) != (config.projector is None):
         raise ValueError(
-            f"{request.preset} is not a chat model: --program train needs a vision tower, a projector and a language "
-            "model"
+            f"{request.preset} is neither a chat model nor a language model: --program train needs a language model, "
+            "and with a vision tower also a projector"
         )
+    recipe = _recipe_for(request, config)
+    images = int(config.vision is not None) if request.images is None else request.images
+    if images and config.vision is None:
+        raise ValueError(f"{request.preset} has no vision tower: leave out --images-per-row")
     if request.remat not in REMAT:
         raise ValueError(f"remat {request.remat!r} is not one of {', '.join(REMAT)}")
     if not 2 <= request.length <= config.text.max_position_embeddings:
         raise ValueError(f"a row has 2 to {config.text.max_position_embeddings} tokens, not {request.length}")
-    if not 0 <= request.images * config.tokens_per_image < request.length:
+    if config.vision is not None and not 0 <= images * config.tokens_per_image < request.length:
         raise ValueError(
-            f"{request.images} images of {config.tokens_per_image} tokens do not leave room for text in a row of "
+            f"{images} images of {config.tokens_per_image} tokens do not leave room for text in a row of "
             f"{request.length} tokens"
         )
     num_devices = topology.chips * topology.chip.devices
@@ -233,7 +237,21 @@ def make_train_workload(request: TrainRequest) -> TrainWorkload:
         raise ValueError(f"a batch has at least one row, not {batch}")
     settings = TrainSettings(STEPS, dtype=request.dtype, remat=request.remat)
     context = TrainContext(recipe, settings, MeshPlacement(config, mesh, request.vision))
-    return TrainWorkload(request, config, topology, mesh, context, batch)
+    return TrainWorkload(request, config, topology, mesh, context, batch, images)
+
+
+def _recipe_for(request: TrainRequest, config: ChatConfig) -> Recipe:
+    """The recipe of that name, for the parts that the model has."""
+    recipe = recipe_of(request.recipe)
+    if config.vision is not None:
+        return recipe
+    train = tuple(part for part in recipe.train if part == "language_model")
+    adapters = {part: lora for part, lora in recipe.lora.items() if part == "language_model"}
+    if not train and not adapters:
+        raise ValueError(
+            f"recipe {recipe.name!r} trains {', '.join(recipe.train)}, which {request.preset} does not have"
+        )
+    return replace(recipe, train=train, lora=adapters)
 
 
 def abstract_arguments(workload: TrainWorkload) -> tuple[State, Any, Batch]:
@@ -264,14 +282,16 @@ def _abstract_batch(workload: TrainWorkload) -> Batch:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     tokens = abstract((1, workload.batch, request.length), jnp.int32)
-    pixels = (config.required_vision.num_channels, *[config.required_image_size] * 2)
+    pixels: tuple[int, ...] = (3, 0, 0)
+    if config.vision is not None:
+        pixels = (config.vision.num_channels, *[config.required_image_size] * 2)
     return Batch(
         input_ids=tokens,
         labels=tokens,
         segment_ids=tokens,
         positions=tokens,
         image_index=tokens,
-        pixel_values=abstract((1, workload.batch * request.images, *pixels), jnp.float32),
+        pixel_values=abstract((1, workload.batch * workload.images, *pixels), jnp.float32),
     )
 
 
@@ -302,7 +322,7 @@ def make_train_report(workload: TrainWorkload, dump_hlo: Path | None = None) -> 
         vision=workload.context.placement.vision,
         batch=workload.batch,
         length=request.length,
-        images=request.images,
+        images=workload.images,
         remat=request.remat,
         param_dtype=request.param_dtype,
         dtype=request.dtype,
@@ -321,10 +341,10 @@ def make_train_report(workload: TrainWorkload, dump_hlo: Path | None = None) -> 
 
 def format_train_report(report: TrainReport) -> list[str]:
     """Return the lines of a report for the terminal."""
-    images = "1 image" if report.images == 1 else f"{report.images} images"
+    images = {0: "no images", 1: "1 image each"}.get(report.images, f"{report.images} images each")
     lines = [
         f"train {report.recipe}: {report.topology} ({report.chips} chips), {report.mesh}, {report.batch} rows of "
-        f"{report.length} tokens with {images} each, remat {report.remat}, {report.param_dtype} parameters, "
+        f"{report.length} tokens with {images}, remat {report.remat}, {report.param_dtype} parameters, "
         f"{report.dtype} compute"
     ]
     excess = report.hbm_bytes["peak"] - report.hbm_capacity_bytes

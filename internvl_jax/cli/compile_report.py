@@ -66,7 +66,10 @@ def add_parser(commands: options.Commands) -> None:
         "--recipe", metavar="NAME", help="as for train; with --table several, separated by commas (default: stage2)"
     )
     training.add_argument(
-        "--images-per-row", type=options.natural, metavar="N", help="image slots per row (default: 1)"
+        "--images-per-row",
+        type=options.natural,
+        metavar="N",
+        help="image slots per row (default: 1; 0 without a vision tower)",
     )
     training.add_argument("--remat", metavar="POLICY", help="full, dots or none (default: full)")
     training.add_argument(

@@ -44,18 +44,17 @@ def step_flops(config: ChatConfig, recipe: Recipe, shape: BatchShape) -> float:
     """
     text_products = shape.rows * shape.length * (2 * flops.text_weights(config) + flops.head(config))
     text_attention = shape.rows * flops.causal_attention(config, shape.length)
-    tower_products = shape.images * flops.tower_products(config)
-    tower_attention = shape.images * flops.tower_attention(config)
-    projector = shape.images * flops.projector(config)
     parts, adapted = recipe.train, recipe.lora
     below_projector = "vision_model" in parts or "vision_model" in adapted
     below_language = below_projector or "mlp1" in parts or "language_model" in parts or "language_model" in adapted
-    return (
-        text_products * (1 + below_language + ("language_model" in parts))
-        + text_attention * (1 + 2 * below_language)
-        + projector * (1 + below_projector + ("mlp1" in parts))
-        + tower_products * (1 + below_projector + ("vision_model" in parts))
-        + tower_attention * (1 + 2 * below_projector)
+    text = text_products * (1 + below_language + ("language_model" in parts))
+    text += text_attention * (1 + 2 * below_language)
+    if not shape.images:  # the model may have no tower
+        return text
+    return text + shape.images * (
+        flops.projector(config) * (1 + below_projector + ("mlp1" in parts))
+        + flops.tower_products(config) * (1 + below_projector + ("vision_model" in parts))
+        + flops.tower_attention(config) * (1 + 2 * below_projector)
     )
 
 
@@ -115,11 +114,10 @@ def _count_per_device(tree: Any, placement: MeshPlacement) -> int:
 
 def _activation_bytes(context: TrainContext, shape: BatchShape) -> int:
     config, placement, remat = context.placement.config, context.placement, context.settings.remat
-    text, vision = config.required_text, config.required_vision
+    text, vision = config.required_text, config.vision
     shards = placement.num_row_shards
     tensor = 1 if placement.mesh is None else placement.mesh.shape["tensor"]
     text_tokens = shape.rows * shape.length / shards
-    vision_tokens = shape.images * ((config.required_image_size // vision.patch_size) ** 2 + 1) / shards
     has_vision_gradients = "vision_model" in context.recipe.train or "vision_model" in context.recipe.lora
 
     def layers(tokens: float, width: int, hidden: int, count: int, has_gradients: bool) -> float:
@@ -131,14 +129,13 @@ def _activation_bytes(context: TrainContext, shape: BatchShape) -> int:
         return count * (2 * tokens * width + per_layer * (1 if remat == "dots" else 1.5))
 
     elements = layers(text_tokens, text.hidden_size, text.intermediate_size, text.num_hidden_layers, True)
-    elements += layers(
-        vision_tokens,
-        vision.hidden_size,
-        vision.intermediate_size,
-        config.num_vision_layers,
-        has_vision_gradients,
-    )
+    pixels = 0.0
+    if vision is not None:
+        image_size = config.required_image_size
+        vision_tokens = shape.images * ((image_size // vision.patch_size) ** 2 + 1) / shards
+        width, hidden = vision.hidden_size, vision.intermediate_size
+        elements += layers(vision_tokens, width, hidden, config.num_vision_layers, has_vision_gradients)
+        pixels = shape.images / shards * vision.num_channels * image_size**2 * 4
     chunk = min(context.settings.chunk, shape.length)
     logits = shape.rows / shards * chunk * text.vocab_size / tensor * 3 * 4
-    pixels = shape.images / shards * vision.num_channels * config.required_image_size**2 * 4
     return int(elements * context.dtype.itemsize + logits + pixels)

@@ -85,7 +85,7 @@ def by_arithmetic(work):
         vision=work.context.placement.vision,
         batch=work.batch,
         length=work.request.length,
-        images=work.request.images,
+        images=work.images,
         remat=work.request.remat,
         param_dtype=work.request.param_dtype,
         dtype=work.request.dtype,
@@ -152,13 +152,46 @@ LLAMA = {
 TOWER = json.loads((DATA / "intern_vit" / "checkpoint_bin" / "config.json").read_text())
 
 
-@pytest.mark.parametrize("values", [LLAMA, TOWER], ids=["llama", "intern_vit"])
-def test_a_part_of_a_model_is_refused(tmp_path, capsys, values):
-    (tmp_path / "config.json").write_text(json.dumps(values))
+@pytest.fixture
+def language_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return str(tmp_path)
+
+
+def test_a_language_model_alone(language_model):
+    """Rows of text, forward and backward: three times the products with weights, and with the head."""
+    work = make_train_workload(TrainRequest("v5e-4", language_model, length=64, batch=4))
+    assert (work.images, work.context.recipe.train) == (0, ("language_model",))
+    products = 2 * (4 * 64**2 + 3 * 64 * 128) + 64 * 100
+    attention = 2 * 64**2 * 64 * 2  # scores and weighted sum, the causal half
+    assert work.ideal_flops == 3 * 4 * (64 * 2 * products + attention)
+    done = train_report.make_train_report(work)
+    assert done.fits
+    assert done.flops_per_chip > done.ideal_flops_per_chip
+    assert done.schedule.seconds > done.ideal_seconds > 0
+    assert "4 rows of 64 tokens with no images, remat full" in train_report.format_train_report(done)[0]
+    request = TrainRequest("v5e-4", language_model, recipe="lora", length=64)
+    assert train_report.plan_training(request, compile_step=by_arithmetic).remat == "dots"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"recipe": "stage1"}, "recipe 'stage1' trains vision_model, mlp1, which .* does not have"),
+        ({"images": 1}, "has no vision tower: leave out --images-per-row"),
+    ],
+)
+def test_a_language_model_has_no_images(language_model, asked, message):
+    with pytest.raises(ValueError, match=message):
+        make_train_workload(TrainRequest("v5e-4", language_model, length=64, **asked))
+
+
+def test_a_vision_tower_alone_is_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(TOWER))
     for more in ([], ["--plan"], ["--table"]):
         asked = ["compile-report", "--program", "train", "--topology", "v5e-4", "--preset", str(tmp_path), *more]
         assert main(asked) == 2
-        assert f"error: {tmp_path} is not a chat model: --program train needs a vision tower" in capsys.readouterr().err
+        assert f"error: {tmp_path} is neither a chat model nor a language model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
