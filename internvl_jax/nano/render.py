@@ -113,13 +113,18 @@ def heldout_questions(kind: str, language: str, count: int) -> list[tuple[np.nda
     found: list[tuple[np.ndarray, QAPair]] = []
     index = 0
     while len(found) < count:
-        sample = make_sample("heldout", index, questions=20)
+        sample = _heldout_sample(index)
         index += 1
         for question in sample.questions:
             if (question.kind, question.language) == (kind, language) and sample.image is not None:
                 found.append((sample.image, question))
                 break
     return found
+
+
+@lru_cache(maxsize=8192)  # 300 MB at most; the kinds and languages share these samples
+def _heldout_sample(index: int) -> Sample:
+    return make_sample("heldout", index, questions=20)
 
 
 KINDS = ("color", "shape", "count", "place", "exists", "digits", "word")
