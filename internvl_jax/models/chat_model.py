@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -150,7 +151,13 @@ def init_params(key: Array, config: ChatConfig, dtype: Any = jnp.float32) -> Par
 
 def abstract_params(config: ChatConfig, dtype: Any = jnp.float32) -> Params:
     """Shapes and dtypes of `init_params` as a tree of jax.ShapeDtypeStruct; computes nothing, needs no device."""
-    return jax.eval_shape(lambda: init_params(jax.random.key(0), config, dtype))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _traced_shapes(config))
+
+
+@functools.lru_cache(maxsize=64)
+def _traced_shapes(config: ChatConfig) -> Params:
+    """Float32 parameters as ShapeDtypeStructs. Tracing takes tenths of a second, and loading asks several times."""
+    return jax.eval_shape(lambda: init_params(jax.random.key(0), config))
 
 
 def count_params(tree: Any) -> int:

@@ -17,7 +17,7 @@ from internvl_jax.models import param_sharding
 from internvl_jax.models.layers import Params
 from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.parallel.partitioning import BATCH
-from internvl_jax.training.state import ADAPTERS, State, checksum_tree, map_param_trees, split_adapters
+from internvl_jax.training.state import ADAPTERS, State, checksum, map_param_trees, split_adapters
 
 
 class MeshPlacement:
@@ -147,8 +147,9 @@ class MeshPlacement:
         )
 
     def checksums(self, state: State) -> dict[str, int]:
-        """Return `checksum_tree` of a state in true shapes by the arrays' names, the same in every process."""
-        sums = jax.device_get(jax.jit(checksum_tree, out_shardings=self.replicated)(state))
+        """Return checksums of a state in true shapes by the arrays' names, the same in every process."""
+        # A program per shape: a parameter's moments share it, and one program of hundreds of arrays compiles for long.
+        sums = jax.device_get(jax.tree.map(jax.jit(checksum, out_shardings=self.replicated), state))
         return {
             jax.tree_util.keystr(keys, simple=True, separator="/"): int(value)
             for keys, value in jax.tree_util.tree_leaves_with_path(sums)

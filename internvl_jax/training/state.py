@@ -47,21 +47,17 @@ def map_param_trees(function: Callable[[Any], Any], tree: Any, others: Callable[
     )
 
 
-def checksum_tree(tree: Any) -> Any:
-    """Return a checksum for every array of a tree. It is the same on every mesh, and differs if one bit does.
+def checksum(leaf: Array) -> Array:
+    """Return a checksum of an array. It is the same on every mesh, and differs if one bit does.
 
     The checksum is the sum of a hash of every element's bits and index, so it is exact in any order of summation.
 
     Args:
-        tree: Arrays of 8, 16 or 32 bits per element.
+        leaf: Any shape, of 8, 16 or 32 bits per element.
 
     Returns:
-        The same tree of [] uint32.
+        [] uint32.
     """
-    return jax.tree.map(_checksum, tree)
-
-
-def _checksum(leaf: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
     index = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):

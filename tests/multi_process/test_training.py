@@ -22,23 +22,38 @@ def entries_of(directory, kind="loss"):
     return [entry for line in lines if kind in (entry := json.loads(line))]
 
 
-def test_two_processes_equal_one(tmp_path):
-    run(
-        tmp_path / "one", 4, Recipe("full", FULL, ADAMW, 2, 48), placement=MeshPlacement(CONFIG), batches=Shares(CONFIG)
-    )
-    expected = entries_of(tmp_path / "one")
-    first, second = run_two("train", tmp_path, devices=2)
-    names = ("straight", "stopped", "resumed", "tensor")
-    parts = [{name: result[name].pop("parts") for name in names} for result in (first, second)]
-    assert first == second | {"stopped": first["stopped"]}
-    assert [of["straight"] for of in parts] == [[0, 2], [1, 3]]
-    assert [of["tensor"] for of in parts] == [[0, 1], [0, 1]]
-    for result in (first, second):  # one was asked, and both ended after the step under way
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The metrics of one process."""
+    directory, recipe = tmp_path_factory.mktemp("one") / "run", Recipe("full", FULL, ADAMW, 2, 48)
+    run(directory, 4, recipe, placement=MeshPlacement(CONFIG), batches=Shares(CONFIG))
+    return entries_of(directory)
+
+
+def check_stop(results):
+    """One was asked, and both ended after the step under way; both resumed."""
+    for result in results:
         assert (result["stopped"]["step"], result["stopped"]["finished"]) == (2, False)
         assert result["resumed"]["finished"]
+
+
+def test_two_processes_equal_one(tmp_path, expected):
+    results = first, second = run_two("train", tmp_path, devices=2)
+    parts = [{name: result[name].pop("parts") for name in ("stopped", "resumed", "tensor")} for result in results]
+    assert first == second | {"stopped": first["stopped"]}
+    assert [of["resumed"] for of in parts] == [[0, 2], [1, 3]]
+    assert [of["tensor"] for of in parts] == [[0, 1], [0, 1]]
+    check_stop(results)
+    for result in results:
         assert "was written by 2 processes, now there are 1" in result["refused"]
-    for name in ("straight", "parts", "tensor"):
+    for name in ("parts", "tensor"):
         equal_numbers(entries_of(tmp_path / name), expected)
+
+
+@pytest.mark.long  # on one process this is short (multi_device), and so is resuming on two
+def test_two_processes_resume_on_another_mesh(tmp_path, expected):
+    check_stop(run_two("train_elsewhere", tmp_path, devices=2))
+    equal_numbers(entries_of(tmp_path / "parts"), expected)
 
 
 def command(directory, output, *more):

@@ -1,6 +1,7 @@
 """A tiny chat model, its random parameters and training batches."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -63,5 +64,9 @@ def evaluate(params, config, batch, weights=None, **options):
 
 def evaluate_variables(variables, config, batch, weights=None, *, rngs=objective.NO_RNGS, **options):
     weights = objective.loss_weights(batch.labels, batch.segment_ids) if weights is None else weights
-    run = jax.jit(lambda v, b, w: objective.loss(v, config, b, w, LossOptions(**options), rngs=rngs))
-    return jax.device_get(run(variables, batch, weights))
+    return jax.device_get(_loss(variables, batch, weights, rngs, config=config, options=LossOptions(**options)))
+
+
+@partial(jax.jit, static_argnames=("config", "options"))
+def _loss(variables, batch, weights, rngs, *, config, options):
+    return objective.loss(variables, config, batch, weights, options, rngs=rngs)

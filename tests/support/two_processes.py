@@ -108,31 +108,46 @@ def answers(directory):
     return {}
 
 
-def train(directory):
-    """Training where rows of the processes take turns on the mesh; stopped by one process, gone on with on another
-    mesh; and with a tensor axis over both, which then bring the same rows."""
+def turns():
+    """Devices of the processes by turns."""
+    mine = jax.devices()
+    return [mine[0], mine[2], mine[1], mine[3]]
+
+
+def run_training(path, mesh, share, **options):
+    batches = Shares(CONFIG, share, **options)
+    placement = MeshPlacement(CONFIG, mesh)
     recipe = Recipe("full", FULL, ADAMW, 2, 48)
-    mine, first = jax.devices(), jax.process_index() == 0
-    turns = [mine[0], mine[2], mine[1], mine[3]]
+    done = run(path, 4, recipe, placement=placement, batches=batches, save_every=4)
+    return {"step": done.step, "finished": done.finished, "parts": placement.row_shards, "batches": batches.next}
 
-    def go(name, mesh, share, **options):
-        batches = Shares(CONFIG, share, **options)
-        placement = MeshPlacement(CONFIG, mesh)
-        done = run(directory / name, 4, recipe, placement=placement, batches=batches, save_every=4)
-        return {"step": done.step, "finished": done.finished, "parts": placement.row_shards, "batches": batches.next}
 
-    process = jax.process_index()
+def train(directory):
+    """Training where rows of the processes take turns on the mesh, stopped by one process and resumed; and with a
+    tensor axis over both, which then bring the same rows."""
+    process, fsdp = jax.process_index(), mesh_lib.make_mesh("fsdp=4", turns())
+    tensor = mesh_lib.make_mesh("data=2,tensor=2", turns())
     results = {
-        "straight": go("straight", mesh_lib.make_mesh("fsdp=4", turns), process),
-        "stopped": go("parts", mesh_lib.make_mesh("fsdp=4", turns), process, stop_at=None if first else 1),
-        "resumed": go("parts", mesh_lib.make_mesh("data=2,tensor=2"), process),
-        "tensor": go("tensor", mesh_lib.make_mesh("data=2,tensor=2", turns), None),
+        "stopped": run_training(directory / "parts", fsdp, process, stop_at=None if process == 0 else 1),
+        "resumed": run_training(directory / "parts", fsdp, process),
+        "tensor": run_training(directory / "tensor", tensor, None),
     }
     try:
-        go("parts", mesh_lib.make_mesh("data=2,tensor=2", turns), None)
+        run_training(directory / "parts", tensor, None)
     except ValueError as error:
         results["refused"] = str(error)
     return results
+
+
+def train_elsewhere(directory):
+    """Resumed on another mesh, on which each process has a tensor axis of its own."""
+    process = jax.process_index()
+    where = mesh_lib.make_mesh("fsdp=4", turns()), mesh_lib.make_mesh("data=2,tensor=2")
+    stop_at = None if process == 0 else 1
+    return {
+        "stopped": run_training(directory / "parts", where[0], process, stop_at=stop_at),
+        "resumed": run_training(directory / "parts", where[1], process),
+    }
 
 
 def main():

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from support import modules
 from support.adapter_cases import BOTH, adapters_of, llama
 from support.golden import assert_close, torch_tree
+from support.quantize_cases import quantized
 from support.tiny_model import batch_of, evaluate, evaluate_variables, random_params, tiny
 
 from internvl_jax import checkpoint, lora
@@ -23,7 +24,6 @@ from internvl_jax.models.axes import linear_layers
 from internvl_jax.models.chat_model import InternVLChat
 from internvl_jax.models.layers import ADAPTER, Adapter, Linear
 from internvl_jax.parallel import partitioning
-from internvl_jax.quantize import quantize_params
 from internvl_jax.training import objective, recipes
 from internvl_jax.training.runs import resizing
 from internvl_jax.utils import files
@@ -223,7 +223,7 @@ def test_adapters_on_quantized_weights():
     """They train and serve beside int8 kernels; they cannot be merged into them."""
     config = tiny()
     params, batch = random_params(config), batch_of(config, [[40]], 48)
-    adapters, low = adapters_of(params), quantize_params(params, "int8")
+    adapters, low = adapters_of(params), quantized(params, "int8")
     assert evaluate_variables(lora.attach(low, adapters, BOTH), config, batch).loss == pytest.approx(
         evaluate_variables(lora.attach(params, adapters, BOTH), config, batch).loss, rel=0.02
     )

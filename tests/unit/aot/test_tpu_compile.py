@@ -191,6 +191,7 @@ def test_decode_at_full_size(llama2_13b, tmp_path):
     assert collectives_per_layer(program, 40) == [("all-reduce", 8 * 5120 * 2)] * 2
 
 
+@LONG
 def test_int8_decode_at_full_size(llama2_13b, tmp_path):
     """In 8 bits the best of other projects is 2.70 GiB. Stacks of weights are read as they are stored, not copied.
 

@@ -3,13 +3,13 @@
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 from support.evaluation_files import FAST, rows, whole
+from support.full_disk import full_disk
 
 from internvl_jax.cli.main import main
 from internvl_jax.evaluation import answering as runs
@@ -83,15 +83,11 @@ def test_files_of_others_are_not_replaced(run, tmp_path, name, capsys):
 
 def test_a_full_disk(run, capsys):
     """The file is named, what was answered is kept, and the run goes on when there is room."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     _, whole_run = run("pope", out="whole")
     size = (whole_run / "report.json").stat().st_size
     assert size < (whole_run / "wrong.html").stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
+    with full_disk(size):
         code, out = run("pope")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 2
     told = capsys.readouterr().err
     assert re.search(rf"{out}/\w+\.(html|jsonl)", told)

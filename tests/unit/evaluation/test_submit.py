@@ -2,12 +2,12 @@
 
 import json
 import os
-import resource
 import time
 
 import pytest
 from support.evaluation_cases import real
 from support.evaluation_files import image_base64, lines, rows, table, whole
+from support.full_disk import full_disk
 
 from internvl_jax.cli.main import main
 from internvl_jax.evaluation.benchmark_table import BENCHMARKS
@@ -135,12 +135,8 @@ def test_nothing_is_replaced(vet, capsys):
 def test_a_full_disk(vet, capsys):
     """The error names the file, and nothing is left of it."""
     lines(vet / "a.jsonl", [llava(n, "a" * 200) for n in (0, 1, 2)])
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
-    try:
+    with full_disk(400):
         assert submit("mm-vet", vet / "a.jsonl", vet, vet / "out") == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "submission.json" in capsys.readouterr().err
     assert sorted(os.listdir(vet)) == ["a.jsonl", "llava-mm-vet.jsonl"]
 

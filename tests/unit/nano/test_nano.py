@@ -242,6 +242,7 @@ def test_images_tokenizer_and_model_of_others_stay(tmp_path):
         train.check_model(NANO, replace(config, image_size=56))
 
 
+@pytest.mark.long  # the code is tested on fewer pieces
 def test_tokenizer_is_the_shipped_one(tmp_path):
     """The vocabulary can be made again from the code, byte for byte."""
     build_tokenizer.build(tmp_path)
@@ -286,7 +287,7 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
         params = train.run(out, config, stages, samples=24)
         results.append(jax.device_get(params))
     jax.tree.map(np.testing.assert_array_equal, *results)
-    start = jax.device_get(train.init_params(jax.random.key(0), config))
+    start = jax.device_get(jax.jit(train.init_params, static_argnames="config")(jax.random.key(0), config))
     for part in ("vision_model", "mlp1", "language_model"):
         moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), results[0][part], start[part])
         assert max(jax.tree.leaves(moved)) > 0, part

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
-from support import modules
+from support.chat_model_cases import tower
 
 from internvl_jax.config import PRESETS
 from internvl_jax.models import chat_model, param_sharding
@@ -165,11 +165,11 @@ def test_layers_one_by_one_follow_the_same_rules():
 
 def test_padded_heads_are_exact():
     config = NANO
-    params = chat_model.init_params(jax.random.key(0), config)
+    params = jax.jit(chat_model.init_params, static_argnames="config")(jax.random.key(0), config)
     padded = param_sharding.resize_axes(params, {"vision_heads": 8})
     assert padded["vision_model"]["layers"]["attn"]["proj"]["kernel"].shape[1] == 8
     pixels = jax.random.normal(jax.random.key(1), (1, 3, config.image_size, config.image_size))
     with jax.default_matmul_precision("highest"):
-        outputs = [modules.run_tower(p["vision_model"], config.vision, pixels)[0] for p in (params, padded)]
+        outputs = [tower(p["vision_model"], config.vision, pixels)[0] for p in (params, padded)]
     np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, param_sharding.unpad_params(padded, config), params)

@@ -1,12 +1,12 @@
 """files.py: paths, text with byte order marks, outputs that appear whole and belong to one process."""
 
 import os
-import resource
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+from support.full_disk import full_disk
 
 from internvl_jax.utils import files
 
@@ -72,21 +72,13 @@ def test_a_failed_write_keeps_the_old_content(tmp_path):
     assert os.listdir(tmp_path) == [path.name]
 
 
-@pytest.fixture
-def small_files():
-    """No file of this process grows beyond 100 bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_appending_all_or_nothing(tmp_path, small_files):
+def test_appending_all_or_nothing(tmp_path):
     path = tmp_path / "answers.jsonl"
-    files.append_text(path, "é" * 20)
-    files.append_text(path, "b" * 20)
-    with pytest.raises(OSError, match="too large") as caught:
-        files.append_text(path, "c" * 41)
+    with full_disk(100):
+        files.append_text(path, "é" * 20)
+        files.append_text(path, "b" * 20)
+        with pytest.raises(OSError, match="No space left") as caught:
+            files.append_text(path, "c" * 41)
     assert caught.value.filename == str(path)
     assert path.read_text(encoding="utf-8") == "é" * 20 + "b" * 20
     with pytest.raises(OSError, match="directory"):
