@@ -149,10 +149,11 @@ class MeshPlacement:
     def checksums(self, state: State) -> dict[str, int]:
         """Return checksums of a state in true shapes by the arrays' names, the same in every process."""
         # A program per shape: a parameter's moments share it, and one program of hundreds of arrays compiles for long.
-        sums = jax.device_get(jax.tree.map(jax.jit(checksum, out_shardings=self.replicated), state))
+        # One after the other: XLA's CPU backend may begin programs that communicate in another order in each process.
+        run = jax.jit(checksum, out_shardings=self.replicated)
         return {
-            jax.tree_util.keystr(keys, simple=True, separator="/"): int(value)
-            for keys, value in jax.tree_util.tree_leaves_with_path(sums)
+            jax.tree_util.keystr(keys, simple=True, separator="/"): int(jax.device_get(run(leaf)))
+            for keys, leaf in jax.tree_util.tree_leaves_with_path(state)
         }
 
     def _resize(self, state: State, resize: Any, *, storage: bool) -> State:

@@ -29,6 +29,17 @@ def run(capsys, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """GOLDEN on a converted checkpoint, which processes read without torch."""
+    pytest.importorskip("torch")
+    from checkpoints_convert.convert import convert
+
+    directory = tmp_path_factory.mktemp("converted") / "checkpoint"
+    convert(CHECKPOINT, directory)
+    return ("chat", "--checkpoint", str(directory), *GOLDEN[3:])
+
+
+@pytest.fixture(scope="session")
 def chat():
     pytest.importorskip("torch")  # the golden checkpoint is PyTorch's
     return internvl_jax.load(CHECKPOINT)

@@ -7,7 +7,6 @@ import select
 import subprocess
 import time
 
-import pytest
 from support.cli_cases import GOLDEN, IMAGE, QUESTION, SEEN, TEXT, process
 
 ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x08")  # colors and moves of the cursor
@@ -71,10 +70,9 @@ generator.Generator.decode = lambda *args: time.sleep(0.25) or decode(*args)
 """
 
 
-def test_a_session_in_a_terminal(cache):
+def test_a_session_in_a_terminal(cache, converted):
     """Ctrl-C stops the answer and not the program, and an empty line's Ctrl-C only says how to leave."""
-    pytest.importorskip("torch")
-    with Terminal(cache, *GOLDEN, code=SLOW) as terminal:
+    with Terminal(cache, *converted, code=SLOW) as terminal:
         assert "loading" in terminal.expect("checkpoint: type a question.")  # the progress bar
         terminal.expect(">")
         terminal.send(TEXT["question"] + "\n")
@@ -114,22 +112,20 @@ def test_interrupted_while_loading(cache):
         assert terminal.leave() == 130
 
 
-def test_pipes(cache):
+def test_pipes(cache, converted):
     """stdout holds the answer alone, stderr nothing that only a terminal should see."""
-    pytest.importorskip("torch")
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with process(cache, *GOLDEN, "--image", IMAGE, QUESTION, **options) as running:
+    with process(cache, *converted, "--image", IMAGE, QUESTION, **options) as running:
         out, err = running.communicate()
     assert running.returncode == 0
     assert out.decode() == SEEN["response"] + "\n"
     assert err.decode() == "(cut off after 32 tokens: --max-new-tokens allows more)\n"
 
 
-def test_a_reader_that_leaves(cache):
-    pytest.importorskip("torch")
+def test_a_reader_that_leaves(cache, converted):
     for option in ((), ("--json",)):
         with process(
-            cache, *GOLDEN, *option, TEXT["question"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            cache, *converted, *option, TEXT["question"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as running:
             running.stdout.close()
             err = running.stderr.read().decode()
@@ -137,11 +133,10 @@ def test_a_reader_that_leaves(cache):
         assert err == "" if option else "Broken" not in err
 
 
-def test_a_terminal_that_knows_no_chinese(cache):
-    pytest.importorskip("torch")
+def test_a_terminal_that_knows_no_chinese(cache, converted):
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     code = "sys.stdout.reconfigure(encoding='ascii'); sys.stderr.reconfigure(encoding='ascii')"
-    with process(cache, *GOLDEN, TEXT["question"], code=code, **options) as running:
+    with process(cache, *converted, TEXT["question"], code=code, **options) as running:
         out, err = running.communicate()
     assert running.returncode == 0
     assert out.decode("ascii") == "".join(c if c.isascii() else "?" for c in TEXT["response"]) + "\n"

@@ -174,14 +174,23 @@ def test_images_over_all_chips_need_no_sums(compile_report, small):
 
 
 @pytest.mark.parametrize(
-    ("preset", "tokens", "tower"),
-    [("llava_1_5_13b", 577, 1024), pytest.param("internvl_chat_v1_0_13b", 577, 3200, marks=LONG)],
+    ("preset", "true_width"),
+    [
+        ("llava_1_5_13b", False),
+        pytest.param("llava_1_5_13b", True, marks=LONG),
+        pytest.param("internvl_chat_v1_0_13b", True, marks=LONG),
+    ],
 )
-def test_the_other_systems(compile_report, tmp_path, preset, tokens, tower):
-    """The tower at its true width, one layer of it, from the files of a directory."""
+def test_the_other_systems(compile_report, tmp_path, preset, true_width):
+    """One layer of the tower, at its true width or small, from the files of a directory."""
     full = PRESETS[preset]()
     vision = replace(full.vision, num_hidden_layers=-full.select_layer)  # one of them runs
     config = replace(full, vision=vision, text=replace(full.text, num_hidden_layers=2))
+    if not true_width:
+        vision = replace(vision, hidden_size=256, num_attention_heads=4, intermediate_size=512)
+        text = replace(config.text, hidden_size=WIDTH, num_attention_heads=4, num_key_value_heads=4, vocab_size=1000)
+        projector = replace(full.projector, in_features=256, out_features=WIDTH)
+        config = replace(config, vision=vision, text=text, projector=projector)
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
     inside = tmp_path / vision_tower_name(config_to_hf(config))
     inside.mkdir()
@@ -190,7 +199,8 @@ def test_the_other_systems(compile_report, tmp_path, preset, tokens, tower):
     assert load.config == config
     encode = compile_report.make_report(load, "encode")
     assert encode.fits
-    hidden, projected = full.vision.intermediate_size, 2 * (tokens - 1) * (tower + 5120) * 5120
+    tokens, tower, hidden, width = 577, vision.hidden_size, vision.intermediate_size, config.text.hidden_size
+    projected = 2 * (tokens - 1) * (tower + width) * width
     layer = 2 * tokens * (4 * tower**2 + 2 * tower * hidden) + 4 * tokens**2 * tower
     patches = 2 * (tokens - 1) * 3 * 14**2 * tower
     assert encode.ideal_flops_per_chip == layer + patches + projected
