@@ -50,6 +50,7 @@ class CompileReport:
         dtype: Computation dtype.
         cache_dtype: KV cache dtype.
         quantize: Weight quantization, or None.
+        flags: Compiler flags.
         hbm_bytes: Bytes of arguments, outputs, temporaries, aliased (outputs in the buffers of donated arguments), peak
             and parameters; only the last two of a program that does not fit.
         hbm_capacity_bytes: HBM that a program can use.
@@ -78,6 +79,7 @@ class CompileReport:
     dtype: str
     cache_dtype: str
     quantize: str | None
+    flags: dict[str, str]
     hbm_bytes: dict[str, int]
     hbm_capacity_bytes: int
     fits: bool
@@ -92,6 +94,13 @@ class CompileReport:
     compile_seconds: float
     advice: tuple[str, ...] = ()
     parts: tuple[CompileReport, ...] = ()
+
+    @property
+    def scheduled_throughput(self) -> float:
+        """Throughput of the whole slice by the schedule, in the unit of the bound; 0 where the program does not fit."""
+        if self.schedule is None or self.bound_by is None:
+            return 0.0
+        return self.throughput_bound["value"] * self.roofline_seconds[self.bound_by] / self.schedule.seconds
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -120,7 +129,8 @@ def make_report(workload: Workload, program: str, dump_hlo: Path | None = None) 
     chip = workload.topology.chip
     with jax.set_mesh(workload.mesh):
         lowered = spec.lower(workload)
-        compiled = compile_program(workload.topology, workload.mesh, lowered, spec.num_layers(workload.config))
+        num_layers = spec.num_layers(workload.config)
+        compiled = compile_program(workload.topology, workload.mesh, lowered, num_layers, workload.flags)
     if dump_hlo is not None:
         write_hlo(compiled, dump_hlo, program)
     memory = compiled.memory | {"parameters": workload.param_bytes(spec.parts)}
@@ -142,6 +152,7 @@ def make_report(workload: Workload, program: str, dump_hlo: Path | None = None) 
         dtype=workload.dtype.name,
         cache_dtype=workload.cache_dtype.name,
         quantize=workload.quantize,
+        flags=dict(workload.flags),
         hbm_bytes=memory,
         hbm_capacity_bytes=chip.hbm_bytes,
         fits=compiled.fits,
@@ -225,6 +236,7 @@ def format_report(report: CompileReport) -> list[str]:
         head += f", prompt {report.prompt}"
     head += f", {report.dtype}" + (f", {report.quantize} weights" if report.quantize else "")
     head += f", {report.cache_dtype} cache" if report.cache_dtype != report.dtype else ""
+    head += f", {len(report.flags)} compiler flags" if report.flags else ""
     lines = [head, *format_memory(report.hbm_bytes, report.hbm_capacity_bytes, report.fits, report.advice)]
     lines += format_work(report.flops_per_chip, report.ideal_flops_per_chip, report.collectives)
     if report.fits:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,7 +50,13 @@ class CompiledStats:
         return self.flops is not None
 
 
-def compile_program(topology: Topology, mesh: Mesh, lowered: jax.stages.Lowered, num_layers: int) -> CompiledStats:
+def compile_program(
+    topology: Topology,
+    mesh: Mesh,
+    lowered: jax.stages.Lowered,
+    num_layers: int,
+    flags: Mapping[str, str] = types.MappingProxyType({}),
+) -> CompiledStats:
     """Compile a lowered program and analyze it.
 
     Args:
@@ -57,15 +64,21 @@ def compile_program(topology: Topology, mesh: Mesh, lowered: jax.stages.Lowered,
         mesh: Mesh over the slice's devices.
         lowered: The program.
         num_layers: Length of the layer scan. Collectives that run a multiple of it are attributed to the layers.
+        flags: Compiler flags, as `flags.compiler_flags` returns them.
 
     Returns:
         The figures; of a program that does not fit only the peak memory is known.
+
+    Raises:
+        ValueError: The compiler does not know a flag.
     """
     devices = topology.chip.devices
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=dict(flags) or None)
     except jax.errors.JaxRuntimeError as error:
+        if unknown := re.search(r"No such compile option: '(\w+)'", str(error)):
+            raise ValueError(f"the TPU compiler does not know the flag --{unknown[1]}") from None
         needed = exhausted_bytes(str(error))
         if needed is None:
             raise

@@ -226,7 +226,8 @@ def plan_table(
     log: Log = lambda line: None,
     precisions: Sequence[Precision] = PRECISIONS[:2],
 ) -> Iterator[str]:
-    """Yield a Markdown table: per slice and precision the largest batch that fits, compiled, and its throughput bounds.
+    """Yield a Markdown table: per slice and precision the largest batch that fits, compiled, and its throughput by the
+    schedule, of the bounds.
 
     Memory and throughput are those of the first of `LENGTHS`.
 
@@ -258,5 +259,5 @@ def _table_cells(request: WorkloadRequest, plans: Sequence[MeshPlan]) -> list[st
     if best is None:
         return [*cells, "-", *rows, "-", "-", "-", "-"]
     peak = f"{best.hbm_bytes['peak'] / GIB:.1f} of {best.hbm_capacity_bytes / GIB:.1f} GiB"
-    rates = {part.program: f"{_throughput(part):,.0f}/s" for part in best.parts}
+    rates = {part.program: f"{part.scheduled_throughput:,.0f} of {_throughput(part):,.0f}/s" for part in best.parts}
     return [*cells, best.mesh, *rows, peak, rates["decode"], rates["prefill"], rates["encode"]]

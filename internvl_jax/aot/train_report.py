@@ -6,7 +6,7 @@ The step is the trainer's own, lowered for a recipe; see `compile_report` for wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from internvl_jax.aot.compiled_program import (
     roofline_seconds,
     write_hlo,
 )
+from internvl_jax.aot.flags import DEFAULT, compiler_flags
 from internvl_jax.aot.schedule import Schedule
 from internvl_jax.aot.topology import GIB, Topology, parse_topology
 from internvl_jax.aot.workload import mesh_over, read_config
@@ -85,6 +86,7 @@ class TrainRequest:
         param_dtype: Dtype of trained parameters. Optimizer moments are float32; frozen parameters are in `dtype`.
         dtype: Computation dtype.
         vision: How the vision tower is partitioned, as in `WorkloadRequest`.
+        flags: Compiler flags, as `flags.compiler_flags` reads them.
     """
 
     topology: str
@@ -98,6 +100,7 @@ class TrainRequest:
     param_dtype: str = "float32"
     dtype: str = "bfloat16"
     vision: str | None = None
+    flags: str = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class TrainWorkload:
     context: TrainContext
     batch: int
     images: int
+    flags: Mapping[str, str]
 
     @property
     def batch_shape(self) -> costs.BatchShape:
@@ -145,6 +149,7 @@ class TrainReport:
         remat: Rematerialization policy.
         param_dtype: Dtype of trained parameters.
         dtype: Computation dtype.
+        flags: Compiler flags.
         hbm_bytes: Bytes of arguments, outputs, temporaries, aliased and peak; only the peak where it does not fit.
         hbm_capacity_bytes: HBM that a program can use.
         fits: Whether the step compiles within that.
@@ -168,6 +173,7 @@ class TrainReport:
     remat: str
     param_dtype: str
     dtype: str
+    flags: dict[str, str]
     hbm_bytes: dict[str, int]
     hbm_capacity_bytes: int
     fits: bool
@@ -186,6 +192,17 @@ class TrainReport:
         Infinite where the step does not fit.
         """
         return max(self.roofline_seconds.values(), default=math.inf)
+
+    @property
+    def scheduled_seconds(self) -> float:
+        """Time of a step by its schedule. Infinite where the step does not fit."""
+        return math.inf if self.schedule is None else self.schedule.seconds
+
+    @property
+    def model_flops_utilization(self) -> float:
+        """FLOPs that the step needs, over those of the chip's peak in the time of the schedule."""
+        peak = parse_topology(self.topology).chip.bf16_flops
+        return self.ideal_flops_per_chip / (self.scheduled_seconds * peak)
 
     @property
     def flops_ratio(self) -> float:
@@ -237,7 +254,8 @@ def make_train_workload(request: TrainRequest) -> TrainWorkload:
         raise ValueError(f"a batch has at least one row, not {batch}")
     settings = TrainSettings(STEPS, dtype=request.dtype, remat=request.remat)
     context = TrainContext(recipe, settings, MeshPlacement(config, mesh, request.vision))
-    return TrainWorkload(request, config, topology, mesh, context, batch, images)
+    flags = compiler_flags(request.flags, topology.chip.name)
+    return TrainWorkload(request, config, topology, mesh, context, batch, images, flags)
 
 
 def _recipe_for(request: TrainRequest, config: ChatConfig) -> Recipe:
@@ -306,7 +324,8 @@ def make_train_report(workload: TrainWorkload, dump_hlo: Path | None = None) -> 
     step = make_step(workload.context)
     num_layers = workload.config.required_text.num_hidden_layers
     with jax.set_mesh(mesh):
-        compiled = compile_program(workload.topology, mesh, step.lower(*abstract_arguments(workload)), num_layers)
+        lowered = step.lower(*abstract_arguments(workload))
+        compiled = compile_program(workload.topology, mesh, lowered, num_layers, workload.flags)
     if dump_hlo is not None:
         write_hlo(compiled, dump_hlo, "train")
     memory = compiled.memory
@@ -326,6 +345,7 @@ def make_train_report(workload: TrainWorkload, dump_hlo: Path | None = None) -> 
         remat=request.remat,
         param_dtype=request.param_dtype,
         dtype=request.dtype,
+        flags=dict(workload.flags),
         hbm_bytes=memory,
         hbm_capacity_bytes=chip.hbm_bytes,
         fits=compiled.fits,
@@ -345,7 +365,7 @@ def format_train_report(report: TrainReport) -> list[str]:
     lines = [
         f"train {report.recipe}: {report.topology} ({report.chips} chips), {report.mesh}, {report.batch} rows of "
         f"{report.length} tokens with {images}, remat {report.remat}, {report.param_dtype} parameters, "
-        f"{report.dtype} compute"
+        f"{report.dtype} compute" + (f", {len(report.flags)} compiler flags" if report.flags else "")
     ]
     excess = report.hbm_bytes["peak"] - report.hbm_capacity_bytes
     advice = () if report.fits else (f"{format_gib(excess)} GiB more than there are: see --plan",)
@@ -420,6 +440,8 @@ _COLUMNS = (
     "FLOPs / ideal",
     "collective bytes",
     "step-time lower bound",
+    "step by the schedule",
+    "model FLOPs utilization",
 )
 
 
@@ -444,7 +466,7 @@ def train_table(
     for topology in slices:
         for recipe in recipes:
             report = plan_training(replace(request, topology=topology, recipe=recipe), log, compile_step)
-            cells = [topology, recipe, *["-"] * 3, "does not fit", *["-"] * 4]
+            cells = [topology, recipe, *["-"] * 3, "does not fit", *["-"] * 6]
             if report is not None:
                 cells = [
                     topology,
@@ -457,5 +479,7 @@ def train_table(
                     f"{report.flops_ratio:.2f}",
                     f"{report.collective_bytes / GIB:.0f} GiB",
                     f"{report.step_seconds:.2f} s",
+                    f"{report.scheduled_seconds:.2f} s",
+                    f"{report.model_flops_utilization:.0%}",
                 ]
             yield "| " + " | ".join(cells) + " |"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from internvl_jax.aot.compiled_program import bytes_per_device, mesh_name
+from internvl_jax.aot.flags import DEFAULT, compiler_flags
 from internvl_jax.aot.topology import Topology, parse_topology
 from internvl_jax.config import PRESETS, ChatConfig, load_config
 from internvl_jax.inference.loading import abstract_for_running
@@ -38,6 +39,7 @@ class WorkloadRequest:
         dtype: Computation dtype.
         cache_dtype: KV cache dtype. None is `dtype`.
         quantize: "int8" or "int4" weights. None keeps them in `dtype`.
+        flags: Compiler flags, as `flags.compiler_flags` reads them.
     """
 
     topology: str
@@ -50,6 +52,7 @@ class WorkloadRequest:
     dtype: str = "bfloat16"
     cache_dtype: str | None = None
     quantize: str | None = None
+    flags: str = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Workload:
         dtype: Computation dtype.
         cache_dtype: KV cache dtype.
         quantize: Name of the weight quantization in `quantize.SCHEMES`, or None.
+        flags: Compiler flags.
     """
 
     config: ChatConfig
@@ -81,6 +85,7 @@ class Workload:
     dtype: Any
     cache_dtype: Any
     quantize: str | None
+    flags: Mapping[str, str]
 
     @property
     def image_axes(self) -> tuple[str, ...]:
@@ -147,6 +152,7 @@ def make_workload(request: WorkloadRequest) -> Workload:
         dtype=dtype,
         cache_dtype=jnp.dtype(request.cache_dtype or request.dtype),
         quantize=request.quantize,
+        flags=compiler_flags(request.flags, topology.chip.name),
     )
 
 

@@ -60,6 +60,13 @@ def add_parser(commands: options.Commands) -> None:
     )
     options.add_vision_mode(parser)
     options.add_dtype(parser, "bfloat16")
+    parser.add_argument(
+        "--flags",
+        default="default",
+        metavar="FLAGS",
+        help="compiler flags: default (those of tpu_scripts/libtpu_flags.env for the chip), none, or for example "
+        "--flags=--xla_tpu_scoped_vmem_limit_kib=65536",
+    )
     options.add_quantization(parser)
     training = parser.add_argument_group("--program train", "a training step, optimizer moments in float32")
     training.add_argument(

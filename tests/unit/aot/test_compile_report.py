@@ -363,6 +363,8 @@ def test_command(compile_report, small, capsys, tmp_path):
     assert set(printed["hbm_bytes"]) >= {"arguments", "outputs", "temporaries", "aliased", "peak"}
     assert set(printed["roofline_seconds"]) == {"compute", "hbm", "network"}
     assert set(printed["throughput_bound"]) == {"value", "unit"}
+    assert main([*arguments, "--program", "decode", "--flags=--xla_no_such=1"]) == 2
+    assert "the TPU compiler does not know the flag --xla_no_such" in capsys.readouterr().err
     assert main([*arguments, "--program", "trane"]) == 2
     assert "there are encode, prefill, decode, generate" in capsys.readouterr().err
 

@@ -89,6 +89,7 @@ def by_arithmetic(work):
         remat=work.request.remat,
         param_dtype=work.request.param_dtype,
         dtype=work.request.dtype,
+        flags=dict(work.flags),
         hbm_bytes={"peak": peak},
         hbm_capacity_bytes=chip.hbm_bytes,
         fits=fits,
@@ -116,16 +117,26 @@ def test_plan_chooses_what_fits_at_full_size():
 
 
 def test_table():
-    lines = train_report.train_table(
-        TrainRequest(""), ["v5e-8", "v5e-16"], ["full", "stage2"], compile_step=by_arithmetic
-    )
+    made = []
+
+    def compile_step(work):
+        made.append(by_arithmetic(work))
+        return made[-1]
+
+    request = TrainRequest("")
+    lines = train_report.train_table(request, ["v5e-8", "v5e-16"], ["full", "stage2"], compile_step=compile_step)
     head, rule, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     assert {len(row) for row in rows} == {len(head)} == {len(rule)}
     found = {(row[0], row[1]): dict(zip(head, row)) for row in rows}
     assert list(found) == [(t, r) for t in ("v5e-8", "v5e-16") for r in ("full", "stage2")]
     assert found["v5e-8", "full"]["rows"] == "does not fit"
     assert found["v5e-16", "stage2"]["mesh"] == "fsdp=16"
-    assert found["v5e-16", "stage2"]["collective bytes"] == "1 GiB"
+    stage2 = found["v5e-16", "stage2"]
+    assert stage2["collective bytes"] == "1 GiB"
+    assert (stage2["step-time lower bound"], stage2["step by the schedule"]) == ("2.00 s", "3.00 s")
+    # The slice and recipe of the last row; the ideal grows with the rows alone.
+    ideal = made[-1].ideal_flops_per_chip / made[-1].batch * int(stage2["rows"])
+    assert stage2["model FLOPs utilization"] == f"{ideal / 3 / 197e12:.0%}"
 
 
 @pytest.mark.parametrize(

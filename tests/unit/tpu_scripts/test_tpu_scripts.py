@@ -309,8 +309,8 @@ def test_worker_setup(tmp_path, notes):
     home, here = tmp_path / "home", tmp_path / "here"
     (home / ".local" / "bin").mkdir(parents=True)
     here.mkdir()
-    for name in ("worker_setup.sh", "libtpu_flags.env"):
-        shutil.copy(SCRIPTS / name, here)
+    shutil.copy(SCRIPTS / "worker_setup.sh", here)
+    (here / "libtpu_flags.env").write_text('LIBTPU_FLAGS_v5e=""\nLIBTPU_FLAGS_v6e="--xla_a=true --xla_b=2"\n')
     (tmp_path / "internvl-jax").mkdir()
     subprocess.run(["tar", "-czf", here / "internvl-jax.tar.gz", "-C", tmp_path, "internvl-jax"], check=True)
     notes.answer("", "gcsfuse")
@@ -338,6 +338,6 @@ def test_worker_setup(tmp_path, notes):
         text=True,
         check=True,
     ).stdout.splitlines()
-    assert "--xla_tpu_scoped_vmem_limit_kib=98304" in shown[0].split()
+    assert shown[0] == "--xla_a=true --xla_b=2"
     assert shown[1] == f"{folder}/bucket/xla-cache"
     assert shown[2].startswith(f"{folder}/venv/bin:")
