@@ -416,7 +416,8 @@ class _Computation:
                 continue
             if user.opcode in hlo.COLLECTIVES:
                 continue  # a step of a collective, whose time is the network's
-            if user.opcode in ("bitcast", "get-tuple-element"):
+            in_place = user.opcode == "fusion" and "output_to_operand_aliasing={{}: (0, {})}" in user.attributes
+            if user.opcode in ("bitcast", "get-tuple-element") or in_place:  # in place: other tiles of the same array
                 total += self._bytes_read(user)
             elif user.opcode in SLICES and user.operands[0] == line.name:
                 total += user.shapes[0].bytes

@@ -58,6 +58,25 @@ ROOT %f = f32[4,100] fusion(%stack, %row, %at), kind=kLoop, calls=%fused"""
     assert walk(entry, fused).hbm_bytes == 400 + 400 + 4 + 400  # a slice, the row, the index; the update
 
 
+def test_a_slice_of_an_array_in_other_tiles_is_a_slice():
+    fused = """%tiles (x: f32[4,100]) -> f32[4,100] {
+  %x = f32[4,100] parameter(0)
+  ROOT %y = f32[4,100] copy(%x)
+}
+%fused (stack: f32[4,100], at: s32[]) -> f32[1,100] {
+  %stack = f32[4,100] parameter(0)
+  %at = s32[] parameter(1)
+  %tiled = f32[4,100] fusion(%stack), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%tiles
+  ROOT %one = f32[1,100] dynamic-slice(%tiled, %at, %at), dynamic_slice_sizes={1,100}
+}
+"""
+    entry = """%stack = f32[4,100] parameter(0)
+%at = s32[] parameter(1)
+ROOT %f = f32[1,100] fusion(%stack, %at), kind=kLoop, calls=%fused"""
+    assert walk(entry, fused).hbm_bytes == 400 + 4 + 400
+    assert walk(entry, fused.replace(", output_to_operand_aliasing={{}: (0, {})}", "")).hbm_bytes == 1600 + 4 + 400
+
+
 def test_what_only_names_an_array_is_free():
     fused = """%casts (x: f32[100]) -> f32[10,10] {
   %x = f32[100] parameter(0)
