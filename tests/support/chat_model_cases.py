@@ -3,17 +3,9 @@
 import jax
 import numpy as np
 from support import modules
+from support.config_cases import INTERNVL
 
-VISION = {
-    "hidden_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 3,
-    "intermediate_size": 64,
-    "image_size": [56, 56],
-    "patch_size": [14, 14],
-    "norm_type": "rms_norm",
-    "use_qk_norm": True,
-}
+VISION = INTERNVL["vision_config"]
 TEXT = {
     "model_type": "llama",
     "vocab_size": 67,
