@@ -315,7 +315,7 @@ class _Computation:
 
     def _fused(self, line: Instruction) -> _Computation | None:
         """The computation of a fusion or of an asynchronous instruction."""
-        called = line.called("calls") if line.opcode in ("fusion", "async-start") else []
+        called = line.called("calls", "to_apply") if line.opcode in ("fusion", "async-start", "call-start") else []
         return _Computation(self._module, called[0]) if called else None
 
     def is_free(self, line: Instruction) -> bool:
