@@ -23,7 +23,7 @@ from qwix import QArray
 
 from internvl_jax.models import cpu
 from internvl_jax.models.declare import declare
-from internvl_jax.parallel.partitioning import AXIS_RULES, BATCH, TENSOR, fit_spec, logical_spec
+from internvl_jax.parallel.partitioning import AXIS_RULES, BATCH, TENSOR, constrain, fit_spec, is_sharded, logical_spec
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -189,24 +189,28 @@ class Linear(nn.Module):
     use_bias: bool = False
     image_axes: tuple[str, ...] = BATCH
 
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def setup(self) -> None:
         kernel_axes, out_axes = self.eqn.split(",")[1].split("->")
         contracted = tuple(i for i, axis in enumerate(kernel_axes) if axis not in out_axes)
         kept = tuple(i for i, axis in enumerate(kernel_axes) if axis in out_axes)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=contracted, out_axis=kept)
-        kernel = declare(self, "kernel", init, self.shape, self.axes, inputs=len(contracted))
-        if self.axes[0] == "embed" and AXIS_RULES[self.axes[1]] == TENSOR:  # [D,F] or [D,N,H]
-            kernel = pin_matrix(kernel, logical_spec(*self.axes, image_axes=self.image_axes))
-        y = product(self.eqn, x, kernel, self.dtype)
-        if self.has_variable("lora", ADAPTER):
-            y = y + self._lora_delta(x, self.get_variable("lora", ADAPTER))
+        self.kernel = declare(self, "kernel", init, self.shape, self.axes, inputs=len(contracted))
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
             bias_axes = tuple("embed_vector" if self.axes[i] == "embed" else self.axes[i] for i in kept)
-            bias = declare(self, "bias", zeros, tuple(self.shape[i] for i in kept), bias_axes)
-            y = y + bias.astype(self.dtype)
-        return y
+            self.bias = declare(self, "bias", zeros, tuple(self.shape[i] for i in kept), bias_axes)
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel
+        if self.axes[0] == "embed" and AXIS_RULES[self.axes[1]] == TENSOR:  # [D,F] or [D,N,H]
+            kernel = pin_matrix(kernel, logical_spec(*self.axes, image_axes=self.image_axes))
+        return self.complete(product(self.eqn, x, kernel, self.dtype), x)
+
+    def complete(self, y: Array, x: Array) -> Array:
+        """Add what belongs to the layer besides its product `y` with the input `x`: adapter and bias."""
+        if self.has_variable("lora", ADAPTER):
+            y = y + self._lora_delta(x, self.get_variable("lora", ADAPTER))
+        return y + self.bias.astype(self.dtype) if self.use_bias else y
 
     def _lora_delta(self, x: Array, adapter: Adapter) -> Array:
         """The adapter's output: dropout(x) @ lora_a @ lora_b."""
@@ -221,6 +225,48 @@ class Linear(nn.Module):
         rows = "".join(axis for axis in left if axis not in summed)
         narrow = product(f"{left},{summed}R->{rows}R", x, adapter.lora_a, self.dtype)
         return product(f"{rows}R,R{outputs}->{out}", narrow, adapter.lora_b, self.dtype)
+
+
+def project(x: Array, *layers: Linear) -> list[Array]:
+    """Apply linear layers that share their input.
+
+    Where the input's tokens are sharded over the tensor axis, the layers run as one product, with their kernels side by
+    side: XLA gathers the tokens in steps that run beside the steps of a product, but not where several products need
+    them. It copies the layer's kernels out of their stacks anyway then, so joining them costs nothing.
+
+    Args:
+        x: [B,T,D].
+        layers: linear layers "BTD,D...->BT..." whose outputs have the same axes but for the size of the first.
+
+    Returns:
+        The output of each layer, [B,T,...].
+    """
+    kernels = [layer.kernel for layer in layers]
+    sizes = [layer.shape[1] for layer in layers]
+    size = math.gcd(*sizes)
+    kinds = {(jax.tree.structure(kernel), *(leaf.dtype for leaf in jax.tree.leaves(kernel))) for kernel in kernels}
+    if len(kinds) > 1 or not (is_sharded(x.shape[1], "tokens") and is_sharded(size, layers[0].axes[1])):
+        return [layer(x) for layer in layers]
+    left, right, out = layers[0].eqn.replace("->", ",").split(",")
+    outputs = len(right) - 1
+
+    def split(leaf: Array) -> Array:  # [D,N,...] -> [D,N/size,size,...]
+        axis = leaf.ndim - outputs
+        parts = leaf.reshape(*leaf.shape[:axis], size, -1, *leaf.shape[axis + 1 :])
+        return jnp.swapaxes(parts, axis, axis + 1)
+
+    def join(*leaves: Array) -> Array:
+        return jnp.concatenate([split(leaf) for leaf in leaves], axis=leaves[0].ndim - outputs)
+
+    eqn = f"{left},{right[0]}C{right[1:]}->{out[:2]}C{out[2:]}"
+    y = product(eqn, x, jax.tree.map(join, *kernels), layers[0].dtype)
+    y = constrain(y, "batch", None, None, *layers[0].axes[1:])
+    ends = np.cumsum([count // size for count in sizes])
+    parts = jnp.split(y, ends[:-1], axis=2)
+    return [
+        layer.complete(jnp.swapaxes(part, 2, 3).reshape(*x.shape[:2], *layer.shape[1:]), x)
+        for layer, part in zip(layers, parts)
+    ]
 
 
 def dropout_mask(key: Array, keep: float, shape: tuple[int, ...], *, heads: bool) -> Array:

@@ -26,6 +26,7 @@ from internvl_jax.models.layers import (
     RMSNorm,
     Variables,
     apply_rope,
+    project,
     rope_angles,
 )
 from internvl_jax.models.stack import LayerStack, Remat
@@ -47,9 +48,10 @@ class Attention(nn.Module):
         kv_heads = (cfg.num_key_value_heads, cfg.head_dim)
         axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         bias = cfg.attention_bias
-        q = Linear("BTD,DNH->BTNH", (cfg.hidden_size, *heads), axes, self.dtype, bias, name="q_proj")(x)
-        k = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), kv_axes, self.dtype, bias, name="k_proj")(x)
-        v = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), kv_axes, self.dtype, bias, name="v_proj")(x)
+        q_proj = Linear("BTD,DNH->BTNH", (cfg.hidden_size, *heads), axes, self.dtype, bias, name="q_proj")
+        k_proj = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), kv_axes, self.dtype, bias, name="k_proj")
+        v_proj = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), kv_axes, self.dtype, bias, name="v_proj")
+        q, k, v = project(x, q_proj, k_proj, v_proj)
         q = constrain(q, "batch", None, "heads", None)
         k, v = (constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
         q, k = apply_rope(q, angles), apply_rope(k, angles)
@@ -62,7 +64,7 @@ class Attention(nn.Module):
             y = attention(q, cache.read(layer), mask)
         axes = ("heads", "head_dim", "embed")
         y = Linear("BTNH,NHD->BTD", (*heads, cfg.hidden_size), axes, self.dtype, bias, name="o_proj")(y)
-        return constrain(y, "batch", None, None), cache
+        return constrain(y, "batch", "tokens", None), cache
 
 
 class Mlp(nn.Module):
@@ -75,13 +77,14 @@ class Mlp(nn.Module):
     def __call__(self, x: Array) -> Array:
         cfg = self.config
         wide = (cfg.hidden_size, cfg.intermediate_size)
-        gate = Linear("BTD,DF->BTF", wide, ("embed", "mlp"), self.dtype, cfg.mlp_bias, name="gate_proj")(x)
-        up = Linear("BTD,DF->BTF", wide, ("embed", "mlp"), self.dtype, cfg.mlp_bias, name="up_proj")(x)
+        gate_proj = Linear("BTD,DF->BTF", wide, ("embed", "mlp"), self.dtype, cfg.mlp_bias, name="gate_proj")
+        up_proj = Linear("BTD,DF->BTF", wide, ("embed", "mlp"), self.dtype, cfg.mlp_bias, name="up_proj")
+        gate, up = project(x, gate_proj, up_proj)
         x = cpu.remat_cheap(lambda gate, up: jax.nn.silu(gate) * up)(gate, up)
         x = constrain(x, "batch", None, "mlp")
         narrow = (cfg.intermediate_size, cfg.hidden_size)
         y = Linear("BTF,FD->BTD", narrow, ("mlp", "embed"), self.dtype, cfg.mlp_bias, name="down_proj")(x)
-        return constrain(y, "batch", None, None)
+        return constrain(y, "batch", "tokens", None)
 
 
 class Block(nn.Module):
@@ -177,7 +180,7 @@ class Llama(nn.Module):
 
     def embed(self, token_ids: Array) -> Array:
         """Look up token embeddings. token_ids [B,T] int32 -> [B,T,D] in `dtype`."""
-        return constrain(self.embed_tokens(token_ids), "batch", None, None)
+        return constrain(self.embed_tokens(token_ids), "batch", "tokens", None)
 
     def logits(self, hidden: Array) -> Array:
         """Apply the head. hidden [...,D] -> float32 [...,V].

@@ -15,6 +15,8 @@ from internvl_jax.parallel.mesh import BATCH, TENSOR
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH,
     "images": BATCH,
+    "whole_images": (*BATCH, TENSOR),
+    "tokens": TENSOR,  # of the residual stream, between the layers' parallel parts (Korthikanti et al., 2022)
     "layers": None,
     "embed": "fsdp",
     "embed_vector": None,  # the width of norms, biases, layer scales and small tables: replicated
@@ -48,7 +50,8 @@ def logical_spec(*axes: str | None, image_axes: tuple[str, ...] = BATCH) -> P:
     unknown = [axis for axis in axes if axis is not None and axis not in AXIS_RULES]
     if unknown:
         raise ValueError(f"no sharding rule for the logical axis {', '.join(unknown)}: add one to AXIS_RULES")
-    rules = {**AXIS_RULES, "images": image_axes}
+    everywhere = image_axes if TENSOR in image_axes else (*image_axes, TENSOR)
+    rules = {**AXIS_RULES, "images": image_axes, "whole_images": everywhere}
     if TENSOR in image_axes:
         rules |= dict.fromkeys(VISION_AXES)
     return P(*(None if axis is None else rules[axis] for axis in axes))
@@ -71,9 +74,26 @@ def constrain(x: jax.Array, *axes: str | None, image_axes: tuple[str, ...] = BAT
 
 
 def constrain_to(x: jax.Array, spec: P) -> jax.Array:
-    """Constrain an activation's sharding by a PartitionSpec; mesh axes that do not divide it are left out."""
+    """Constrain an activation's sharding by a PartitionSpec.
+
+    Mesh axes that do not divide it are left out, and inside jax.shard_map those that it maps over.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, fit_spec(spec, x.shape, mesh.shape))
+    if mesh.empty:
+        return x
+    spec = P(*(_without(axes, mesh.manual_axes) for axes in spec))
+    return jax.lax.with_sharding_constraint(x, fit_spec(spec, x.shape, mesh.shape))
+
+
+def _without(axes: str | tuple[str, ...] | None, removed: Sequence[str]) -> tuple[str, ...] | None:
+    rest = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis not in removed)
+    return rest or None
+
+
+def is_sharded(size: int, axis: str) -> bool:
+    """Whether `constrain` shards an axis of this logical name and size over the mesh in use."""
+    mesh, axes = jax.sharding.get_abstract_mesh(), AXIS_RULES[axis]
+    return not mesh.empty and axis_size(axes, mesh.shape) > 1 and size % axis_size(axes, mesh.shape) == 0
 
 
 def fit_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:
