@@ -1,7 +1,4 @@
-"""The training loss: next-token cross-entropy, without ever holding the logits of a whole batch.
-
-V1-1's logits of 8 rows of 2048 tokens are 2 GB in float32, and twice that with their gradient. Here the head and the
-loss run over chunks of the sequence, and the backward pass rematerializes each chunk's logits.
+"""The training loss: next-token cross-entropy.
 
 Every pair of neighbouring tokens has a weight, and the loss is the weighted sum. The weights depend on labels and
 segments alone and are known before the model runs, so losses of parts of a batch (devices, micro-batches) are added.
@@ -9,7 +6,7 @@ segments alone and are known before the model runs, so losses of parts of a batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +17,12 @@ import numpy as np
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.data.batch import IGNORED, Batch
-from internvl_jax.models import cpu, llama
+from internvl_jax.models import llama
 from internvl_jax.models.chat_model import InternVLChat
-from internvl_jax.models.layers import Array, Params, Variables, part_variables
+from internvl_jax.models.layers import Array, Variables, part_variables
 from internvl_jax.models.stack import Remat
 from internvl_jax.parallel.partitioning import BATCH
+from internvl_jax.training.head_loss import head_loss
 
 CHUNK = 256  # tokens of every row whose logits exist at once
 
@@ -180,91 +178,14 @@ def language_loss(
         language, x, batch.positions, valid, segments=batch.segment_ids, rngs=dict(rngs)
     )
     targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
-    total, num_correct = _head_loss(language["params"], config, hidden, targets, weights, options)
+    total, num_correct = head_loss(
+        language["params"],
+        config.required_text,
+        hidden,
+        targets,
+        weights,
+        chunk=options.chunk,
+        z_loss=options.z_loss,
+    )
     num_supervised = jnp.sum(weights > 0, dtype=jnp.float32)
     return LossSums(total, num_correct, num_supervised, jnp.sum(valid, dtype=jnp.float32))
-
-
-def _head_loss(
-    language: Params, config: ChatConfig, hidden: Array, targets: Array, weights: Array, options: LossOptions
-) -> tuple[Array, Array]:
-    """Return loss and number of correct predictions of hidden states [B,T,D], computed chunk by chunk."""
-    length = hidden.shape[1]
-    chunk = min(options.chunk, length)
-    count = -(-length // chunk)
-
-    def split(x: Array) -> Array:  # [B,T,...] -> [count,B,chunk,...]
-        x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
-
-    def chunk_loss(head: Params, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-        logits = llama.Llama(config.required_text, x.dtype).apply({"params": head}, x, method="logits")
-        log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-        # Not a gather: the vocabulary may be sharded, and each device has only its part of it.
-        is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-        target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-        losses = log_normalizer - target_logits
-        if options.z_loss:
-            losses = losses + options.z_loss * log_normalizer**2
-        correct = target_logits >= jnp.max(logits, axis=-1)
-        return jnp.sum(losses * weights), jnp.sum(correct & (weights > 0), dtype=jnp.float32)
-
-    single_cpu = jax.sharding.get_abstract_mesh().empty and cpu.on_cpu()
-    run = _sum_with_gradients(chunk_loss) if single_cpu else _sum_chunks(jax.checkpoint(chunk_loss))
-    return run(llama.head(language), split(hidden), split(targets), split(weights))
-
-
-ChunkLoss = Callable[[Params, Array, Array, Array], tuple[Array, Array]]
-
-
-def _sum_chunks(chunk_loss: ChunkLoss) -> ChunkLoss:
-    """Return the sum of `chunk_loss` over chunks on the leading axis."""
-
-    def run(head: Params, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-        zero = jnp.zeros((), jnp.float32)
-        add = lambda sums, part: (jax.tree.map(jnp.add, sums, chunk_loss(head, *part)), None)  # noqa: E731
-        return jax.lax.scan(add, (zero, zero), (x, targets, weights))[0]
-
-    return run
-
-
-def _sum_with_gradients(chunk_loss: ChunkLoss) -> ChunkLoss:
-    """As `_sum_chunks`, but the forward pass also computes the gradients of head and x, while a chunk's logits exist.
-
-    So logits are computed once, not twice. A quantized head has no gradient. For a single CPU only: on a mesh or a TPU,
-    the programs that were measured stay as they are.
-    """
-
-    def run(head: Params, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-        leaves, tree = jax.tree.flatten(head)
-        is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-
-        def merge(float_leaves: list[Array]) -> Params:
-            rest = iter(float_leaves)
-            return jax.tree.unflatten(tree, [next(rest) if chosen else leaf for leaf, chosen in zip(leaves, is_float)])
-
-        @jax.custom_vjp
-        def total(float_leaves: list[Array], x: Array) -> tuple[Array, Array]:
-            return _sum_chunks(chunk_loss)(merge(float_leaves), x, targets, weights)
-
-        def forward(float_leaves: list[Array], x: Array) -> tuple[Any, Any]:
-            grad_fn = jax.value_and_grad(
-                lambda leaves, x, *part: chunk_loss(merge(leaves), x, *part), argnums=(0, 1), has_aux=True
-            )
-
-            def step(carry: Any, part: Any) -> tuple[Any, Array]:
-                (loss, num_correct), (head_grads, x_grad) = grad_fn(float_leaves, *part)
-                return jax.tree.map(jnp.add, carry, (loss, num_correct, head_grads)), x_grad
-
-            zero = jnp.zeros((), jnp.float32)
-            first = (zero, zero, jax.tree.map(jnp.zeros_like, float_leaves))
-            (loss, num_correct, head_grads), x_grads = jax.lax.scan(step, first, (x, targets, weights))
-            return (loss, num_correct), (head_grads, x_grads)
-
-        def backward(grads: Any, cotangents: Any) -> Any:
-            return jax.tree.map(lambda leaf: leaf * cotangents[0].astype(leaf.dtype), grads)
-
-        total.defvjp(forward, backward)
-        return total([leaf for leaf, chosen in zip(leaves, is_float) if chosen], x)
-
-    return run
