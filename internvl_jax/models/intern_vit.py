@@ -100,7 +100,7 @@ class Attention(nn.Module):
         y = attention(q, KeysValues(k, v), axes=self.axes, split=split)
         proj_axes = (*head_axes, "embed")
         y = Linear("BTNH,NHD->BTD", (*shape, cfg.hidden_size), proj_axes, self.dtype, use_bias=True, name="proj")(y)
-        return constrain(y, "whole_images", None, None, image_axes=self.axes)
+        return constrain(y, "residual_images", None, None, image_axes=self.axes)
 
 
 class Mlp(nn.Module):
@@ -117,7 +117,7 @@ class Mlp(nn.Module):
         x = constrain(x, "images", None, "vision_mlp", image_axes=self.axes)
         x = ACTIVATIONS[self.config.hidden_act](x)
         x = Linear("BTF,FD->BTD", (hidden, width), ("vision_mlp", "embed"), self.dtype, True, self.axes, name="fc2")(x)
-        return constrain(x, "whole_images", None, None, image_axes=self.axes)
+        return constrain(x, "residual_images", None, None, image_axes=self.axes)
 
 
 class Block(nn.Module):
@@ -193,7 +193,7 @@ class InternViT(nn.Module):
         """
         axes = self.image_axes
         pixel_values = constrain(pixel_values.astype(self.dtype), "images", None, None, None, image_axes=axes)
-        x = constrain(self.embeddings(pixel_values), "whole_images", None, None, image_axes=axes)
+        x = constrain(self.embeddings(pixel_values), "residual_images", None, None, image_axes=axes)
         keep = None
         if self.has_rng("drop_path"):
             keep = _drop_path_scales(self.make_rng("drop_path"), self.config, x.shape[0])

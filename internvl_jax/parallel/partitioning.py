@@ -15,7 +15,6 @@ from internvl_jax.parallel.mesh import BATCH, TENSOR
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH,
     "images": BATCH,
-    "whole_images": (*BATCH, TENSOR),
     "tokens": TENSOR,  # of the residual stream, between the layers' parallel parts (Korthikanti et al., 2022)
     "layers": None,
     "embed": "fsdp",
@@ -40,18 +39,21 @@ VISION_AXES = ("vision_heads", "vision_mlp", "projector_mlp")  # not split in vi
 def logical_spec(*axes: str | None, image_axes: tuple[str, ...] = BATCH) -> P:
     """The PartitionSpec of an array whose axes have these logical names; None for an axis that is not sharded.
 
+    "residual_images" is the images of the residual stream between the tower's parallel parts, as "tokens" is of the
+    language model: over `image_axes` and the tensor axis, whole images on each device.
+
     Args:
-        axes: keys of AXIS_RULES, or None.
+        axes: keys of AXIS_RULES, "residual_images", or None.
         image_axes: the mesh axes over which images are sharded, a value of IMAGE_AXES.
 
     Raises:
         ValueError: there is no rule for an axis.
     """
-    unknown = [axis for axis in axes if axis is not None and axis not in AXIS_RULES]
+    residual_axes = image_axes if TENSOR in image_axes else (*image_axes, TENSOR)
+    rules = {**AXIS_RULES, "images": image_axes, "residual_images": residual_axes}
+    unknown = [axis for axis in axes if axis is not None and axis not in rules]
     if unknown:
         raise ValueError(f"no sharding rule for the logical axis {', '.join(unknown)}: add one to AXIS_RULES")
-    everywhere = image_axes if TENSOR in image_axes else (*image_axes, TENSOR)
-    rules = {**AXIS_RULES, "images": image_axes, "whole_images": everywhere}
     if TENSOR in image_axes:
         rules |= dict.fromkeys(VISION_AXES)
     return P(*(None if axis is None else rules[axis] for axis in axes))
@@ -97,8 +99,17 @@ def is_sharded(size: int, axis: str) -> bool:
 
 
 def fit_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:
-    """Leave out of a PartitionSpec the mesh axes that do not divide `shape`. sizes: devices per mesh axis."""
-    return P(*(axes if size % axis_size(axes, sizes) == 0 else None for size, axes in zip(shape, spec)))
+    """Leave out of a PartitionSpec the mesh axes that do not divide `shape`. sizes: devices per mesh axis.
+
+    Of several mesh axes of one dimension, the first ones stay.
+    """
+
+    def fit(axes: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
+        while axes and size % axis_size(axes, sizes):
+            axes = axes[:-1] if isinstance(axes, tuple) else None
+        return axes or None
+
+    return P(*(fit(axes, size) for size, axes in zip(shape, spec)))
 
 
 def axis_size(axes: str | tuple[str, ...] | None, sizes: Any) -> int:

@@ -146,7 +146,7 @@ def test_an_undeclared_parameter_is_refused(monkeypatch):
 def test_every_rule_is_used_and_every_axis_has_one():
     used = {name for found in axes.declared_parameters().values() for name in found.names}
     assert used - set(AXIS_RULES) == set()
-    activations = {"batch", "images"}
+    activations = {"batch", "images", "tokens"}
     assert set(AXIS_RULES) - used - activations == {"rank"}  # of adapters
     assert {axis for rule in AXIS_RULES.values() for axis in ((rule,) if isinstance(rule, str) else rule or ())} == set(
         AXES

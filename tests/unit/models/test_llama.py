@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from support import modules
 from support.generation_cases import LLAMA, llama_weights
 from support.golden import assert_close, kl, spread, torch_tree
@@ -15,6 +16,7 @@ from internvl_jax.config import config_from_hf
 from internvl_jax.models import kv_cache, llama
 from internvl_jax.models.layers import positions_from_valid
 from internvl_jax.models.stack import unstack
+from internvl_jax.parallel.mesh import AXES
 
 TOKENS = 497  # a wrong rotary base hides in short prompts
 CONFIG = config_from_hf(LLAMA).text
@@ -224,3 +226,23 @@ def test_rows_added_to_the_vocabulary_are_never_likely(weights):
     assert logits.shape[-1] == expected.shape[-1] + 9
     assert_close(logits[..., :-9], expected, 1e-6, "true rows")
     assert logits[..., -9:].max() < -1e38
+
+
+@pytest.mark.parametrize(
+    ("tensor", "tokens", "products"),
+    [
+        (1, 8, 9),  # q, k, v, scores, values, o, gate, up, down
+        (2, 8, 6),  # q, k and v as one, gate and up as one
+        (2, 7, 9),  # tokens that tensor does not divide are whole on each device
+        (4, 8, 8),  # so are 2 kv heads
+        (2, 1, 9),  # decoding
+    ],
+)
+def test_layers_share_a_product_where_tokens_are_sharded(tensor, tokens, products):
+    config = dataclasses.replace(CONFIG, num_key_value_heads=2, num_attention_heads=4)
+    params = jax.eval_shape(lambda: modules.init_llama(jax.random.key(0), config))
+    x, positions = jnp.zeros((2, tokens, config.hidden_size)), jnp.zeros((2, tokens), jnp.int32)
+    run = partial(modules.run_llama, config=config, x=x, positions=positions, valid=positions == 0)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1, 1, tensor), AXES)):
+        program = str(jax.make_jaxpr(lambda params: run(params))(params))
+    assert program.count("dot_general[") == products

@@ -14,6 +14,7 @@ from internvl_jax.config import PRESETS
 from internvl_jax.models import chat_model, param_sharding
 from internvl_jax.models.stack import unstack
 from internvl_jax.parallel import mesh as mesh_lib
+from internvl_jax.parallel import partitioning
 from internvl_jax.parallel.mesh import AXES, MeshError, make_mesh, parse_mesh, validate_mesh
 
 V1_1 = PRESETS["internvl_chat_v1_1"]()
@@ -173,3 +174,23 @@ def test_padded_heads_are_exact():
         outputs = [tower(p["vision_model"], config.vision, pixels)[0] for p in (params, padded)]
     np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, param_sharding.unpad_params(padded, config), params)
+
+
+@pytest.mark.parametrize(
+    ("images", "axes"),
+    [
+        (8, ("data", "fsdp", "tensor")),
+        (12, ("data", "fsdp")),  # a prefix that divides
+        (2, ("data",)),
+        (3, None),
+    ],
+)
+def test_images_lie_over_the_mesh_axes_that_divide_them(images, axes):
+    spec = partitioning.logical_spec("residual_images", None)
+    assert partitioning.fit_spec(spec, (images, 5), {"data": 2, "fsdp": 2, "tensor": 2}) == P(axes, None)
+    assert partitioning.fit_spec(P("tensor"), (images,), {"tensor": 16}) == P(None)
+
+
+def test_images_spread_over_tensor_are_not_split_again():
+    over_all = mesh_lib.IMAGE_AXES["data"]
+    assert partitioning.logical_spec("residual_images", image_axes=over_all) == P(over_all)
