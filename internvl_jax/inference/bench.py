@@ -27,7 +27,7 @@ from internvl_jax.aot.topology import CHIPS, Chip
 from internvl_jax.config import PRESETS, ChatConfig, load_config
 from internvl_jax.inference.generation import ideal_flops
 from internvl_jax.inference.generation.bound_model import bind_model
-from internvl_jax.inference.generation.generator import Generator, bucket
+from internvl_jax.inference.generation.generator import Generator, prompt_bucket
 from internvl_jax.inference.generation.sampling import GenerationConfig
 from internvl_jax.inference.load_options import LoadOptions
 from internvl_jax.inference.loading import (
@@ -385,7 +385,7 @@ def choose_prompt_tokens(config: ChatConfig, requested: int | None) -> int:
     most = context - 1 - (REPEATS + 1)
     least = 1 + config.tokens_per_image if config.projector is not None else 1
     if requested is None:
-        sizes = [size for size in range(least, min(PROMPT_TOKENS, most) + 1) if bucket(size) == size]
+        sizes = [size for size in range(least, min(PROMPT_TOKENS, most) + 1) if prompt_bucket(size) == size]
         return sizes[-1] if sizes else min(least, most)
     if not least <= requested <= most:
         raise BenchError(f"a prompt has {least} to {most} tokens here (the context is {context}), not {requested}")

@@ -8,7 +8,7 @@ With `implementation` "auto", kernels run on TPUs, in bfloat16, with a head dim 
 divide the mesh:
 
     decoding, one query per row      decode_attention, from 256 slots on (a multiple of 128)
-    causal, no cache before it       splash attention, from 512 tokens on (a multiple of 128)
+    causal, no cache before it       splash attention, from 512 tokens on (any number; padded)
     no mask (the vision tower)       splash attention, from 1024 tokens on (any number; padded)
 
 Everything else is XLA's; on CPUs without a mesh, where a head has 512 x 512 scores or more, one head at a time
@@ -171,7 +171,7 @@ def choose(q: Array, k: Array, mask: Mask | None, split: str | None) -> str:
     if mask is None:
         return "splash" if always or length >= UNMASKED_FROM else "xla"
     if mask.segments is not None:
-        return "splash" if length % LANES == 0 and (always or length >= CAUSAL_FROM) else "xla"
+        return "splash" if always or length >= CAUSAL_FROM else "xla"
     if mask.span is not None and decode_block(kv_heads, slots, head_dim, k.dtype.itemsize):
         return "decode" if always or slots >= DECODE_FROM else "xla"
     return "xla"

@@ -3,7 +3,7 @@
 A mesh always has three axes, so that every sharding rule applies to every mesh:
     data      rows of the batch; parameters are replicated
     fsdp      rows of the batch, and one axis of every large parameter, which is gathered where it is used
-    tensor    heads, mlp hidden and vocabulary; two all-reduces per layer sum the devices' parts
+    tensor    heads, mlp hidden and vocabulary, and between them the tokens (or whole images) of the residual stream
 """
 
 from __future__ import annotations

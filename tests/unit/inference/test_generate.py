@@ -13,7 +13,7 @@ from support.paths import DATA
 from internvl_jax.config import config_from_hf, load_config
 from internvl_jax.inference.generation import generate
 from internvl_jax.inference.generation.bound_model import bind_model
-from internvl_jax.inference.generation.generator import Generator, bucket
+from internvl_jax.inference.generation.generator import Generator, cache_bucket, prompt_bucket
 from internvl_jax.inference.generation.sampling import GenerationConfig
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import positions_from_valid
@@ -315,7 +315,18 @@ def test_what_compiles_and_what_does_not(weights):
 
 
 def test_buckets():
-    sizes = [bucket(size) for size in range(1, 5000)]
+    sizes = [cache_bucket(size) for size in range(1, 5000)]
     assert all(size <= got <= max(64, 1.5 * size) for size, got in enumerate(sizes, start=1))
     assert sorted(set(sizes)) == [64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144]
-    assert all(bucket(size) == size for size in set(sizes))
+    assert all(cache_bucket(size) == size for size in set(sizes))
+
+
+def test_prompt_buckets():
+    """V1-1's usual prompt, 256 visual tokens and a question, has little padding; many lengths share few programs."""
+    sizes = {size: prompt_bucket(size) for size in range(1, 4097)}
+    assert all(size <= got for size, got in sizes.items())
+    assert all(got - size <= got / 8 for size, got in sizes.items() if size > 224)
+    picked = (1, 64, 65, 97, 256, 257, 300, 512, 513, 1025)
+    assert [sizes[size] for size in picked] == [64, 64, 96, 128, 256, 288, 320, 512, 576, 1152]
+    assert len(set(sizes.values())) == 7 + 8 * 4
+    assert all(prompt_bucket(got) == got and got % 32 == 0 for got in sizes.values())

@@ -9,7 +9,7 @@ from support.generation_cases import LLAMA, NO_END, padded, rows_of, tokens_of, 
 from internvl_jax.config import config_from_hf
 from internvl_jax.inference.generation import generate
 from internvl_jax.inference.generation.bound_model import PromptBatch
-from internvl_jax.inference.generation.generator import bucket
+from internvl_jax.inference.generation.generator import prompt_bucket
 from internvl_jax.inference.generation.sampling import (
     GenerationConfig,
     keep_likely,
@@ -205,7 +205,7 @@ def test_rows_with_settings_of_their_own(model):
     left = padded(rows_of(ids, mask))
     settings = [make_row_settings(gen, 1, ()) for gen in gens]
     both = jax.tree.map(lambda *leaves: np.concatenate(leaves), *settings)
-    width = bucket(9)
+    width = prompt_bucket(9)
     ids, valid = (np.pad(x, ((0, 0), (width - 9, 0))) for x in left)
     ids = np.where(valid, ids, 0).astype(np.int32)
     state = generate.prefill_step(model.model, PromptBatch(ids, valid > 0), both, slots=96)
