@@ -29,8 +29,8 @@ SMALLEST_BUCKET = 64  # tokens; shorter prompts cost about the same
 def prompt_bucket(size: int) -> int:
     """Round tokens of a prompt up to 64, 96, 128, ..., 256, 288, ..., 512, 576, ..., 1024, 1152, ...
 
-    From 225 tokens on at most an eighth of them is padding, in eight programs for each doubling of the length. Prefill takes
-    time in proportion to its tokens, while a program is compiled once and kept on disk.
+    From 225 tokens on at most an eighth of them is padding, in eight programs for each doubling of the length. Prefill
+    takes time in proportion to its tokens, while a program is compiled once and kept on disk.
     """
     step = max(SMALLEST_BUCKET // 2, 1 << ((size - 1).bit_length() - 4 if size > SMALLEST_BUCKET else 0))
     return max(SMALLEST_BUCKET, -(-size // step) * step)
