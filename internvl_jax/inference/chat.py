@@ -161,7 +161,7 @@ class Chat:
         histories: Sequence[History] | None = None,
         **options: Any,
     ) -> list[Reply]:
-        """Answer several questions in one batch. Each gets the answer that it gets alone.
+        """Answer several questions in one batch. Each answer is the same as when its question is asked alone.
 
         Args:
             questions: one per row.

@@ -239,7 +239,7 @@ def _make_job(
     devices: Sequence[jax.Device],
     replicas: int,
 ) -> BatchJob:
-    """Find the pending questions, which process 0 tells the others."""
+    """Find the pending questions. Process 0 broadcasts them to the others."""
     known: dict[str, Any] = {}
     previous = None
     with distributed.barrier():

@@ -24,7 +24,7 @@ MAX_PIXELS = 2 * 89_478_485
 MAX_SIDE = 1 << 23  # pixels; to resize a side, PIL needs a table of 32 bytes per pixel
 MAX_BYTES = 1 << 30  # of a file that has to be held in memory
 
-BLOCK_PIXELS = 1 << 20  # grey pixels that are scaled at once
+BLOCK_PIXELS = 1 << 20  # gray pixels that are scaled at once
 
 IMAGE_MODES = ("eval", "native")
 
@@ -230,7 +230,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB as PIL does, except for grey of more than 8 bits, which PIL turns black or white.
+    """Convert to RGB as PIL does, except for gray of more than 8 bits, which PIL turns black or white.
 
     Integers (modes I, I;16) and floats (F) are scaled by the range of their largest value:
 
@@ -249,7 +249,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image  # PIL would copy it
     image = _to_8_bits(image)
-    if image.mode == "La":  # premultiplied grey, which PIL converts to LA only
+    if image.mode == "La":  # premultiplied gray, which PIL converts to LA only
         image = image.convert("LA")
     if "transparency" in image.info and image.mode in ("L", "P"):
         # It does not change the RGB values, but PIL warns where it is more than one color.
@@ -259,7 +259,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey as `to_rgb` scales it, in mode L; any other image unchanged."""
+    """Gray as `to_rgb` scales it, in mode L; any other image unchanged."""
     floats = image.mode == "F"
     if not floats and not image.mode.startswith("I"):
         return image
@@ -273,19 +273,19 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     bounds = (1, 255) if floats else (4095, 65535)
     white = next((bound for bound in bounds if highest <= bound), highest)
     if white == 4095:
-        warn_once("grey images of 16 bits without a value above 4095 are read as 12 bits, so that 4095 is white")
-    grey = np.empty(values.shape, np.uint8)
+        warn_once("gray images of 16 bits without a value above 4095 are read as 12 bits, so that 4095 is white")
+    gray = np.empty(values.shape, np.uint8)
     step = max(1, BLOCK_PIXELS // image.width)
     for row in range(0, image.height, step):
         block = np.nan_to_num(values[row : row + step].astype(np.float64), nan=0, posinf=white, neginf=0)
         scaled = np.floor(block * 255 / white + (0.5 if white == 1 else 0))
-        grey[row : row + step] = np.clip(scaled, 0, 255)
-    return Image.fromarray(grey)
+        gray[row : row + step] = np.clip(scaled, 0, 255)
+    return Image.fromarray(gray)
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Converts images to normalised arrays of one size.
+    """Converts images to normalized arrays of one size.
 
     Attributes:
         image_size: side of the result, S, in pixels.
@@ -354,7 +354,7 @@ class ImageProcessor:
             image: an image in any mode.
             path: "eval" converts to RGB and then resizes, as the reference's evaluation scripts do. "native" resizes in
                 the file's own mode and then converts, as its quick-start page does; it does not pad or crop. The two
-                differ where there is transparency or a palette. 16-bit grey is always converted first.
+                differ where there is transparency or a palette. 16-bit gray is always converted first.
 
         Returns:
             [3,S,S] float32.
@@ -373,11 +373,11 @@ class ImageProcessor:
             else:
                 resized = self.scaled(image)
         pixels = np.asarray(resized, np.float32) / np.float32(255)
-        normalised = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
-        return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+        normalized = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return np.ascontiguousarray(normalized.transpose(2, 0, 1))
 
     def scaled(self, image: Image.Image) -> Image.Image:
-        """The image of path "eval" in RGB and final size, before normalisation. Scaling it again changes nothing."""
+        """The image of path "eval" in RGB and final size, before normalization. Scaling it again changes nothing."""
         with _memory_for(f"an image of {image.width} x {image.height} pixels"):
             rgb = to_rgb(image)
             if self.pad_to_square:

@@ -14,7 +14,7 @@ DIRECT_PIXELS = 1 << 25  # PIL itself may make an intermediate of so many pixels
 
 _BITS = 22  # of PIL's fixed-point weights for 8-bit channels
 _BLOCK = 1 << 21  # numbers that are multiplied at once
-_GROUP = 16  # output pixels that are computed at once; neighbours share most of their inputs
+_GROUP = 16  # output pixels that are computed at once; neighbors share most of their inputs
 _SUPPORT = 2.0  # of the bicubic kernel, in pixels
 
 

@@ -130,7 +130,7 @@ class SentencePieceTokenizer:
                 parts[at + 1] = right.lstrip()
             if token.lstrip and left:
                 parts[at - 1] = left.rstrip()
-            # The reference tests the neighbours as they were before the blanks were stripped.
+            # The reference tests the neighbors as they were before the blanks were stripped.
             if token.single_word and left and left[-1] != " ":
                 parts[at - 1] += part
                 parts[at] = ""

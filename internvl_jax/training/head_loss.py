@@ -1,6 +1,6 @@
 """The language model's head and the cross-entropy, chunk by chunk, without ever holding the logits of a whole batch.
 
-V1-1's logits of 8 rows of 2048 tokens are 2 GB in float32, and twice that with their gradient. The forward pass
+V1-1's logits of 8 rows of 2048 tokens are 2 GiB in float32, and twice that with their gradient. The forward pass
 computes the gradients of head and hidden states too, while a chunk's logits exist, so that logits are computed once.
 
 On a mesh, every device has rows of its own. The head is gathered along fsdp once per step, not once per chunk, and its

@@ -1,6 +1,6 @@
 """The training loss: next-token cross-entropy.
 
-Every pair of neighbouring tokens has a weight, and the loss is the weighted sum. The weights depend on labels and
+The prediction of every token has a weight, and the loss is the weighted sum. The weights depend on labels and
 segments alone and are known before the model runs, so losses of parts of a batch (devices, micro-batches) are added.
 """
 

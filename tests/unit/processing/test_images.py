@@ -74,7 +74,7 @@ def test_every_size_equals_the_reference(reference, size):
         np.testing.assert_array_equal(ImageProcessor(28, MEAN, STD)(image, path), reference(resized, 28))
 
 
-def test_every_grey_value_under_any_mean_and_std_equals_the_reference(reference):
+def test_every_gray_value_under_any_mean_and_std_equals_the_reference(reference):
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
     rng = np.random.RandomState(1)
     clip = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -114,7 +114,7 @@ def test_color_spaces_of_files(mode, format):
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_deep_grey_is_scaled_down_and_not_clipped(dtype):
+def test_deep_gray_is_scaled_down_and_not_clipped(dtype):
     values = np.linspace(0, 65535, 64).round().astype(dtype).reshape(8, 8)
     image = load(encoded(Image.fromarray(values), "PNG" if dtype == np.uint16 else "TIFF"))
     assert image.mode in ("I;16", "I")
@@ -129,7 +129,7 @@ def test_fractions_up_to_255_are_as_pil_has_them():
     np.testing.assert_array_equal(np.asarray(to_rgb(Image.fromarray(values)))[0, :, 0], [0, 0, 1, 254])
 
 
-def test_deep_grey_that_only_uses_eight_bits_is_as_pil_has_it():
+def test_deep_gray_that_only_uses_eight_bits_is_as_pil_has_it():
     values = np.arange(256, dtype=np.uint16).reshape(16, 16)
     np.testing.assert_array_equal(np.asarray(to_rgb(load(encoded(Image.fromarray(values)))))[..., 0], values)
 
@@ -149,7 +149,7 @@ def test_deep_grey_that_only_uses_eight_bits_is_as_pil_has_it():
         (np.zeros(3, np.float32), [0, 0, 0]),
     ],
 )
-def test_grey_is_scaled_by_its_own_range(values, expected, monkeypatch):
+def test_gray_is_scaled_by_its_own_range(values, expected, monkeypatch):
     monkeypatch.setattr(images, "BLOCK_PIXELS", 1)  # a row at once
     image = load(encoded(Image.fromarray(values[:, None]), "TIFF"))
     np.testing.assert_array_equal(np.asarray(to_rgb(image)), np.repeat(np.asarray(expected)[:, None, None], 3, axis=2))
@@ -163,12 +163,12 @@ def test_an_image_without_a_finite_value_is_an_error():
         to_rgb(image)
 
 
-def test_grey_that_is_taken_for_12_bits_is_told_of_once(logged):
+def test_gray_that_is_taken_for_12_bits_is_told_of_once(logged):
     logs.warn_once.cache_clear()
     dark = Image.fromarray(np.full((2, 2), 4000, np.uint16))
     for image in (dark, dark, Image.fromarray(np.full((2, 2), 5000, np.uint16))):
         to_rgb(image)
-    assert logged == ["grey images of 16 bits without a value above 4095 are read as 12 bits, so that 4095 is white"]
+    assert logged == ["gray images of 16 bits without a value above 4095 are read as 12 bits, so that 4095 is white"]
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I", "F", "La", "RGBa"])

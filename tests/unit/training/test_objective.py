@@ -158,9 +158,9 @@ def test_chunks_and_z_loss_equal_the_plain_formula():
         logits, _ = modules.forward(
             params, config, batch.input_ids, batch.pixel_values, batch.segment_ids > 0, image_token_id=IMAGE
         )
-        normaliser = jax.nn.logsumexp(logits, -1)[:, :-1]
+        normalizer = jax.nn.logsumexp(logits, -1)[:, :-1]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], np.maximum(batch.labels[:, 1:], 0))
-        return jnp.sum((losses + 0.01 * normaliser**2) * weights[:, :-1])
+        return jnp.sum((losses + 0.01 * normalizer**2) * weights[:, :-1])
 
     @jax.jit
     @jax.value_and_grad
