@@ -17,6 +17,7 @@ from internvl_jax.evaluation.wrong_page import wrong_page
 from internvl_jax.utils import files, formats
 
 NANO = "nano"  # name of the bundled model
+NANO_NOTE = "nano is a demonstration model of 2.2M parameters: its scores are not comparable with published ones."
 CODEBASES = {"internvl": "V1-1's evaluation scripts", "llava": "LLaVA's evaluation scripts"}
 
 
@@ -81,7 +82,7 @@ def write_report(
 
 
 def _timing(directory: Path, timing: Timing) -> dict[str, Any]:
-    """This part's; where it had nothing to answer, that of the part before stands beside it."""
+    """The timing for JSON. If nothing was answered, "before" has that of the last run that answered something."""
     values = asdict(timing)
     if not timing.answered:
         with suppress(FileNotFoundError, EvaluationError):  # no report yet, or none that is worth keeping
@@ -108,14 +109,14 @@ def lines(values: Mapping[str, Any]) -> list[str]:
         listed = ", ".join(values["failed"][:20])
         shown += [f"**No score: {len(values['failed'])} questions could not be answered ({listed}).**", ""]
     elif score is None:
-        shown += ["No score: a server or a judge has the answers. To hand in: " + ", ".join(values["submission"]), ""]
+        shown += ["No score: a server or a judge has the answers. To submit: " + ", ".join(values["submission"]), ""]
     shown += [f"| system | {name} |", "|---|---|"]
     shown += [f"| {system}, published | {figure} |" for system, figure in values["published"].items()]
     if score is not None:
         shown += [f"| **{values['model']}, this run** | **{score['value']:.1f}** |"]
     beams = generation.get("num_beams", 1)
     if values["model"] == NANO and values["published"] and score is not None:
-        shown += ["", "nano is a demonstration model of 2.2M parameters: its score is not comparable with these."]
+        shown += ["", NANO_NOTE]
     shown += [
         "",
         f"{values['questions']:,} questions, prompts and rules of {CODEBASES[values['codebase']]}, "
@@ -146,7 +147,7 @@ def result(values: Mapping[str, Any]) -> str:
     if values["failed"]:
         return f"no score, {len(values['failed'])} questions have an error"
     if values["score"] is None:
-        return f"to hand in: {', '.join(values['submission'])}"
+        return f"to submit: {', '.join(values['submission'])}"
     return f"{values['score']['name']} {values['score']['value']:.1f}"
 
 
@@ -168,7 +169,7 @@ def table(directories: Sequence[Path]) -> list[str]:
         except (FileNotFoundError, NotADirectoryError):
             raise EvaluationError(f"{directory} has no report.json: name directories of finished runs") from None
         if missing := [key for key in ("benchmark", "model", "limit", "score", "generation") if key not in values]:
-            raise EvaluationError(f"{directory / 'report.json'} is no report of a run: it has no {missing[0]!r}")
+            raise EvaluationError(f"{directory / 'report.json'} is not the report of a run: it lacks {missing[0]!r}")
         name, model = values["benchmark"], values["model"]
         if directory.resolve() in origin.values():
             raise EvaluationError(f"{directory} is named twice: name each run once")
@@ -185,6 +186,8 @@ def table(directories: Sequence[Path]) -> list[str]:
         remarks += ["another judge"] if values.get("judge", {}).get("same") is False else []
         cell = f"{values['score']['value']:.1f}" + (f" ({', '.join(remarks)})" if remarks else "")
         measured.setdefault(column, {})[name] = cell
+        if model == NANO and NANO_NOTE not in notes:
+            notes.append(NANO_NOTE)
     rows = [name for name in BENCHMARKS if name in PUBLISHED or any(name in run for run in measured.values())]
     shown = ["| | " + " | ".join([*SYSTEMS, *(f"{model}, here" for model in measured)]) + " |"]
     shown.append("|---" * (1 + len(SYSTEMS) + len(measured)) + "|")

@@ -200,8 +200,12 @@ def test_the_table_says_what_is_not_comparable(tmp_path):
         whole(tmp_path / name / "report.json", values | changed)
         assert cell in report.table([tmp_path / name])
     assert report.table([tmp_path / "none"])[-1] == f"{tmp_path / 'none'}: left out (no score)"
+    whole(tmp_path / "nano" / "report.json", values | {"model": "nano"})
+    for runs, notes in ((["nano"], 1), (["nano", "beams"], 1), (["beams"], 0)):
+        shown = report.table([tmp_path / name for name in runs])
+        assert sum("nano is a demonstration model" in line for line in shown) == notes
     whole(tmp_path / "other/report.json", {"mine": 1})
-    with pytest.raises(EvaluationError, match=r"report\.json is no report of a run: it has no 'benchmark'"):
+    with pytest.raises(EvaluationError, match=r"report\.json is not the report of a run: it lacks 'benchmark'"):
         report.table([tmp_path / "other"])
 
 
