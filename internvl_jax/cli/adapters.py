@@ -16,13 +16,19 @@ def add_parser(commands: options.Commands) -> None:
         "adapters",
         help="merge LoRA adapters, or exchange them with Hugging Face's peft",
         description="The recipes lora and lora-both write adapters. `chat --adapters DIR` applies them unmerged to the "
-        "checkpoint that they were trained for.",
+        "checkpoint that they were trained on.",
     )
     parts = adapters.add_subparsers(title="commands", metavar="COMMAND", required=True, help="what to do")
     for name, run, summary, source, extra in (
-        ("merge", _merge, "merge adapters into the weights and write a checkpoint", "adapters", ""),
-        ("to-peft", _to_peft, "write adapters for peft, one directory per model part", "adapters", CONVERT),
-        ("from-peft", _from_peft, "read adapters written by peft or LLaVA", "adapters of peft or LLaVA", CONVERT),
+        ("merge", _merge, "merge adapters into the weights and write a checkpoint", TRAINED, ""),
+        ("to-peft", _to_peft, "write adapters for peft, one directory per model part", TRAINED, CONVERT),
+        (
+            "from-peft",
+            _from_peft,
+            "read adapters written by peft or LLaVA",
+            "directory that peft or LLaVA wrote",
+            CONVERT,
+        ),
     ):
         one = parts.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.{extra}")
         one.add_argument("src", type=options.path, metavar="SRC", help=source)
@@ -31,6 +37,8 @@ def add_parser(commands: options.Commands) -> None:
         one.set_defaults(run=run)
 
 
+TRAINED = "directory of adapters, written by 'train' or 'from-peft'"
+FOREIGN = "directory that peft or LLaVA wrote"
 CONVERT = " Needs the extra 'convert'."
 
 

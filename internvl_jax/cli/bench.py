@@ -17,9 +17,9 @@ def add_parser(commands: options.Commands) -> None:
         description="Times image encoding, prefill and decoding; on a TPU with MFU and the fraction of the roofline.",
     )
     model = parser.add_mutually_exclusive_group()
-    options.add_checkpoint(model, "checkpoint to measure")
+    options.add_checkpoint(model, "checkpoint to measure", default="the preset")
     model.add_argument(
-        "--preset", default="nano", metavar="NAME", help=f"random weights in the sizes of {', '.join(PRESETS)}"
+        "--preset", default="nano", metavar="NAME", help=f"model to measure with random weights: {', '.join(PRESETS)}"
     )
     parser.add_argument(
         "--batch-size", type=options.count, nargs="+", default=[1, 8], metavar="N", help="batch sizes to measure"

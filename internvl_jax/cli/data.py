@@ -39,7 +39,7 @@ def add_parser(commands: options.Commands) -> None:
     )
     options.add_batch_size(check, "rows per batch", 8)
     check.add_argument(
-        "--image-slots", type=options.natural, metavar="N", help="images in a batch (default: 4 per row)"
+        "--image-slots", type=options.natural, metavar="N", help="image slots in a batch (default: 4 per row)"
     )
     check.add_argument("--no-packing", action="store_true", help="one conversation per row")
     check.add_argument("--images-first", action="store_true", help="move <image> to the front, as LLaVA does")

@@ -23,7 +23,7 @@ from internvl_jax.utils.progress import counting, err, print_json, progress_bar
 if TYPE_CHECKING:
     from internvl_jax.evaluation.benchmark_run import BenchmarkRun
 
-DATA_HELP = "directory of the benchmark's files, or the reference's data directory around it"
+DATA_HELP = "directory of the benchmark's files, or the reference's data directory that contains it"
 
 
 def add_parser(commands: options.Commands) -> None:
@@ -31,16 +31,16 @@ def add_parser(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "eval",
         help="run a benchmark, score predictions, print the results table",
-        description="Runs a benchmark with the prompts, settings and scorer of the published figures, scores existing "
+        description="Runs a benchmark with the prompts, settings and scorer of the published scores, scores existing "
         "predictions, or prints the results table. docs/evaluation.md says where each benchmark's files come from.",
     )
-    parts = parser.add_subparsers(title="commands", metavar="COMMAND", help="a benchmark, or what to do")
+    parts = parser.add_subparsers(title="commands", metavar="COMMAND", help="what to do, or a benchmark to run")
     _add_score(parts)
     _add_submit(parts)
     table = parts.add_parser(
         "table",
-        help="results table: published figures beside those of runs",
-        description="Prints the published figures and those of finished runs as a Markdown table, one column per run "
+        help="print the results table: published scores beside those of runs",
+        description="Prints the published scores and those of finished runs as a Markdown table, one column per run "
         "of a model.",
     )
     table.add_argument("runs", type=options.path, nargs="*", metavar="RUN", help="directories of finished runs")
@@ -60,7 +60,7 @@ def _add_benchmark(parts: options.Commands, name: str, title: str) -> None:
     parser.add_argument("--data", type=options.path, required=True, metavar="DIR", help=DATA_HELP)
     options.add_output(parser, f"directory of the run (default: runs/{name}-MODEL)")
     parser.add_argument("--resume", action="store_true", help="resume an interrupted run")
-    parser.add_argument("--limit", type=options.count, metavar="N", help="first questions to answer (default: all)")
+    parser.add_argument("--limit", type=options.count, metavar="N", help="answer only the first N (default: all)")
     options.add_checkpoint(parser)
     options.add_mesh(parser, "one device per process; processes share the work")
     options.add_batch_size(parser, "questions per batch and model replica", 8)
@@ -70,7 +70,7 @@ def _add_benchmark(parts: options.Commands, name: str, title: str) -> None:
         "--num-beams",
         type=options.count,
         metavar="N",
-        help=f"beams (default: as published, {BEAMS} for V1-1, 1 for V1-0 and LLaVA)",
+        help=f"beam search with N beams (default: as published, {BEAMS} for V1-1, 1 for V1-0 and LLaVA)",
     )
     parser.add_argument(
         "--max-new-tokens", type=options.count, metavar="N", help="longest answer (default: as published)"
@@ -86,7 +86,8 @@ def _add_score(parts: options.Commands) -> None:
         description="Reads a benchmark's files and predictions (JSONL with an id and an answer, or one JSON object "
         "{id: answer}) and prints the score.",
     )
-    _add_answers(score, list(BENCHMARKS))
+    scored = [name for name, benchmark in BENCHMARKS.items() if benchmark.score is not None]
+    _add_answers(score, list(BENCHMARKS), f"{', '.join(scored)}; the others are scored by a server or a judge")
     options.add_json(score)
     score.set_defaults(run=_score)
 
@@ -95,24 +96,24 @@ def _add_submit(parts: options.Commands) -> None:
     names = [name for name, benchmark in BENCHMARKS.items() if benchmark.submit is not None]
     submit = parts.add_parser(
         "submit",
-        help="write the file that a benchmark's server takes",
-        description="Reads a benchmark's files and predictions, as `eval score` does, and writes the file that its "
-        "server or judge takes, as a run does.",
+        help="write the submission file for a benchmark's server",
+        description="Reads a benchmark's files and predictions, as `eval score` does, and writes the submission "
+        "file for its server or judge, as a run does.",
     )
-    _add_answers(submit, names)
+    _add_answers(submit, names, ", ".join(names))
     options.add_output(submit, "directory to write (default: runs/BENCHMARK-submission)")
     submit.set_defaults(run=_submit)
 
 
-def _add_answers(parser: argparse.ArgumentParser, names: list[str]) -> None:
-    parser.add_argument("benchmark", choices=names, metavar="BENCHMARK", help=", ".join(names))
+def _add_answers(parser: argparse.ArgumentParser, names: list[str], shown: str) -> None:
+    parser.add_argument("benchmark", choices=names, metavar="BENCHMARK", help=shown)
     parser.add_argument("--predictions", type=options.path, required=True, metavar="FILE", help="JSONL or JSON")
     parser.add_argument("--data", type=options.path, required=True, metavar="DIR", help=DATA_HELP)
     parser.add_argument(
         "--codebase",
         choices=["internvl", "llava"],
         default="internvl",
-        help="rules that read the answers: V1-1's scripts (internvl), or LLaVA's for LLaVA-1.5 and V1-0",
+        help="rules for parsing the answers: V1-1's scripts (internvl), or LLaVA's for LLaVA-1.5 and V1-0",
     )
 
 
@@ -121,19 +122,19 @@ def _add_judge(parts: options.Commands) -> None:
         "judge",
         help="grade a run of mm-vet with an OpenAI-compatible server",
         description="Grades the answers of a finished run of mm-vet with MM-Vet's own few-shot prompt and adds the "
-        "score to its report. The published figures were graded by gpt-4-0613: the report says whether yours was.",
+        "score to its report. The published scores were graded by gpt-4-0613: the report says whether yours was.",
     )
     judge.add_argument("directory", type=options.path, metavar="RUN", help="directory of the run")
     judge.add_argument("--data", type=options.path, required=True, metavar="DIR", help="directory of mm-vet.json")
     judge.add_argument(
         "--prompt-file", type=options.path, required=True, metavar="FILE", help="MM-Vet's mm-vet_evaluator.py"
     )
-    judge.add_argument("--url", required=True, metavar="URL", help="the server's address, up to /v1")
-    judge.add_argument("--model", required=True, metavar="NAME", help="the judge")
+    judge.add_argument("--url", required=True, metavar="URL", help="address of the server, up to and including /v1")
+    judge.add_argument("--model", required=True, metavar="NAME", help="name of the judge model")
     judge.add_argument(
         "--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the API key"
     )
-    judge.add_argument("--repeats", type=options.count, default=1, metavar="N", help="gradings of every answer")
+    judge.add_argument("--repeats", type=options.count, default=1, metavar="N", help="how often each answer is graded")
     judge.set_defaults(run=_judge)
 
 
@@ -198,7 +199,7 @@ def _score(args: argparse.Namespace) -> int:
     if benchmark.score is None:
         raise EvaluationError(
             f"{benchmark.title} is scored by a server or a judge: its answers are not in its files; "
-            f"`eval submit {args.benchmark}` writes the file to hand in"
+            f"`eval submit {args.benchmark}` writes the file to submit"
         )
     with counting() as progress:
         items, given = _answers(args)
@@ -213,7 +214,7 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _answers(args: argparse.Namespace) -> tuple[list[Item], dict[str, str]]:
-    """The benchmark's questions, and somebody's answers to all of them."""
+    """The benchmark's questions, and the given answers to all of them."""
     benchmark = BENCHMARKS[args.benchmark]
     items = benchmark.read(DataFolder(args.data, benchmark.folder), args.codebase)
     if not items:

@@ -34,6 +34,9 @@ class HelpFormatter(argparse.HelpFormatter):
         paragraphs = text.split("\n\n")
         return "\n\n".join(p if "\n" in p else textwrap.fill(p, width, initial_indent=indent) for p in paragraphs)
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # names of choices stay whole
+
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         unset = action.default is None or action.default is False or action.default is argparse.SUPPRESS
@@ -123,9 +126,11 @@ def _whole(text: str, least: int) -> int:
 # Shared options. Each is defined once.
 
 
-def add_checkpoint(parser: Any, what: str = "converted checkpoint, or a published directory") -> None:
+def add_checkpoint(
+    parser: Any, what: str = "converted checkpoint, or a published directory", default: str = "nano, the bundled model"
+) -> None:
     """Add `--checkpoint`."""
-    parser.add_argument("--checkpoint", type=path, metavar="DIR", help=f"{what} (default: nano, the bundled model)")
+    parser.add_argument("--checkpoint", type=path, metavar="DIR", help=f"{what} (default: {default})")
 
 
 def add_output(parser: Any, what: str, *, required: bool = False, metavar: str = "DIR") -> None:
@@ -145,7 +150,7 @@ def add_vision_mode(parser: Any) -> None:
         "--vision-mode",
         dest="vision",
         choices=["tensor", "data"],
-        help="shard the vision encoder's weights (tensor) or its images (data) (default: chosen by the mesh)",
+        help="shard the vision tower's weights (tensor) or its images (data) (default: chosen by the mesh)",
     )
 
 
@@ -218,6 +223,10 @@ class Setting:
         return f"--{self.name.replace('_', '-')}"
 
 
+EARLY_STOPPING_HELP = (
+    "when beam search stops: at num-beams finished answers (true), by transformers' heuristic (false), or when no "
+    "better answer is possible (never)"
+)
 GENERATION = (
     Setting("max_new_tokens", int, "N", "longest answer", "1024, or what the context has room for"),
     Setting("min_new_tokens", int, "N", "shortest answer", "0"),
@@ -228,7 +237,13 @@ GENERATION = (
     Setting("seed", int, "N", "seed of sampling", "0"),
     Setting("num_beams", int, "N", "beam search with N beams", "1"),
     Setting("length_penalty", float, "X", "rank beams by log-probability / length**X", "1.0"),
-    Setting("early_stopping", early_stopping, "{true,false,never}", "when beam search stops", "False"),
+    Setting(
+        "early_stopping",
+        early_stopping,
+        "{true,false,never}",
+        EARLY_STOPPING_HELP,
+        "False",
+    ),
 )
 
 
@@ -290,7 +305,7 @@ def add_vision_tower(parser: Any) -> None:
 
 def add_processes(parser: Any) -> None:
     """Add the options of a multi-host run, where the same command starts on every host."""
-    group = parser.add_argument_group("several processes (Cloud TPU, GKE and Slurm are detected)")
+    group = parser.add_argument_group("multiple processes (detected on Cloud TPU, GKE and Slurm)")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0 (default: detected)")
     group.add_argument("--num-processes", type=count, metavar="N", help="number of processes (default: detected)")
     group.add_argument("--process-id", type=natural, metavar="I", help="this process, from 0 (default: detected)")

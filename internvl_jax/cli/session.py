@@ -56,7 +56,7 @@ class Session:
         read = self._terminal_reader() if terminal else _read_line
         while True:
             try:
-                line = read(f"[{len(self._images)} image(s)] > " if self._images else "> ").strip()
+                line = read(self._prompt()).strip()
                 if line and not self._handle(line):
                     break
             except EOFError:
@@ -66,6 +66,10 @@ class Session:
             except KeyboardInterrupt:
                 err.print("(Ctrl-D or /quit leaves)")
         return 1 if self._failed and not self._answered and not terminal else 0
+
+    def _prompt(self) -> str:
+        count = len(self._images)
+        return f"[{count} image{'' if count == 1 else 's'}] > " if count else "> "
 
     def _terminal_reader(self) -> Reader:
         from internvl_jax.cli.terminal import Prompt  # prompt_toolkit, which a script does not need
@@ -85,6 +89,7 @@ class Session:
                 err.print(HELP)
             elif command == "/clear":
                 self._images, self._history = [], []
+                err.print("(a new conversation, without images)", style="dim")
             elif command == "/image":
                 self._images.append(_image_of(argument))
             elif command.startswith("/") and not command.startswith("//"):

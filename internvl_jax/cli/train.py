@@ -30,9 +30,9 @@ def add_parser(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "train",
         help="fine-tune a model on conversations about images",
-        description="Fine-tunes a model by a recipe on conversations in InternVL's meta files, JSONL or LLaVA's JSON. "
-        "Saves steps, and writes OUTPUT/model at the end. Needs the extra 'train'. Exit code 1: the run "
-        "was stopped, and the same command resumes it.",
+        description="Fine-tunes a model with a recipe, on conversations in InternVL's meta files, JSONL or LLaVA's "
+        "JSON. Saves checkpoints while it runs, and writes OUTPUT/model at the end. Needs the extra 'train'. Exit code "
+        "1: the run was stopped, and the same command resumes it.",
         epilog=EXAMPLES,
         add_help=False,
     )
@@ -41,7 +41,11 @@ def add_parser(commands: options.Commands) -> None:
     )
     parser.add_argument("recipe", metavar="RECIPE", help=RECIPES)
     parser.add_argument(
-        "--data", type=options.path, required=True, metavar="META", help="meta JSON, JSONL, or LLaVA's JSON"
+        "--data",
+        type=options.path,
+        required=True,
+        metavar="META",
+        help="meta JSON, JSONL of conversations, or LLaVA's JSON",
     )
     options.add_output(parser, "directory of the run, new or to resume", required=True)
     options.add_checkpoint(parser, "converted checkpoint to start from")
@@ -122,7 +126,7 @@ def _add_recipe(group: Any) -> None:
     )
     group.add_argument("--z-loss", type=float, metavar="X", help="weight of the squared log-normalizer" + OF_RECIPE)
     group.add_argument(
-        "--drop-path", type=float, metavar="X", help="stochastic depth of a trained vision encoder" + OF_RECIPE
+        "--drop-path", type=float, metavar="X", help="stochastic depth of a trained vision tower" + OF_RECIPE
     )
     group.add_argument(
         "--train",
@@ -171,9 +175,14 @@ def _add_machine(group: Any) -> None:
         "--gradient-accumulation-steps", type=int, default=1, metavar="N", help="micro-batches per optimizer step"
     )
     group.add_argument(
-        "--image-slots", type=options.natural, metavar="N", help="images in a process's batch (default: from the data)"
+        "--image-slots",
+        type=options.natural,
+        metavar="N",
+        help="image slots in a process's batch (default: from the data)",
     )
-    group.add_argument("--workers", type=options.natural, default=0, metavar="N", help="data processes; 0 uses threads")
+    group.add_argument(
+        "--workers", type=options.natural, default=0, metavar="N", help="processes that load data; 0 uses threads"
+    )
 
 
 def _add_run(group: Any) -> None:
@@ -194,7 +203,7 @@ def _add_run(group: Any) -> None:
         "--data-errors", choices=["skip", "fatal"], default="skip", help="what to do with invalid conversations"
     )
     group.add_argument(
-        "--from-scratch", action="store_true", help="start at step 1 although OUTPUT has checkpoints, which are kept"
+        "--from-scratch", action="store_true", help="start again at step 1; checkpoints in OUTPUT are set aside"
     )
     group.add_argument("--tensorboard", action="store_true", help="write OUTPUT/tensorboard")
     group.add_argument(
@@ -202,7 +211,7 @@ def _add_run(group: Any) -> None:
     )
 
 
-# Options that are fields of training.prepare.RunOptions.
+# Options that are fields of training.runs.prepare.RunOptions.
 RUN_OPTIONS = (
     "data output checkpoint root steps max_seq_length image_slots gradient_accumulation_steps image_size mesh "
     "vision dtype param_dtype remat seed workers save_every keep eval_data eval_every eval_batches answers profile "

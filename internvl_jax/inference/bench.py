@@ -224,7 +224,7 @@ def lines(result: Result) -> list[str]:
     first, peak = formats.duration(result.time_to_first_token), formats.memory(result.memory_peak_bytes)
     return [
         f"{result.model}: {formats.parameters(result.parameters)} parameters, {result.dtype}, {result.devices} x "
-        f"{result.device}, {mesh}, {result.processes} process(es), jax {result.jax}",
+        f"{result.device}, {mesh}, {result.processes} process{'' if result.processes == 1 else 'es'}, jax {result.jax}",
         HEADER,
         *map(row, result.measurements),
         f"prompts of {result.prompt_tokens} tokens; time to first token {first}; "

@@ -86,7 +86,7 @@ def test_a_session_in_a_terminal(cache, converted):
         terminal.expect("(Ctrl-D or /quit leaves)")
         terminal.expect(">")
         terminal.send(f"/image {IMAGE}\n")
-        terminal.expect("[1 image(s)] >")
+        terminal.expect("[1 image] >")
         terminal.send("/he\t")  # completed
         terminal.expect("/help")
         terminal.send("\n")

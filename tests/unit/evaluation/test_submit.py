@@ -164,4 +164,4 @@ def test_submissions_are_of_some_benchmarks(tmp_path, capsys):
         submit("pope", tmp_path / "a.json", tmp_path, tmp_path / "out")
     assert "invalid choice: 'pope'" in capsys.readouterr().err
     assert main(["eval", "score", "mm-vet", "--data", str(tmp_path), "--predictions", "a.json"]) == 2
-    assert "`eval submit mm-vet` writes the file to hand in" in capsys.readouterr().err
+    assert "`eval submit mm-vet` writes the file to submit" in capsys.readouterr().err
