@@ -25,7 +25,7 @@ from internvl_jax.data.packing import Layout
 from internvl_jax.data.samples import MAX_UNREAD_KEYS, Problem, Sample, SampleMaker, unread_message
 from internvl_jax.processing.images import load_processor
 from internvl_jax.processing.tokenizer import Tokenizer, load_tokenizer
-from internvl_jax.utils import files, formats
+from internvl_jax.utils import files
 
 LISTED = 20  # problems per data set that are printed; all are counted
 MAX_COUNTED_KEYS = 1000  # unread keys per data set that are counted
@@ -392,7 +392,7 @@ def print_report(report: DataReport, tokenizer: Tokenizer, console: Console) -> 
     rows = f"{layout.rows} {'packed ' if layout.packed else ''}rows of {' or '.join(map(str, layout.lengths))} tokens"
     console.print(
         f"in batches of {rows} and {layout.image_slots} images: {report.fill_ratio:.1%} of the tokens are not padding, "
-        f"about {formats.number(report.batches)} batches an epoch"
+        f"about {report.batches:,.0f} batches an epoch"
     )
     for stats in report.stats:
         for warning in stats.warnings():

@@ -1,7 +1,8 @@
 """Measured numbers as people read them, in reports and messages. JSON has them raw, with the unit in the name.
 
-What a format specification says needs no function: counts are `{count:,}`, shares `{share:.1%}`, errors and tolerances
-`{error:.1e}`, losses `{loss:.4f}`, scores `{score:.1f}` as published. Settings are shown as they were given.
+What a format specification says needs no function: counts are `{count:,}`, estimated ones `{count:,.0f}`, shares
+`{share:.1%}`, errors and tolerances `{error:.1e}`, losses `{loss:.4f}`, scores `{score:.1f}` as published. Settings are
+shown as they were given.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def _recipe_line(run: Run) -> str:
 def _data_line(run: Run) -> str:
     epoch = run.data.epoch
     return (
-        f"data: {epoch.epoch:,} conversations per epoch, {formats.number(epoch.tokens)} tokens and "
+        f"data: {epoch.epoch:,} conversations per epoch, {epoch.tokens:,.0f} tokens and "
         f"{formats.number(epoch.images)} images each"
     )
 
@@ -55,7 +55,7 @@ def _batch_line(run: Run) -> str:
     return (
         f"global batch: {_global_rows(run)} {'packed ' if layout.packed else ''}rows of "
         f"{' or '.join(map(str, layout.lengths))} tokens, up to {images} images, about "
-        f"{formats.number(_conversations_per_step(run))} conversations{micro_batches}"
+        f"{_conversations_per_step(run):,.0f} conversations{micro_batches}"
     )
 
 
