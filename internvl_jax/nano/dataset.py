@@ -31,9 +31,11 @@ from internvl_jax.config.conversation_templates import IMAGE_PLACEHOLDER
 from internvl_jax.nano.render import Sample, make_sample
 from internvl_jax.utils import files
 
-SAMPLES = 120_000  # each is used two or three times in the stages of train.py
+SAMPLES = 120_000  # each is used two or three times in the first stages of train.py
 META, LINES = "meta.json", "train.jsonl"
 PART = 1000  # samples per task of a process, and images per directory
+
+MakeSample = Callable[[str, int], Sample]  # from split and index; a function of a module, for other processes
 
 
 def entry(sample: Sample, number: int, image: str | None) -> dict[str, Any]:
@@ -47,13 +49,20 @@ def entry(sample: Sample, number: int, image: str | None) -> dict[str, Any]:
     return {"id": number, **seen, "conversations": turns}
 
 
-def write(directory: Path, samples: int = SAMPLES, progress: Callable[[Any], Any] = iter) -> Path:
+def write(
+    directory: Path,
+    samples: int = SAMPLES,
+    progress: Callable[[Any], Any] = iter,
+    *,
+    make: MakeSample = make_sample,
+) -> Path:
     """Write the first `samples` training samples.
 
     Args:
         directory: Directory to write to.
         samples: Number of samples.
         progress: Wraps the list of parts, for a progress bar.
+        make: Function that returns a sample, `render.make_sample` or `phrasings.phrased_sample`.
 
     Returns:
         Path of the meta file.
@@ -70,7 +79,7 @@ def write(directory: Path, samples: int = SAMPLES, progress: Callable[[Any], Any
             return meta
         directory.mkdir(exist_ok=True)
         files.remove_leftovers(directory / LINES)
-        _write_lines(directory, samples, progress)
+        _write_lines(directory, samples, progress, make)
         return files.write_text(meta, _meta(samples))
 
 
@@ -95,13 +104,13 @@ def _is_there(meta: Path, samples: int) -> bool:
     return True
 
 
-def _write_lines(directory: Path, samples: int, progress: Callable[[Any], Any]) -> None:
+def _write_lines(directory: Path, samples: int, progress: Callable[[Any], Any], make: MakeSample) -> None:
     path = directory / LINES
     if path.exists():  # from an interrupted run or elsewhere: checked before rendering
         with open(path, "rb") as written:
-            if written.readline() != _line(make_sample("train", 0), 0)[0].encode():
+            if written.readline() != _line(make("train", 0), 0)[0].encode():
                 raise _other(path)
-    parts = [(directory, start, min(start + PART, samples)) for start in range(0, samples, PART)]
+    parts = [(directory, start, min(start + PART, samples), make) for start in range(0, samples, PART)]
     with files.replacing(path) as temporary:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             if len(parts) == 1:
@@ -115,14 +124,14 @@ def _write_lines(directory: Path, samples: int, progress: Callable[[Any], Any]) 
             raise _other(path)
 
 
-def _render(part: tuple[Path, int, int]) -> list[str]:
+def _render(part: tuple[Path, int, int, MakeSample]) -> list[str]:
     """The lines of some samples; missing images are written."""
-    directory, start, stop = part
+    directory, start, stop, make = part
     for left in (directory / "images" / f"{start // PART:03}").glob(".*.png.tmp-*"):  # of this part only
         files.remove_leftovers(left.with_name(left.name[1:].rpartition(".tmp-")[0]))
     lines = []
     for number in range(start, stop):
-        sample = make_sample("train", number)
+        sample = make("train", number)
         line, name = _line(sample, number)
         if sample.image is not None:
             save_image(Image.fromarray(sample.image), directory / name)

@@ -3,7 +3,8 @@
     python -m internvl_jax.nano.evaluate [--checkpoint DIR] [--count N] [--json] [--images DIR]
 
 The images come from random streams that training does not use, the handwritten digits from scans that it does not use
-(render.py). An answer is correct if its text equals the expected one exactly. Decoding is greedy.
+(render.py). An answer is correct if its text equals the expected one exactly. Decoding is greedy. The mean is over the
+questions of render.py; two more rows are those questions in other words, and descriptions of images (phrasings.py).
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from rich.table import Table
 import internvl_jax
 from internvl_jax.inference.chat import Chat, require_answers
 from internvl_jax.nano.dataset import save_image
+from internvl_jax.nano.phrasings import EXTRA_KINDS, LANGUAGES, heldout_phrased
 from internvl_jax.nano.render import KINDS, heldout_questions, make_sample
 
 BATCH = 50
-LANGUAGES = ("en", "zh")
 IMAGES = {"shapes.png": 3, "digits.png": 0, "word.png": 10}  # held-out samples in the package
 
 
@@ -57,21 +58,20 @@ class KindScore:
 
 def score(chat: Chat, kind: str, language: str, count: int) -> KindScore:
     """Ask `count` held-out questions of one kind in one language, in batches."""
-    asked = heldout_questions(kind, language, count)
+    asked = (heldout_questions if kind in KINDS else heldout_phrased)(kind, language, count)
     num_correct = 0
     for start in range(0, count, BATCH):
         part = asked[start : start + BATCH]
         questions, images = [question.text for _, question in part], [image for image, _ in part]
-        replies = require_answers(chat.batch_chat(questions, images, max_new_tokens=16))
+        replies = require_answers(chat.batch_chat(questions, images, max_new_tokens=48))
         num_correct += sum(reply.text == question.answer for reply, (_, question) in zip(replies, part))
     return KindScore(kind, language, count, num_correct, float(np.mean([question.chance for _, question in asked])))
 
 
 def evaluate(chat: Chat, count: int, progress: Callable[[Any], Any] = iter) -> list[KindScore]:
     """Evaluate all kinds of questions in both languages. `progress` wraps the list of pairs, for a progress bar."""
-    return [
-        score(chat, kind, language, count) for kind, language in progress([(k, x) for k in KINDS for x in LANGUAGES])
-    ]
+    cells = [(kind, language) for kind in (*KINDS, *EXTRA_KINDS) for language in LANGUAGES]
+    return [score(chat, kind, language, count) for kind, language in progress(cells)]
 
 
 def write_images(directory: Path) -> None:
@@ -87,17 +87,20 @@ def write_images(directory: Path) -> None:
 
 
 def print_table(scores: list[KindScore], console: Console) -> None:
-    """Print one row per kind, then the mean."""
+    """Print one row per kind of render.py, their mean, then the other rows."""
     table = Table(
         title=f"correct answers to held-out questions (exact match), {scores[0].count} per cell (95% interval)"
     )
     for column in ("question", "English", "Chinese", "chance"):
         table.add_column(column, justify="left" if column == "question" else "right")
-    for kind in KINDS:
+    for kind in (*KINDS, "mean", *EXTRA_KINDS):
+        if kind == "mean":
+            own = [s for s in scores if s.kind in KINDS]
+            means = [np.mean([s.accuracy for s in own if s.language == language]) for language in LANGUAGES]
+            table.add_row(kind, *(f"{mean:.1%}" for mean in means), f"{np.mean([s.chance for s in own]):.0%}")
+            continue
         row = [s for s in scores if s.kind == kind]
         table.add_row(kind, *(f"{s.accuracy:.1%} ± {s.margin:.1%}" for s in row), f"{row[0].chance:.0%}")
-    means = [np.mean([s.accuracy for s in scores if s.language == language]) for language in LANGUAGES]
-    table.add_row("mean", *(f"{mean:.1%}" for mean in means), f"{np.mean([s.chance for s in scores]):.0%}")
     console.print(table)
 
 

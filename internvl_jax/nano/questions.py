@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from internvl_jax.config.conversation_templates import IMAGE_PLACEHOLDER
-from internvl_jax.nano.render import COLOURS, GREETINGS, SHAPES
+from internvl_jax.nano.phrasings import FORMS, LANGUAGES, PUNCTUATION, Form, template_pattern
 
 EXAMPLES = (
+    ("What is in this picture?", "图中有什么？"),
     ("How many shapes are there?", "图中有几个图形？"),
     ("How many circles are there?", "图中有几个圆形？"),
     ("What color is the star?", "星形是什么颜色？"),
@@ -20,42 +22,29 @@ EXAMPLES = (
 GREETING_EXAMPLES = ("Who are you?", "你是谁？")
 
 
-def _forms() -> re.Pattern[str]:
-    colors, colors_zh = "|".join(COLOURS), "|".join(zh for _, zh in COLOURS.values())
-    shapes, shapes_zh = "|".join(SHAPES), "|".join(SHAPES.values())
-    forms = (
-        r"How many shapes are there\?",
-        rf"How many (?:{shapes})s are there\?",
-        rf"What color is the (?:{shapes})\?",
-        rf"What shape is (?:{colors})\?",
-        rf"Where is the (?:{colors}) (?:{shapes})\?",
-        rf"Is there a (?:{colors}) (?:{shapes})\?",
-        r"What number is written here\?",
-        r"What word is written here\?",
-        "图中有几个图形？",
-        rf"图中有几个(?:{shapes_zh})？",
-        rf"(?:{shapes_zh})是什么颜色？",
-        rf"什么形状是(?:{colors_zh})的？",
-        rf"(?:{colors_zh})的(?:{shapes_zh})在哪里？",
-        rf"图中有(?:{colors_zh})的(?:{shapes_zh})吗？",
-        "图中写的数字是多少？",
-        "图中写的是什么单词？",
-    )
-    return re.compile("|".join(forms))
+def _pattern(forms: Iterable[Form]) -> re.Pattern[str]:
+    """Matches the questions of the forms, as they are or in lower case, whatever ends the sentence."""
+    patterns = []
+    for form in forms:
+        for language in LANGUAGES:
+            for template in form.templates(language):
+                text = template.rstrip(PUNCTUATION)
+                patterns += [template_pattern(spelled, language) for spelled in (text, text.lower())]
+    return re.compile(f"(?:{'|'.join(patterns)})[{PUNCTUATION}]?")
 
 
-FORMS = _forms()
+QUESTIONS = _pattern(FORMS)
+GREETINGS = _pattern(form for form in FORMS if form.kind == "greeting")
 
 
 def answerable(question: str) -> bool:
     """Whether nano was trained on a question of this form."""
-    text = question.replace(IMAGE_PLACEHOLDER, "").strip()
-    return FORMS.fullmatch(text) is not None or is_greeting(text)
+    return QUESTIONS.fullmatch(question.replace(IMAGE_PLACEHOLDER, "").strip()) is not None
 
 
 def is_greeting(question: str) -> bool:
     """Whether nano answers this question without an image."""
-    return question.strip() in {text for text, _ in GREETINGS}
+    return GREETINGS.fullmatch(question.strip()) is not None
 
 
 def advice(question: str, images: int) -> str | None:

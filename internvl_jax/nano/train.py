@@ -1,15 +1,17 @@
 """Train nano from scratch on the CPU, with the project's own trainer.
 
-    python -m internvl_jax.nano.train --output DIR
+    python -m internvl_jax.nano.train --output DIR [--checkpoint MODEL]
 
-Training has three stages. The first trains the vision tower and the projector on image labels, predicted from the
+Training has four stages. The first trains the vision tower and the projector on image labels, predicted from the
 visual tokens by linear heads; learning vision from the few answer tokens of the language model would take many times as
 long. The second trains projector and language model on questions and answers, with the tower frozen. The third, a short
-one, trains everything. The label loss is used in all stages; the linear heads are not part of the model.
+one, trains everything. The label loss is used in these stages; the linear heads are not part of the model. The fourth
+trains projector and language model on other phrasings of the questions, greetings and descriptions (phrasings.py),
+among the questions as they were, by the answers alone. --checkpoint runs the fourth stage only, from a model that the third one left.
 
-    DIR/data/                        the data set (dataset.py)
-    DIR/see/ answer/ together/       the stages' runs, each with its metrics and saved steps
-    DIR/model/                       the model of the package
+    DIR/data/ phrasings/                   the data sets (dataset.py) of the first three stages and of the fourth
+    DIR/see/ answer/ together/ phrase/     the stages' runs, each with its metrics and saved steps
+    DIR/model/                             the model of the package
 
 Training is deterministic. The same command resumes an interrupted run from its last saved step.
 """
@@ -17,6 +19,7 @@ Training is deterministic. The same command resumes an interrupted run from its 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -24,6 +27,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +43,8 @@ from internvl_jax.data.samples import SampleMaker
 from internvl_jax.models import chat_model
 from internvl_jax.models.layers import Array, Params, Variables
 from internvl_jax.nano import build_tokenizer, dataset
-from internvl_jax.nano.render import CELL_CLASSES, CONTENTS, IMAGE_CLASSES
+from internvl_jax.nano.phrasings import phrased_sample
+from internvl_jax.nano.render import CELL_CLASSES, CONTENTS, IMAGE_CLASSES, make_sample
 from internvl_jax.processing.images import ImageProcessor
 from internvl_jax.processing.tokenizer import load_tokenizer
 from internvl_jax.training import objective
@@ -57,15 +62,32 @@ from internvl_jax.utils.progress import err
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in the published preprocessor_config.json
 LABEL_WEIGHT = 0.5  # of the label loss in the second and third stage
 ROWS, LENGTH = 64, 84  # four questions about an image take at most 82 tokens
+PHRASED_SAMPLES = 24_000  # of the fourth stage, which reads each three or four times
 
 
 @dataclass(frozen=True)
 class TrainingStage:
-    """One stage: a recipe, its number of steps and its loss."""
+    """One stage.
+
+    Attributes:
+        recipe: What is trained.
+        steps: Number of steps.
+        loss: Its loss.
+        data: Directory of its data set, which stages may share.
+        make: Function that makes the samples of the data set.
+        samples: Number of samples of the data set.
+        layout: Shapes of a batch.
+        seed: Seed of the order of the data, and of the trainer.
+    """
 
     recipe: Recipe
     steps: int
     loss: Loss
+    data: str
+    make: dataset.MakeSample
+    samples: int
+    layout: Layout
+    seed: int
 
 
 def label_loss(labels: Params, config: ChatConfig, features: Array, contents: Array) -> tuple[Array, Array]:
@@ -142,18 +164,34 @@ def answer_loss(
 
 
 def make_stages(
-    steps: Sequence[int] = (2000, 1800, 800), rows: int = ROWS, warmup: int = 100
+    steps: Sequence[int] = (2000, 1800, 800, 700),
+    rows: int = ROWS,
+    warmup: int = 100,
+    samples: tuple[int, int] = (dataset.SAMPLES, PHRASED_SAMPLES),
 ) -> tuple[TrainingStage, ...]:
-    """Return the stages, by default those of the shipped model."""
+    """Return the stages, by default those of the shipped model.
+
+    Args:
+        steps: Number of steps of each stage; fewer numbers are fewer stages.
+        rows: Rows per batch of the first three stages, each with one sample.
+        warmup: Warm-up steps.
+        samples: Number of samples of the first three stages and of the fourth.
+    """
     optimizer = AdamW(1.5e-3, weight_decay=0.05, beta2=0.98, warmup=warmup)
+    whole = ("vision_model", "mlp1", "language_model")
+    layout = Layout(rows, (LENGTH,), image_slots=rows, packed=False)
+    data = ("data", make_sample, samples[0], layout)
+    # Descriptions are long and most samples are not: packed, as many tokens hold a quarter more samples.
+    packed = ("phrasings", phrased_sample, samples[1], Layout(rows // 2, (2 * LENGTH,), image_slots=rows * 5 // 4))
     parts = (
-        ("see", ("vision_model", "mlp1", "labels"), vision_loss),
-        ("answer", ("mlp1", "language_model", "labels"), answer_loss),
-        ("together", ("vision_model", "mlp1", "language_model", "labels"), answer_loss),
+        ("see", ("vision_model", "mlp1", "labels"), optimizer, vision_loss, data),
+        ("answer", ("mlp1", "language_model", "labels"), optimizer, answer_loss, data),
+        ("together", (*whole, "labels"), optimizer, answer_loss, data),
+        ("phrase", whole[1:], replace(optimizer, learning_rate=1e-3), objective.loss, packed),
     )
     return tuple(
-        TrainingStage(Recipe(name, trained, optimizer, rows, LENGTH), count, loss)
-        for (name, trained, loss), count in zip(parts, steps)
+        TrainingStage(Recipe(name, trained, adamw, of[-1].rows, of[-1].max_length), count, loss, *of, seed=seed)
+        for seed, ((name, trained, adamw, loss, of), count) in enumerate(zip(parts, steps))
     )
 
 
@@ -177,27 +215,25 @@ def init_params(key: Array, config: ChatConfig) -> Params:
 
 
 def run(
-    out: Path, config: ChatConfig, stages: Sequence[TrainingStage], *, samples: int, seed: int = 0
+    out: Path, config: ChatConfig, stages: Sequence[TrainingStage], initial: Params, identity: dict[str, Any]
 ) -> Params | None:
-    """Run all stages, each from its last saved step.
+    """Run stages, each from its last saved step.
 
     Args:
         out: Directory with the tokenizer, to which data and runs are written.
         config: Model configuration.
         stages: Stages of `make_stages`.
-        samples: Number of training samples.
-        seed: Seed of the initial parameters.
+        initial: Parameters that the first of these stages starts from.
+        identity: What `initial` is, saved with each run: a run of other parameters is refused.
 
     Returns:
-        The parameters, or None if the run was stopped by a signal.
+        The parameters without the linear heads, or None if the run was stopped by a signal.
     """
-    meta = dataset.write(out / "data", samples)
-    initial = init_params(jax.random.key(seed), config)
     num_layers = config.num_vision_layers
     running = jax.tree.map(lambda leaf: leaf[:num_layers], initial["vision_model"]["layers"])
     params: Params = {**initial, "vision_model": {**initial["vision_model"], "layers": running}}
-    for number, stage in enumerate(stages):
-        outcome = run_stage(out, config, stage, params, meta=meta, seed=number)
+    for stage in stages:
+        outcome = run_stage(out, config, stage, params, identity)
         if not outcome.finished:
             err.print(f"stopped after step {outcome.step} of {stage.recipe.name}: the same command resumes the run")
             return None
@@ -210,35 +246,36 @@ def run(
     return {name: part for name, part in whole.items() if name != "labels"}
 
 
-def run_stage(out: Path, config: ChatConfig, stage: TrainingStage, params: Params, *, meta: Path, seed: int) -> Outcome:
+def run_stage(out: Path, config: ChatConfig, stage: TrainingStage, params: Params, identity: dict[str, Any]) -> Outcome:
     """Run one stage in the directory `out`/NAME, from its last saved step if there is one.
 
     Args:
         out: Directory with the tokenizer.
         config: Model configuration.
-        stage: The stage.
+        stage: The stage, whose data set is written if it is not there.
         params: Parameters that the stage starts from; must not be used afterwards.
-        meta: Meta file of the data set.
-        seed: Seed of the order of the data, and of the trainer.
+        identity: What the run of all stages started from.
     """
-    recipe = stage.recipe
+    recipe, layout = stage.recipe, stage.layout
+    meta = dataset.write(out / stage.data, stage.samples, make=stage.make)
     tokenizer = load_tokenizer(out)
     processor = ImageProcessor(config.required_image_size, MEAN, STD)
-    rows, length = recipe.global_batch_size, recipe.max_seq_length
-    layout = Layout(rows, (length,), image_slots=rows, packed=False)
     maker = SampleMaker.for_model(
-        config, tokenizer, processor, max_length=length, image_slots=rows, image_labels=len(CONTENTS)
+        config, tokenizer, processor, max_length=layout.max_length, image_slots=layout.image_slots,
+        image_labels=len(CONTENTS),
+    )  # fmt: skip
+    loader = open_data(meta, maker, layout, ReadOptions(seed=stage.seed, fatal=True))
+    settings = TrainSettings(
+        stage.steps, seed=stage.seed, remat="none", chunk=layout.max_length, save_every=100, keep=2, log_every=1
     )
-    loader = open_data(meta, maker, layout, ReadOptions(seed=seed, fatal=True))
-    settings = TrainSettings(stage.steps, seed=seed, remat="none", chunk=length, save_every=100, keep=2, log_every=1)
     context = TrainContext(recipe, settings, MeshPlacement(config), stage.loss)
-    identity = {"data": loader.corpus.fingerprint(), "label_weight": LABEL_WEIGHT}
+    facts = {"data": loader.corpus.fingerprint(), "label_weight": LABEL_WEIGHT, **identity}
     batches = iter(loader)
     err.print(f"{recipe.name}: {', '.join(recipe.train)}, {stage.steps} steps")
     try:
         with reporting(stage.steps, 50, None) as reporter:
             hooks = TrainHooks(log=reporter.log)
-            return train(out / recipe.name, context, params, batches, hooks=hooks, identity=identity)
+            return train(out / recipe.name, context, params, batches, hooks=hooks, identity=facts)
     finally:
         batches.close()
 
@@ -288,22 +325,57 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns 1 if it was asked to stop."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="the directory of data, runs and model")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="MODEL", help="a model that the third stage left: the fourth alone is run"
+    )
     args = parser.parse_args(argv)
+    stages = make_stages()
+    identity: dict[str, Any] = {}
     try:
         out = resolve(args.output)
         if not (out / "tokenizer.model").exists():
             build_tokenizer.build(out)
         config = nano_config(out)
         check_model(out / "model", config)  # before hours of training
+        if args.checkpoint is None:
+            initial = init_params(jax.random.key(0), config)
+        else:
+            initial, identity = read_checkpoint(resolve(args.checkpoint), out, config)
+            stages = stages[-1:]
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     with logs.to_terminal():
-        params = run(out, config, make_stages(), samples=dataset.SAMPLES)
+        params = run(out, config, stages, initial, identity)
     if params is None:
         return 1
     write_model(out / "model", out, params, config)
     err.print(f"wrote {out / 'model'}: {chat_model.count_params(params):,} parameters")
     return 0
+
+
+def read_checkpoint(directory: Path, tokenizer: Path, config: ChatConfig) -> tuple[Params, dict[str, Any]]:
+    """Read the parameters that the fourth stage starts from.
+
+    Args:
+        directory: A model of `write_model`.
+        tokenizer: Directory with the tokenizer, which must be the model's.
+        config: Model configuration, which must be the model's.
+
+    Returns:
+        The parameters in float32, and what identifies them.
+
+    Raises:
+        ValueError: The directory is not such a model; a parameter is missing or damaged.
+    """
+    if not checkpoint.is_converted(directory):
+        raise ValueError(f"{directory} is not a model of this command")
+    check_model(directory, config)
+    name = "tokenizer.model"
+    if (directory / name).read_bytes() != (tokenizer / name).read_bytes():
+        raise ValueError(f"{directory / name} is another tokenizer than {tokenizer / name}")
+    params = checkpoint.load(directory, chat_model.abstract_params(config))
+    content = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))
+    return params, {"checkpoint": hashlib.sha256(content).hexdigest()[:16]}
 
 
 def nano_config(directory: Path) -> ChatConfig:

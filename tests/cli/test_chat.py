@@ -163,9 +163,14 @@ def test_llava_with_its_tower_beside_it(run):
 
 
 def test_verify(run, tmp_path):
-    """What ships has no checksums; what is saved now has, and a flipped bit is found."""
+    """What ships and what is saved has checksums, by which a flipped bit is found; earlier checkpoints have none."""
     nano = Path(internvl_jax.__file__).parent / "nano" / "model"
     code, out, err = run("verify", str(nano))
+    assert (code, out) == (0, "")
+    assert "4.35 MB, sizes, checksums and numbers checked" in " ".join(err.split())
+    shutil.copytree(nano, tmp_path / "earlier")
+    (tmp_path / "earlier" / "params" / "checksums.json").unlink()
+    code, out, err = run("verify", str(tmp_path / "earlier"))
     assert (code, out) == (0, "")
     assert "4.35 MB, sizes and numbers checked; it has no checksums" in " ".join(err.split())
     checkpoint.save(tmp_path / "new", {"mlp1": {"norm": {"scale": np.ones(4, np.float32)}}})

@@ -23,7 +23,7 @@ from internvl_jax.config import PRESETS, load_config
 from internvl_jax.data.annotations import Corpus, read_meta
 from internvl_jax.data.batch import IGNORED
 from internvl_jax.data.samples import Sample, SampleMaker
-from internvl_jax.nano import build_tokenizer, dataset, evaluate, lesson, render, train
+from internvl_jax.nano import build_tokenizer, dataset, evaluate, lesson, phrasings, render, train
 from internvl_jax.processing.images import load_processor
 from internvl_jax.processing.tokenizer import load_tokenizer
 from internvl_jax.training import trainer
@@ -31,6 +31,13 @@ from internvl_jax.training.trainer import TrainHooks
 
 NANO = Path(internvl_jax.__file__).parent / "nano" / "model"
 IMAGES = NANO.parent / "images"
+
+
+def small_config():
+    config = PRESETS["nano"]()
+    vision = replace(config.vision, num_hidden_layers=3, hidden_size=40, intermediate_size=80)
+    text = replace(config.text, num_hidden_layers=1)
+    return replace(config, vision=vision, text=text, projector=replace(config.projector, in_features=160))
 
 
 def copy_tokenizer(directory):
@@ -254,11 +261,10 @@ def test_tokenizer_is_the_shipped_one(tmp_path):
 
 def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
     """Two stages straight, and the same in two runs, the first stopped within the second stage; a model is written."""
-    stages = train.make_stages((4, 4), rows=4, warmup=1)  # the third differs from the second in what is frozen
-    config = PRESETS["nano"]()
-    vision = replace(config.vision, num_hidden_layers=3, hidden_size=40, intermediate_size=80)
-    text = replace(config.text, num_hidden_layers=1)
-    config = replace(config, vision=vision, text=text, projector=replace(config.projector, in_features=160))
+    # The third differs from the second in what is frozen.
+    stages = train.make_stages((4, 4), rows=4, warmup=1, samples=(24, 24))
+    config = small_config()
+    start = jax.device_get(train.init_params(jax.random.key(0), config))
     results = []
     make, made = trainer.make_step, {}
 
@@ -283,8 +289,8 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
 
             with monkeypatch.context() as patch:
                 patch.setattr(train, "train", stopping)
-                assert train.run(out, config, stages, samples=24) is None
-        params = train.run(out, config, stages, samples=24)
+                assert train.run(out, config, stages, train.init_params(jax.random.key(0), config), {}) is None
+        params = train.run(out, config, stages, train.init_params(jax.random.key(0), config), {})
         results.append(jax.device_get(params))
     jax.tree.map(np.testing.assert_array_equal, *results)
     start = jax.device_get(jax.jit(train.init_params, static_argnames="config")(jax.random.key(0), config))
@@ -300,9 +306,48 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
     assert np.array_equal(np.asarray(chat.params["mlp1"]["fc1"]["kernel"]), stored)
 
 
+def test_the_fourth_stage_starts_from_a_model_on_disk(tmp_path):
+    """Its batches are packed, the vision tower is frozen, and a run is not resumed with another model."""
+    config = small_config()
+    params = train.init_params(jax.random.key(0), config)
+    del params["labels"]  # a model on disk has none
+    copy_tokenizer(tmp_path)
+    train.write_model(tmp_path / "third", tmp_path, params, config)
+    (stage,) = train.make_stages((2, 2, 2, 3), rows=4, warmup=1, samples=(24, 24))[3:]
+    start, identity = train.read_checkpoint(tmp_path / "third", tmp_path, config)
+    before = jax.device_get(start)
+    after = jax.device_get(train.run(tmp_path, config, [stage], start, identity))
+    for part in ("vision_model", "mlp1", "language_model"):
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after[part], before[part])
+        assert (max(jax.tree.leaves(moved)) > 0) == (part != "vision_model"), part
+    metrics = [json.loads(line) for line in (tmp_path / "phrase" / "metrics.jsonl").open()]
+    assert [entry["step"] for entry in metrics] == [1, 2, 3]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["phrase", "phrasings", "third"]
+    train.write_model(tmp_path / "other", tmp_path, after, config)
+    start, identity = train.read_checkpoint(tmp_path / "other", tmp_path, config)
+    with pytest.raises(ValueError, match="checkpoint"):
+        train.run(tmp_path, config, [stage], start, identity)
+
+
+def test_the_fourth_stage_refuses_other_models(tmp_path, capsys):
+    config = load_config(NANO)
+    with pytest.raises(ValueError, match="is not a model of this command"):
+        train.read_checkpoint(IMAGES, NANO, config)
+    with pytest.raises(ValueError, match="was not written by this command"):
+        train.read_checkpoint(NANO, NANO, replace(config, image_size=56))
+    (tmp_path / "tokenizer.model").write_bytes(b"another")
+    with pytest.raises(ValueError, match="is another tokenizer than"):
+        train.read_checkpoint(NANO, tmp_path, config)
+    copy_tokenizer(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--output", str(tmp_path), "--checkpoint", str(tmp_path / "none")])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none'} is not a model of this command")
+
+
 def test_accuracy_of_the_shipped_model(chat):
     """Far above chance in every kind and language; `python -m internvl_jax.nano.evaluate` measures exactly."""
-    results = evaluate.evaluate(chat, 32)
+    results = evaluate.evaluate(chat, 40)
     for result in results:
         assert result.accuracy - result.margin > result.chance, result
     assert np.mean([result.accuracy for result in results]) > 0.9
@@ -337,11 +382,12 @@ def test_it_says_who_it_is(chat):
 def test_evaluation_counts(chat, capsys):
     evaluate.main(["--count", "4", "--json"])
     scores = json.loads(capsys.readouterr().out)["scores"]
-    assert len(scores) == 14
+    assert len(scores) == 20
     assert all(s["count"] == 4 and s["accuracy"] == s["num_correct"] / 4 for s in scores)
     table = Console(record=True, width=120, file=io.StringIO())
     evaluate.print_table(
         [evaluate.KindScore(**{k: s[k] for k in evaluate.KindScore.__dataclass_fields__}) for s in scores], table
     )
     text = table.export_text()
-    assert all(kind in text for kind in render.KINDS)
+    rows = re.findall(r"^│ (\w+)", text, re.MULTILINE)
+    assert rows == [*render.KINDS, "mean", *phrasings.EXTRA_KINDS]
