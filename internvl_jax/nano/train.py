@@ -7,7 +7,8 @@ visual tokens by linear heads; learning vision from the few answer tokens of the
 long. The second trains projector and language model on questions and answers, with the tower frozen. The third, a short
 one, trains everything. The label loss is used in these stages; the linear heads are not part of the model. The fourth
 trains projector and language model on other phrasings of the questions, greetings and descriptions (phrasings.py),
-among the questions as they were, by the answers alone. --checkpoint runs the fourth stage only, from a model that the third one left.
+among the questions as they were, by the answers alone. --checkpoint runs the fourth stage only, from a model that the
+third one left.
 
     DIR/data/ phrasings/                   the data sets (dataset.py) of the first three stages and of the fourth
     DIR/see/ answer/ together/ phrase/     the stages' runs, each with its metrics and saved steps

@@ -12,7 +12,7 @@ PRINTED = {
     "convert_and_parity.py": ["logits: KL max", "passed"],
     "lora_finetuning.py": ["recipe lora on nano", "What kind of picture is this? "],
     "evaluate.py": ["# POPE: nano", "**nano, this run**", "24 questions"],
-    "chat.py": ["How many shapes are there? 5", "Is there a circle? no"],
+    "chat.py": ["How many shapes are there? 5", "Is there a circle? yes"],
     "batch_inference.py": ["4 answers in", "shapes.png: How many shapes are there? 5", "word.png: What word"],
 }
 
