@@ -194,3 +194,28 @@ def test_images_lie_over_the_mesh_axes_that_divide_them(images, axes):
 def test_images_spread_over_tensor_are_not_split_again():
     over_all = mesh_lib.IMAGE_AXES["data"]
     assert partitioning.logical_spec("residual_images", image_axes=over_all) == P(over_all)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (4, 2), (2, 2), (4, 4), (3, 2), (2, 3), (8, 16)])
+def test_an_axis_over_all_chips_is_a_ring(shape):
+    coords = [(x, y, 0) for y in range(shape[1]) for x in range(shape[0])]
+    order = mesh_lib.ring_order(coords)
+    assert sorted(order) == list(range(len(coords)))
+    places = np.array(coords)[order]
+    assert (np.abs(places - np.roll(places, 1, axis=0)).sum(axis=1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    "coords",
+    [
+        [(0, 0, 0)],
+        [(x, 0, 0) for x in range(4)],  # a line
+        [(x, y, 0) for x in range(3) for y in range(3)],  # no ring
+        [(x, y, z) for x in range(2) for y in range(2) for z in range(2)],
+        [(0, 0, 0), (0, 0, 0), (0, 1, 0), (0, 1, 0)],  # two devices on a chip
+        [(0, 0, 0), (1, 0, 0), (0, 1, 0), (2, 0, 0)],
+        [()] * 8,  # CPUs
+    ],
+)
+def test_other_chips_keep_the_order_of_jax(coords):
+    assert mesh_lib.ring_order(coords) is None
