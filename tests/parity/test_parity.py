@@ -290,7 +290,7 @@ def test_table(chat_report):
     assert len(rows) == len(chat_report.stages) + 1  # and the logits' line
     assert all(len(line) <= 80 for line in lines[: len(chat_report.stages) + 2])
     assert lines[-1].startswith("passed")
-    assert any("peak memory" in line and "GB" in line for line in lines)
+    assert any("peak memory" in line and "iB" in line for line in lines)
 
 
 def test_progress_ends_at_its_total():
