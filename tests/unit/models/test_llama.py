@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from support import modules
 from support.generation_cases import LLAMA, llama_weights
 from support.golden import assert_close, kl, spread, torch_tree
@@ -243,6 +243,6 @@ def test_layers_share_a_product_where_tokens_are_sharded(tensor, tokens, product
     params = jax.eval_shape(lambda: modules.init_llama(jax.random.key(0), config))
     x, positions = jnp.zeros((2, tokens, config.hidden_size)), jnp.zeros((2, tokens), jnp.int32)
     run = partial(modules.run_llama, config=config, x=x, positions=positions, valid=positions == 0)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1, 1, tensor), AXES)):
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1, 1, tensor), AXES, axis_types=(AxisType.Auto,) * 3)):
         program = str(jax.make_jaxpr(lambda params: run(params))(params))
     assert program.count("dot_general[") == products
