@@ -76,7 +76,7 @@ def prepare_inputs(
     if config.vision is not None and has_processor:
         name = "drawn" if image is None else str(image)
         # The reference ignores EXIF orientation.
-        opened = draw_image() if image is None else load_image(image, honour_exif=False)
+        opened = draw_image() if image is None else load_image(image, honor_exif=False)
     elif config.vision is not None:
         name, size = "random", config.required_image_size
         pixels = random.standard_normal((1, config.vision.num_channels, size, size)).astype(np.float32)

@@ -106,6 +106,8 @@ def _run(args: argparse.Namespace) -> int:
         args.parser.error("--plan and --table choose --batch-size, --remat and --param-dtype: leave them out")
     if args.dump_hlo and (args.plan or args.table):
         args.parser.error("--dump-hlo belongs to one report: leave out --plan and --table")
+    if args.table and args.json:
+        args.parser.error("--table prints Markdown: leave --json out, or name one slice with --plan --json")
     if not args.table and not args.topology:
         args.parser.error("name the slice: --topology v5e-8 for example")
     return in_background(lambda: (_train if training else _inference)(args), "compiling")

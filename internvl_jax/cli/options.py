@@ -283,7 +283,7 @@ def question_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.system is not None:
         options["system"] = args.system
     if args.ignore_exif:
-        options["honour_exif"] = False
+        options["honor_exif"] = False
     return options
 
 

@@ -171,7 +171,7 @@ def read_image(path: Path) -> Path | bytes:
         ImageError: It is not an image.
     """
     image = read_once(path)
-    load_image(image, honour_exif=False)
+    load_image(image, honor_exif=False)
     return image
 
 

@@ -34,7 +34,7 @@ def augment(image: Image.Image, kind: str, rng: np.random.Generator) -> Image.Im
 def random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """The crop of torchvision's RandomResizedCrop(scale=(0.8, 1)), without its resizing.
 
-    Tries a random area and ratio ten times, then takes the largest centre crop whose ratio is within bounds.
+    Tries a random area and ratio ten times, then takes the largest center crop whose ratio is within bounds.
     """
     width, height = image.size
     for _ in range(10):
@@ -71,4 +71,4 @@ def jpeg_compress(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         )
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
-    return load_image(file.getvalue(), honour_exif=False)
+    return load_image(file.getvalue(), honor_exif=False)

@@ -248,7 +248,7 @@ class SampleMaker:
         return Sample(ids, targets, stacked, record.location, truncated, numbers)
 
     def _pixels(self, source: Source, name: str, rng: np.random.Generator) -> np.ndarray:
-        image = to_rgb(load_image(source.root / name, honour_exif=False))
+        image = to_rgb(load_image(source.root / name, honor_exif=False))
         if source.augment and self.augmentation is not None:
             image = augment(image, self.augmentation, rng)
         return self.processor(image)

@@ -16,7 +16,7 @@ from internvl_jax.parallel import distributed
 from internvl_jax.quantize import scheme_of
 
 # Settings of `Chat.chat` in which the reference's scripts differ from the defaults.
-REFERENCE = {"honour_exif": False, "parse_special": True}
+REFERENCE = {"honor_exif": False, "parse_special": True}
 SCORE_INTERVAL = 20.0  # minimum seconds between scores of the answers so far
 SCORE_SHARE = 0.02  # maximum share of the time that is spent on these scores
 

@@ -75,5 +75,5 @@ class PrefetchingChat:
             return self._load(path)
 
     def _load(self, path: Path) -> Image.Image:
-        image = load_image(path, honour_exif=False)
+        image = load_image(path, honor_exif=False)
         return image if self._chat.processor is None else self._chat.processor.scaled(image)

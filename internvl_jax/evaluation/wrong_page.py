@@ -70,7 +70,7 @@ def _card(item: Item, answer: str, points: float, images: list[str]) -> dict[str
 
 def _thumbnail(path: str) -> Thumbnail:
     try:
-        image = to_rgb(load_image(path, honour_exif=False))
+        image = to_rgb(load_image(path, honor_exif=False))
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         file = io.BytesIO()
         image.save(file, "JPEG", quality=80)

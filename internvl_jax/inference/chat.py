@@ -142,7 +142,7 @@ class Chat:
             history: earlier turns: a previous reply's `history`, or (question, answer) pairs. Such pairs have one image
                 per "<image>", unless a third element gives the number; if a single "<image>" may stand for several
                 images, the new question must place its own.
-            **options: fields of `AskOptions` (system, honour_exif, ...) and of `GenerationConfig` (max_new_tokens,
+            **options: fields of `AskOptions` (system, honor_exif, ...) and of `GenerationConfig` (max_new_tokens,
                 temperature, num_beams, stop, ...). The default of max_new_tokens is 1024, or what the context has room
                 for.
 

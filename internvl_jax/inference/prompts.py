@@ -36,7 +36,7 @@ class AskOptions:
 
     Attributes:
         system: system message in front of the conversation; None: the template's own, if any.
-        honour_exif: rotate images by their EXIF orientation. The reference does not; evaluation passes False.
+        honor_exif: rotate images by their EXIF orientation. The reference does not; evaluation passes False.
         image_path: "eval" (convert to RGB, then resize) or "native" (resize in the file's mode, as on the model card).
         parse_special: parse special tokens in the texts ("</s>", "<img>"), as the reference's tokenizer does. By
             default they are ordinary text, so that typed text can neither end a turn nor insert an image.
@@ -45,7 +45,7 @@ class AskOptions:
     """
 
     system: str | None = None
-    honour_exif: bool = True
+    honor_exif: bool = True
     image_path: str = "eval"
     parse_special: bool = False
     combine: bool = False
@@ -129,7 +129,7 @@ class PromptBuilder:
                 processor = self._required_processor() if sources else None
                 rows.append(self._encode_text(question, history, len(sources), options))
                 if processor is not None:
-                    loaded = (load_image(source, honour_exif=options.honour_exif) for source in sources)
+                    loaded = (load_image(source, honor_exif=options.honor_exif) for source in sources)
                     pixels += [processor(image, path=options.image_path) for image in loaded]
             except ValueError as error:
                 where = f"question {index + 1}: " if len(questions) > 1 else ""

@@ -219,7 +219,7 @@ def _drop_path_scales(key: Array, config: VisionConfig, images: int) -> Array:
 def resize_positions(table: Array, grid: int, rows: int, columns: int) -> Array:
     """Resize the position embeddings of patches to another grid, in float32.
 
-    torch's bicubic (a = -0.75, half-pixel centres, clamped borders, no antialiasing), which the reference code runs on
+    torch's bicubic (a = -0.75, half-pixel centers, clamped borders, no antialiasing), which the reference code runs on
     every call; at the native grid it is the identity. Training at another resolution resizes a tower with it once.
 
     Args:
@@ -245,10 +245,10 @@ def bicubic_matrix(source: int, target: int) -> np.ndarray:
     a = -0.75
     matrix = np.zeros((target, source))
     for row in range(target):
-        centre = (row + 0.5) * source / target - 0.5
-        first = math.floor(centre) - 1
+        center = (row + 0.5) * source / target - 0.5
+        first = math.floor(center) - 1
         for tap in range(first, first + 4):
-            distance = abs(centre - tap)
+            distance = abs(center - tap)
             if distance <= 1:
                 weight = ((a + 2) * distance - (a + 3)) * distance**2 + 1
             else:

@@ -232,7 +232,7 @@ def project(x: Array, *layers: Linear) -> list[Array]:
 
     Where the input's tokens are sharded over the tensor axis, the layers run as one product, with their kernels side by
     side: XLA gathers the tokens in steps that run beside the steps of a product, but not where several products need
-    them. It copies the layer's kernels out of their stacks anyway then, so joining them costs nothing.
+    them. It copies the layer's kernels out of their stacks anyway then, so joining them adds little HBM traffic.
 
     Args:
         x: [B,T,D].
@@ -368,9 +368,9 @@ class LayerNorm(nn.Module):
         scale = declare(self, "scale", nn.initializers.ones_init(), (self.width,), ("embed_vector",))
         bias = declare(self, "bias", nn.initializers.zeros_init(), (self.width,), ("embed_vector",))
         x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-        y = centred * _inverse_root(variance, self.eps)
+        centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
+        y = centered * _inverse_root(variance, self.eps)
         return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 

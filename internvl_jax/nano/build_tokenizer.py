@@ -11,6 +11,8 @@ import json
 import os
 from pathlib import Path
 
+import sentencepiece
+
 from internvl_jax.nano.render import texts
 from internvl_jax.utils import files
 
@@ -33,8 +35,21 @@ def build(directory: Path, pieces: int = PIECES, samples: int = SAMPLES) -> int:
     Raises:
         ValueError: The directory has other files of these names; nothing is written then.
     """
-    import sentencepiece
+    written = _tokenizer_files(_train_pieces(pieces, samples), pieces)
+    directory = files.resolve(directory)
+    with files.claim(directory):
+        for name, data in written.items():
+            path = directory / name
+            if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
+                raise ValueError(f"{path} belongs to another tokenizer: choose another directory")
+        directory.mkdir(exist_ok=True)
+        for name, data in written.items():
+            files.write_bytes(directory / name, data)
+    return pieces + len(ADDED)
 
+
+def _train_pieces(pieces: int, samples: int) -> bytes:
+    """Train the sentencepiece model on questions and answers of training samples."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(f"<human>: {line} <bot>: {line}" for line in texts(samples)),
@@ -54,6 +69,11 @@ def build(directory: Path, pieces: int = PIECES, samples: int = SAMPLES) -> int:
         num_threads=1,  # more would make the result depend on the machine
         minloglevel=2,
     )
+    return model.getvalue()
+
+
+def _tokenizer_files(model: bytes, pieces: int) -> dict[str, bytes]:
+    """The files of a tokenizer with this sentencepiece model, by name, in the order of writing."""
     ids = {token: pieces + number for number, token in enumerate(ADDED)}
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
@@ -70,22 +90,12 @@ def build(directory: Path, pieces: int = PIECES, samples: int = SAMPLES) -> int:
         "clean_up_tokenization_spaces": False,
         **named,
     }
-    written = {
+    return {
         "tokenizer_config.json": _json(config),
         "special_tokens_map.json": _json({"additional_special_tokens": list(ADDED), **named}),
         "added_tokens.json": _json(ids),
-        "tokenizer.model": model.getvalue(),  # last: if it exists, the others do
+        "tokenizer.model": model,  # last: if it exists, the others do
     }
-    directory = files.resolve(directory)
-    with files.claim(directory):
-        for name, data in written.items():
-            path = directory / name
-            if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
-                raise ValueError(f"{path} belongs to another tokenizer: choose another directory")
-        directory.mkdir(exist_ok=True)
-        for name, data in written.items():
-            files.write_bytes(directory / name, data)
-    return pieces + len(ADDED)
 
 
 def _json(value: dict) -> bytes:

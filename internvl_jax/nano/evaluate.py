@@ -4,7 +4,8 @@
 
 The images come from random streams that training does not use, the handwritten digits from scans that it does not use
 (render.py). An answer is correct if its text equals the expected one exactly. Decoding is greedy. The mean is over the
-questions of render.py; two more rows are those questions in other words, and descriptions of images (phrasings.py).
+questions of render.py; three more rows are those questions in other words, descriptions of images, and questions
+whether there is some shape (phrasings.py).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from internvl_jax.nano.render import (
     make_sample,
 )
 
-QUESTIONS = 3  # per image: descriptions are long
+QUESTIONS = 3  # per image
 FIRST = 120_000  # phrased samples have images of their own: the first stages use those before
 LANGUAGES = ("en", "zh")
 EXTRA_KINDS = ("rephrased", "describe", "presence")  # of `heldout_phrased`, beside those of render.py

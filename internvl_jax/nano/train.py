@@ -63,7 +63,7 @@ from internvl_jax.utils.progress import err
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in the published preprocessor_config.json
 LABEL_WEIGHT = 0.5  # of the label loss in the second and third stage
 ROWS, LENGTH = 64, 84  # four questions about an image take at most 82 tokens
-PHRASED_SAMPLES = 24_000  # of the fourth stage, which reads each three or four times
+PHRASED_SAMPLES = 24_000  # of the fourth stage, which reads each two or three times
 
 
 @dataclass(frozen=True)
@@ -179,16 +179,15 @@ def make_stages(
         samples: Number of samples of the first three stages and of the fourth.
     """
     optimizer = AdamW(1.5e-3, weight_decay=0.05, beta2=0.98, warmup=warmup)
-    whole = ("vision_model", "mlp1", "language_model")
     layout = Layout(rows, (LENGTH,), image_slots=rows, packed=False)
     data = ("data", make_sample, samples[0], layout)
-    # Descriptions are long and most samples are not: packed, as many tokens hold a quarter more samples.
+    # The samples differ in length: packed, as many tokens hold a quarter more of them.
     packed = ("phrasings", phrased_sample, samples[1], Layout(rows // 2, (2 * LENGTH,), image_slots=rows * 5 // 4))
     parts = (
         ("see", ("vision_model", "mlp1", "labels"), optimizer, vision_loss, data),
         ("answer", ("mlp1", "language_model", "labels"), optimizer, answer_loss, data),
-        ("together", (*whole, "labels"), optimizer, answer_loss, data),
-        ("phrase", whole[1:], replace(optimizer, learning_rate=1e-3), objective.loss, packed),
+        ("together", ("vision_model", "mlp1", "language_model", "labels"), optimizer, answer_loss, data),
+        ("phrase", ("mlp1", "language_model"), replace(optimizer, learning_rate=1e-3), objective.loss, packed),
     )
     return tuple(
         TrainingStage(Recipe(name, trained, adamw, of[-1].rows, of[-1].max_length), count, loss, *of, seed=seed)

@@ -132,7 +132,7 @@ def ring_order(coords: Sequence[Sequence[int]]) -> list[int] | None:
     columns, rows = (1 + max((place[axis] for place in index), default=0) for axis in (0, 1))
     if len(index) != len(coords) or columns * rows != len(coords) or min(columns, rows) < 2 or columns * rows % 2:
         return None
-    flip = columns % 2 == 1  # an even number of columns: the last one ends at row 1
+    flip = columns % 2 == 1  # up and down an even number of columns, the path ends beside the first row, its way back
     across, along = (rows, columns) if flip else (columns, rows)
     path = [(a, b) for a in range(across) for b in (range(1, along) if a % 2 == 0 else range(along - 1, 0, -1))]
     path = [(0, 0), *path, *((a, 0) for a in range(across - 1, 0, -1))]

@@ -45,7 +45,7 @@ class ImageError(ValueError):
 
 
 def load_image(
-    source: str | Path | bytes | Image.Image | np.ndarray, *, honour_exif: bool, max_pixels: int = MAX_PIXELS
+    source: str | Path | bytes | Image.Image | np.ndarray, *, honor_exif: bool, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """Read an image completely, in the mode of its file; the first frame of an animation.
 
@@ -53,7 +53,7 @@ def load_image(
 
     Args:
         source: a path, the bytes of a file, a PIL image, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4] of uint8.
-        honour_exif: turn the image upright as its EXIF orientation says, which the reference does not.
+        honor_exif: turn the image upright as its EXIF orientation says, which the reference does not.
         max_pixels: larger images are refused.
 
     Returns:
@@ -63,7 +63,7 @@ def load_image(
         ImageError: the image is missing, unreadable, truncated, empty, or larger than `max_pixels` or than memory.
     """
     with _memory_for("the image"):
-        return _load(source, honour_exif, max_pixels)
+        return _load(source, honor_exif, max_pixels)
 
 
 def read_once(source: str | Path) -> Path | bytes:
@@ -93,13 +93,13 @@ def _memory_for(what: str) -> Iterator[None]:
         raise ImageError(f"{what} takes more memory than there is: scale it down first") from None
 
 
-def _load(source: Any, honour_exif: bool, max_pixels: int) -> Image.Image:
+def _load(source: Any, honor_exif: bool, max_pixels: int) -> Image.Image:
     if isinstance(source, Image.Image):
-        return _decode(source, "the PIL image", honour_exif, max_pixels)
+        return _decode(source, "the PIL image", honor_exif, max_pixels)
     if isinstance(source, np.ndarray):
-        return _decode(_from_array(source), "the array", honour_exif, max_pixels)
+        return _decode(_from_array(source), "the array", honor_exif, max_pixels)
     if isinstance(source, bytes):
-        return _read(io.BytesIO(source), f"the image of {len(source)} bytes", honour_exif, max_pixels)
+        return _read(io.BytesIO(source), f"the image of {len(source)} bytes", honor_exif, max_pixels)
     if not isinstance(source, (str, Path)):
         raise ImageError(f"an image must be a path, bytes, a PIL image or an array, not {type(source).__name__}")
     name = str(source)
@@ -109,7 +109,7 @@ def _load(source: Any, honour_exif: bool, max_pixels: int) -> Image.Image:
     try:
         with Path(source).expanduser().open("rb") as file:
             # PIL seeks in the file, which a pipe (/dev/stdin) does not allow.
-            return _read(file if file.seekable() else io.BytesIO(read_whole(file, name)), name, honour_exif, max_pixels)
+            return _read(file if file.seekable() else io.BytesIO(read_whole(file, name)), name, honor_exif, max_pixels)
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist") from None
     except IsADirectoryError:
@@ -130,7 +130,7 @@ def read_whole(file: IO[bytes], name: str) -> bytes:
     return data
 
 
-def _read(file: IO[bytes], name: str, honour_exif: bool, max_pixels: int) -> Image.Image:
+def _read(file: IO[bytes], name: str, honor_exif: bool, max_pixels: int) -> Image.Image:
     if not file.seek(0, io.SEEK_END):
         raise ImageError(f"{name} is empty: it has no bytes")
     try:
@@ -149,7 +149,7 @@ def _read(file: IO[bytes], name: str, honour_exif: bool, max_pixels: int) -> Ima
             or f"{name} is not an image in a format that can be read (PNG, JPEG, WebP, GIF, ...), or its beginning is "
             "damaged"
         )
-    return _decode(image, name, honour_exif, max_pixels)
+    return _decode(image, name, honor_exif, max_pixels)
 
 
 def _open(file: IO[bytes]) -> ImageFile.ImageFile | None:
@@ -175,7 +175,7 @@ def _open(file: IO[bytes]) -> ImageFile.ImageFile | None:
     return None
 
 
-def _decode(image: Image.Image, name: str, honour_exif: bool, max_pixels: int) -> Image.Image:
+def _decode(image: Image.Image, name: str, honor_exif: bool, max_pixels: int) -> Image.Image:
     _check_size(image, name, max_pixels)
     try:
         _make_room(image)
@@ -187,7 +187,7 @@ def _decode(image: Image.Image, name: str, honour_exif: bool, max_pixels: int) -
     except Exception as error:  # decoders of damaged files raise anything
         raise ImageError(f"{name} is damaged or truncated ({error})") from None
     _check_size(image, name, max_pixels)
-    return _upright(image) if honour_exif else image
+    return _upright(image) if honor_exif else image
 
 
 def _make_room(image: Image.Image) -> None:

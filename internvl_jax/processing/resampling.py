@@ -54,7 +54,7 @@ def pad_and_resize(image: Image.Image, color: tuple[int, ...], size: int, direct
 
 
 def resize_and_crop(image: Image.Image, size: int, direct: int = DIRECT_PIXELS) -> Image.Image:
-    """Resize the shorter side of an image and crop the centre of the longer one.
+    """Resize the shorter side of an image and crop the center of the longer one.
 
     Args:
         image: an RGB image.
@@ -161,10 +161,10 @@ def _weights(length: int, size: int, number: int) -> tuple[int, np.ndarray]:
     """
     scale = length / size
     wide = max(scale, 1.0)
-    centre, support = (number + 0.5) * scale, _SUPPORT * wide
-    start = max(int(centre - support + 0.5), 0)
-    end = min(int(centre + support + 0.5), length)
-    away = np.abs((np.arange(end - start) + start - centre + 0.5) * (1.0 / wide))
+    center, support = (number + 0.5) * scale, _SUPPORT * wide
+    start = max(int(center - support + 0.5), 0)
+    end = min(int(center + support + 0.5), length)
+    away = np.abs((np.arange(end - start) + start - center + 0.5) * (1.0 / wide))
     near = ((-0.5 + 2.0) * away - (-0.5 + 3.0)) * away * away + 1
     far = (((away - 5) * away + 8) * away - 4) * -0.5
     weights = np.where(away < 1.0, near, np.where(away < 2.0, far, 0.0))

@@ -148,7 +148,7 @@ class HeldOutEvaluation:
         params, adapters = (inference_layout(variables[name], mesh) for name in ("params", "lora"))
         chat = self._chat.with_params(params, adapters)
         # A question that fails is logged as a warning; it does not end the run.
-        options: dict[str, Any] = {"honour_exif": False, "parse_special": True, "max_new_tokens": ANSWER_TOKENS}
+        options: dict[str, Any] = {"honor_exif": False, "parse_special": True, "max_new_tokens": ANSWER_TOKENS}
         questions = self._data.questions
         replies = [chat.batch_chat([q.text], [q.images], **options)[0] for q in questions]
         if not distributed.is_process_0():
@@ -193,7 +193,7 @@ def _read_question(corpus: Corpus, number: int, maker: SampleMaker) -> HeldOutQu
         turns = labels.read_turns(entry.get("conversations"))
         text, expected = labels.place_training_images(turns, len(images), first=maker.images_first)[0]
         for path in images:
-            load_image(path, honour_exif=False)
+            load_image(path, honor_exif=False)
     except (SampleError, ImageError):
         return None
     return HeldOutQuestion(text, images, expected)

@@ -19,7 +19,7 @@ from internvl_jax.parallel.mesh import make_mesh
 
 CHECKPOINT = DATA / "internvl_chat_v1_1" / "checkpoint"
 ARRAYS, FACTS = bundle("internvl_chat_v1_1")
-REFERENCE = {"honour_exif": False, "image_path": "native", "max_new_tokens": 32}
+REFERENCE = {"honor_exif": False, "image_path": "native", "max_new_tokens": 32}
 
 
 CUT_OFF = "(cut off after 32 tokens: --max-new-tokens allows more)\n"
@@ -115,7 +115,7 @@ def test_llava_and_v1_0(name, spec, vision, tmp_path):
         questions.append(question)
         images.append([root / facts["images"][image]["file"] for image in prompt["images"]])
         histories.append(list(zip(turns[::2], turns[1::2])))
-    replies = chat.batch_chat(questions, images, histories, honour_exif=False, max_new_tokens=32)
+    replies = chat.batch_chat(questions, images, histories, honor_exif=False, max_new_tokens=32)
     assert [reply.tokens for reply in replies] == [prompt["generated_ids"] for prompt in prompts]
 
 

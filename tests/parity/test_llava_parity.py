@@ -73,7 +73,7 @@ def reference_of(directory, tower=None):
 
 
 def golden_image(root, name):
-    return load_image(next((root / "images").glob(f"{name}.*")), honour_exif=False)
+    return load_image(next((root / "images").glob(f"{name}.*")), honor_exif=False)
 
 
 # The reference is right: the original code's own hidden states.

@@ -49,7 +49,7 @@ def reference_of(directory):
 def test_reference_vision_equals_the_goldens():
     arrays, _ = bundle("internvl_chat_v1_1")
     reference = reference_of(CHAT)
-    pixels = reference.pixels(load_image(RGB, honour_exif=False))
+    pixels = reference.pixels(load_image(RGB, honor_exif=False))
     np.testing.assert_array_equal(pixels[0], arrays["images/rgb/eval"])
     states = chain([reference.vision_layer(n) for n in range(6)], reference.vision_embeddings()(pixels))
     assert_close(states, arrays["vision/hidden_states"], 5e-5, "hidden states")

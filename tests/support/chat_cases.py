@@ -11,7 +11,7 @@ ARRAYS, FACTS = bundle("internvl_chat_v1_1")
 PROMPTS = {prompt["id"]: prompt for prompt in FACTS["prompts"]}
 
 # The goldens are the quick-start page's: images resized in their own mode, EXIF ignored.
-REFERENCE = {"honour_exif": False, "image_path": "native", "max_new_tokens": 32}
+REFERENCE = {"honor_exif": False, "image_path": "native", "max_new_tokens": 32}
 
 
 def image_path(name):

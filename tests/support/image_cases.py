@@ -31,7 +31,7 @@ def encoded(image, format="PNG", **options):
 
 
 def load(source, **options):
-    return load_image(source, **{"honour_exif": False, **options})
+    return load_image(source, **{"honor_exif": False, **options})
 
 
 def png_header(width, height):

@@ -67,8 +67,8 @@ def params_of(config: ChatConfig):
     rng = np.random.RandomState(1)
 
     def draw(path, leaf):
-        centre = 1.0 if partitioning.path_of(path).endswith("scale") else 0.0
-        return jnp.asarray(centre + 0.1 * rng.standard_normal(leaf.shape), jnp.float32)
+        center = 1.0 if partitioning.path_of(path).endswith("scale") else 0.0
+        return jnp.asarray(center + 0.1 * rng.standard_normal(leaf.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, chat_model.abstract_params(config))
 

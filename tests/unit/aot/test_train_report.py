@@ -210,6 +210,7 @@ def test_a_vision_tower_alone_is_refused(tmp_path, capsys):
     [
         (["--program", "train", "--quantize", "int8"], "--quantize does not apply to --program train"),
         (["--program", "decode", "--recipe", "lora"], "--recipe belongs to --program train"),
+        (["--table", "--json"], "--table prints Markdown: leave --json out"),
         (["--program", "train", "--plan", "--batch-size", "8"], "choose --batch-size, --remat and --param-dtype"),
     ],
 )

@@ -167,7 +167,7 @@ def answers(chat, bundle_directory, cases, facts):
         *turns, question = case["messages"]
         images = [bundle_directory / facts["images"][name]["file"] for name in case["images"]]
         history = list(zip(turns[::2], turns[1::2]))
-        reply = chat.chat(question, images, history, honour_exif=False, max_new_tokens=32)
+        reply = chat.chat(question, images, history, honor_exif=False, max_new_tokens=32)
         assert reply.tokens == case["generated_ids"], case["id"]
         assert reply.text == case["response"].strip(), case["id"]
         assert reply.finish_reason == ("stop" if case["finished_by_eos"] else "length")
@@ -199,7 +199,7 @@ def test_golden_answers_of_transformers_layout():
     chat = internvl_jax.load(LLAVA / "hf")
     for case in facts["hf_prompts"]:
         files = [LLAVA / facts["images"][name]["file"] for name in case["images"]]
-        pixels = np.stack([chat.processor(load_image(file, honour_exif=False)) for file in files])
+        pixels = np.stack([chat.processor(load_image(file, honor_exif=False)) for file in files])
         ids = np.array([expand(row, 36, 860) for row in case["input_ids"]])
         generated = chat.generate(ids, pixels, ids != 861, max_new_tokens=32)
         for row, expected in zip(generated.tolist(), case["generated_ids"]):

@@ -242,7 +242,7 @@ def test_crops_are_as_published():
     assert max(ratios) < RATIO[1] + 0.02
     assert min(ratios) < 1.12  # a crop of 0.8 of 400 x 300 is at least 1.07 wide
     assert len(corners) > 50
-    assert random_crop(Image.new("RGB", (1000, 10)), draw).size == (13, 10)  # no crop fits: centred
+    assert random_crop(Image.new("RGB", (1000, 10)), draw).size == (13, 10)  # no crop fits: centered
     assert random_crop(Image.new("RGB", (10, 1000)), draw).size == (10, 13)
     assert random_crop(Image.new("RGB", (1, 1)), draw).size == (1, 1)
 

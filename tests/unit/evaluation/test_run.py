@@ -168,7 +168,7 @@ def test_answers_do_not_depend_on_the_batch(run):
     assert answers[0] == answers[1]
     chat = loading.load(None)
     for row in rows(out / "questions.jsonl"):
-        reply = chat.chat(row["question"], row["images"], honour_exif=False, max_new_tokens=6, min_new_tokens=1)
+        reply = chat.chat(row["question"], row["images"], honor_exif=False, max_new_tokens=6, min_new_tokens=1)
         assert reply.text == answers[0][row["id"]]
 
 

@@ -184,8 +184,7 @@ def test_images_in_every_form(chat):
 def test_orientation_and_image_path_are_choices(chat):
     """Phone images are turned upright unless asked otherwise; RGBA differs between the reference's two paths."""
     upright, raw = (
-        chat.chat("What?", image_path("exif_rot"), honour_exif=honour, max_new_tokens=8).tokens
-        for honour in (True, False)
+        chat.chat("What?", image_path("exif_rot"), honor_exif=honor, max_new_tokens=8).tokens for honor in (True, False)
     )
     assert upright != raw
     evaluation, native = (

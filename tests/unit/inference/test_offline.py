@@ -241,7 +241,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         assert "--top-k: ignored at temperature 0" in err
     assert len(read_lines(tmp_path / "answers.jsonl")) == 6
     settings = {"max_new_tokens": 5, "top_k": 2, "num_beams": 1, "stop": ["."]}
-    assert parrot.batches[0][2] == {**settings, "system": "Be brief.", "honour_exif": False}
+    assert parrot.batches[0][2] == {**settings, "system": "Be brief.", "honor_exif": False}
     with pytest.raises(SystemExit):
         main.main([*argv, "--batch-size", "0"])
     assert main.main(["batch", "questions.jsonl", "--output", "/dev/null"]) == 2

@@ -205,8 +205,7 @@ def test_data_set_changes_nothing_that_is_not_its_own(tmp_path, name):
     path.write_bytes(FOREIGN.get(name, b"a photo of somebody"))
     first = render.make_sample("train", 0).image
     before = snapshot(tmp_path)
-    if name.endswith(".png") and first is None:
-        pytest.skip("the first sample has no image")
+    assert first is not None  # or the image's name would be of no interest
     with pytest.raises(ValueError, match=f"{path.name} exists with other content: choose another directory"):
         dataset.write(tmp_path, 20)
     assert {key: value for key, value in snapshot(tmp_path).items() if key in before} == before

@@ -34,7 +34,7 @@ from internvl_jax.processing.images import ImageProcessor, load_image
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 before = peak()
 processor = ImageProcessor(448, {MEAN}, {STD})
-pixels = processor(load_image({str(path)!r}, honour_exif=True))
+pixels = processor(load_image({str(path)!r}, honor_exif=True))
 assert pixels.shape == (3, 448, 448) and abs(pixels[1] - (200 / 255 - 0.456) / 0.224).max() < 0.02
 print(peak() - before)
 """
@@ -101,7 +101,7 @@ from internvl_jax.data.augment import AUGMENTATIONS, augment
 import numpy as np
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 before = peak()
-image = load_image({str(path)!r}, honour_exif=True)
+image = load_image({str(path)!r}, honor_exif=True)
 for layout in ({{}}, {{"pad_to_square": True}}, {{"center_crop": True}}):
     processor = ImageProcessor(336, (0, 0, 0), (1, 1, 1), **layout)
     for path in ("eval", "native") if not layout else ("eval",):
@@ -142,7 +142,7 @@ def test_reading_images_in_threads_leaves_the_warnings_of_others_alone():
 
     def read():
         for _ in range(10):
-            ImageProcessor(28, MEAN, STD)(load(data, honour_exif=True))
+            ImageProcessor(28, MEAN, STD)(load(data, honor_exif=True))
 
     with warnings.catch_warnings(record=True) as arrived:
         warnings.simplefilter("always")
@@ -188,7 +188,7 @@ def test_the_command_line_leaves_out_what_pil_says_of_metadata(capsys):
     data = encoded(random_image(), exif=b"MM\x00\x2a\x00\x00\x00\x08")
     with warnings.catch_warnings(), logs.to_terminal():
         warnings.simplefilter("always")
-        load(data, honour_exif=True)
+        load(data, honor_exif=True)
         warnings.warn("of somebody else", stacklevel=1)
     assert capsys.readouterr().err == "warning: of somebody else\n"
 
@@ -220,7 +220,7 @@ def test_damaged_files_are_read_or_refused(format):
         for _ in range(4):
             damaged[rng.randint(min(len(data), 400))] = rng.randint(256)
         try:
-            load(bytes(damaged), honour_exif=True, max_pixels=10**6)
+            load(bytes(damaged), honor_exif=True, max_pixels=10**6)
         except ImageError:
             refused += 1
     assert refused

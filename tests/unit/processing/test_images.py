@@ -192,7 +192,7 @@ def test_the_first_frame_of_an_animation_after_its_file_is_gone(tmp_path, format
         pytest.skip(f"this Pillow writes no {format}: {error}")
     with Image.open(path) as animation:
         assert animation.n_frames == 3
-    image = load(path, honour_exif=True)
+    image = load(path, honor_exif=True)
     path.unlink()
     np.testing.assert_allclose(np.asarray(to_rgb(image)), np.asarray(red), atol=2)
 
@@ -209,7 +209,7 @@ def test_an_open_animation_keeps_the_callers_frame():
 
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
-def test_exif_orientation_is_honoured_or_ignored(orientation, format):
+def test_exif_orientation_is_honored_or_ignored(orientation, format):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(random_image("RGB", 24, 16), format, exif=exif)
@@ -217,13 +217,13 @@ def test_exif_orientation_is_honoured_or_ignored(orientation, format):
     plain.load()  # a TIFF is turned by PIL itself, in the reference too
     np.testing.assert_array_equal(np.asarray(load(data)), np.asarray(plain))
     upright = ImageOps.exif_transpose(plain)
-    np.testing.assert_array_equal(np.asarray(load(data, honour_exif=True)), np.asarray(upright))
+    np.testing.assert_array_equal(np.asarray(load(data, honor_exif=True)), np.asarray(upright))
     assert upright.size == ((16, 24) if orientation in (5, 6, 7, 8) else (24, 16))
 
 
 def test_the_golden_phone_image_is_turned():
     image = load(FILES["exif_rot"])
-    upright = load(FILES["exif_rot"], honour_exif=True)
+    upright = load(FILES["exif_rot"], honor_exif=True)
     assert (image.size, upright.size) == ((96, 140), (140, 96))
     np.testing.assert_array_equal(np.asarray(upright), np.rot90(np.asarray(image), -1))
 
@@ -240,7 +240,7 @@ def test_the_golden_phone_image_is_turned():
 )
 def test_damaged_exif_does_not_cost_the_image(exif, turned):
     data = encoded(random_image("RGB", 24, 16), exif=exif)
-    assert load(data, honour_exif=True).size == ((16, 24) if turned else (24, 16))
+    assert load(data, honor_exif=True).size == ((16, 24) if turned else (24, 16))
 
 
 # Arrays.

@@ -228,7 +228,7 @@ def test_placing_images():
 @pytest.mark.parametrize("image", IMAGES)
 def test_golden_pixels_bit_for_bit(image):
     arrays, facts = bundle("internvl_chat_v1_0")
-    opened = load_image(V1_0 / facts["images"][image]["file"], honour_exif=False)
+    opened = load_image(V1_0 / facts["images"][image]["file"], honor_exif=False)
     config = load_config(V1_0 / "checkpoint")
     compared = 0
     for name, size, pad in (("r1", 84, True), ("r2", 56, True), ("r1_nopad", 84, False)):
@@ -239,7 +239,7 @@ def test_golden_pixels_bit_for_bit(image):
             compared += 1
     assert compared == {"rgb": 3, "gray": 2}.get(image, 1)
     arrays, facts = bundle("llava_1_5")
-    opened = load_image(LLAVA / facts["images"][image]["file"], honour_exif=False)
+    opened = load_image(LLAVA / facts["images"][image]["file"], honor_exif=False)
     for directory, name in (("original", "orig"), ("hf", "hf")):
         if f"{name}/pixel_values/{image}" in arrays:
             processor = load_processor(LLAVA / directory, load_config(LLAVA / directory))

@@ -82,5 +82,5 @@ def test_a_line_of_60_000_pixels(turned):
     assert np.all(made[:148] == 100)
     assert np.all(made[153:] == 100)
     assert np.all(made == made[:, :1])
-    middle = 10 * 301 / 60_000 * 155  # of the kernel's weight at its centre, 1
+    middle = 10 * 301 / 60_000 * 155  # of the kernel's weight at its center, 1
     assert abs(made[150, 0, 0] - 100 - middle) < 1.5
