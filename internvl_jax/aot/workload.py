@@ -35,7 +35,8 @@ class WorkloadRequest:
         batch: Number of rows, each with one image. None is one row, or in `planner` the largest number that fits.
         length: Cache slots per row: tokens of the prompt and of the answer.
         prompt: Prompt tokens that prefill reads. None is `length`.
-        vision: "tensor" or "data", how the vision tower is partitioned. None is the default of `partitioning`.
+        vision: How the vision tower is partitioned, a key of `mesh_lib.IMAGE_AXES`. None:
+            `mesh_lib.default_vision_mode` for single images.
         dtype: Computation dtype.
         cache_dtype: KV cache dtype. None is `dtype`.
         quantize: "int8" or "int4" weights. None keeps them in `dtype`.
@@ -138,7 +139,7 @@ def make_workload(request: WorkloadRequest) -> Workload:
         )
     mesh = mesh_over(topology, request.mesh, config)
     mesh_lib.validate_mesh(config, mesh, batch)
-    vision = mesh_lib.default_vision_mode(mesh) if request.vision is None else request.vision
+    vision = request.vision or mesh_lib.default_vision_mode(mesh)
     dtype = jnp.dtype(request.dtype)
     return Workload(
         config=config,

@@ -41,7 +41,8 @@ def _run(args: argparse.Namespace) -> int:
     options.start_processes(args)
     with offline.claim(args.questions, args.output, args.mesh, root=args.root) as job:
         with progress_bar() as progress:
-            chat = load(args.checkpoint, options.load_options(args), mesh=job.mesh, progress=progress)
+            loaded = options.load_options(args, images_per_call=args.batch_size)
+            chat = load(args.checkpoint, loaded, mesh=job.mesh, progress=progress)
         chat.check_ready()
         with counting() as progress:
             done = offline.run(chat, job, batch_size=args.batch_size, progress=progress, **settings)

@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace) -> int:
             args.batch_size,
             checkpoint=args.checkpoint,
             preset=None if args.checkpoint else args.preset,
-            options=options.load_options(args),
+            options=options.load_options(args, images_per_call=max(args.batch_size)),
             prompt_tokens=args.prompt_tokens,
             profile=args.profile,
             progress=progress,

@@ -176,7 +176,8 @@ def _answer(args: argparse.Namespace, run: BenchmarkRun) -> int:
 
     job = pending_job(run, args.mesh)
     with progress_bar() as progress:
-        chat = load(args.checkpoint, options.load_options(args), mesh=job.mesh, progress=progress)
+        loaded = options.load_options(args, images_per_call=args.batch_size)
+        chat = load(args.checkpoint, loaded, mesh=job.mesh, progress=progress)
     chat.check_ready()
     try:
         with counting() as progress:

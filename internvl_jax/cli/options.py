@@ -149,8 +149,9 @@ def add_vision_mode(parser: Any) -> None:
     parser.add_argument(
         "--vision-mode",
         dest="vision",
-        choices=["tensor", "data"],
-        help="shard the vision tower's weights (tensor) or its images (data) (default: chosen by the mesh)",
+        choices=["tensor", "data", "gather"],
+        help="shard the vision tower's weights (tensor), its images (data), or its images and its weights, which are "
+        "gathered layer by layer (gather) (default: tensor on a mesh with a tensor axis, else data)",
     )
 
 
@@ -202,10 +203,10 @@ def add_model(parser: Any, mesh_default: str = "one device") -> None:
     add_quantization(group)
 
 
-def load_options(args: argparse.Namespace) -> LoadOptions:
+def load_options(args: argparse.Namespace, images_per_call: int = 1) -> LoadOptions:
     """How the command line says that a checkpoint is loaded."""
-    names = (field.name for field in fields(LoadOptions))
-    return LoadOptions(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    given = {field.name: getattr(args, field.name) for field in fields(LoadOptions) if hasattr(args, field.name)}
+    return LoadOptions(**given, images_per_call=images_per_call)
 
 
 @dataclass(frozen=True)

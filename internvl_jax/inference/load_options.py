@@ -23,8 +23,9 @@ class LoadOptions:
     Attributes:
         mesh: devices to shard the model over: a mesh of `mesh.make_mesh`, or its specification such as
             "data=2,tensor=4". Each device reads and holds only its shard. None: one device.
-        vision_mode: how the vision tower uses the mesh: "tensor" shards its weights, "data" its images
-            (`mesh.IMAGE_AXES`). None: `mesh.default_vision_mode`.
+        vision_mode: how the vision tower uses the mesh: "tensor" shards its weights, "data" its images,
+            "gather" both (`mesh.IMAGE_AXES`). None: `mesh.default_vision_mode` for `images_per_call`.
+        images_per_call: how many images are usually encoded together.
         dtype: dtype of parameters and computation, one of DTYPES. None: bfloat16, on CPU float32 (XLA's CPU backend has
             no bfloat16 kernels).
         quantize: "int8" or "int4" weights (see quantize.py), quantized while they are read: no device holds more than
@@ -37,6 +38,7 @@ class LoadOptions:
 
     mesh: Mesh | str | Mapping[str, int] | None = None
     vision_mode: str | None = None
+    images_per_call: int = 1
     dtype: Any = None
     quantize: Scheme | str | None = None
     cache_dtype: Any = None

@@ -183,7 +183,7 @@ def resolve_mesh(options: LoadOptions, config: ChatConfig) -> tuple[Mesh | None,
         mesh_lib.validate_mesh(config, mesh)
     else:
         mesh = mesh_lib.make_mesh(options.mesh, config=config)
-    return mesh, mesh_lib.default_vision_mode(mesh) if options.vision_mode is None else options.vision_mode
+    return mesh, options.vision_mode or mesh_lib.default_vision_mode(mesh, options.images_per_call)
 
 
 # Parameters.

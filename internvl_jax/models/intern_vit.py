@@ -88,7 +88,7 @@ class Attention(nn.Module):
         cfg = self.config
         shape = (cfg.num_attention_heads, cfg.head_dim)
         head_axes = ("vision_heads", "head_dim")
-        qkv_axes = ("embed", "qkv", *head_axes)
+        qkv_axes = ("vision_embed", "qkv", *head_axes)
         qkv = Linear("BTD,DCNH->BTCNH", (cfg.hidden_size, 3, *shape), qkv_axes, self.dtype, cfg.qkv_bias, name="qkv")(x)
         qkv = constrain(qkv, "images", None, None, *head_axes, image_axes=self.axes)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         split = logical_spec("vision_heads", image_axes=self.axes)[0]
         y = attention(q, KeysValues(k, v), axes=self.axes, split=split)
-        proj_axes = (*head_axes, "embed")
+        proj_axes = (*head_axes, "vision_embed")
         y = Linear("BTNH,NHD->BTD", (*shape, cfg.hidden_size), proj_axes, self.dtype, use_bias=True, name="proj")(y)
         return constrain(y, "residual_images", None, None, image_axes=self.axes)
 
@@ -113,10 +113,11 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width, hidden = self.config.hidden_size, self.config.intermediate_size
-        x = Linear("BTD,DF->BTF", (width, hidden), ("embed", "vision_mlp"), self.dtype, True, self.axes, name="fc1")(x)
+        axes = ("vision_embed", "vision_mlp")
+        x = Linear("BTD,DF->BTF", (width, hidden), axes, self.dtype, True, self.axes, name="fc1")(x)
         x = constrain(x, "images", None, "vision_mlp", image_axes=self.axes)
         x = ACTIVATIONS[self.config.hidden_act](x)
-        x = Linear("BTF,FD->BTD", (hidden, width), ("vision_mlp", "embed"), self.dtype, True, self.axes, name="fc2")(x)
+        x = Linear("BTF,FD->BTD", (hidden, width), axes[::-1], self.dtype, True, self.axes, name="fc2")(x)
         return constrain(x, "residual_images", None, None, image_axes=self.axes)
 
 

@@ -35,6 +35,7 @@ MASK_VALUE = -2.3819763e38
 LANES = 128  # a TPU stores the innermost axis of an array in multiples of this
 SUBLANES = 8  # and the second innermost in multiples of this
 
+EMBED = ("embed", "vision_embed")  # the logical axes that are a residual stream's width
 ADAPTER = "adapter"  # the name of a linear layer's Adapter in the collection "lora"
 
 
@@ -197,12 +198,12 @@ class Linear(nn.Module):
         self.kernel = declare(self, "kernel", init, self.shape, self.axes, inputs=len(contracted))
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
-            bias_axes = tuple("embed_vector" if self.axes[i] == "embed" else self.axes[i] for i in kept)
+            bias_axes = tuple("embed_vector" if self.axes[i] in EMBED else self.axes[i] for i in kept)
             self.bias = declare(self, "bias", zeros, tuple(self.shape[i] for i in kept), bias_axes)
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel
-        if self.axes[0] == "embed" and AXIS_RULES[self.axes[1]] == TENSOR:  # [D,F] or [D,N,H]
+        if self.axes[0] in EMBED and AXIS_RULES[self.axes[1]] == TENSOR:  # [D,F] or [D,N,H]
             kernel = pin_matrix(kernel, logical_spec(*self.axes, image_axes=self.image_axes))
         return self.complete(product(self.eqn, x, kernel, self.dtype), x)
 

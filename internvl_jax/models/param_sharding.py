@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from internvl_jax.config import ChatConfig
 from internvl_jax.models.axes import LAYERS, axes_of
 from internvl_jax.parallel.mesh import IMAGE_AXES, TENSOR
-from internvl_jax.parallel.partitioning import axis_size, fit_spec, logical_spec, path_of
+from internvl_jax.parallel.partitioning import GATHERED_AXES, axis_size, fit_spec, logical_spec, path_of
 
 VOCABULARY_TILE = 128  # each device's part of the vocabulary is a multiple of this: whole tiles of a TPU's matrix unit
 
@@ -44,7 +44,10 @@ def param_specs(abstract: Any, *, vision: str = "tensor") -> Any:
         raise ValueError(f"vision mode {vision!r} is not one of {', '.join(IMAGE_AXES)}")
 
     def spec_of(keys: Sequence[Any], leaf: Any) -> P:
-        spec = logical_spec(*_axis_names(keys, leaf), image_axes=IMAGE_AXES[vision])
+        names = _axis_names(keys, leaf)
+        spec = logical_spec(*names, image_axes=IMAGE_AXES[vision])
+        if vision == "gather":
+            spec = P(*(("fsdp", TENSOR) if name in GATHERED_AXES else axes for name, axes in zip(names, spec)))
         return P(*(None if _is_scale(keys) and size == 1 else axes for axes, size in zip(spec, leaf.shape)))
 
     return jax.tree_util.tree_map_with_path(spec_of, abstract)
@@ -54,13 +57,16 @@ def param_shardings(abstract: Any, mesh: Mesh, *, vision: str = "tensor") -> Any
     """A NamedSharding for every parameter of a tree whose shapes divide the mesh (see `pad_params`).
 
     Groups that share a scale and kv heads may be fewer than the devices along an axis: each device keeps all of them.
+    So it does with a width of the tower that vision mode "gather" cannot split evenly.
 
     Raises:
         ValueError: a parameter is not declared, or its shape does not divide.
     """
 
     def shard(keys: Sequence[Any], leaf: Any, spec: P) -> NamedSharding:
-        if _is_scale(keys) or "kv_heads" in _axis_names(keys, leaf):
+        names = _axis_names(keys, leaf)
+        gathered = vision == "gather" and not set(GATHERED_AXES).isdisjoint(names)
+        if _is_scale(keys) or "kv_heads" in names or gathered:
             spec = fit_spec(spec, leaf.shape, mesh.shape)
         if not _divides(leaf.shape, spec, mesh):
             raise ValueError(f"{path_of(keys)} {list(leaf.shape)} does not divide as {spec} over {dict(mesh.shape)}")
@@ -85,7 +91,7 @@ def storage_shardings(abstract: Any, mesh: Mesh, *, vision: str = "tensor") -> A
             # Not along the layers: the padding that follows would move whole layers between devices.
             if (index > 0 or len(leaf.shape) == 2) and _divides(leaf.shape, moved, mesh):
                 return NamedSharding(mesh, moved)
-        return NamedSharding(mesh, P(*rest))
+        return NamedSharding(mesh, fit_spec(P(*rest), leaf.shape, mesh.shape))
 
     return jax.tree.map(shard, abstract, param_specs(abstract, vision=vision))
 

@@ -24,9 +24,9 @@ BATCH = ("data", "fsdp")  # the mesh axes over which the rows of a batch are sha
 TENSOR = "tensor"
 
 # The mesh axes over which each vision mode shards images. "tensor" splits the vision tower's heads and mlp over the
-# tensor axis, as in the language model. "data" does not split the tower (it is gathered along fsdp, layer by layer):
-# every device encodes images of its own without collectives.
-IMAGE_AXES = {"tensor": BATCH, "data": AXES}
+# tensor axis, as in the language model. In "data" and "gather" every device encodes images of its own; with "gather" it
+# stores a share of the tower, which is gathered layer by layer (along fsdp, "data" does that too).
+IMAGE_AXES = {"tensor": BATCH, "data": AXES, "gather": AXES}
 
 
 class MeshError(ValueError):
@@ -208,13 +208,15 @@ def data_shards(mesh: Mesh) -> tuple[tuple[int, ...], dict[int, int]]:
     }
 
 
-def default_vision_mode(mesh: Mesh) -> str:
-    """ "data" if the tensor axis has size 1, else "tensor".
+def default_vision_mode(mesh: Mesh, images: int = 1) -> str:
+    """The vision mode that is fastest for calls with `images` images, of those that need no room for the whole tower.
 
-    The tower is 11 GB in bfloat16, and a chat encodes one image at a time. "data" is better for batches of images where
-    every device has room for the tower.
+    "data" if the tensor axis has size 1. Else "gather" from two images per device on, whose computation hides the
+    gathering of the weights; below, "tensor", which shares out single images too. (docs/tpu.md has the times.)
     """
-    return "data" if mesh.shape["tensor"] == 1 else "tensor"
+    if mesh.shape[TENSOR] == 1:
+        return "data"
+    return "gather" if images >= 2 * mesh.size else "tensor"
 
 
 def legal_tensor_sizes(config: ChatConfig, devices: int) -> list[int]:

@@ -19,6 +19,7 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "embed": "fsdp",
     "embed_vector": None,  # the width of norms, biases, layer scales and small tables: replicated
+    "vision_embed": "fsdp",
     "features": "fsdp",  # the input of the projector
     "heads": TENSOR,
     "kv_heads": TENSOR,
@@ -33,7 +34,8 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "position": None,
     "rank": None,  # of an adapter
 }
-VISION_AXES = ("vision_heads", "vision_mlp", "projector_mlp")  # not split in vision mode "data"
+VISION_AXES = ("vision_heads", "vision_mlp", "projector_mlp")  # sharded in vision mode "tensor" only
+GATHERED_AXES = ("vision_embed", "features")  # in vision mode "gather" sharded over the tensor axis too, at rest
 
 
 def logical_spec(*axes: str | None, image_axes: tuple[str, ...] = BATCH) -> P:

@@ -26,7 +26,7 @@ class MeshPlacement:
     Attributes:
         config: Configuration of the model.
         mesh: The mesh. None is one device.
-        vision: Vision mode, "tensor" or "data".
+        vision: Vision mode, a key of `mesh.IMAGE_AXES`.
         num_data_shards: Number of processes, or groups of processes, that load different rows.
         data_shard: Which of these this process is in.
         row_shards: Which rows this process loads: indices of the `num_row_shards` equal parts of a batch's rows.

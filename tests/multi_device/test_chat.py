@@ -95,7 +95,7 @@ def test_logits():
 
 
 @pytest.mark.parametrize(
-    ("name", "spec", "vision"), [("llava", "data=2,tensor=4", None), ("v1_0", "fsdp=2,tensor=4", "data")]
+    ("name", "spec", "vision"), [("llava", "data=2,tensor=4", None), ("v1_0", "fsdp=2,tensor=4", "gather")]
 )
 def test_llava_and_v1_0(name, spec, vision, tmp_path):
     """The original's greedy tokens, from the published directories."""

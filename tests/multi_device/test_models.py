@@ -170,22 +170,23 @@ def test_kernels_on_a_mesh():
 
 
 @pytest.mark.parametrize(
-    ("system", "mesh_spec"),
+    ("system", "mesh_spec", "vision"),
     [
-        ("5-heads-gqa", "tensor=8"),
-        ("5-heads-gqa", "data=2,fsdp=2,tensor=2"),
-        ("llava", "data=2,tensor=4"),
-        ("v1_0", "data=2,tensor=4"),
+        ("5-heads-gqa", "tensor=8", "data"),
+        ("5-heads-gqa", "tensor=8", "gather"),
+        ("5-heads-gqa", "data=2,fsdp=2,tensor=2", "gather"),
+        ("llava", "data=2,tensor=4", "data"),
+        ("v1_0", "data=2,tensor=4", "gather"),
     ],
 )
-def test_images_over_all_devices(system, mesh_spec):
+def test_images_over_all_devices(system, mesh_spec, vision):
     config = {**SYSTEMS, **FAMILY}[system]
     mesh = make_mesh(mesh_spec, config=config)
     pixels = batch_of(config, 3)[1]
     single = Generator(bind_model(config, params_of(config), dtype=jnp.float32), image_token_id=IMAGE).encode(pixels)
-    params = place(config, mesh, vision="data")
+    params = place(config, mesh, vision=vision)
     generator = Generator(
-        bind_model(config, params, dtype=jnp.float32, image_axes=IMAGE_AXES["data"]), image_token_id=IMAGE, mesh=mesh
+        bind_model(config, params, dtype=jnp.float32, image_axes=IMAGE_AXES[vision]), image_token_id=IMAGE, mesh=mesh
     )
     heads = params["vision_model"]["layers"]["attn"]["qkv"]["kernel"].shape[-2]
     assert heads == config.vision.num_attention_heads

@@ -123,15 +123,19 @@ def run_training(path, mesh, share, **options):
 
 
 def train(directory):
-    """Training where rows of the processes take turns on the mesh, stopped by one process and resumed; and with a
-    tensor axis over both, which then bring the same rows."""
+    """Training where rows of the processes take turns on the mesh, stopped by one process and resumed."""
     process, fsdp = jax.process_index(), mesh_lib.make_mesh("fsdp=4", turns())
-    tensor = mesh_lib.make_mesh("data=2,tensor=2", turns())
-    results = {
+    return {
         "stopped": run_training(directory / "parts", fsdp, process, stop_at=None if process == 0 else 1),
         "resumed": run_training(directory / "parts", fsdp, process),
-        "tensor": run_training(directory / "tensor", tensor, None),
     }
+
+
+def train_tensor(directory):
+    """With a tensor axis over both processes, which then bring the same rows; and where rows were brought otherwise."""
+    process, tensor = jax.process_index(), mesh_lib.make_mesh("data=2,tensor=2", turns())
+    results = {"tensor": run_training(directory / "tensor", tensor, None)}
+    run_training(directory / "parts", mesh_lib.make_mesh("fsdp=4", turns()), process, stop_at=1)
     try:
         run_training(directory / "parts", tensor, None)
     except ValueError as error:

@@ -151,6 +151,7 @@ def beside_torch():
         return importlib.import_module("losses_vs_torch")
 
 
+@pytest.mark.long  # losses and gradients of a step are tested against golden ones
 def test_twenty_steps_of_training_lose_what_torchs_do(beside_torch, tmp_path):
     """All parts trained in float32, the loss going down by more than half. How far float32 alone drives two runs apart
     in so many steps is measured: torch from weights that are moved by one rounding."""

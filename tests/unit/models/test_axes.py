@@ -90,6 +90,12 @@ def trimmed(spec):
     return tuple(spec)
 
 
+def gathered(path, spec):
+    """In vision mode "gather" the tower's width, and the projector's input, are sharded over the tensor axis too."""
+    tower = path.startswith(("vision_model/layers", "mlp1/fc1"))
+    return tuple(("fsdp", "tensor") if tower and axis == "fsdp" else axis for axis in spec)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
 def test_specs(name, scheme):
@@ -101,6 +107,7 @@ def test_specs(name, scheme):
     for mode, expected in (
         ("tensor", {path: spec for path, spec, _ in SPECS}),
         ("data", {path: spec for path, _, spec in SPECS}),
+        ("gather", {path: gathered(path, spec) for path, _, spec in SPECS}),
     ):
         specs = param_specs(abstract, vision=mode)
         leaves = jax.tree_util.tree_leaves_with_path(abstract)
@@ -163,7 +170,7 @@ def test_adapters_follow_their_kernels():
     )  # fmt: skip
     path = "vision_model/layers/attn/proj"
     assert axes_of(f"{path}/lora_a").names == ("layers", "vision_heads", "head_dim", "rank")
-    assert axes_of(f"{path}/lora_b").names == ("layers", "rank", "embed")
+    assert axes_of(f"{path}/lora_b").names == ("layers", "rank", "vision_embed")
     assert find_axes("vision_model/layers/norm1/lora_a") is None
 
 

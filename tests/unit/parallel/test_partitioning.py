@@ -127,14 +127,14 @@ def test_every_parameter_has_a_place(config, vision):
         assert mine < total / 8 * 1.01  # norms, biases and the patch embedding are on every device
     stored = param_sharding.storage_shardings(chat_model.abstract_params(config), mesh, vision=vision)
     qkv = stored["vision_model"]["layers"]["attn"]["qkv"]["kernel"].spec
-    assert qkv == P(None, ("fsdp", "tensor") if vision == "tensor" else "fsdp", None, None, None)
+    assert qkv == P(None, "fsdp" if vision == "data" else ("fsdp", "tensor"), None, None, None)
 
 
 @pytest.mark.parametrize("config", [V1_1, NANO], ids=["v1_1", "nano"])
 def test_vision_mode_data_splits_tower_and_projector_by_no_tensor_axis(config):
     """Both see whole images, of which every device has its own: only the language model is split."""
     abstract = chat_model.abstract_params(config)
-    for vision in mesh_lib.IMAGE_AXES:
+    for vision in ("tensor", "data"):
         specs = param_sharding.param_specs(abstract, vision=vision)
         split = {
             part: any(
@@ -145,13 +145,19 @@ def test_vision_mode_data_splits_tower_and_projector_by_no_tensor_axis(config):
         assert split == {"vision_model": vision == "tensor", "mlp1": vision == "tensor", "language_model": True}
 
 
+def test_vision_mode_by_mesh_and_images():
+    mode = mesh_lib.default_vision_mode
+    assert [mode(mesh_of(fsdp=8)), mode(mesh_of(fsdp=8), 64)] == ["data", "data"]
+    assert [mode(mesh_of(data=2, tensor=4), images) for images in (1, 15, 16, 64)] == ["tensor"] * 2 + ["gather"] * 2
+
+
 def test_what_has_no_spec_is_refused():
     tree = chat_model.abstract_params(NANO)
     with pytest.raises(ValueError, match="mlp1/fc3 is not a parameter of the model"):
         param_sharding.param_specs({**tree, "mlp1": {**tree["mlp1"], "fc3": jax.ShapeDtypeStruct((7,), jnp.float32)}})
     with pytest.raises(ValueError, match=r"mlp1/fc1/bias \[7, 3\] does not have the axes projector_mlp"):
         param_sharding.param_specs({"mlp1": {"fc1": {"bias": jax.ShapeDtypeStruct((7, 3), jnp.float32)}}})
-    with pytest.raises(ValueError, match="vision mode 'pixels' is not one of tensor, data"):
+    with pytest.raises(ValueError, match="vision mode 'pixels' is not one of tensor, data, gather"):
         param_sharding.param_specs(tree, vision="pixels")
     with pytest.raises(ValueError, match="does not divide"):
         param_sharding.param_shardings(tree, mesh_of(tensor=4))
