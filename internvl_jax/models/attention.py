@@ -55,11 +55,13 @@ class Mask(NamedTuple):
         segments: [B,T] int32, 0 for padding, if queries and keys are the same tokens: then slots are ordered by
             position, and a token attends to the earlier slots of its own segment.
         span: [B,2] int32 for T = 1: the first allowed slot, and one past the last.
+        flags: [B,1,S] int32 for T = 1: `allowed` as the decode kernel takes it.
     """
 
     allowed: Array
     segments: Array | None = None
     span: Array | None = None
+    flags: Array | None = None
 
 
 def self_mask(positions: Array, valid: Array, segments: Array | None = None) -> Mask:
@@ -84,7 +86,7 @@ def cache_mask(q_positions: Array, kv_positions: Array, kv_valid: Array) -> Mask
     slots = kv_positions.shape[1]
     first = jnp.argmax(allowed[:, 0], axis=1)
     last = slots - jnp.argmax(allowed[:, 0, ::-1], axis=1)
-    return Mask(allowed, span=jnp.stack([first, last], axis=1).astype(jnp.int32))
+    return Mask(allowed, span=jnp.stack([first, last], axis=1).astype(jnp.int32), flags=allowed.astype(jnp.int32))
 
 
 def attention_mask(q_positions: Array, kv_positions: Array, kv_valid: Array) -> Array:
@@ -125,7 +127,10 @@ def attention(
     if program in ("xla", "by_head"):
         if layer is not None:
             k, v, scales = jax.tree.map(
-                lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False), (k, v, scales)
+                lambda stack: jax.lax.dynamic_index_in_dim(
+                    stack, layer, 0, keepdims=False, allow_negative_indices=False
+                ),
+                (k, v, scales),
             )
         causal = mask is not None and mask.segments is not None
         run = partial(cpu.attention_by_head, attention_xla, causal=causal) if program == "by_head" else attention_xla
@@ -138,7 +143,7 @@ def attention(
         if mask is None:
             return _on_devices(kernel, (q, k, v), (queries, slots, slots), queries)
         return _on_devices(kernel, (q, k, v, mask.segments), (queries, slots, slots, rows), queries)
-    if mask is None or mask.span is None:
+    if mask is None or mask.span is None or mask.flags is None:
         raise ValueError("decoding needs the mask of a cache")
     stacks: tuple[Array, ...] = (k, v, *(scales or ()))
     if layer is None:
@@ -147,8 +152,8 @@ def attention(
     query, stack, scale = P(axes, split, None), P(None, *slots), P(None, axes, split, None)
     y = _on_devices(
         partial(decode_attention, interpret=interpret),
-        (q[:, 0], k, v, jnp.asarray(layer, jnp.int32), mask.allowed[:, 0], mask.span, *per_token),
-        (query, stack, stack, P(), rows, rows, *[scale for _ in per_token]),
+        (q[:, 0], k, v, jnp.asarray(layer, jnp.int32), mask.flags, mask.span, *per_token),
+        (query, stack, stack, P(), P(axes, None, None), rows, *[scale for _ in per_token]),
         query,
     )
     return y[:, None]

@@ -63,20 +63,6 @@ def gelu(x: Array) -> Array:
     return jax.checkpoint(lambda x: 0.5 * x * (1.0 + jax.lax.erf(x * np.float32(math.sqrt(0.5)))))(x)
 
 
-def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotary embedding with joined tables, which the CPU backend computes once.
-
-    It would fuse cos and sin into each use, and compute them for every head of every layer.
-
-    Args:
-        x: [B,T,N,H].
-        cos, sin: [B,T,1,H/2] in x's dtype.
-    """
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-    return x * cos + jnp.concatenate([second, first], axis=-1) * sin
-
-
 def attention_by_head(
     attend: Callable[..., Array],
     q: Array,

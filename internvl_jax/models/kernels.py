@@ -131,7 +131,7 @@ def decode_attention(
         q: [B,N,H].
         k, v: [L,B,K,S,H].
         layer: [] int32.
-        allowed: [B,S] bool, slots that the query attends to.
+        allowed: [B,1,S] int32, not 0 for slots that the query attends to.
         span: [B,2] int32, the first of them, and one past the last.
         scales: of int8 k and v, float32 [L,B,K,S] each.
         interpret: run in interpret mode.
@@ -218,6 +218,6 @@ def decode_attention(
         q.reshape(batch, kv_heads, groups, head_dim),
         k,
         v,
-        allowed.astype(jnp.int32)[:, None],
+        allowed,
         *scales,
     )

@@ -88,7 +88,8 @@ class KVCache(flax.struct.PyTreeNode):
         # twice. Without the pinned layout, the TPU compiler puts slots outermost for single tokens, and copies it.
         stack = pin_layout(stack, logical_spec(*CACHE_AXES[: stack.ndim]), tuple(range(stack.ndim)))
         slot = (0, 0, self.length, 0)[: new.ndim]
-        return jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype)[None], (layer, *slot))
+        new = new.astype(stack.dtype)[None]
+        return jax.lax.dynamic_update_slice(stack, new, (layer, *slot), allow_negative_indices=False)
 
     def read(self, layer: int | Array) -> KeysValues:
         """The layer's view, for `attention`."""

@@ -392,26 +392,35 @@ def positions_from_valid(valid: Array) -> Array:
     return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)
 
 
-def rope_angles(positions: Array, frequencies: np.ndarray) -> Array:
-    """Rotary angles in float32 (bfloat16 rounds position 257 to 256). positions [B,T] -> [B,T,H/2]."""
-    return positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
+Rope = tuple[Array, Array]  # cosines and signed sines [B,T,1,H]
 
 
-def apply_rope(x: Array, angles: Array) -> Array:
+def rope_tables(positions: Array, frequencies: np.ndarray, dtype: Any) -> Rope:
+    """Compute the tables of the rotary embedding, which all layers share.
+
+    Angles, cosines and sines are float32 (bfloat16 rounds position 257 to 256) and cast to `dtype`, as in the
+    reference.
+
+    Args:
+        positions: [B,T] int32.
+        frequencies: [H/2] float32.
+        dtype: of the queries and keys.
+    """
+    angles = (positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32))[:, :, None]
+    cos, sin = jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+
+
+def apply_rope(x: Array, rope: Rope) -> Array:
     """Rotary position embedding (Su et al., 2021) in Hugging Face's layout, which rotates halves.
-
-    Cosines and sines are float32 and cast to x's dtype, as in the reference.
 
     Args:
         x: [B,T,N,H].
-        angles: [B,T,H/2] float32.
+        rope: from `rope_tables`, in x's dtype.
 
     Returns:
         [B,T,N,H].
     """
-    cos = jnp.cos(angles)[:, :, None, :].astype(x.dtype)
-    sin = jnp.sin(angles)[:, :, None, :].astype(x.dtype)
-    if cpu.on_cpu():
-        return cpu.apply_rope(x, cos, sin)
+    cos, sin = rope
     first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return x * cos + jnp.concatenate([second, first], axis=-1) * sin

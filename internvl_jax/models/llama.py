@@ -24,10 +24,11 @@ from internvl_jax.models.layers import (
     Linear,
     Params,
     RMSNorm,
+    Rope,
     Variables,
     apply_rope,
     project,
-    rope_angles,
+    rope_tables,
 )
 from internvl_jax.models.stack import LayerStack, Remat
 from internvl_jax.parallel.partitioning import constrain
@@ -41,7 +42,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, angles: Array, mask: Mask, cache: KVCache | None, layer: Any, fresh: bool
+        self, x: Array, rope: Rope, mask: Mask, cache: KVCache | None, layer: Any, fresh: bool
     ) -> tuple[Array, KVCache | None]:
         cfg = self.config
         heads = (cfg.num_attention_heads, cfg.head_dim)
@@ -54,7 +55,7 @@ class Attention(nn.Module):
         q, k, v = project(x, q_proj, k_proj, v_proj)
         q = constrain(q, "batch", None, "heads", None)
         k, v = (constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
-        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         if cache is not None:
             cache = cache.append(layer, k, v)
@@ -95,11 +96,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, angles: Array, mask: Mask, cache: KVCache | None = None, layer: Any = 0, fresh: bool = False
+        self, x: Array, rope: Rope, mask: Mask, cache: KVCache | None = None, layer: Any = 0, fresh: bool = False
     ) -> tuple[Array, KVCache | None]:
         cfg = self.config
         h = RMSNorm((cfg.hidden_size,), cfg.rms_norm_eps, name="input_layernorm")(x)
-        h, cache = Attention(cfg, self.dtype, name="self_attn")(h, angles, mask, cache, layer, fresh)
+        h, cache = Attention(cfg, self.dtype, name="self_attn")(h, rope, mask, cache, layer, fresh)
         x = x + h
         h = RMSNorm((cfg.hidden_size,), cfg.rms_norm_eps, name="post_attention_layernorm")(x)
         return x + Mlp(cfg, self.dtype, name="mlp")(h), cache
@@ -158,7 +159,7 @@ class Llama(nn.Module):
             hidden state in place of the last layer's.
         """
         x = x.astype(self.dtype)
-        angles = rope_angles(positions, rope_frequencies(self.config))
+        rope = rope_tables(positions, rope_frequencies(self.config), self.dtype)
         if cache is not None:
             cache = cache.append_positions(positions, valid)
         if cache is None or fresh:
@@ -167,7 +168,7 @@ class Llama(nn.Module):
             mask = cache_mask(positions, cache.positions, cache.valid)
 
         def step(block: Callable[..., Any], carry: tuple[Array, KVCache | None], index: Any, _: Any) -> tuple[Any, Any]:
-            x, cache = block(carry[0], angles, mask, carry[1], index, fresh)
+            x, cache = block(carry[0], rope, mask, carry[1], index, fresh)
             return (x, cache), x if collect else None
 
         (last, cache), states = self.stack(step, (x, cache))

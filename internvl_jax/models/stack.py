@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from qwix import QArray
 
-from internvl_jax.models.layers import Params, Variables, split_groups
+from internvl_jax.models.layers import Array, Params, Variables, split_groups
 
 # Rematerialization of a layer in the backward pass: none, all of it, or what a policy of jax.checkpoint_policies does
 # not save.
@@ -167,4 +167,12 @@ def _run(apply: Callable[..., tuple[Any, Any]], layers: Any, carry: Any, count: 
     if count < depth(layers):
         layers = jax.tree.map(lambda leaf: leaf[:count], layers)
     per_layer = jax.tree.map(lambda leaf: leaf[:count], per_layer)
-    return jax.lax.scan(lambda carry, xs: apply(carry, *xs), carry, (layers, jnp.arange(count), per_layer))
+
+    def body(state: tuple[Any, Array], xs: tuple[Any, Any]) -> tuple[tuple[Any, Array], Any]:
+        (carry, index), (layer, extra) = state, xs
+        carry, y = apply(carry, layer, index, extra)
+        return (carry, index + 1), y
+
+    # The index is carried: as a scanned input it would be sliced out of an array for every layer.
+    (carry, _), ys = jax.lax.scan(body, (carry, jnp.int32(0)), (layers, per_layer))
+    return carry, ys
