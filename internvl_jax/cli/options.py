@@ -235,6 +235,8 @@ GENERATION = (
     Setting("top_p", float, "X", "sample from the smallest set of tokens with this probability", "1.0"),
     Setting("top_k", int, "K", "sample from the K most probable tokens; 0 is all", "0"),
     Setting("repetition_penalty", float, "X", "above 1 discourages repetition", "1.0"),
+    Setting("presence_penalty", float, "X", "subtracted from the logits of tokens that were generated before", "0.0"),
+    Setting("frequency_penalty", float, "X", "subtracted as many times as a token was generated before", "0.0"),
     Setting("seed", int, "N", "seed of sampling", "0"),
     Setting("num_beams", int, "N", "beam search with N beams", "1"),
     Setting("length_penalty", float, "X", "rank beams by log-probability / length**X", "1.0"),

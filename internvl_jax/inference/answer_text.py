@@ -93,7 +93,9 @@ class AnswerStream:
             self._text, self.stopped = cut, True
         self.finished = last or self.stopped
         # Blanks around the answer are not part of it, and a possible beginning of a stop string must not be shown.
-        visible = self._text.strip() if self.finished else _without_partial_stop(self._text.strip(), self._stops)
+        visible = self._text.strip()
+        if not self.finished:
+            visible = _without_partial_stop(visible, self._stops).rstrip()
         piece = visible[len(self._shown) :]
         self._shown += piece
         return piece

@@ -349,7 +349,7 @@ class Chat:
 
     def _decode(self, state: DecodeState, gen: GenerationConfig) -> tuple[list[list[int]], list[str]]:
         """Decode every row to its end. With stop strings, the host looks for them between chunks and ends rows."""
-        decoder = self._required_decoder()
+        decoder = self.answer_decoder
         chunk = STOP_CHUNK if gen.stop else gen.max_new_tokens
         while True:
             rows, reasons, running = self.generator.read(state)
@@ -366,7 +366,7 @@ class Chat:
     def _stream(self, batch: QuestionBatch, gen: GenerationConfig) -> Iterator[str | Reply]:
         timer = _Timer()
         state = self._prefill(batch, self._encode_batch(batch, timer), gen, timer)
-        answer = AnswerStream(self._required_decoder(), gen.stop)
+        answer = AnswerStream(self.answer_decoder, gen.stop)
         while True:
             (tokens,), (reason,), running = self.generator.read(state)
             if reason == "error":
@@ -388,13 +388,15 @@ class Chat:
         error = NOT_FINITE
         if reason != "error":
             try:
-                text, tokens, reason = self._required_decoder().finish(tokens, reason, gen.stop)
+                text, tokens, reason = self.answer_decoder.finish(tokens, reason, gen.stop)
                 return Reply(text, tokens, reason, batch.history_with(row, text), prompt_tokens, seconds)
             except ValueError as problem:
                 error = f"the answer's tokens cannot be decoded ({problem})"
         return Reply("", tokens, "error", list(batch.histories[row]), prompt_tokens, seconds, error)
 
-    def _required_decoder(self) -> AnswerDecoder:
+    @property
+    def answer_decoder(self) -> AnswerDecoder:
+        """Turns generated tokens into the text of an answer. Raises ValueError if there is no tokenizer."""
         if self._answer_decoder is None:
             raise ValueError(f"{self.name} has no tokenizer")
         return self._answer_decoder

@@ -45,7 +45,7 @@ class DecodeState(flax.struct.PyTreeNode):
         tokens: [B,S] int32, generated tokens; columns from `count` on are undefined.
         count: [B] int32, number of tokens generated so far.
         last: [B] int32, the last generated token, which is not in the cache yet.
-        seen: [B,V] bool, tokens that the row has generated.
+        uses: [B,V] int32, how often the row has generated each token.
         done: [B] bool, rows that ended: by an end token, their limit, non-finite logits or the caller.
         stopped: [B] bool, rows that ended with an end token.
         failed: [B] bool, rows that ended because their logits were not finite.
@@ -57,7 +57,7 @@ class DecodeState(flax.struct.PyTreeNode):
     tokens: Array
     count: Array
     last: Array
-    seen: Array
+    uses: Array
     done: Array
     stopped: Array
     failed: Array
@@ -66,7 +66,7 @@ class DecodeState(flax.struct.PyTreeNode):
 def state_specs(state: DecodeState) -> DecodeState:
     """PartitionSpecs of a decode state. What the host reads is replicated."""
     specs = jax.tree.map(lambda leaf: P(), state)
-    return specs.replace(cache=cache_specs(state.cache), seen=P(BATCH, TENSOR))
+    return specs.replace(cache=cache_specs(state.cache), uses=P(BATCH, TENSOR))
 
 
 def constrain_state(state: DecodeState) -> DecodeState:
@@ -83,7 +83,7 @@ def add_token(state: DecodeState, logits: Array) -> DecodeState:
     """
     failed = ~state.done & ~all_finite(logits)
     running = ~state.done & ~failed
-    token = jnp.where(running, select_tokens(logits, state.seen, state.count, state.settings), state.last)
+    token = jnp.where(running, select_tokens(logits, state.uses, state.count, state.settings), state.last)
     rows = jnp.arange(token.shape[0])
     column = jnp.where(running, state.count, state.tokens.shape[1])  # out of bounds: dropped
     count = state.count + running
@@ -92,7 +92,7 @@ def add_token(state: DecodeState, logits: Array) -> DecodeState:
         tokens=state.tokens.at[rows, column].set(token, mode="drop"),
         count=count,
         last=token,
-        seen=state.seen | (jnp.arange(state.seen.shape[1]) == token[:, None]),
+        uses=state.uses + (running[:, None] & (jnp.arange(state.uses.shape[1]) == token[:, None])),
         done=state.done | ended | failed | (count >= state.settings.max_new_tokens),
         stopped=state.stopped | ended,
         failed=state.failed | failed,
@@ -153,7 +153,7 @@ def prefill_step(model: BoundModel, prompt: PromptBatch, settings: RowSettings, 
         tokens=jnp.zeros((batch, slots), jnp.int32),
         count=jnp.zeros(batch, jnp.int32),
         last=jnp.zeros(batch, jnp.int32),
-        seen=jnp.zeros((batch, vocabulary), bool),
+        uses=jnp.zeros((batch, vocabulary), jnp.int32),
         done=jnp.zeros(batch, bool),
         stopped=jnp.zeros(batch, bool),
         failed=jnp.zeros(batch, bool),

@@ -61,6 +61,9 @@ class Generator:
         image_token_id: the token that image features replace; None for text-only models.
         mesh: the mesh over which the parameters are sharded (`param_sharding.place_params`); None: one device.
         known: [vocab_size] bool, tokens that may be generated; None: all. End tokens always may.
+
+    Attributes:
+        row_multiple: what the number of rows is padded to a multiple of.
     """
 
     def __init__(
@@ -74,8 +77,8 @@ class Generator:
         self.model = model
         self.mesh = mesh
         self.image_token_id = image_token_id
-        self._known = None if known is None or known.all() else known
-        self._row_multiple = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
+        self.known = None if known is None or known.all() else known
+        self.row_multiple = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
         self._image_multiple = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in model.image_axes)
 
     @classmethod
@@ -145,7 +148,7 @@ class Generator:
         images = pixel_values.shape[0]
         if images == 0:
             raise ValueError("no images to encode: pass None for the features of prompts without images")
-        with self._on_mesh():
+        with self.on_mesh():
             return generate.encode_step(self.model, pad_images(pixel_values, self._image_multiple))[:images]
 
     def prefill(
@@ -160,12 +163,12 @@ class Generator:
             raise ValueError("beams cannot be decoded in steps: use generate(), or num_beams=1")
         prompt, settings = self.prepare(input_ids, attention_mask, features, gen)
         slots = cache_bucket(prompt.input_ids.shape[1] + gen.max_new_tokens)
-        with self._on_mesh():
+        with self.on_mesh():
             return generate.prefill_step(self.model, prompt, settings, slots=slots)
 
     def decode(self, state: DecodeState, steps: int) -> DecodeState:
         """Generate up to `steps` more tokens per row. The buffers of `state` are donated: do not use it again."""
-        with self._on_mesh():
+        with self.on_mesh():
             return generate.decode_loop(self.model, state, np.int32(steps))
 
     def read(self, state: DecodeState) -> tuple[list[list[int]], list[str], np.ndarray]:
@@ -242,7 +245,7 @@ class Generator:
             num_beams=gen.num_beams,
             max_tokens=cache_bucket(width + gen.max_new_tokens) - width,
         )
-        with self._on_mesh():
+        with self.on_mesh():
             logits, cache = generate.read_prompt_step(self.model, prompt, slots=width)
             result = generate.beam_search_step(self.model, logits, cache, prompt_length, search)
         fields = (field[prompt_length > 0] for field in jax.device_get(result))
@@ -256,9 +259,9 @@ class Generator:
         """Logits at every position, [B,T,V] float32, undefined on padding. Arguments as for `generate`."""
         input_ids, valid = self.check(input_ids, attention_mask, features, None)
         rows, length = input_ids.shape
-        width = ((0, -rows % self._row_multiple), (0, prompt_bucket(length) - length))
+        width = ((0, -rows % self.row_multiple), (0, prompt_bucket(length) - length))
         prompt = self._prompt_batch(np.pad(input_ids, width), np.pad(valid, width), features)
-        with self._on_mesh():
+        with self.on_mesh():
             logits = generate.score_step(self.model, prompt)
         return np.asarray(logits)[:rows, :length, : self.config.required_text.vocab_size]
 
@@ -302,7 +305,7 @@ class Generator:
         settings = self._settings(gen, len(input_ids))
         rows = [ids[keep] for ids, keep in zip(input_ids, valid)]
         width = min(prompt_bucket(max(map(len, rows))), self.config.required_text.max_position_embeddings)
-        padded = len(rows) + -len(rows) % self._row_multiple
+        padded = len(rows) + -len(rows) % self.row_multiple
         aligned = np.zeros((padded, width), np.int32)
         valid = np.zeros((padded, width), bool)
         for number, row in enumerate(rows):
@@ -310,7 +313,8 @@ class Generator:
             valid[number, width - len(row) :] = True
         return self._prompt_batch(aligned, valid, features), settings
 
-    def _on_mesh(self) -> contextlib.AbstractContextManager:
+    def on_mesh(self) -> contextlib.AbstractContextManager:
+        """The context in which the programs of `generate` run."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _settings(self, gen: GenerationConfig, batch: int) -> RowSettings:
@@ -319,10 +323,10 @@ class Generator:
         if outside:
             raise ValueError(f"eos_token_ids {outside} are outside the vocabulary of {vocabulary} tokens")
         settings = make_row_settings(gen, batch, self.config.required_text.eos_token_ids)
-        extra = -batch % self._row_multiple
+        extra = -batch % self.row_multiple
         settings = jax.tree.map(lambda row: np.pad(row, [(0, extra)] + [(0, 0)] * (row.ndim - 1), "edge"), settings)
         settings.max_new_tokens[batch:] = 1  # rows that fill up the mesh end at once
-        return settings.replace(known=self._known)
+        return settings.replace(known=self.known)
 
     def _padded(self, rows: list[list[int]]) -> np.ndarray:
         tokens = np.full((len(rows), max(map(len, rows))), self.pad_token_id, np.int32)

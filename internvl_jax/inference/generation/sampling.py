@@ -21,6 +21,7 @@ _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float3
 NO_TOKEN = np.iinfo(np.int32).max  # padding of end tokens: no token has this id
 
 
+NUMBERS = ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty")
 SAMPLING = ("top_p", "top_k", "seed")  # settings that have no effect at temperature 0
 
 
@@ -35,6 +36,8 @@ class GenerationConfig:
         top_k: sample among the k most probable tokens; 0: among all.
         top_p: sample among the fewest tokens whose probabilities sum to top_p.
         repetition_penalty: above 1 makes tokens that were generated before less likely.
+        presence_penalty: subtracted from the logits of tokens that were generated before, as in OpenAI's API.
+        frequency_penalty: subtracted as many times as the token was generated before.
         seed: row i samples with seed + i; a tuple has one seed per row.
         num_beams: beams per row; 1: no beam search.
         length_penalty: beams are ranked by log-probability / length ** length_penalty.
@@ -52,6 +55,8 @@ class GenerationConfig:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | tuple[int, ...] = 0
     num_beams: int = 1
     length_penalty: float = 1.0
@@ -62,9 +67,8 @@ class GenerationConfig:
     def __post_init__(self):
         for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("top_k", 0), ("num_beams", 1)):
             self._set(name, _whole(name, getattr(self, name), least))
-        for name in ("temperature", "top_p", "repetition_penalty", "length_penalty"):
-            value = getattr(self, name)
-            self._set(name, _number(name, value))
+        for name in NUMBERS:
+            self._set(name, _number(name, getattr(self, name)))
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}")
         if self.temperature < 0:
@@ -75,6 +79,8 @@ class GenerationConfig:
             raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}; 1 is off")
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(f'early_stopping must be True, False or "never", not {self.early_stopping!r}')
+        if self.num_beams > 1 and (self.presence_penalty or self.frequency_penalty):
+            raise ValueError("beam search has no presence_penalty and no frequency_penalty: leave them out")
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError("beam search does not sample: set temperature to 0, or num_beams to 1")
         seeds = self.seed if isinstance(self.seed, (tuple, list, np.ndarray)) else None
@@ -121,6 +127,8 @@ class RowSettings(flax.struct.PyTreeNode):
         top_k: [B] int32, 0 is off.
         top_p: [B] float32, 1 is off.
         repetition_penalty: [B] float32, 1 is off.
+        presence_penalty: [B] float32, 0 is off.
+        frequency_penalty: [B] float32, 0 is off.
         seed: [B] uint32.
         eos_ids: [B,E] int32, padded with NO_TOKEN.
         known: [V] bool, tokens that any row may generate; None: all.
@@ -132,6 +140,8 @@ class RowSettings(flax.struct.PyTreeNode):
     top_k: Array
     top_p: Array
     repetition_penalty: Array
+    presence_penalty: Array
+    frequency_penalty: Array
     seed: Array
     eos_ids: Array
     known: Array | None = None
@@ -170,6 +180,8 @@ def make_row_settings(gen: GenerationConfig, batch: int, eos_token_ids: Sequence
         top_k=rows(gen.top_k, np.int32),
         top_p=rows(gen.top_p, np.float32),
         repetition_penalty=rows(gen.repetition_penalty, np.float32),
+        presence_penalty=rows(gen.presence_penalty, np.float32),
+        frequency_penalty=rows(gen.frequency_penalty, np.float32),
         seed=seeds,
         eos_ids=np.tile(np.asarray((*eos, *[NO_TOKEN] * (room - len(eos))), np.int32), (batch, 1)),
     )
@@ -182,8 +194,8 @@ def end_tokens(settings: RowSettings, vocabulary: int) -> Array:
     return jnp.zeros((ids.shape[0], vocabulary), bool).at[rows, ids].set(True, mode="drop")
 
 
-def penalize(scores: Array, seen: Array, count: Array, settings: RowSettings) -> Array:
-    """Apply the repetition penalty, and rule out end tokens before min_new_tokens and unknown tokens.
+def penalize(scores: Array, uses: Array, count: Array, settings: RowSettings) -> Array:
+    """Apply the penalties, and rule out end tokens before min_new_tokens and unknown tokens.
 
     Only generated tokens count as seen: the reference generates from embeddings, so its list of previous tokens does
     not hold the prompt. transformers 4.37 starts that list with one bos token, which it therefore penalizes from the
@@ -191,15 +203,16 @@ def penalize(scores: Array, seen: Array, count: Array, settings: RowSettings) ->
 
     Args:
         scores: [B,V] float32, logits, or log-probabilities in beam search.
-        seen: [B,V] bool, tokens that each row has generated.
+        uses: [B,V] int32, how often each row has generated each token; in beam search bool.
         count: [B] int32, number of tokens that each row has generated.
         settings: generation settings of the rows.
 
     Returns:
         [B,V] float32, -inf for tokens that may not be selected.
     """
-    penalty = settings.repetition_penalty[:, None]
+    penalty, seen = settings.repetition_penalty[:, None], uses > 0
     scores = jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
+    scores = scores - seen * settings.presence_penalty[:, None] - uses * settings.frequency_penalty[:, None]
     too_early = (count < settings.min_new_tokens)[:, None]
     ends = end_tokens(settings, scores.shape[-1])
     forbidden = ends & too_early
@@ -289,21 +302,22 @@ def sample_tokens(logits: Array, count: Array, settings: RowSettings) -> Array:
     return jax.vmap(draw)(settings.seed, count, logits).astype(jnp.int32)
 
 
-def select_tokens(logits: Array, seen: Array, count: Array, settings: RowSettings) -> Array:
+def select_tokens(logits: Array, uses: Array, count: Array, settings: RowSettings) -> Array:
     """Select the next token of each row: greedy where its temperature is 0, sampled elsewhere.
 
-    The order is that of transformers: repetition penalty, min_new_tokens, temperature, top-k, top-p.
+    The order is that of transformers: repetition penalty, min_new_tokens, temperature, top-k, top-p. The other two
+    penalties follow the first.
 
     Args:
         logits: [B,V] float32.
-        seen: [B,V] bool, tokens that each row has generated.
+        uses: [B,V] int32, how often each row has generated each token.
         count: [B] int32, number of tokens that each row has generated.
         settings: generation settings of the rows.
 
     Returns:
         [B] int32.
     """
-    logits = penalize(logits, seen, count, settings)
+    logits = penalize(logits, uses, count, settings)
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     sampling = settings.temperature > 0
     return jax.lax.cond(

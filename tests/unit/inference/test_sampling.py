@@ -161,6 +161,15 @@ def test_penalty_moves_both_signs_down():
     assert np.asarray(late).tolist() == [[-2.0, 1.0, 3.0, 4.0]]
 
 
+def test_openai_penalties():
+    """Subtracted once, and for every use."""
+    settings = make_row_settings(GenerationConfig(presence_penalty=0.5, frequency_penalty=2.0), 1, ())
+    scores, uses = np.array([[-1.0, 2.0, 3.0]], np.float32), np.array([[0, 1, 3]])
+    assert np.asarray(penalize(scores, uses, np.array([4]), settings)).tolist() == [[-1.0, -0.5, -3.5]]
+    with pytest.raises(ValueError, match="no presence_penalty"):
+        GenerationConfig(presence_penalty=0.5, num_beams=2)
+
+
 def test_seeds(model):
     ids, mask = tokens_of(3, 6, 6)
     ids[1] = ids[0]

@@ -1,0 +1,1 @@
+"""Serving: an engine that answers many requests at once, by continuous batching."""

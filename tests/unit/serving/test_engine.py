@@ -1,0 +1,281 @@
+"""The engine on nano: answers are those of a chat, alone and among others, and nothing is lost, mixed up or leaked."""
+
+import itertools
+import random
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from support.serving_cases import IMAGES, Answer, ask, make_engine, make_request
+
+import internvl_jax
+from internvl_jax.inference.generation.sampling import GenerationConfig
+from internvl_jax.serving import programs
+from internvl_jax.serving.engine import Engine, EngineSettings
+from internvl_jax.serving.requests import EngineStopped, QueueFull, Request
+
+QUESTIONS = [
+    ("How many shapes are there?", ("shapes.png",)),
+    ("Is there a circle?", ("shapes.png",)),
+    ("What is in this image?", ("word.png",)),
+    ("图片里有什么？", ("shapes.png",)),
+    ("What word is this?", ("word.png",)),
+    ("Hello", ()),
+    ("What is this?", ()),
+]
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return internvl_jax.load()
+
+
+@pytest.fixture(scope="module")
+def engine(chat):
+    engine = make_engine(chat)
+    engine.start()
+    yield engine
+    assert engine.close(10)
+
+
+names = map("request-{}".format, itertools.count())
+
+
+def idle(engine):
+    """Wait until the engine holds nothing."""
+    deadline = time.monotonic() + 30
+    while engine.stats.running or engine.stats.waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_answers_are_those_of_a_chat_under_random_arrivals(engine, chat):
+    """Greedy and sampled, with images and without, more requests than rows, over several turns of the ring."""
+    draw = random.Random(0)
+    cases = [(*one, {"temperature": 0.9, "seed": seed} if seed % 2 else {}) for seed in range(8) for one in QUESTIONS]
+    draw.shuffle(cases)
+    expected = {}
+    for question, images, settings in cases:
+        key = (question, tuple(settings.items()))
+        paths = [IMAGES / image for image in images]
+        expected[key] = expected.get(key) or chat.chat(question, paths, max_new_tokens=40, **settings)
+    answers = []
+    for question, images, settings in cases:
+        answers.append(
+            (ask(engine, next(names), question, images, **settings), expected[question, tuple(settings.items())])
+        )
+        time.sleep(draw.choice([0, 0, 0.005, 0.03]))
+    for answer, reply in answers:
+        answer.wait()
+        assert (answer.text, answer.tokens, answer.last.finish_reason) == (
+            reply.text,
+            reply.tokens,
+            reply.finish_reason,
+        )
+        assert answer.last.timings.prompt_tokens == reply.prompt_tokens
+        assert answer.last.timings.generated_tokens == len(reply.tokens)
+    assert engine.compiles == 0
+
+
+def test_logprobs_are_those_of_the_logits(engine, chat):
+    answer = ask(engine, next(names), *QUESTIONS[2], logprobs=3).wait()
+    request = make_request(chat, "", *QUESTIONS[2])
+    ids = np.asarray([*request.input_ids, *answer.tokens])[None]
+    logits = chat.logits(ids, np.stack([image.pixel_values for image in request.images]))[
+        0, len(request.input_ids) - 1 :
+    ]
+    expected = jax.nn.log_softmax(logits[: len(answer.tokens)])
+    for one, row in zip(answer.logprobs, expected, strict=True):
+        assert one.logprob == pytest.approx(float(row[one.token]), abs=1e-4)
+        assert [token for token, _ in one.top] == np.argsort(-row)[:3].tolist()
+        assert [value for _, value in one.top] == pytest.approx(np.sort(row)[::-1][:3].tolist(), abs=1e-3)
+    assert [one.token for one in answer.logprobs] == answer.tokens
+
+
+def test_penalties(engine, chat):
+    """In one row only; the same as offline."""
+    settings = {"frequency_penalty": 5.0, "presence_penalty": 20.0}
+    plain = ask(engine, next(names), "Hello")
+    answer = ask(engine, next(names), "Hello", **settings).wait()
+    reply = chat.chat("Hello", max_new_tokens=40, **settings)
+    assert answer.tokens == reply.tokens
+    assert plain.wait().tokens == chat.chat("Hello", max_new_tokens=40).tokens != answer.tokens
+
+
+def test_stop_strings_and_limits(engine, chat):
+    whole = chat.chat("Hello", max_new_tokens=40).text
+    stopped = ask(engine, next(names), "Hello", stop=("shapes, w",)).wait()
+    assert (stopped.text, stopped.last.finish_reason) == (whole[: whole.index("shapes, w")].strip(), "stop")
+    assert stopped.tokens == chat.chat("Hello", max_new_tokens=40, stop=("shapes, w",)).tokens
+    assert not any(output.text.endswith("shapes,") for output in stopped.outputs)  # may be the stop's beginning
+    short = ask(engine, next(names), "Hello", max_new_tokens=3).wait()
+    assert (short.last.finish_reason, len(short.tokens)) == ("length", 3)
+
+
+def test_prefixes_and_images_are_cached(chat):
+    """The same answers with cached blocks; an image's block only with the same image, and nothing across salts."""
+    engine = make_engine(chat, chunk=16)
+    engine.start()
+    texts = {}
+    for name, images, salt in (
+        ("first", ("shapes.png",), ""), ("again", ("shapes.png",), ""),
+        ("other image", ("word.png",), ""), ("other tenant", ("shapes.png",), "tenant"),
+    ):  # fmt: skip
+        answer = ask(engine, name, "What is in this image?", images, salt=salt).wait()
+        texts[name] = (answer.text, answer.last.timings.cached_tokens)
+    cached = {name: tokens for name, (_, tokens) in texts.items()}
+    assert cached == {"first": 0, "again": 32, "other image": 0, "other tenant": 0}
+    assert texts["first"][0] == texts["again"][0] == texts["other tenant"][0] != texts["other image"][0]
+    assert texts["other image"][0] == chat.chat("What is in this image?", IMAGES / "word.png").text
+    stats = engine.stats
+    assert (stats.image_queries, stats.image_hits) == (4, 1)
+    assert stats.prefix_hits == 32
+    assert engine.compiles == 0
+    assert engine.close(10)
+
+
+def test_text_before_an_image_is_shared(chat):
+    engine = make_engine(chat, chunk=8)
+    engine.start()
+    for name, images, expected in (("a", ("shapes.png",), 0), ("b", ("word.png",), 16)):
+        request = make_request(chat, name, "Look at this image, please: <image> How many shapes are there?", images)
+        answer = Answer()
+        engine.submit(request, answer)
+        before = request.input_ids.index(chat.image_token_id)
+        assert answer.wait().last.timings.cached_tokens == (before // 8 * 8 if expected else 0)
+    assert engine.close(10)
+
+
+def test_a_request_that_fails_fails_alone(engine, chat):
+    broken = np.full((1, 3, 112, 112), np.nan, np.float32)
+    others = [ask(engine, next(names), *QUESTIONS[0]) for _ in range(2)]
+    answer = ask(engine, next(names), *QUESTIONS[0], pixels=broken).wait()
+    assert answer.last.finish_reason == "error"
+    assert "not finite" in answer.last.error
+    others.append(ask(engine, next(names), *QUESTIONS[0]))
+    assert [one.wait().text for one in others] == ["5"] * 3
+
+
+def test_cancelled_requests_leave_nothing(engine, chat):
+    """While they wait, are read, and are answered; hundreds of times."""
+    draw = random.Random(1)
+    answers = []
+    for number in range(300):
+        question, images = draw.choice(QUESTIONS)
+        name = f"cancelled-{number}"
+        answers.append(ask(engine, name, question, images, max_new_tokens=100, min_new_tokens=100))
+        if number % 3 == 0:
+            time.sleep(0.002)
+        engine.cancel(name)
+    assert {answer.wait().last.finish_reason for answer in answers} <= {"cancelled", "length"}
+    idle(engine)
+    assert engine.stats.cache_usage == 0
+    assert ask(engine, next(names), *QUESTIONS[0]).wait().text == "5"
+    engine.cancel("unknown")
+    assert engine.compiles == 0
+
+
+def test_deadlines(engine):
+    answer = ask(engine, next(names), "Hello", deadline=time.monotonic(), min_new_tokens=40).wait()
+    assert answer.last.finish_reason == "deadline"
+
+
+def test_a_receiver_that_raises_loses_its_request_only(engine, caplog):
+    def broken(output):
+        raise RuntimeError("the client is gone")
+
+    engine.submit(make_request(engine.chat, next(names), "Hello"), broken)
+    assert ask(engine, next(names), *QUESTIONS[0]).wait().text == "5"
+    idle(engine)
+    assert "its receiver failed" in caplog.text
+
+
+def test_the_device_fails(chat, monkeypatch, caplog):
+    """What runs ends with an error; what comes after is answered."""
+    engine = make_engine(chat, rows=2)
+    real, calls = programs.decode_step, itertools.count()
+
+    def failing(*args, **options):
+        if next(calls) == 1:
+            raise RuntimeError("out of memory")
+        return real(*args, **options)
+
+    monkeypatch.setattr(programs, "decode_step", failing)
+    engine.start()
+    answers = [ask(engine, next(names), "Hello") for _ in range(2)]
+    assert {answer.wait().last.finish_reason for answer in answers} == {"error", "stop"} or all(
+        answer.last.finish_reason == "error" for answer in answers
+    )
+    assert ask(engine, next(names), *QUESTIONS[0]).wait().text == "5"
+    assert "out of memory" in caplog.text
+    assert engine.close(10)
+
+
+def test_what_is_refused(chat):
+    engine = make_engine(chat, rows=1, max_waiting=2, slots=96)
+    with pytest.raises(ValueError, match=r"the prompt has \d+ tokens; with 90 new ones it exceeds the 96"):
+        ask(engine, "long", "Hello", max_new_tokens=90)
+    with pytest.raises(ValueError, match="no beam search"):
+        ask(engine, "beams", "Hello", num_beams=2)
+    with pytest.raises(ValueError, match="logprobs must be 0 to 20"):
+        ask(engine, "logprobs", "Hello", logprobs=21)
+    with pytest.raises(ValueError, match="at most 8"):
+        ask(engine, "ends", "Hello", eos_token_ids=tuple(range(9)))
+    request = make_request(chat, "images", *QUESTIONS[0])
+    with pytest.raises(ValueError, match="image"):
+        engine.submit(replace(request, images=()), print)
+    waiting = [ask(engine, f"waiting-{number}", "Hello") for number in range(2)]
+    with pytest.raises(ValueError, match="there is a request 'waiting-0' already"):
+        ask(engine, "waiting-0", "Hello")
+    with pytest.raises(QueueFull, match="2 requests are waiting already"):
+        ask(engine, "third", "Hello")
+    engine.start()
+    assert engine.close(10)  # after those that wait are answered
+    assert [answer.wait().last.finish_reason for answer in waiting] == ["stop"] * 2
+    with pytest.raises(EngineStopped):
+        ask(engine, "late", "Hello")
+
+
+def test_closing_with_a_limit_cancels(chat):
+    engine = make_engine(chat, rows=1)
+    engine.start()
+    answers = [ask(engine, f"slow-{number}", "Hello", max_new_tokens=100, min_new_tokens=100) for number in range(40)]
+    assert not engine.close(0.01)
+    assert {answer.wait().last.finish_reason for answer in answers} <= {"length", "cancelled"}
+    assert answers[-1].last.finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rows": 0}, "rows must be at least 1"),
+        ({"slots": 100, "chunk": 64}, "must be a multiple of chunk"),
+        ({"slots": 1 << 20}, "exceed the model's context"),
+    ],
+)
+def test_sizes_that_do_not_fit(chat, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(chat, EngineSettings(**settings))
+
+
+@pytest.mark.parametrize("options", [{"cache_dtype": "int8"}, {"quantize": "int8"}])
+def test_quantized(options):
+    chat = internvl_jax.load(**options)
+    engine = make_engine(chat, rows=2)
+    engine.start()
+    answers = [ask(engine, f"{number}", *QUESTIONS[number]) for number in (0, 2, 5)]
+    expected = [chat.chat(question, [IMAGES / image for image in images]).text for question, images in
+                (QUESTIONS[0], QUESTIONS[2], QUESTIONS[5])]  # fmt: skip
+    assert [answer.wait().text for answer in answers] == expected
+    assert engine.compiles == 0
+    assert engine.close(10)
+
+
+def test_prompts_of_tokens_only(engine):
+    """Without text around them: what the server's completions send."""
+    ids = tuple(engine.chat.tokenizer.encode("Hello"))
+    answer = Answer()
+    engine.submit(Request(next(names), ids, generation=GenerationConfig(max_new_tokens=4)), answer)
+    assert len(answer.wait().tokens) <= 4
