@@ -15,7 +15,8 @@ from internvl_jax.config import TextConfig
 from internvl_jax.models import cpu
 from internvl_jax.models.layers import Array, pin_layout
 from internvl_jax.models.stack import is_stacked, zero_layers
-from internvl_jax.parallel.partitioning import logical_spec
+from internvl_jax.parallel.mesh import kv_copies
+from internvl_jax.parallel.partitioning import axis_devices, logical_spec
 
 CACHE_AXES = ("layers", "batch", "kv_heads", None, None)  # [L,B,K,S,H]
 
@@ -101,7 +102,7 @@ class KVCache(flax.struct.PyTreeNode):
 
 
 def init_cache(config: TextConfig, batch: int, slots: int, dtype: Any, *, layers: Any) -> KVCache:
-    """Make an empty cache.
+    """Make an empty cache, on a mesh with repeated kv heads where they are fewer than the tensor axis.
 
     Args:
         config: sizes of the language model.
@@ -110,7 +111,8 @@ def init_cache(config: TextConfig, batch: int, slots: int, dtype: Any, *, layers
         dtype: of keys and values; int8 keeps a scale beside each token's k and v.
         layers: the layers' parameters, whose layout (stacked or not) the cache takes over.
     """
-    per_token = (batch, config.num_key_value_heads, slots)
+    kv_heads = config.num_key_value_heads * kv_copies(config.num_key_value_heads, axis_devices("kv_heads"))
+    per_token = (batch, kv_heads, slots)
     zeros = partial(zero_layers, config.num_hidden_layers, like=layers)
     scaled = jnp.dtype(dtype) == jnp.int8
     return KVCache(

@@ -31,11 +31,17 @@ from internvl_jax.models.layers import (
     rope_tables,
 )
 from internvl_jax.models.stack import LayerStack, Remat
-from internvl_jax.parallel.partitioning import constrain
+from internvl_jax.parallel.mesh import kv_copies
+from internvl_jax.parallel.partitioning import axis_devices, constrain
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped kv heads. x [B,T,D] -> ([B,T,D], cache)."""
+    """Causal self-attention with rotary positions and grouped kv heads. x [B,T,D] -> ([B,T,D], cache).
+
+    On a mesh, parameters may have more query heads than the config, and keys and values are repeated where kv heads
+    are fewer than the tensor axis (`param_sharding`). What a padded head computes is dropped before o_proj, whose rows
+    would get a gradient from it: unlike its query, its keys and values are not zero.
+    """
 
     config: TextConfig
     dtype: Any
@@ -57,12 +63,18 @@ class Attention(nn.Module):
         k, v = (constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        copies = kv_copies(cfg.num_key_value_heads, axis_devices("kv_heads"))
+        if copies > 1:
+            k, v = (constrain(jnp.repeat(y, copies, axis=1), "batch", "kv_heads", None, None) for y in (k, v))
         if cache is not None:
             cache = cache.append(layer, k, v)
         if cache is None or fresh:
             y = attention(q, KeysValues(k, v), mask)
         else:
             y = attention(q, cache.read(layer), mask)
+        if y.shape[2] > cfg.num_attention_heads:
+            group, true = (heads // cfg.num_key_value_heads for heads in (y.shape[2], cfg.num_attention_heads))
+            y = jnp.where((jnp.arange(y.shape[2]) % group < true)[:, None], y, 0)
         axes = ("heads", "head_dim", "embed")
         y = Linear("BTNH,NHD->BTD", (*heads, cfg.hidden_size), axes, self.dtype, bias, name="o_proj")(y)
         return constrain(y, "batch", "tokens", None), cache

@@ -5,6 +5,13 @@ parameters are placed on a mesh (`pad_params`) and cropped when they leave it (`
 padding. Zero heads are exact: their q, k and v are zero, their output meets zero rows of `proj`, and the q/k norm
 divides by the true width. Their gradient is exactly zero too, so training leaves them zero.
 
+kv heads fewer than the tensor axis (Qwen2.5-7B has 4, most others 8) are stored as they are, on every device, and each
+device's part of keys, values and KV cache is the one head that its query heads read: the model repeats keys and values
+after their projection. So a cache is not held several times, kernels run on each device's heads, and a gradient is the
+sum over a head's copies by itself. The query heads of a kv head are padded to a multiple of its copies: 28 heads with 4
+kv heads become 32 on 8 devices, 8 for each kv head, of which each device has 4. (Dropout on the input of an adapter of
+o_proj then draws other masks than on a mesh without such padding.)
+
 A quantized kernel (quantize.py) is two leaves under the kernel's name. Its scales are sharded as its integers, except
 along axes that share a scale.
 """
@@ -21,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.models.axes import LAYERS, axes_of
-from internvl_jax.parallel.mesh import IMAGE_AXES, TENSOR
+from internvl_jax.parallel.mesh import IMAGE_AXES, TENSOR, padded_heads
 from internvl_jax.parallel.partitioning import GATHERED_AXES, axis_size, fit_spec, logical_spec, path_of
 
 VOCABULARY_TILE = 128  # each device's part of the vocabulary is a multiple of this: whole tiles of a TPU's matrix unit
@@ -127,7 +134,7 @@ def _divides(shape: Sequence[int], spec: P, mesh: Mesh) -> bool:
 # Padding.
 
 
-def resize_axes(params: Any, sizes: Mapping[str, int]) -> Any:
+def resize_axes(params: Any, sizes: Mapping[str, int], *, blocks: Mapping[str, int] | None = None) -> Any:
     """Zero-pad or crop parameters, quantized ones and adapters too, along logical axes.
 
     Works on arrays, under jit and under jax.eval_shape.
@@ -135,26 +142,33 @@ def resize_axes(params: Any, sizes: Mapping[str, int]) -> Any:
     Args:
         params: parameters or adapters.
         sizes: the new size of each logical axis that changes.
+        blocks: the number of equal blocks of an axis, each of which is padded or cropped at its end; 1 for others.
     """
 
     def fit(keys: Sequence[Any], leaf: Any) -> Any:
         for axis, name in enumerate(_axis_names(keys, leaf)):
             size = sizes.get(name, leaf.shape[axis])
-            if leaf.shape[axis] == size or (_is_scale(keys) and leaf.shape[axis] == 1):
-                continue
-            if leaf.shape[axis] > size:
-                leaf = jax.lax.slice_in_dim(leaf, 0, size, axis=axis)
-            else:
-                width = [(0, 0)] * leaf.ndim
-                width[axis] = (0, size - leaf.shape[axis])
-                leaf = jnp.pad(leaf, width)
+            if leaf.shape[axis] != size and not (_is_scale(keys) and leaf.shape[axis] == 1):
+                leaf = _resize(leaf, axis, size, (blocks or {}).get(name, 1))
         return leaf
 
     return jax.tree_util.tree_map_with_path(fit, params)
 
 
+def _resize(leaf: Any, axis: int, size: int, blocks: int) -> Any:
+    shape = leaf.shape
+    if blocks > 1:
+        leaf = leaf.reshape(*shape[:axis], blocks, -1, *shape[axis + 1 :])
+        return _resize(leaf, axis + 1, size // blocks, 1).reshape(*shape[:axis], size, *shape[axis + 1 :])
+    if shape[axis] > size:
+        return jax.lax.slice_in_dim(leaf, 0, size, axis=axis)
+    width = [(0, 0)] * leaf.ndim
+    width[axis] = (0, size - shape[axis])
+    return jnp.pad(leaf, width)
+
+
 def pad_params(params: Any, config: ChatConfig, mesh: Mesh, *, vision: str = "tensor") -> Any:
-    """Pad true shapes to shapes that divide the mesh: the vision tower's heads and the vocabulary.
+    """Pad true shapes to shapes that divide the mesh: both towers' heads and the vocabulary.
 
     The model masks the logits of padded rows. Works on arrays, under jit and under jax.eval_shape.
     """
@@ -165,7 +179,8 @@ def pad_params(params: Any, config: ChatConfig, mesh: Mesh, *, vision: str = "te
     if config.text is not None and tensor > 1:
         tile = tensor * VOCABULARY_TILE
         sizes["vocab"] = -(-config.text.vocab_size // tile) * tile
-    return resize_axes(params, sizes)
+        sizes["heads"] = padded_heads(config.text, tensor)
+    return resize_axes(params, sizes, blocks=_blocks(config))
 
 
 def unpad_params(params: Any, config: ChatConfig) -> Any:
@@ -175,7 +190,12 @@ def unpad_params(params: Any, config: ChatConfig) -> Any:
         sizes["vision_heads"] = config.vision.num_attention_heads
     if config.text is not None:
         sizes["vocab"] = config.text.vocab_size
-    return resize_axes(params, sizes)
+        sizes["heads"] = config.text.num_attention_heads
+    return resize_axes(params, sizes, blocks=_blocks(config))
+
+
+def _blocks(config: ChatConfig) -> dict[str, int]:
+    return {} if config.text is None else {"heads": config.text.num_key_value_heads}
 
 
 # Placement.

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
-from internvl_jax.config import ChatConfig
+from internvl_jax.config import ChatConfig, TextConfig
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the mesh axes over which the rows of a batch are sharded
@@ -163,10 +163,12 @@ def validate_mesh(config: ChatConfig, mesh: Mesh, batch: int | None = None) -> N
 
 def _check_sizes(config: ChatConfig, mesh: Mapping[str, int]) -> None:
     devices = math.prod(mesh.values())
-    for axis, sizes in (("tensor", _tensor_sizes(config)), ("fsdp", _fsdp_sizes(config))):
-        wrong = [f"{what} ({number})" for what, number in sizes.items() if number % mesh[axis]]
+    for axis, sizes_of in (("tensor", _tensor_sizes), ("fsdp", _fsdp_sizes)):
+        wrong = [f"{what} ({number})" for what, number in sizes_of(config).items() if number % mesh[axis]]
+        if axis == "tensor" and config.text is not None and not heads_fit(config.text, mesh[axis]):
+            wrong.insert(0, f"the language model's heads ({_heads(config.text)})")
         if wrong:
-            legal = [n for n in _divisors(math.gcd(*sizes.values())) if n <= devices]
+            legal = _legal_sizes(config, axis, devices)
             raise MeshError(
                 f"{axis}={mesh[axis]} does not divide {', '.join(wrong)}; legal sizes of {axis} on {devices} devices "
                 f"are {_listed(legal)}; other devices can go to the other axes"
@@ -221,16 +223,45 @@ def default_vision_mode(mesh: Mesh, images: int = 1) -> str:
 
 def legal_tensor_sizes(config: ChatConfig, devices: int) -> list[int]:
     """The sizes of the tensor axis that divide both the model and the number of devices, ascending."""
-    return _divisors(math.gcd(devices, *_tensor_sizes(config).values()))
+    return [size for size in _legal_sizes(config, TENSOR, devices) if devices % size == 0]
+
+
+def kv_copies(kv_heads: int, devices: int) -> int:
+    """How often kv heads are repeated on a tensor axis, so that each device has whole ones; 1 where they divide."""
+    return devices // kv_heads if devices % kv_heads == 0 else 1
+
+
+def padded_heads(text: TextConfig, devices: int) -> int:
+    """The number of query heads on a tensor axis: each kv head's group is padded to share it out among its copies."""
+    kv_heads, copies = text.num_key_value_heads, kv_copies(text.num_key_value_heads, devices)
+    return kv_heads * copies * -(-text.num_attention_heads // (kv_heads * copies))
+
+
+def heads_fit(text: TextConfig, devices: int) -> bool:
+    """Whether a tensor axis can share out the heads, with fewer zero heads than true ones."""
+    heads = padded_heads(text, devices)
+    return heads % devices == 0 and heads < 2 * text.num_attention_heads
+
+
+def _heads(text: TextConfig) -> str:
+    heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+    return str(heads) if heads == kv_heads else f"{heads} with {kv_heads} kv heads"
+
+
+def _legal_sizes(config: ChatConfig, axis: str, devices: int) -> list[int]:
+    """The sizes of an axis, up to `devices`, that the model allows."""
+    sizes = _tensor_sizes(config) if axis == TENSOR else _fsdp_sizes(config)
+    legal = _divisors(math.gcd(*sizes.values())) if sizes else list(range(1, devices + 1))
+    fits = config.text is None or axis != TENSOR
+    return [n for n in legal if n <= devices and (fits or heads_fit(config.required_text, n))]
 
 
 def _tensor_sizes(config: ChatConfig) -> dict[str, int]:
-    """Sizes that the tensor axis must divide. Vision heads and vocabulary are padded instead, kv heads repeated."""
+    """Sizes that the tensor axis must divide, besides heads (`heads_fit`). Vision heads and vocabulary are padded."""
     sizes = {}
     if config.vision is not None:
         sizes["the vision tower's intermediate_size"] = config.vision.intermediate_size
     if config.text is not None:
-        sizes["the language model's heads"] = config.text.num_attention_heads
         sizes["the language model's intermediate_size"] = config.text.intermediate_size
     if config.projector is not None:
         sizes["the projector's width"] = config.projector.out_features

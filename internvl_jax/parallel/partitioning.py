@@ -94,10 +94,16 @@ def _without(axes: str | tuple[str, ...] | None, removed: Sequence[str]) -> tupl
     return rest or None
 
 
+def axis_devices(axis: str) -> int:
+    """The number of devices of the mesh in use that an axis of this logical name is sharded over; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else axis_size(AXIS_RULES[axis], mesh.shape)
+
+
 def is_sharded(size: int, axis: str) -> bool:
     """Whether `constrain` shards an axis of this logical name and size over the mesh in use."""
-    mesh, axes = jax.sharding.get_abstract_mesh(), AXIS_RULES[axis]
-    return not mesh.empty and axis_size(axes, mesh.shape) > 1 and size % axis_size(axes, mesh.shape) == 0
+    devices = axis_devices(axis)
+    return devices > 1 and size % devices == 0
 
 
 def fit_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:

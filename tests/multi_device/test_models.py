@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support import modules
 from support.golden import assert_close
-from support.mesh_cases import IMAGE, answers, batch_of, config_of, llava_of, params_of
+from support.mesh_cases import IMAGE, answers, batch_of, config_of, grouped_of, llava_of, params_of
 
 from internvl_jax.config import ChatConfig
 from internvl_jax.inference.generation import generate
@@ -76,12 +76,14 @@ def reference(config: ChatConfig, rows: int):
     return run(params, config, rows), answers(params, config, 3)
 
 
-SYSTEMS = {"5-heads-gqa": config_of(5, 2), "25-heads": config_of(25, 8)}
+SYSTEMS = {"5-heads-gqa": config_of(5, 2), "25-heads": config_of(25, 8), "groups-of-3": grouped_of()}
 FAMILY = {"llava": llava_of("llava"), "v1_0": llava_of("v1_0")}
 
 
 # Heads padded and shared, all axes at once, and weights gathered; the other pairs are long.
 SHORT = {
+    ("groups-of-3", "tensor=8"),
+    ("groups-of-3", "fsdp=2,tensor=4"),
     ("5-heads-gqa", "tensor=8"),
     ("5-heads-gqa", "data=2,fsdp=2,tensor=2"),
     ("25-heads", "fsdp=2,tensor=4"),

@@ -1,5 +1,6 @@
 """Tiny models and batches for meshes: heads and vocabularies that no mesh axis divides."""
 
+import dataclasses
 from functools import cache
 
 import jax
@@ -41,6 +42,13 @@ def config_of(vision_heads: int, kv_heads: int) -> ChatConfig:
         eos_token_ids=(),
     )
     return ChatConfig(vision, ProjectorConfig(4 * width, 64), text, select_layer=-1)
+
+
+@cache
+def grouped_of() -> ChatConfig:
+    """The tiny model with groups of 3 heads, which share 2 kv heads."""
+    base = config_of(5, 2)
+    return dataclasses.replace(base, text=dataclasses.replace(base.text, num_attention_heads=6))
 
 
 @cache

@@ -5,8 +5,9 @@ from support.tiny_model import tiny
 
 from internvl_jax.training.optimizer import AdamW
 
-# 5 heads in the tower, which nothing divides; 8 in the language model, which share 4, fewer than some tensor axes have.
-CONFIG = tiny(num_attention_heads=8, num_key_value_heads=4, head_dim=16)
+# 5 heads in the tower, which nothing divides; 12 in the language model, which share 4: on tensor=8 they become 16, and
+# the kv heads are repeated.
+CONFIG = tiny(num_attention_heads=12, num_key_value_heads=4, head_dim=16)
 
 
 # eps as large as gradients are: else Adam makes a whole step of the rounding of a gradient that is nearly zero.

@@ -1,5 +1,6 @@
 """Meshes, sharding rules and padding. What needs several devices is in tests/multi_device."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from support.chat_model_cases import tower
 
-from internvl_jax.config import PRESETS
+from internvl_jax.config import PRESETS, ChatConfig
 from internvl_jax.models import chat_model, param_sharding
 from internvl_jax.models.stack import unstack
 from internvl_jax.parallel import mesh as mesh_lib
@@ -108,6 +109,27 @@ def test_illegal_meshes_name_the_legal_ones():
     assert mesh_lib.legal_tensor_sizes(V1_1, 256) == [1, 2, 4, 8]
     with pytest.raises(MeshError, match="make it with make_mesh"):
         validate_mesh(V1_1, AbstractMesh((1,), ("tensor",)))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "legal", "padded"),
+    [
+        (14, 2, {1: 14, 2: 14, 4: 16, 8: 16, 16: 16}, "14 with 2 kv heads"),  # published sizes
+        (28, 4, {1: 28, 2: 28, 4: 28, 8: 32, 16: 32, 32: 32}, "28 with 4 kv heads"),
+        (40, 8, {1: 40, 2: 40, 4: 40, 8: 40, 16: 48, 32: 64, 64: 64}, "40 with 8 kv heads"),
+        (64, 8, {1: 64, 2: 64, 4: 64, 8: 64, 16: 64, 32: 64, 64: 64}, "64 with 8 kv heads"),
+    ],
+)
+def test_heads_on_a_tensor_axis(heads, kv_heads, legal, padded):
+    """kv heads are repeated and groups padded, with fewer zero heads than true ones."""
+    text = dataclasses.replace(
+        V1_1.text, num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=1 << 14
+    )
+    config = ChatConfig(vision=None, projector=None, text=text, layout="llama")
+    assert mesh_lib.legal_tensor_sizes(config, 256) == list(legal)
+    assert {size: mesh_lib.padded_heads(text, size) for size in legal} == legal
+    with pytest.raises(MeshError, match=rf"tensor=256 does not divide the language model's heads \({padded}\)"):
+        validate_mesh(config, mesh_of(tensor=256))
 
 
 @pytest.mark.parametrize("config", [V1_1, NANO], ids=["v1_1", "nano"])
