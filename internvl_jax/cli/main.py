@@ -20,11 +20,12 @@ from internvl_jax.cli import (
     options,
     parity,
     runner,
+    serve,
     train,
     verify,
 )
 
-COMMANDS = (chat, batch, convert, export, verify, parity, compile_report, bench, train, eval, data, adapters)
+COMMANDS = (chat, batch, serve, convert, export, verify, parity, compile_report, bench, train, eval, data, adapters)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from internvl_jax.processing.conversation import (
     combine_images,
     count_images,
     count_placeholders,
+    escape_placeholders,
     has_ambiguous_images,
     place_images,
     prepare_prompt,
@@ -42,6 +43,8 @@ class AskOptions:
             default they are ordinary text, so that typed text can neither end a turn nor insert an image.
         combine: put all images, later ones too, at the history's one placeholder: the reference's combined form, which
             shows an image before the answer that was given without it.
+        image_mark: a character that stands for an image in questions and system message; "<image>" is then ordinary
+            text. None: "<image>" stands for an image.
     """
 
     system: str | None = None
@@ -49,6 +52,7 @@ class AskOptions:
     image_path: str = "eval"
     parse_special: bool = False
     combine: bool = False
+    image_mark: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,11 +127,14 @@ class PromptBuilder:
         rows: list[list[int]] = []
         pixels: list[np.ndarray] = []
         for index, (question, sources, history) in enumerate(zip(questions, image_rows, turns)):
+            row_options, literal = options, None
             try:
-                earlier = count_images(history) + count_placeholders(options.system or "")
+                if options.image_mark is not None:
+                    question, history, row_options, literal = _with_placeholders(question, history, options)
+                earlier = count_images(history) + count_placeholders(row_options.system or "")
                 question = self._place_images(question, history, len(sources) - earlier)
                 processor = self._required_processor() if sources else None
-                rows.append(self._encode_text(question, history, len(sources), options))
+                rows.append(self._encode_text(question, history, len(sources), row_options, literal))
                 if processor is not None:
                     loaded = (load_image(source, honor_exif=options.honor_exif) for source in sources)
                     pixels += [processor(image, path=options.image_path) for image in loaded]
@@ -161,12 +168,21 @@ class PromptBuilder:
             raise ValueError(f"{self.name} has no tokenizer files: put them beside its config.json, or use generate()")
         return self.tokenizer
 
-    def _encode_text(self, question: str, history: Sequence[Turn], num_images: int, options: AskOptions) -> list[int]:
-        """Token ids of a row's prompt. Special tokens in the texts are ordinary text unless `parse_special` is set."""
+    def _encode_text(
+        self, question: str, history: Sequence[Turn], num_images: int, options: AskOptions, literal: str | None
+    ) -> list[int]:
+        """Token ids of a row's prompt. Special tokens in the texts are ordinary text unless `parse_special` is set.
+
+        Args:
+            question: the question with its placeholders.
+            history: the turns before it.
+            num_images: of the whole row.
+            options: as given.
+            literal: the mark around typed text, where one is in use already.
+        """
         tokenizer, template = self._required_tokenizer(), TEMPLATES[self.config.template or ""]
         typed = (question, options.system or "", *(text for turn in history for text in turn))
-        literal = None
-        if not options.parse_special:
+        if literal is None and not options.parse_special:
             without = (_unicode(text).replace(IMAGE_PLACEHOLDER, " ") for text in typed)
             answers = (answer for _, answer in history)
             if any(special_tokens_in(tokenizer, text) for text in without) or count_placeholders(*answers):
@@ -174,6 +190,26 @@ class PromptBuilder:
         tokens = self.config.tokens_per_image if num_images else 0
         prompt = prepare_prompt(template, question, history, num_images, tokens, options.system, literal)
         return encode_prompt(tokenizer, _unicode(prompt), template.image[1], self.image_token_id, literal_mark=literal)
+
+
+def _with_placeholders(
+    question: str, history: Sequence[Turn], options: AskOptions
+) -> tuple[str, list[Turn], AskOptions, str | None]:
+    """A row whose images have marks, with placeholders; and the mark around typed text, if it is needed."""
+    mark, system = options.image_mark or "", options.system
+    typed = (question, system or "", *(text for turn in history for text in turn))
+    if not count_placeholders(*typed):
+        literal = None
+    elif options.parse_special:
+        raise ValueError(f"{IMAGE_PLACEHOLDER} cannot be text where special tokens are parsed")
+    else:
+        literal = unused_character(mark, *typed)
+
+    def placed(text: str) -> str:
+        return escape_placeholders(text, mark, literal or "")
+
+    turns = [Turn((placed(asked), answer), turn.images) for turn in history for asked, answer in [turn]]
+    return placed(question), turns, replace(options, system=None if system is None else placed(system)), literal
 
 
 def _unicode(text: str) -> str:

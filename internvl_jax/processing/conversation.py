@@ -100,6 +100,15 @@ def mark_literal(text: str, mark: str) -> str:
     return mark + text.replace(IMAGE_PLACEHOLDER, mark + IMAGE_PLACEHOLDER + mark) + mark
 
 
+def escape_placeholders(text: str, image_mark: str, literal_mark: str) -> str:
+    """Typed text whose images have a mark of their own, with placeholders in their place.
+
+    A placeholder that was typed is broken up by two literal marks, between which nothing stands: it is ordinary text.
+    """
+    typed = IMAGE_PLACEHOLDER[0] + literal_mark * 2 + IMAGE_PLACEHOLDER[1:]
+    return text.replace(IMAGE_PLACEHOLDER, typed).replace(image_mark, IMAGE_PLACEHOLDER)
+
+
 def unused_character(*texts: str) -> str:
     """A private-use character that occurs in none of the texts."""
     used = set("".join(texts))
