@@ -19,9 +19,9 @@ def add_parser(commands: options.Commands) -> None:
     """Add `serve` to the commands."""
     parser = commands.add_parser(
         "serve",
-        help="answer many people at once over HTTP, with OpenAI's API",
-        description="Serves a model to many people at once: OpenAI's API below /v1, metrics at /metrics. "
-        " Without --checkpoint it serves nano. SIGTERM lets running answers finish.",
+        help="answer many people at once over HTTP: OpenAI's API, and a page to chat on",
+        description="Serves a model to many people at once: OpenAI's API below /v1, a page to chat on at /, metrics at "
+        "/metrics. Without --checkpoint it serves nano. SIGTERM lets running answers finish.",
         epilog="examples:\n"
         "  internvl-jax serve\n"
         "  internvl-jax serve --checkpoint InternVL-Chat-V1-1-jax --mesh tensor=8 --host 0.0.0.0 --api-key-file keys",

@@ -9,6 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -18,7 +19,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.routing import Route
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from internvl_jax.inference.chat import Chat
@@ -31,11 +35,14 @@ from internvl_jax.serving.api.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
+PAGE = Path(__file__).parent.parent / "page"
 LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]", "::1"]
 FORCED_SECONDS = 5  # for connections to close after the last answer
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify",
+    "Cross-Origin-Opener-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
@@ -76,6 +83,8 @@ def create_app(
 
     app = Starlette(
         routes=[
+            Route("/", _index),
+            Mount("/page", StaticFiles(directory=PAGE)),
             Route("/health", at.health),
             Route("/ready", at.ready),
             Route("/version", at.version),
@@ -96,6 +105,10 @@ def create_app(
     )
     app.state.service = service
     return app
+
+
+async def _index(_: Request) -> Response:
+    return FileResponse(PAGE / "index.html")
 
 
 class _RequestLog:
@@ -119,6 +132,7 @@ class _RequestLog:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 headers.update(HEADERS)
+                headers.setdefault("Cache-Control", "no-cache")  # a page of another version would not fit this API
             await send(message)
 
         try:

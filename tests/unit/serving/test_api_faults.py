@@ -259,7 +259,7 @@ def test_keys(chat, engine, pool):
             assert get(server.url + path, headers={"Authorization": "Bearer second"}).status_code == 200
         for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
             assert server.client._client.post(server.url + path, json={}).status_code == 401
-        for path in ("/health", "/ready"):
+        for path in ("/", "/page/app.js", "/health", "/ready"):
             assert get(server.url + path).status_code == 200
         asked = [
             pool.submit(create, server, extra_headers={"Authorization": f"Bearer {key}"})
