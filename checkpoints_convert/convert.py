@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from checkpoints_convert.conversion_report import ConversionReport, make_report
 from checkpoints_convert.mapping import EMBEDDING, ConversionError, Tensor, canonical, plan, quantized_by
-from checkpoints_convert.readers import Weights, open_checkpoint, read_index
+from checkpoints_convert.readers import Weights, open_checkpoint, read_index, split_packed
 from checkpoints_convert.side_files import check_side_files, copy_all_side_files
 from internvl_jax import checkpoint
 from internvl_jax.checkpoint import Progress, first_non_finite
@@ -224,6 +224,7 @@ def _match(config: ChatConfig, weights: Weights) -> tuple[list[_Part], dict[str,
             f"{weights.directory} is quantized by {method}, which is not supported: take the checkpoint that it "
             "was made from (--quantize int8 or int4 quantizes it here)"
         )
+    split_packed(weights, config)
     matched = plan(config, weights.shapes)
     grouped: dict[tuple[str, int | None], list[tuple[str, Tensor]]] = {}
     dtypes: dict[str, np.dtype] = {}

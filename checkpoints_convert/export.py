@@ -11,7 +11,17 @@ import numpy as np
 
 from checkpoints_convert.conversion_report import ConversionReport, make_report
 from checkpoints_convert.convert import BUFFERS, PUBLISHED, published_dtypes, published_map
-from checkpoints_convert.mapping import EMBEDDING, TOWER, ConversionError, Tensor, canonical, tensors
+from checkpoints_convert.mapping import (
+    EMBEDDING,
+    PART,
+    TOWER,
+    ConversionError,
+    Tensor,
+    canonical,
+    pack,
+    physical,
+    tensors,
+)
 from checkpoints_convert.readers import PICKLES, SAFETENSORS, Weights
 from checkpoints_convert.side_files import copy_all_side_files
 from checkpoints_convert.writers import Specs, assign_files, is_safe, lay_out, write_at, write_index
@@ -59,10 +69,10 @@ def export(
     started = time.perf_counter()
     source, destination = resolve(source), resolve(destination)
     config = load_config(source)
-    specs, read = _published(source, config)
+    specs, read = _pack(*_published(source, config), config)
     sizes = {key: math.prod(shape) * dtype.itemsize for key, (shape, dtype) in specs.items()}
     total, done = sum(sizes.values()), 0
-    weight_map = _files(source, config, sizes, safe_serialization)
+    weight_map = {physical(key): file for key, file in _files(source, config, sizes, safe_serialization).items()}
     with new_directory(destination, total, error=ConversionError) as directory:
         copy_all_side_files(source, directory, skip=(PUBLISHED,))
         for file in dict.fromkeys(weight_map.values()):
@@ -124,6 +134,28 @@ def _published(source: Path, config: ChatConfig) -> tuple[Specs, Callable[[str],
         return tensor.to_theirs(stored.read(tensor.path, tensor.index)).astype(specs[key][1], copy=False)
 
     return specs, read
+
+
+def _pack(
+    specs: Specs, read: Callable[[str], np.ndarray], config: ChatConfig
+) -> tuple[Specs, Callable[[str], np.ndarray]]:
+    """The same tensors with packed ones in place of their parts."""
+    parts: dict[str, list[str]] = {}
+    for key in specs:
+        parts.setdefault(physical(key), []).append(key)
+    if len(parts) == len(specs):
+        return specs, read
+    packed = {}
+    for key, names in parts.items():
+        shapes = [specs[name][0] for name in names]
+        packed[key] = (sum(shape[0] for shape in shapes), *shapes[0][1:]), specs[names[0]][1]
+
+    def read_packed(key: str) -> np.ndarray:
+        if parts[key] == [key]:
+            return read(key)
+        return pack(config.required_text, {name.partition(PART)[2]: read(name) for name in parts[key]})
+
+    return {key: packed[key] if parts[key] != [key] else specs[key] for key in parts}, read_packed
 
 
 def _check_complete(source: Path, config: ChatConfig, stored: dict[str, tuple[int, ...]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,8 +75,40 @@ class _Row:
     part: int | None = None  # of a fused kernel [D,3,N,H] or bias [3,N,H]: 0 q, 1 k, 2 v
 
 
+# InternLM2 packs q, k and v into one tensor [kv_heads, groups + 2, head_dim, D]: for each kv head its queries, key and
+# value. The tables name the parts "KEY#q_proj", and `unpack` and `pack` are the way there and back.
+PART = "#"
+PACKED = ("q_proj", "k_proj", "v_proj")
+
+
+def physical(key: str) -> str:
+    """The name in the file of a tensor, or of a part of a packed one."""
+    return key.partition(PART)[0]
+
+
+def packed_keys(config: ChatConfig) -> list[str]:
+    """The names in the files of all packed tensors."""
+    return list(dict.fromkeys(physical(tensor.key) for tensor in tensors(config) if PART in tensor.key))
+
+
+def unpack(text: TextConfig, values: np.ndarray) -> dict[str, np.ndarray]:
+    """The parts of a packed tensor by name, each [heads * head_dim, D]."""
+    kv_heads, dim = text.num_key_value_heads, text.head_dim
+    groups = text.num_attention_heads // kv_heads
+    rows = values.reshape(kv_heads, groups + 2, dim, -1)
+    parts = rows[:, :groups], rows[:, groups], rows[:, groups + 1]
+    return {name: part.reshape(-1, rows.shape[-1]) for name, part in zip(PACKED, parts)}
+
+
+def pack(text: TextConfig, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The inverse of `unpack`."""
+    kv_heads, dim = text.num_key_value_heads, text.head_dim
+    rows = [parts[name].reshape(kv_heads, -1, dim, parts[name].shape[-1]) for name in PACKED]
+    return np.concatenate(rows, axis=1).reshape(-1, rows[0].shape[-1])
+
+
 EMBEDDING = "language_model/embed_tokens/embedding"
-_HEAD = re.compile(r"(language_model\.)?lm_head\.weight")
+_HEAD = re.compile(r"(language_model\.)?(lm_head|output)\.weight")
 
 
 def tensors(config: ChatConfig) -> list[Tensor]:
@@ -384,34 +416,63 @@ def _projector(config: ChatConfig, prefix: str, names: tuple[str, str, str]) -> 
     return rows + _linear(prefix + names[2], "mlp1/fc2", outputs, outputs, bias=True)
 
 
+# InternLM2's names of the language model's tensors, where they differ from LLaMA's.
+_INTERNLM2 = {
+    "model.embed_tokens": "model.tok_embeddings",
+    "lm_head": "output",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    **{f"self_attn.{name}": "attention.wqkv" for name in PACKED},
+}
+
+
 def _llama(text: TextConfig, prefix: str) -> Iterator[tuple[list[_Row], int]]:
-    """LlamaForCausalLM."""
+    """LlamaForCausalLM, and its relatives with other names or further tensors."""
     width, dim = text.hidden_size, text.head_dim
     path = "language_model"
-    outer = [_Row(f"{prefix}model.embed_tokens.weight", (text.vocab_size, width), f"{path}/embed_tokens/embedding",
-                  (text.vocab_size, width))]  # fmt: skip
+    names = _INTERNLM2 if text.family == "internlm2" else {}
+
+    def key(name: str, layer: str = "") -> str:
+        return f"{prefix}{layer}{names.get(name, name)}"
+
+    outer = [
+        _Row(f"{key('model.embed_tokens')}.weight", (text.vocab_size, width), f"{path}/embed_tokens/embedding",
+             (text.vocab_size, width))
+    ]  # fmt: skip
     outer += _norm(f"{prefix}model.norm", f"{path}/norm", width, bias=False)
     if not text.tie_word_embeddings:
-        outer += _linear(f"{prefix}lm_head", f"{path}/lm_head", width, text.vocab_size, bias=False)
+        outer += _linear(key("lm_head"), f"{path}/lm_head", width, text.vocab_size, bias=False)
     yield outer, 0
-    key, path = f"{prefix}model.layers.{{}}", f"{path}/layers"
-    rows = _norm(f"{key}.input_layernorm", f"{path}/input_layernorm", width, bias=False)
+    layer, path = "model.layers.{}.", f"{path}/layers"
+    rows = _norm(key("input_layernorm", layer), f"{path}/input_layernorm", width, bias=False)
     for name, heads in (
         ("q_proj", text.num_attention_heads),
         ("k_proj", text.num_key_value_heads),
         ("v_proj", text.num_key_value_heads),
     ):
-        where = f"{path}/self_attn/{name}"
-        rows += _linear(f"{key}.self_attn.{name}", where, width, heads * dim, bias=False, kernel=(width, heads, dim))
-        if text.attention_bias:
-            rows.append(_Row(f"{key}.self_attn.{name}.bias", (heads * dim,), f"{where}/bias", (heads, dim)))
+        ours, theirs = f"{path}/self_attn/{name}", key(f"self_attn.{name}", layer)
+        kernel = _linear(theirs, ours, width, heads * dim, bias=False, kernel=(width, heads, dim))
+        if text.family == "internlm2":
+            kernel = [replace(row, key=f"{row.key}{PART}{name}") for row in kernel]
+        rows += kernel
+        if text.qkv_bias:
+            rows.append(_Row(f"{theirs}.bias", (heads * dim,), f"{ours}/bias", (heads, dim)))
+    if text.qk_norm:
+        for name in ("q_norm", "k_norm"):
+            rows += _norm(key(f"self_attn.{name}", layer), f"{path}/self_attn/{name}", dim, bias=False)
     inner = text.num_attention_heads * dim
     rows += _linear(
-        f"{key}.self_attn.o_proj", f"{path}/self_attn/o_proj", inner, width,
+        key("self_attn.o_proj", layer), f"{path}/self_attn/o_proj", inner, width,
         bias=text.attention_bias, kernel=(text.num_attention_heads, dim, width),
     )  # fmt: skip
-    rows += _norm(f"{key}.post_attention_layernorm", f"{path}/post_attention_layernorm", width, bias=False)
+    rows += _norm(key("post_attention_layernorm", layer), f"{path}/post_attention_layernorm", width, bias=False)
     for name in ("gate_proj", "up_proj"):
-        rows += _linear(f"{key}.mlp.{name}", f"{path}/mlp/{name}", width, text.intermediate_size, bias=text.mlp_bias)
-    rows += _linear(f"{key}.mlp.down_proj", f"{path}/mlp/down_proj", text.intermediate_size, width, bias=text.mlp_bias)
+        ours, theirs = f"{path}/mlp/{name}", key(f"mlp.{name}", layer)
+        rows += _linear(theirs, ours, width, text.intermediate_size, bias=text.mlp_bias)
+    down = key("mlp.down_proj", layer)
+    rows += _linear(down, f"{path}/mlp/down_proj", text.intermediate_size, width, bias=text.mlp_bias)
     yield rows, text.num_hidden_layers

@@ -8,15 +8,16 @@ cannot be mapped: one whole shard at a time is in memory.
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import math
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes  # noqa: F401  (makes numpy know the name "bfloat16")
 import numpy as np
@@ -24,10 +25,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from checkpoints_convert.mapping import TOWER, ConversionError, is_buffer
-from internvl_jax.config import ConfigError, find_vision_tower, vision_tower_name
+from checkpoints_convert.mapping import PACKED, PART, TOWER, ConversionError, is_buffer, packed_keys, unpack
+from internvl_jax.config import ChatConfig, ConfigError, find_vision_tower, vision_tower_name
 from internvl_jax.utils import formats
 from internvl_jax.utils.files import read_json_object, wrong_download
+
+Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ class Weights:
         self.weight_map, self.shapes, self.dtypes = {}, {}, {}
         self._places: dict[str, tuple[Path, str]] = {}  # key -> its file and its name in that file
         self._open: tuple[Path, dict[str, torch.Tensor]] | None = None
+        self._parts: dict[str, tuple[str, int, Callable[[np.ndarray], Any]]] = {}  # of packed tensors
         self._read = 0  # bytes read from the open shard
         problems = []
         for file in files:
@@ -115,6 +119,20 @@ class Weights:
             self._places[key] = tower._places[name]
             self.shapes[key], self.dtypes[key] = tower.shapes[name], tower.dtypes[name]
 
+    def split(self, key: str, parts: Mapping[str, tuple[int, ...]], cut: Callable[[np.ndarray], Any]) -> None:
+        """Replace a packed tensor by its parts.
+
+        Args:
+            key: the packed tensor.
+            parts: the shape of each part, by the part's key.
+            cut: makes the parts' values of the tensor's, in the order of `parts`.
+        """
+        self.weight_map = _in_place_of(self.weight_map, key, dict.fromkeys(parts, self.weight_map[key]))
+        self.shapes = _in_place_of(self.shapes, key, parts)
+        self.dtypes = _in_place_of(self.dtypes, key, dict.fromkeys(parts, self.dtypes[key]))
+        for number, part in enumerate(parts):
+            self._parts[part] = key, number, cut
+
     @property
     def total_bytes(self) -> int:
         """The size of all tensors."""
@@ -122,6 +140,12 @@ class Weights:
 
     def read(self, key: str) -> np.ndarray:
         """Read one tensor in its shape and dtype, bit for bit, into memory of its own."""
+        if key in self._parts:
+            packed, number, cut = self._parts[key]
+            return np.ascontiguousarray(cut(self._read_stored(packed, self.dtypes[key]))[number])
+        return self._read_stored(key, self.dtypes[key])
+
+    def _read_stored(self, key: str, dtype: np.dtype) -> np.ndarray:
         file, name = self._places[key]
         if self._open is None or self._open[0] != file:
             self._open = None  # unmap the old shard first
@@ -129,7 +153,7 @@ class Weights:
         tensor = self._open[1][name].detach()
         # numpy cannot convert a bfloat16 tensor of torch: its bits are passed as integers.
         bits = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
-        values = np.array(bits.numpy(), order="C").view(self.dtypes[key])
+        values = np.array(bits.numpy(), order="C").view(dtype)
         self._read += values.nbytes
         if self._read > REMAP and not _is_legacy(file):
             self._open = None
@@ -144,6 +168,12 @@ class Weights:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def _in_place_of(table: Mapping[str, Value], key: str, values: Mapping[str, Value]) -> dict[str, Value]:
+    """The table with `values` where its entry `key` was."""
+    entries = (values.items() if name == key else ((name, value),) for name, value in table.items())
+    return dict(itertools.chain.from_iterable(entries))
 
 
 def open_checkpoint(directory: str | Path, vision_tower: str | Path | None = None) -> Weights:
@@ -171,6 +201,20 @@ def open_checkpoint(directory: str | Path, vision_tower: str | Path | None = Non
     if tower is not None and name is not None and not any(key.startswith(TOWER) for key in weights.weight_map):
         weights.add_tower(tower, name)
     return weights
+
+
+def split_packed(weights: Weights, config: ChatConfig) -> None:
+    """Replace packed tensors by the parts that the mapping tables name. What does not fit is left for `plan`."""
+    keys = [key for key in packed_keys(config) if key in weights.shapes]
+    if not keys:
+        return
+    text = config.required_text
+    kv, heads, dim = text.num_key_value_heads, text.num_attention_heads, text.head_dim
+    for key in keys:
+        if weights.shapes[key] == ((heads + 2 * kv) * dim, text.hidden_size):
+            sizes = zip(PACKED, (heads, kv, kv))
+            parts = {f"{key}{PART}{name}": (count * dim, text.hidden_size) for name, count in sizes}
+            weights.split(key, parts, lambda values: list(unpack(text, values).values()))
 
 
 def open_weights(directory: str | Path) -> Weights:

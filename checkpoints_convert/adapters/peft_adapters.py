@@ -21,7 +21,7 @@ import torch
 from safetensors.numpy import save_file
 
 from checkpoints_convert.adapters.peft_config import MERGE_IT, PeftConfig, read_config
-from checkpoints_convert.mapping import ConversionError, Tensor, canonical, tensors
+from checkpoints_convert.mapping import PART, ConversionError, Tensor, canonical, tensors
 from checkpoints_convert.readers import Weights
 from internvl_jax.config import ChatConfig
 from internvl_jax.lora import ADAPTABLE, REPLACED, Lora, LoraSettings, leaf_at, put_at, sides
@@ -111,6 +111,11 @@ def _targets(tower: str, lora: Lora, config: ChatConfig) -> Iterator[tuple[str, 
     for tensor in tensors(config):
         if tensor.path not in wanted:
             continue
+        if PART in tensor.key:
+            raise ConversionError(
+                f"{tensor.key.partition(PART)[0]} is packed: peft files with adapters of its q, k and v are not "
+                "implemented"
+            )
         if len(tensor.index) != 1:
             raise ConversionError(
                 f"{config.layout}: {tensor.key} is a part of {tensor.path}, which has one adapter here"

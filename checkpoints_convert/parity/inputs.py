@@ -118,7 +118,7 @@ def _encode(config: ChatConfig, directory: Path, prompt: str) -> tuple[list[int]
         raise ParityError(f"{directory}: the tokenizer has no {image_token}, so images have no place in a prompt")
     if template is not None:
         placed = place_images(prompt, 1 if count else 0, has_history=False)
-        text = prepare_prompt(template, placed, (), 1 if count else 0, count)
+        text = prepare_prompt(template, placed, (), [count] if count else [])
         return encode_prompt(tokenizer, text, image_token, image_token_id), image_token_id
     visual = [] if image_token_id is None else [image_token_id] * count
     return visual + tokenizer.encode(prompt), image_token_id

@@ -13,7 +13,7 @@ import numpy as np
 
 from checkpoints_convert.mapping import Tensor, plan, tensors
 from checkpoints_convert.parity.report import ParityError
-from checkpoints_convert.readers import Weights, open_checkpoint
+from checkpoints_convert.readers import Weights, open_checkpoint, split_packed
 from internvl_jax import checkpoint
 from internvl_jax.config import ChatConfig
 from internvl_jax.models import chat_model
@@ -56,6 +56,7 @@ class ParitySource:
             self._tensors = {tensor.key: tensor for tensor in tensors(config)}
         else:
             self._weights = open_checkpoint(directory, tower)
+            split_packed(self._weights, config)
             matched = plan(config, self._weights.shapes)
             self._tensors = {tensor.key: tensor for tensor in matched.values()}
             self._names = {tensor.key: name for name, tensor in matched.items()}

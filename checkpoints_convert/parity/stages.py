@@ -86,7 +86,7 @@ class OurStages:
         """Pixel values of one image, [1,3,S,S]."""
         if self.processor is None:
             raise ParityError("the checkpoint has no preprocessor_config.json")
-        return self.processor(image)[None]
+        return self.processor.tiles(image, max_num=1 if self.processor.tiling is not None else None)
 
     def vision_embeddings(self) -> RunStage:
         """[1,3,S,S] -> [1,1+P,D]."""

@@ -260,6 +260,12 @@ def add_generation(parser: Any) -> None:
         "--stop", action="append", metavar="TEXT", help="stop before this text; repeatable (default: none)"
     )
     group.add_argument("--system", metavar="TEXT", help="system message (default: none)")
+    group.add_argument(
+        "--max-tiles",
+        type=count,
+        metavar="N",
+        help="most tiles of an image's grid, for models that cut images into tiles (default: the checkpoint's)",
+    )
     group.add_argument("--ignore-exif", action="store_true", help="do not apply the images' EXIF orientation")
 
 
@@ -287,6 +293,8 @@ def question_options(args: argparse.Namespace) -> dict[str, Any]:
         options["system"] = args.system
     if args.ignore_exif:
         options["honor_exif"] = False
+    if args.max_tiles is not None:
+        options["max_tiles"] = args.max_tiles
     return options
 
 

@@ -13,7 +13,10 @@ Turns = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Template:
-    """The format of a conversation: system message, then user + question + user_end + assistant + answer per turn."""
+    """The format of a conversation: system message, then user + question + user_end + assistant + answer per turn.
+
+    `stop` is the token at which a chat ends an answer, where it is another than the checkpoint's end token.
+    """
 
     system: str
     system_end: str  # follows the system message
@@ -27,6 +30,23 @@ class Template:
         IMG_CONTEXT,
         IMG_END,
     )  # before the image tokens, each image token, after them
+    system_start: str = ""  # before the system message
+    stop: str | None = None
+
+
+def _chatml(system: str, end: str) -> Template:
+    """ChatML; `end` follows each message."""
+    return Template(
+        system=system,
+        system_end=end,
+        user="<|im_start|>user\n",
+        user_end=end,
+        assistant="<|im_start|>assistant\n",
+        before_answer="",
+        answer_end=end,
+        system_start="<|im_start|>system\n",
+        stop="<|im_end|>",
+    )
 
 
 # As in the reference's conversation.py at the release of the checkpoint.
@@ -53,6 +73,18 @@ TEMPLATES = {
         answer_end="</s>",
         image=("", IMAGE_PLACEHOLDER, ""),
     ),
+    # InternVL-Chat-V1-2; from July 2024 on, the reference has internlm2-chat's system message here.
+    "Hermes-2": _chatml("Answer the questions.", "<|im_end|>"),
+    # InternVL-Chat-V1-5 and InternVL2 on InternLM2.
+    "internlm2-chat": _chatml(
+        "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。",
+        "<|im_end|>",
+    ),
+    # InternVL2.5, InternVL3 and InternVL3.5.
+    "internvl2_5": _chatml(
+        "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
+        "<|im_end|>\n",
+    ),
 }
 
 
@@ -65,7 +97,7 @@ def build_prompt(template: Template, history: Turns, question: str, system: str 
         question: the new question.
         system: the system message; None: the template's.
     """
-    prompt = (template.system if system is None else system) + template.system_end
+    prompt = template.system_start + (template.system if system is None else system) + template.system_end
     for asked, answered in history:
         prompt += template.user + asked + template.user_end
         prompt += template.assistant + template.before_answer + answered + template.answer_end

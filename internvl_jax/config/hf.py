@@ -21,9 +21,9 @@ from internvl_jax.config.hf_internvl import (
     write_hf_internvl,
     write_internvl_chat,
 )
-from internvl_jax.config.hf_llama import text_from_llama, text_to_llama
 from internvl_jax.config.hf_llava import read_hf_llava, read_llava, vision_to_clip, write_hf_llava, write_llava
 from internvl_jax.config.hf_section import refuse_quantized
+from internvl_jax.config.hf_text import read_text, write_text
 from internvl_jax.config.schema import LAYOUTS, ChatConfig
 from internvl_jax.config.validation import ConfigError, require
 from internvl_jax.utils.files import read_json_object
@@ -82,7 +82,7 @@ def config_from_hf(values: Mapping[str, Any], vision_tower: Mapping[str, Any] | 
         if model_type == "intern_vit_6b":
             vision = vision_from_intern_vit(values, "config.json")
             return ChatConfig(vision=vision, projector=None, text=None, layout="intern_vit_6b")
-        return ChatConfig(vision=None, projector=None, text=text_from_llama(values, "config.json"), layout="llama")
+        return ChatConfig(vision=None, projector=None, text=read_text(values, "config.json"), layout="llama")
     except ConfigError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -109,7 +109,7 @@ def config_to_hf(config: ChatConfig, base: Mapping[str, Any] | None = None) -> d
     elif config.layout == "intern_vit_6b":
         values = vision_to_intern_vit(config.required_vision)
     else:
-        values = text_to_llama(config.required_text)
+        values = write_text(config.required_text)
     # A template other than the layout's own is written to internvl_chat's field.
     if config.layout in _DEFAULT_TEMPLATES and config.template in TEMPLATES:
         if config.template != _DEFAULT_TEMPLATES[config.layout]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from internvl_jax.config.hf_llama import text_from_llama, text_to_llama
 from internvl_jax.config.hf_section import NO_DROPOUT, Section
+from internvl_jax.config.hf_text import read_text, write_text
 from internvl_jax.config.schema import ChatConfig, ProjectorConfig, VisionConfig
 from internvl_jax.config.validation import ConfigError, require, unshuffle_factor
 
@@ -15,14 +15,10 @@ def read_internvl_chat(config: Mapping[str, Any]) -> ChatConfig:
     """Convert OpenGVLab's InternVLChatConfig."""
     section = Section(config, "config.json")
     vision_section, text_section = section.need("vision_config"), section.need("llm_config")
-    section.only("dynamic_image_size", False, why="dynamic tiling (InternVL 1.5 and later) is not implemented")
     section.only("use_backbone_lora", 0, why="merge the LoRA weights into the checkpoint first")
     section.only("use_llm_lora", 0, why="merge the LoRA weights into the checkpoint first")
-    architecture = (text_section.get("architectures") or ["LlamaForCausalLM"])[0]
-    if text_section.get("model_type", "llama") != "llama" or architecture != "LlamaForCausalLM":
-        raise ConfigError(f"llm_config has architectures {architecture}: only LlamaForCausalLM is implemented")
     vision = vision_from_intern_vit(vision_section, "config.json: vision_config")
-    text = text_from_llama(text_section, "config.json: llm_config")
+    text = read_text(text_section, "config.json: llm_config")
     ratio = section.get("downsample_ratio", 0.5)
     chat = ChatConfig(
         vision=vision,
@@ -34,10 +30,14 @@ def read_internvl_chat(config: Mapping[str, Any]) -> ChatConfig:
         ps_version=section.get("ps_version", "v1"),
         image_size=section.get("force_image_size") or vision.image_size,
         template=section.get("template"),
+        system_message=section.get("system_message"),
+        dynamic_image_size=section.get("dynamic_image_size", False),
+        min_dynamic_patch=section.get("min_dynamic_patch", 1),
+        max_dynamic_patch=section.get("max_dynamic_patch", 6),
+        use_thumbnail=section.get("use_thumbnail", False),
         pad_to_square=section.get("pad2square", False),
     )
-    # Dynamic tiling is refused above, so its bounds have no effect; llm_config says whether embeddings are tied.
-    section.finish("max_dynamic_patch min_dynamic_patch use_thumbnail tie_word_embeddings")
+    section.finish("tie_word_embeddings")  # llm_config says whether embeddings are tied
     return chat
 
 
@@ -50,14 +50,17 @@ def read_hf_internvl(config: Mapping[str, Any]) -> ChatConfig:
         "vision_feature_select_strategy", "default", why="only features without the class token are implemented"
     )
     if text_section.get("model_type") != "llama":
-        raise ConfigError(f"text_config has model_type {text_section.get('model_type')!r}: only llama is implemented")
+        raise ConfigError(
+            f"text_config has model_type {text_section.get('model_type')!r}: of transformers' layout only llama is "
+            "implemented; take the repository whose name does not end in -HF"
+        )
     select = section.get("vision_feature_layer", -1)
     if isinstance(select, (list, tuple)):
         raise ConfigError(f"config.json has vision_feature_layer = {select!r}: only one layer can be selected")
     vision = _vision_from_hf(vision_section, "config.json: vision_config")
     # transformers 5 reads the outer flag, earlier versions wrote the inner one only.
     tied = section.get("tie_word_embeddings")
-    text = text_from_llama(text_section, "config.json: text_config", tied)
+    text = read_text(text_section, "config.json: text_config", tied)
     ratio = section.get("downsample_ratio", 0.5)
     chat = ChatConfig(
         vision=vision,
@@ -145,17 +148,26 @@ def write_internvl_chat(config: ChatConfig) -> dict[str, Any]:
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
         "vision_config": vision_to_intern_vit(config.required_vision),
-        "llm_config": text_to_llama(text),
+        "llm_config": write_text(text),
         "select_layer": config.select_layer,
         "downsample_ratio": config.downsample_ratio,
         "ps_version": config.ps_version,
         "force_image_size": config.image_size,
         "template": config.template,
         "pad2square": config.pad_to_square,
-        "dynamic_image_size": False,
-        "use_thumbnail": False,
+        **({} if config.system_message is None else {"system_message": config.system_message}),
+        "dynamic_image_size": config.dynamic_image_size,
+        "use_thumbnail": config.use_thumbnail,
+        **_tiles(config),
         "tie_word_embeddings": text.tie_word_embeddings,
     }
+
+
+def _tiles(config: ChatConfig) -> dict[str, int]:
+    """Bounds of the number of tiles, where they are not those of a file without these fields."""
+    if (config.min_dynamic_patch, config.max_dynamic_patch) == (1, 6) and not config.dynamic_image_size:
+        return {}
+    return {"min_dynamic_patch": config.min_dynamic_patch, "max_dynamic_patch": config.max_dynamic_patch}
 
 
 def vision_to_intern_vit(vision: VisionConfig) -> dict[str, Any]:
@@ -203,7 +215,7 @@ def write_hf_internvl(config: ChatConfig) -> dict[str, Any]:
             "attention_bias": vision.qkv_bias,
             "use_mean_pooling": True,
         },
-        "text_config": text_to_llama(text),
+        "text_config": write_text(text),
         "vision_feature_layer": config.select_layer,
         "vision_feature_select_strategy": "default",
         "downsample_ratio": config.downsample_ratio,

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from internvl_jax.config.hf_internvl import vision_from_intern_vit
-from internvl_jax.config.hf_llama import text_from_llama, text_to_llama
 from internvl_jax.config.hf_section import NO_DROPOUT, Section
+from internvl_jax.config.hf_text import read_text, write_text
 from internvl_jax.config.schema import IMAGE_TOKEN_INDEX, ChatConfig, ProjectorConfig, VisionConfig, clip_vision
 from internvl_jax.config.validation import ConfigError
 
@@ -65,9 +65,8 @@ def read_llava(config: Mapping[str, Any], vision_tower: Mapping[str, Any] | None
     else:
         raise ConfigError(f"config.json of {name} has model_type {kind!r}: clip and intern_vit_6b are implemented")
     section.only("mm_hidden_size", vision.hidden_size, why=f"the width of {name} is {vision.hidden_size}")
-    text = text_from_llama(
-        {k: v for k, v in config.items() if k not in (*_LLAVA_FIELDS, *_LLAVA_IGNORED)}, "config.json"
-    )
+    own = {k: v for k, v in config.items() if k not in (*_LLAVA_FIELDS, *_LLAVA_IGNORED)}
+    text = read_text(own, "config.json", family="llama")
     return ChatConfig(
         vision=vision,
         projector=ProjectorConfig(vision.hidden_size, text.hidden_size, layer_norm=False),
@@ -105,7 +104,7 @@ def read_hf_llava(config: Mapping[str, Any]) -> ChatConfig:
     values, pad = {**_LLAMA_DEFAULTS, **text_section}, section.get("pad_token_id")
     if values.get("pad_token_id") is None:
         values["pad_token_id"] = pad
-    text = text_from_llama(values, "config.json: text_config", section.get("tie_word_embeddings"))
+    text = read_text(values, "config.json: text_config", section.get("tie_word_embeddings"))
     chat = ChatConfig(
         vision=vision,
         projector=ProjectorConfig(vision.hidden_size, text.hidden_size, layer_norm=False),
@@ -141,7 +140,7 @@ def _vision_from_clip(values: Mapping[str, Any], where: str) -> VisionConfig:
 def write_llava(config: ChatConfig) -> dict[str, Any]:
     """Return LLaVA's own LlavaConfig."""
     return {
-        **text_to_llama(config.required_text),
+        **write_text(config.required_text),
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava",
         "mm_vision_tower": config.vision_tower,
@@ -162,7 +161,7 @@ def write_hf_llava(config: ChatConfig) -> dict[str, Any]:
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "vision_config": vision_to_clip(config.required_vision),
-        "text_config": text_to_llama(text),
+        "text_config": write_text(text),
         "vision_feature_layer": config.select_layer,
         "vision_feature_select_strategy": "default",
         "projector_hidden_act": "gelu",

@@ -27,7 +27,7 @@ Part = TypeVar("Part")
 # Layout -> description. The names are config.json's "model_type", except that two layouts share "llava": LLaVA's own,
 # with an mm_vision_tower, and transformers', with a text_config ("llava_hf" here).
 LAYOUTS = {
-    "internvl_chat": "OpenGVLab's InternVLChatModel (InternVL-Chat-V1-1)",
+    "internvl_chat": "OpenGVLab's InternVLChatModel (InternVL-Chat-V1-1 and later)",
     "internvl": "transformers' InternVLForConditionalGeneration",
     "intern_vit_6b": "OpenGVLab's standalone InternViT",
     "llava": "LLaVA's own LlavaLlamaForCausalLM (LLaVA-1.5, InternVL-Chat-V1-0), the vision tower in its own directory",
@@ -35,6 +35,8 @@ LAYOUTS = {
     "llama": "a plain LlamaForCausalLM",
 }
 
+
+MAX_TILES = 40  # of one image
 
 # Token id of an image in LLaVA's own layout, whose vocabulary has no token for it.
 IMAGE_TOKEN_INDEX = -200
@@ -133,9 +135,23 @@ class RopeScaling:
         require_positive(self, "factor")
 
 
+# Family of language models -> its class in transformers, or in remote code. They are one decoder with other settings,
+# and differ in the names of published tensors and of fields of config.json.
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "internlm2": "InternLM2ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
 @dataclass(frozen=True)
 class TextConfig:
-    """LLaMA (Touvron et al., 2023): decoder with RMSNorm before each block, rotary positions and a SiLU-gated MLP."""
+    """LLaMA (Touvron et al., 2023): decoder with RMSNorm before each block, rotary positions and a SiLU-gated MLP.
+
+    InternLM2 (Cai et al., 2024) is the same model, published with packed q, k and v. Qwen2 (2024) has biases on q, k
+    and v, Qwen3 (2025) an RMSNorm on each head of q and k.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -149,8 +165,9 @@ class TextConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    attention_bias: bool = False  # on q, k, v and the output
     mlp_bias: bool = False
+    family: str = "llama"
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
     pad_token_id: int | None = None
@@ -165,6 +182,17 @@ class TextConfig:
             f"({self.num_key_value_heads})",
         )
         require(self.head_dim % 2 == 0, "head_dim must be even for rotary positions")
+        require(self.family in FAMILIES, f"language model {self.family!r} is not one of {', '.join(FAMILIES)}")
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether q, k and v have biases."""
+        return self.attention_bias or self.family == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head of q and k has an RMSNorm."""
+        return self.family == "qwen3"
 
 
 @dataclass(frozen=True)
@@ -201,6 +229,11 @@ class ChatConfig:
     ps_version: str = "v1"
     image_size: int | None = None  # pixels per side of the model's input (force_image_size); may differ from vision's
     template: str | None = None
+    system_message: str | None = None  # instead of the template's own
+    dynamic_image_size: bool = False  # images are cut into tiles of image_size, as many as suit their aspect ratio
+    min_dynamic_patch: int = 1  # tiles
+    max_dynamic_patch: int = 6
+    use_thumbnail: bool = False  # of the whole image after several tiles
     pad_to_square: bool = False
     center_crop: bool = False  # keep the aspect ratio and crop the image to its center square
     image_token_id: int | None = None  # where the layout has one; otherwise the tokenizer's, by the template
@@ -212,6 +245,11 @@ class ChatConfig:
         require(self.layout in LAYOUTS, f"layout {self.layout!r} is not one of {sorted(LAYOUTS)}")
         require(self.ps_version in ("v1", "v2"), f"ps_version {self.ps_version!r} is not known (v1 and v2 are)")
         unshuffle_factor(self.downsample_ratio)
+        require(
+            1 <= self.min_dynamic_patch <= self.max_dynamic_patch <= MAX_TILES,
+            f"min_dynamic_patch {self.min_dynamic_patch} and max_dynamic_patch {self.max_dynamic_patch} must satisfy "
+            f"1 <= min <= max <= {MAX_TILES}",
+        )
         if self.vision is not None:
             layers = self.vision.num_hidden_layers
             require(

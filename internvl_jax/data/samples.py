@@ -181,6 +181,11 @@ class SampleMaker:
         """
         if config.template not in TEMPLATES:
             raise DataError(f"the model's template {config.template!r} is not known; there are {', '.join(TEMPLATES)}")
+        if TEMPLATES[config.template].stop is not None or config.dynamic_image_size:
+            raise DataError(
+                f"training is not implemented for the template {config.template!r} and for images that are cut into "
+                "tiles (InternVL-Chat-V1-2 and later)"
+            )
         context = config.required_text.max_position_embeddings
         if max_length > context:
             raise DataError(f"rows of {max_length} tokens are longer than the model's context of {context}")

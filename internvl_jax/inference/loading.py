@@ -27,7 +27,7 @@ from internvl_jax.models.layers import Params
 from internvl_jax.models.stack import unstack
 from internvl_jax.parallel import mesh as mesh_lib
 from internvl_jax.processing.images import load_processor
-from internvl_jax.processing.tokenizer import load_tokenizer
+from internvl_jax.processing.tokenizer import Tokenizer, load_tokenizer
 from internvl_jax.quantize import QuantizeError, Scheme, quantize_params, scheme_of
 from internvl_jax.utils import files
 from internvl_jax.utils.files import read_json_object
@@ -70,10 +70,10 @@ def load(
     )
     config = _load_config(directory, options.template)
     mesh, vision_mode = resolve_mesh(options, config)
-    has_tokenizer = any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+    has_tokenizer = any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json", "vocab.json"))
     tokenizer = load_tokenizer(directory) if has_tokenizer and config.text is not None else None
     processor = load_processor(directory, config)
-    eos_token_ids = _generation_eos(directory)
+    eos_token_ids = _template_eos(config, tokenizer) or _generation_eos(directory)
     adapters = None
     if options.adapters is not None:
         adapters = lora.load(options.adapters, abstract_for_running(config, dtype))
@@ -128,6 +128,17 @@ def _load_config(directory: Path, template: str | None) -> ChatConfig:
 def _names_template(directory: Path, config: ChatConfig) -> bool:
     named = read_json_object(directory / "config.json", ConfigError).get("template")
     return named is not None or find_template(directory, config.layout) is not None
+
+
+def _template_eos(config: ChatConfig, tokenizer: Tokenizer | None) -> tuple[int, ...] | None:
+    """The token at which the conversation template ends an answer, if it is not left to the checkpoint."""
+    template = TEMPLATES.get(config.template or "")
+    if tokenizer is None or template is None or template.stop is None:
+        return None
+    stop = tokenizer.token_to_id(template.stop)
+    if stop is None:
+        raise ConfigError(f"the template {config.template!r} ends answers with {template.stop}, which is not a token")
+    return (stop,)
 
 
 def _generation_eos(directory: Path) -> tuple[int, ...] | None:

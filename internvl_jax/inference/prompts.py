@@ -41,6 +41,8 @@ class AskOptions:
         image_path: "eval" (convert to RGB, then resize) or "native" (resize in the file's mode, as on the model card).
         parse_special: parse special tokens in the texts ("</s>", "<img>"), as the reference's tokenizer does. By
             default they are ordinary text, so that typed text can neither end a turn nor insert an image.
+        max_tiles: most tiles of an image's grid, where images are cut into tiles, or one limit per question; None: as
+            the checkpoint says.
         combine: put all images, later ones too, at the history's one placeholder: the reference's combined form, which
             shows an image before the answer that was given without it.
         image_mark: a character that stands for an image in questions and system message; "<image>" is then ordinary
@@ -53,6 +55,7 @@ class AskOptions:
     parse_special: bool = False
     combine: bool = False
     image_mark: str | None = None
+    max_tiles: int | Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class QuestionBatch:
     Attributes:
         input_ids: [B,T] int32, padded on the left.
         attention_mask: [B,T] int32, 0 on padding.
-        pixel_values: [M,3,H,W] float32, in prompt order over the batch; None without images.
+        pixel_values: [M,3,H,W] float32, images or their tiles in prompt order over the batch; None without images.
         questions: each question with its image placeholders, and how many images it adds.
         histories: the turns before each question.
     """
@@ -120,6 +123,10 @@ class PromptBuilder:
                 f"{len(questions)} questions, {len(image_rows)} lists of images and {len(turns)} histories: give "
                 "one of each per row"
             )
+        if isinstance(options.max_tiles, Sequence) and len(options.max_tiles) != len(questions):
+            raise ValueError(
+                f"{len(options.max_tiles)} limits of tiles for {len(questions)} questions: give one per row"
+            )
         if options.combine:
             turns = [combine_images(row, len(own)) for row, own in zip(turns, image_rows)]
         tokenizer = self._required_tokenizer()
@@ -133,17 +140,42 @@ class PromptBuilder:
                     question, history, row_options, literal = _with_placeholders(question, history, options)
                 earlier = count_images(history) + count_placeholders(row_options.system or "")
                 question = self._place_images(question, history, len(sources) - earlier)
-                processor = self._required_processor() if sources else None
-                rows.append(self._encode_text(question, history, len(sources), row_options, literal))
-                if processor is not None:
-                    loaded = (load_image(source, honor_exif=options.honor_exif) for source in sources)
-                    pixels += [processor(image, path=options.image_path) for image in loaded]
+                limit = options.max_tiles
+                row_options = replace(row_options, max_tiles=limit[index] if isinstance(limit, Sequence) else limit)
+                ids, tiles = self._encode_row(question, history, sources, row_options, literal)
+                rows.append(ids)
+                pixels += tiles
             except ValueError as error:
                 where = f"question {index + 1}: " if len(questions) > 1 else ""
                 raise type(error)(f"{where}{error}") from None
             asked.append((question, len(sources) - earlier))
         input_ids, mask = pad_left(rows, tokenizer.pad_id or 0)
-        return QuestionBatch(input_ids, mask, np.stack(pixels) if pixels else None, asked, turns)
+        return QuestionBatch(input_ids, mask, np.concatenate(pixels) if pixels else None, asked, turns)
+
+    def _encode_row(
+        self,
+        question: str,
+        history: Sequence[Turn],
+        sources: Sequence[ImageSource],
+        options: AskOptions,
+        literal: str | None,
+    ) -> tuple[list[int], list[np.ndarray]]:
+        """The token ids of a row, and the pixel values [T,3,H,W] of each of its images."""
+        processor = self._required_processor() if sources else None
+
+        def load() -> list[np.ndarray]:
+            if processor is None:
+                return []
+            images = (load_image(source, honor_exif=options.honor_exif) for source in sources)
+            limit = options.max_tiles if isinstance(options.max_tiles, int) else None
+            return [processor.tiles(image, options.image_path, limit) for image in images]
+
+        if processor is None or processor.tiling is None:  # the text is checked before images are read
+            tokens = [self.config.tokens_per_image if processor is not None else 0] * len(sources)
+            return self._encode_text(question, history, tokens, options, literal), load()
+        tiles = load()
+        tokens = [len(image) * self.config.tokens_per_image for image in tiles]
+        return self._encode_text(question, history, tokens, options, literal), tiles
 
     def _place_images(self, question: Any, history: Sequence[Turn], num_images: int) -> str:
         """The question with a placeholder for each of its images."""
@@ -169,26 +201,31 @@ class PromptBuilder:
         return self.tokenizer
 
     def _encode_text(
-        self, question: str, history: Sequence[Turn], num_images: int, options: AskOptions, literal: str | None
+        self,
+        question: str,
+        history: Sequence[Turn],
+        image_tokens: Sequence[int],
+        options: AskOptions,
+        literal: str | None,
     ) -> list[int]:
         """Token ids of a row's prompt. Special tokens in the texts are ordinary text unless `parse_special` is set.
 
         Args:
             question: the question with its placeholders.
             history: the turns before it.
-            num_images: of the whole row.
+            image_tokens: visual tokens of each image of the row.
             options: as given.
             literal: the mark around typed text, where one is in use already.
         """
         tokenizer, template = self._required_tokenizer(), TEMPLATES[self.config.template or ""]
+        system = self.config.system_message if options.system is None else options.system
         typed = (question, options.system or "", *(text for turn in history for text in turn))
         if literal is None and not options.parse_special:
             without = (_unicode(text).replace(IMAGE_PLACEHOLDER, " ") for text in typed)
             answers = (answer for _, answer in history)
             if any(special_tokens_in(tokenizer, text) for text in without) or count_placeholders(*answers):
                 literal = unused_character(*typed)
-        tokens = self.config.tokens_per_image if num_images else 0
-        prompt = prepare_prompt(template, question, history, num_images, tokens, options.system, literal)
+        prompt = prepare_prompt(template, question, history, image_tokens, system, literal)
         return encode_prompt(tokenizer, _unicode(prompt), template.image[1], self.image_token_id, literal_mark=literal)
 
 

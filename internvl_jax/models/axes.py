@@ -51,7 +51,7 @@ def declared_parameters() -> dict[str, ParamAxes]:
         vision=dataclasses.replace(
             nano.required_vision, norm_type="layer_norm", qkv_bias=True, embedding_norm=True, patch_bias=True
         ),
-        text=dataclasses.replace(nano.required_text, attention_bias=True, mlp_bias=True),
+        text=dataclasses.replace(nano.required_text, attention_bias=True, mlp_bias=True, family="qwen3"),
     )
     found = {path_of(keys): axes for keys, axes in jax.tree_util.tree_leaves_with_path(logical_axes(every_option))}
     return dict(sorted(found.items(), key=lambda entry: entry[1].order))

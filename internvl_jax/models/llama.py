@@ -54,13 +54,16 @@ class Attention(nn.Module):
         heads = (cfg.num_attention_heads, cfg.head_dim)
         kv_heads = (cfg.num_key_value_heads, cfg.head_dim)
         axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
-        bias = cfg.attention_bias
+        bias = cfg.qkv_bias
         q_proj = Linear("BTD,DNH->BTNH", (cfg.hidden_size, *heads), axes, self.dtype, bias, name="q_proj")
         k_proj = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), kv_axes, self.dtype, bias, name="k_proj")
         v_proj = Linear("BTD,DKH->BTKH", (cfg.hidden_size, *kv_heads), kv_axes, self.dtype, bias, name="v_proj")
         q, k, v = project(x, q_proj, k_proj, v_proj)
         q = constrain(q, "batch", None, "heads", None)
         k, v = (constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
+        if cfg.qk_norm:
+            q = RMSNorm((cfg.head_dim,), cfg.rms_norm_eps, ("head_dim",), name="q_norm")(q)
+            k = RMSNorm((cfg.head_dim,), cfg.rms_norm_eps, ("head_dim",), name="k_norm")(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         copies = kv_copies(cfg.num_key_value_heads, axis_devices("kv_heads"))
@@ -76,7 +79,8 @@ class Attention(nn.Module):
             group, true = (heads // cfg.num_key_value_heads for heads in (y.shape[2], cfg.num_attention_heads))
             y = jnp.where((jnp.arange(y.shape[2]) % group < true)[:, None], y, 0)
         axes = ("heads", "head_dim", "embed")
-        y = Linear("BTNH,NHD->BTD", (*heads, cfg.hidden_size), axes, self.dtype, bias, name="o_proj")(y)
+        output = (*heads, cfg.hidden_size)
+        y = Linear("BTNH,NHD->BTD", output, axes, self.dtype, cfg.attention_bias, name="o_proj")(y)
         return constrain(y, "batch", "tokens", None), cache
 
 

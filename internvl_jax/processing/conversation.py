@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 from typing import Any
 
 from internvl_jax.config.conversation_templates import (
@@ -183,8 +183,7 @@ def prepare_prompt(
     template: Template,
     question: str,
     history: Turns,
-    num_images: int,
-    tokens_per_image: int,
+    image_tokens: Sequence[int],
     system: str | None = None,
     literal_mark: str | None = None,
 ) -> str:
@@ -194,8 +193,8 @@ def prepare_prompt(
         template: the conversation template.
         question: the question, as `place_images` returns it.
         history: (question, answer) pairs, or Turns where one placeholder stands for several images.
-        num_images: the number of images of all turns. Those of the history come first, the others are the question's.
-        tokens_per_image: the number of visual tokens of an image.
+        image_tokens: the number of visual tokens of each image of all turns. Those of the history come first, the
+            others are the question's.
         system: the system message; None: the template's.
         literal_mark: a mark that occurs in none of the texts, put around each of them (`mark_literal`) so that special
             tokens in them are ordinary text.
@@ -206,7 +205,7 @@ def prepare_prompt(
     Raises:
         ValueError: a text contains the image token, or placeholders and images do not fit together.
     """
-    turns = [as_turn(turn) for turn in history]
+    turns, num_images = [as_turn(turn) for turn in history], len(image_tokens)
     if literal_mark is None:
         _refuse_image_tokens(template.image[1], [question, system or "", *(turn[0] for turn in turns)], turns)
     own, in_system = count_placeholders(question), count_placeholders(system or "")
@@ -221,16 +220,19 @@ def prepare_prompt(
             )
         raise ValueError(_mismatch(placeholders, num_images))
     start, token, end = template.image
+    remaining = iter(image_tokens)
 
     def fill(text: str, placeholders: int, images: int) -> str:
         share = images // placeholders if placeholders else 0
         text = text if literal_mark is None else mark_literal(text, literal_mark)
-        return text.replace(IMAGE_PLACEHOLDER, start + token * (tokens_per_image * share) + end)
+        first, *others = text.split(IMAGE_PLACEHOLDER)
+        shown = (start + token * sum(islice(remaining, share)) + end for _ in others)
+        return first + "".join(map(str.__add__, shown, others))
 
     mark = literal_mark or ""
+    system = None if system is None else fill(system, in_system, in_system)  # in the order of the prompt
     filled = [(fill(turn[0], count_placeholders(turn[0]), turn.images), f"{mark}{turn[1]}{mark}") for turn in turns]
-    question = fill(question, own, num_images - earlier)
-    return build_prompt(template, filled, question, None if system is None else fill(system, in_system, in_system))
+    return build_prompt(template, filled, fill(question, own, num_images - earlier), system)
 
 
 def _refuse_image_tokens(token: str, asked: Iterable[str], turns: Iterable[Turn]) -> None:

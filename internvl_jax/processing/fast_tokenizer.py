@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from internvl_jax.processing.tokenizer_files import TokenizerFiles, read_vocabulary
 from internvl_jax.processing.tokenizer_types import (
@@ -23,26 +24,23 @@ from internvl_jax.processing.tokenizer_types import (
     match_any,
     overlaps,
 )
-from internvl_jax.utils.files import decode_text
+from internvl_jax.utils.files import decode_text, read_json_object
 
 
 class FastTokenizer:
-    """A tokenizer.json, run by the `tokenizers` library. Use `load_tokenizer` to create one.
+    """A tokenizer on the `tokenizers` library. Use `load_tokenizer` to create one.
 
     Args:
-        path: the tokenizer.json.
+        tokenizer: the library's tokenizer, from `read_fast` or `read_qwen2`.
+        path: the file that it comes from, for error messages.
         files: the files beside it.
 
     Raises:
-        TokenizerError: the file is damaged, or disagrees with the files beside it.
+        TokenizerError: the file disagrees with the files beside it.
     """
 
-    def __init__(self, path: Path, files: TokenizerFiles):
-        text = decode_text(read_vocabulary(path), path)
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exceptions
-            raise TokenizerError(f"{path} is damaged ({error}); download it again") from None
+    def __init__(self, tokenizer: tokenizers.Tokenizer, path: Path, files: TokenizerFiles):
+        self._tokenizer = tokenizer
         self._tokenizer.no_truncation()  # either may be set in the file
         self._tokenizer.no_padding()
         for index, token in files.added.items():
@@ -127,6 +125,63 @@ class FastTokenizer:
         while end and (ids[end - 1] in self._bytes or ids[end - 1] in self._skipped):
             end -= 1
         return "" if self._clean_up else self.decode(ids[:end]).rstrip(REPLACEMENT + " ")
+
+
+def read_fast(path: Path) -> tokenizers.Tokenizer:
+    """Read a tokenizer.json.
+
+    Raises:
+        TokenizerError: the file is damaged.
+    """
+    text = decode_text(read_vocabulary(path), path)
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exceptions
+        raise TokenizerError(f"{path} is damaged ({error}); download it again") from None
+
+
+# How Qwen2 cuts a text before byte-level BPE: contractions, words, single digits, punctuation, line ends, blanks.
+_QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def read_qwen2(vocab: Path, merges: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
+    """Make Qwen2's tokenizer, byte-level BPE, of its vocab.json and merges.txt.
+
+    Raises:
+        TokenizerError: a file is damaged, or an added token would not get its id.
+    """
+    table = read_json_object(vocab, TokenizerError)
+    lines = decode_text(read_vocabulary(merges), merges).split("\n")
+    rules = [line.split(" ") for line in lines if line and not line.startswith("#version:")]
+    pairs = [(rule[0], rule[1]) for rule in rules if len(rule) == 2]
+    if not all(isinstance(index, int) for index in table.values()) or len(pairs) < len(rules):
+        raise TokenizerError(f"{vocab} or {merges} is damaged; download them again")
+    try:
+        tokenizer = tokenizers.Tokenizer(models.BPE(table, pairs, byte_fallback=False))
+    except Exception as error:  # the library raises bare Exceptions
+        raise TokenizerError(f"{vocab} and {merges} do not fit together ({error}); download them again") from None
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(tokenizers.Regex(_QWEN2_WORDS), behavior="isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    for index, token in sorted(files.added.items()):
+        added = tokenizers.AddedToken(
+            token.content,
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            single_word=token.single_word,
+            normalized=False,
+            special=token.special,
+        )
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([added])
+        if (found := tokenizer.token_to_id(token.content)) != index:
+            raise TokenizerError(
+                f"{vocab.parent}: the added token {token.content!r} is {index}, the next id is {found}"
+            )
+    return tokenizer
 
 
 def _rename(tokenizer: Any, names: dict[str, str]) -> Any:

@@ -6,7 +6,7 @@ import io
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -14,7 +14,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
 from internvl_jax.config import ChatConfig, ConfigError, find_vision_tower
+from internvl_jax.config.schema import MAX_TILES
 from internvl_jax.processing.resampling import pad_and_resize, resize_and_crop
+from internvl_jax.processing.tiling import Tiling, cut_tiles
 from internvl_jax.utils import formats
 from internvl_jax.utils.files import read_json_object, wrong_download_in
 from internvl_jax.utils.logs import warn_once
@@ -293,6 +295,7 @@ class ImageProcessor:
         std: standard deviation of each channel, on the same scale.
         pad_to_square: pad to a square with the mean color before resizing.
         center_crop: resize the shorter side and crop the longer one, instead of changing the aspect ratio.
+        tiling: cut images into tiles of `image_size`; None: every image is one.
     """
 
     image_size: int
@@ -300,6 +303,7 @@ class ImageProcessor:
     std: tuple[float, float, float]
     pad_to_square: bool = False
     center_crop: bool = False
+    tiling: Tiling | None = None
 
     @classmethod
     def from_dir(
@@ -309,6 +313,7 @@ class ImageProcessor:
         *,
         pad_to_square: bool = False,
         center_crop: bool = False,
+        tiling: Tiling | None = None,
     ) -> ImageProcessor:
         """Read preprocessor_config.json.
 
@@ -318,6 +323,7 @@ class ImageProcessor:
                 its center crop must not reduce.
             pad_to_square: as the attribute.
             center_crop: as the attribute.
+            tiling: as the attribute.
 
         Returns:
             The processor.
@@ -345,7 +351,7 @@ class ImageProcessor:
                 crop = _size(values["crop_size"], f"{path} has no usable crop_size")
                 if crop != image_size:
                     raise ImageError(f"{path} crops {image_size} pixels to {crop}, which is not implemented")
-        return cls(image_size, mean, std, pad_to_square=pad_to_square, center_crop=center_crop)
+        return cls(image_size, mean, std, pad_to_square, center_crop, tiling)
 
     def __call__(self, image: Image.Image, path: str = "eval") -> np.ndarray:
         """Compute the pixel values of one image.
@@ -367,19 +373,59 @@ class ImageProcessor:
         if path == "native" and (self.pad_to_square or self.center_crop):
             done = "padded to a square" if self.pad_to_square else "cropped"
             raise ImageError(f"images of this model are {done} in RGB: use the image path 'eval'")
+        if self.tiling is not None:
+            raise ImageError("images of this model are cut into tiles: use tiles() of its processor")
         with _memory_for(f"an image of {image.width} x {image.height} pixels"):
             if path == "native":
                 resized = to_rgb(_to_8_bits(image).resize((self.image_size, self.image_size)))
             else:
                 resized = self.scaled(image)
-        pixels = np.asarray(resized, np.float32) / np.float32(255)
+        return self._normalize(resized)
+
+    def tiles(self, image: Image.Image, path: str = "eval", max_num: int | None = None) -> np.ndarray:
+        """Compute the pixel values of one image's tiles.
+
+        Args:
+            image: an image in any mode.
+            path: as for a call; only "eval" where images are cut into tiles.
+            max_num: most tiles of this image's grid; None: as `tiling` says.
+
+        Returns:
+            [T,3,S,S] float32: one where images are not cut, else the grid row by row and then the thumbnail, if any.
+
+        Raises:
+            ImageError: as for a call, or there are no tiles to limit.
+        """
+        if self.tiling is None:
+            if max_num is not None:
+                raise ImageError("images of this model are not cut into tiles: leave out the limit")
+            return self(image, path)[None]
+        if path != "eval":
+            raise ImageError("images of this model are cut into tiles in RGB: use the image path 'eval'")
+        tiling = self.tiling
+        if max_num is not None:
+            if not 1 <= max_num <= MAX_TILES:
+                raise ImageError(f"an image has 1 to {MAX_TILES} tiles, not {max_num}")
+            tiling = replace(tiling, min_num=min(tiling.min_num, max_num), max_num=max_num)
+        with _memory_for(f"an image of {image.width} x {image.height} pixels"):
+            tiles = cut_tiles(to_rgb(image), self.image_size, tiling)
+        return np.stack([self._normalize(tile) for tile in tiles])
+
+    def _normalize(self, image: Image.Image) -> np.ndarray:
+        """[3,H,W] float32 of an image in RGB."""
+        pixels = np.asarray(image, np.float32) / np.float32(255)
         normalized = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(normalized.transpose(2, 0, 1))
 
     def scaled(self, image: Image.Image) -> Image.Image:
-        """The image of path "eval" in RGB and final size, before normalization. Scaling it again changes nothing."""
+        """The image of path "eval" in RGB and final size, before normalization. Scaling it again changes nothing.
+
+        An image that is cut into tiles keeps its size.
+        """
         with _memory_for(f"an image of {image.width} x {image.height} pixels"):
             rgb = to_rgb(image)
+            if self.tiling is not None:
+                return rgb
             if self.pad_to_square:
                 return pad_and_resize(rgb, tuple(int(value * 255) for value in self.mean), self.image_size)
             if self.center_crop:
@@ -405,8 +451,15 @@ def load_processor(directory: Path, config: ChatConfig, tower: Path | None = Non
     place = next((place for place in places if place and (place / "preprocessor_config.json").exists()), None)
     if place is None:
         return None
+    tiling = None
+    if config.dynamic_image_size:
+        tiling = Tiling(config.min_dynamic_patch, config.max_dynamic_patch, config.use_thumbnail)
     return ImageProcessor.from_dir(
-        place, config.image_size, pad_to_square=config.pad_to_square, center_crop=config.center_crop
+        place,
+        config.image_size,
+        pad_to_square=config.pad_to_square,
+        center_crop=config.center_crop,
+        tiling=tiling,
     )
 
 

@@ -8,6 +8,7 @@ InternVL-Chat-V1-1.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from internvl_jax.processing.tokenizer_types import (
     overlaps,
 )
 
+_CHATML = re.compile(r"<\|\w+\|>")
 SPACE_MARK = "▁"  # how sentencepiece writes a blank
 
 # normalizer_spec { add_dummy_prefix: false } in protobuf's encoding. Appended to a serialized model, it is merged into
@@ -40,18 +42,20 @@ class SentencePieceTokenizer:
         path: the tokenizer.model.
         files: the files beside it.
         legacy: the slow tokenizer's flag.
+        keep_blanks: decode as InternLM2Tokenizer: a blank at the start stays, and one is put before a special token
+            there.
 
     Raises:
         TokenizerError: the model is damaged, or a special token cannot get an id.
     """
 
-    def __init__(self, path: Path, files: TokenizerFiles, *, legacy: bool):
+    def __init__(self, path: Path, files: TokenizerFiles, *, legacy: bool, keep_blanks: bool = False):
         model = read_vocabulary(path)
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=model + (b"" if legacy else NO_DUMMY_PREFIX))
         except RuntimeError as error:
             raise TokenizerError(f"{path} is damaged ({error}); download it again") from None
-        self.legacy, self._clean_up = legacy, files.clean_up
+        self.legacy, self._clean_up, self._keep_blanks = legacy, files.clean_up, keep_blanks
         self._add_bos, self._add_eos = files.add_bos is not False, files.add_eos
         self._pieces = self._sp.get_piece_size()
         self._added = dict(files.added)
@@ -74,7 +78,10 @@ class SentencePieceTokenizer:
             for token in self._added.values()
             if token.content and (token.special or token.content in self._special)
         )
-        self._split = match_any(self._ids)
+        # Yi has ChatML's tokens as symbols of the model, which no file beside it names.
+        symbols = {piece for piece in map(self._sp.id_to_piece, range(self._pieces)) if _CHATML.fullmatch(piece)}
+        self.special_tokens |= symbols
+        self._split = match_any({*self._ids, *symbols})
         self._unk_length = len(self._sp.encode(self._unk, out_type=str))
 
     def _add_special(self, token: AddedToken, path: Path) -> None:
@@ -168,6 +175,9 @@ class SentencePieceTokenizer:
             if found[0] in self.special_tokens and overlaps(found.span(), literal_spans):
                 position, spells = found.start() + 1, True
                 continue
+            if found[0] not in self._ids:  # a symbol of the model, which needs no cutting out
+                position = found.end()
+                continue
             add(text[start : found.start()], spells)
             add(found[0], False)
             start, position, spells = found.end(), found.end(), False
@@ -234,13 +244,13 @@ class SentencePieceTokenizer:
     def _join(self, pieces: list[str]) -> str:
         """The text of pieces without added tokens; special tokens among them are kept as text."""
         pieces = list(pieces)
-        if pieces[0].startswith(SPACE_MARK):
+        if pieces[0].startswith(SPACE_MARK) and not self._keep_blanks:
             pieces[0] = pieces[0][1:]
         text, after_special = "", False
         run: list[str] = []
         for at, piece in enumerate(pieces):
             if piece in self._special:
-                if self.legacy and at and not after_special:
+                if self.legacy and (at or self._keep_blanks) and not after_special:
                     text += " "
                 text += self._sp.decode_pieces(run) + piece
                 run, after_special = [], True

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from internvl_jax.processing.fast_tokenizer import FastTokenizer
+from internvl_jax.processing.fast_tokenizer import FastTokenizer, read_fast, read_qwen2
 from internvl_jax.processing.sentencepiece_tokenizer import SentencePieceTokenizer
 from internvl_jax.processing.tokenizer_files import read_tokenizer_files
 from internvl_jax.processing.tokenizer_types import Tokenizer, TokenizerError, special_tokens_in
@@ -34,7 +34,7 @@ def load_tokenizer(directory: str | Path, *, legacy: bool | None = None) -> Toke
     """Read a checkpoint's tokenizer files.
 
     A tokenizer.json is used where there is no tokenizer.model, or where tokenizer_class names another class than the
-    slow LlamaTokenizer.
+    slow LlamaTokenizer. Qwen2's tokenizer may also be a vocab.json with merges.txt. No code of a checkpoint is run.
 
     Args:
         directory: the checkpoint's directory.
@@ -52,13 +52,21 @@ def load_tokenizer(directory: str | Path, *, legacy: bool | None = None) -> Toke
     if fast.exists() and (not model.exists() or files.tokenizer_class not in ("", "LlamaTokenizer")):
         if legacy is not None:
             raise TokenizerError(f"{fast} has no legacy setting: it is a flag of the slow tokenizer")
-        return FastTokenizer(fast, files)
+        return FastTokenizer(read_fast(fast), fast, files)
+    vocab, merges = directory / "vocab.json", directory / "merges.txt"
+    if not model.exists() and vocab.exists() and merges.exists() and files.tokenizer_class.startswith("Qwen2Tokenizer"):
+        return FastTokenizer(read_qwen2(vocab, merges, files), vocab, files)
     if not model.exists():
-        raise TokenizerError(f"{directory} has neither tokenizer.model nor tokenizer.json; download one of them")
+        raise TokenizerError(
+            f"{directory} has neither tokenizer.model nor tokenizer.json, nor vocab.json and merges.txt of Qwen2; "
+            "download them"
+        )
+    if files.tokenizer_class == "InternLM2Tokenizer":  # the slow LlamaTokenizer's rules before `legacy` was a flag
+        return SentencePieceTokenizer(model, files, legacy=True, keep_blanks=True)
     if files.tokenizer_class not in ("", "LlamaTokenizer", "LlamaTokenizerFast"):
         raise TokenizerError(
             f"{directory} names the tokenizer_class {files.tokenizer_class}, but tokenizer.model can be used only for "
-            "LlamaTokenizer: add a tokenizer.json"
+            "LlamaTokenizer and InternLM2Tokenizer: add a tokenizer.json"
         )
     return SentencePieceTokenizer(model, files, legacy=files.legacy if legacy is None else legacy)
 

@@ -155,7 +155,7 @@ def test_a_checkpoint_of_another_template_is_not_asked_in_ours(tmp_path):
     named = internvl_jax.load(directory, template="vicuna_v1")
     expected = internvl_jax.load(HF).chat("Hello", max_new_tokens=2)
     assert named.chat("Hello", max_new_tokens=2).tokens == expected.tokens
-    with pytest.raises(ValueError, match="no conversation template 'vicuna'; there are internvl_zh, vicuna_v1"):
+    with pytest.raises(ValueError, match=r"no conversation template 'vicuna'; there are .*internvl_zh, vicuna_v1"):
         internvl_jax.load(directory, template="vicuna")
     # The other way out serves every command, and stays with the model.
     values = json.loads((directory / "config.json").read_text())

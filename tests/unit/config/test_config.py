@@ -78,7 +78,7 @@ def test_every_field_is_written(name):
         for flag in ("attention_bias", "mlp_bias", "tie_word_embeddings", "qk_normalization", "qkv_bias"):
             changes[flag] = not getattr(values, flag, True)
         for field, value in changes.items():
-            if not hasattr(values, field):
+            if field not in type(values).__dataclass_fields__:
                 continue
             new = dataclasses.replace(values, **{field: value})
             if field == "layer_norm_eps" and config.layout != "internvl":

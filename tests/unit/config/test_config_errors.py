@@ -49,7 +49,9 @@ def test_unknown_fields_are_named(logged, config, section, where):
         ("downsample_ratio", 0.2),  # eight patches a side cannot be folded by five
         ("ps_version", "v3"),
         ("force_image_size", 3),
-        ("dynamic_image_size", True),
+        ("max_dynamic_patch", 0),
+        ("max_dynamic_patch", 41),
+        ("min_dynamic_patch", 9),
         ("use_backbone_lora", 16),
         ("use_llm_lora", 16),
         ("vision_config/hidden_act", "quick_gelu"),
@@ -150,9 +152,10 @@ def test_wrong_kinds_are_config_errors(wrong):
         "a text": "template$",
         -7: "token_id$|^select_layer$",  # 0 of 6 layers
         2.5: "rope_theta$|_eps$",
-        None: "token_id$|rope|head_dim$|num_key_value_heads$|force_image_size$|template$|^tie_word_embeddings$",
+        None: "token_id$|rope|head_dim$|num_key_value_heads$|force_image_size$|template$|^system_message$|"
+        "^tie_word_embeddings$",
     }.get(wrong if isinstance(wrong, Hashable) else repr(wrong), "-")
-    ignored = "architectures$|_config/model_type$|^use_thumbnail$|^tie_word_embeddings$"
+    ignored = "architectures$|_config/model_type$|^tie_word_embeddings$"
     for config in (golden_json(), golden_json(VIT), INTERNVL, LLAMA):
         for where in own_fields(config):
             if re.search(f"{legal}|{ignored}", where):

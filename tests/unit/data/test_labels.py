@@ -69,8 +69,8 @@ def test_ids_are_those_of_the_whole_text_and_answers_follow_what_chat_sends(toke
     ids, made = make(talk(*(text for turn in turns for text in turn)), tokenizer, 1)
     starts = []
     for number, (question, answer) in enumerate(turns):
-        prompt = tokenizer.encode(prepare_prompt(ZH, question, turns[:number], 1, TOKENS))
-        whole = prepare_prompt(ZH, question, turns[:number], 1, TOKENS) + f" {answer}</s>"
+        prompt = tokenizer.encode(prepare_prompt(ZH, question, turns[:number], [TOKENS]))
+        whole = prepare_prompt(ZH, question, turns[:number], [TOKENS]) + f" {answer}</s>"
         assert ids[: len(prompt)].tolist() == prompt  # what a chat sends
         starts.append((len(prompt), len(tokenizer.encode(whole))))
     assert ids.tolist() == tokenizer.encode(whole)

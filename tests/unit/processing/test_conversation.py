@@ -34,7 +34,7 @@ def test_golden_prompts(case):
     history, number = case["history"] or [], len(case["images"])
     question = place_images(case["question"], number, bool(history))
     assert build_prompt(ZH, history, question) == case["template_prompt"]
-    assert prepare_prompt(ZH, question, history, number, PER_IMAGE) == case["query"]
+    assert prepare_prompt(ZH, question, history, [PER_IMAGE] * number) == case["query"]
 
 
 def test_the_goldens_cover_every_form():
@@ -54,7 +54,7 @@ def test_the_prompt_starts_with_a_space_and_ends_without():
 def test_a_system_message_takes_the_templates_place():
     assert build_prompt(ZH, [], "hi", system="") == build_prompt(ZH, [], "hi")
     assert build_prompt(ZH, [], "hi", system="Be brief.") == "Be brief. <human>: hi <bot>:"
-    prompt = prepare_prompt(ZH, "<image>\n你好", [], 1, 2, system="请用中文回答。")
+    prompt = prepare_prompt(ZH, "<image>\n你好", [], [2], system="请用中文回答。")
     assert prompt == f"请用中文回答。 <human>: {images(2)}\n你好 <bot>:"
 
 
@@ -91,45 +91,45 @@ def test_placeholders_and_images_that_do_not_agree(text, number, complaint):
     with pytest.raises(ValueError, match=complaint):
         expand_images(text, PER_IMAGE, number)
     with pytest.raises(ValueError, match=complaint):
-        prepare_prompt(ZH, text, [], number, PER_IMAGE)
+        prepare_prompt(ZH, text, [], [PER_IMAGE] * number)
 
 
 def test_every_turn_counts():
     history = [("<image>\nWhat?", "A bird."), ("And <image>?", "A car.")]
-    assert prepare_prompt(ZH, "Which is red?", history, 2, 1).count(IMG_CONTEXT) == 2
+    assert prepare_prompt(ZH, "Which is red?", history, [1] * 2).count(IMG_CONTEXT) == 2
     with pytest.raises(ValueError, match="2 <image> placeholders for 1 image"):
-        prepare_prompt(ZH, "Which is red?", history, 1, 1)
+        prepare_prompt(ZH, "Which is red?", history, [1])
     with pytest.raises(ValueError, match="images of earlier turns have to be given again"):
-        prepare_prompt(ZH, "Which is red?", history, 0, 1)
+        prepare_prompt(ZH, "Which is red?", history, [])
 
 
 def test_each_turn_has_the_images_that_came_with_it():
     history = [("<image>\nWhat is this?", "A cat.")]
-    prompt = prepare_prompt(ZH, "<image>\nAnd this?", history, 2, 1)
+    prompt = prepare_prompt(ZH, "<image>\nAnd this?", history, [1] * 2)
     assert prompt == (f" <human>: {images(1)}\nWhat is this? <bot>: A cat.</s><human>: {images(1)}\nAnd this? <bot>:")
-    assert prepare_prompt(ZH, "<image> both?", history, 3, 1).endswith(f"<human>: {images(2)} both? <bot>:")
+    assert prepare_prompt(ZH, "<image> both?", history, [1] * 3).endswith(f"<human>: {images(2)} both? <bot>:")
     with pytest.raises(ValueError, match=r"2 image\(s\) are given, of which 1 belong to the history"):
-        prepare_prompt(ZH, "And this?", history, 2, 1)  # what place_images would have mended
+        prepare_prompt(ZH, "And this?", history, [1] * 2)  # what place_images would have mended
     with pytest.raises(ValueError, match="2 <image> placeholders for 1 image"):
-        prepare_prompt(ZH, "<image> that?", history, 1, 1)
+        prepare_prompt(ZH, "<image> that?", history, [1])
     # One placeholder for both images of the first turn: only a Turn can tell.
     combined = [Turn(history[0], 2)]
-    assert prepare_prompt(ZH, "Why?", combined, 2, 1).startswith(f" <human>: {images(2)}\nWhat is this?")
-    assert prepare_prompt(ZH, "<image>?", combined, 3, 1).count(images(1)) == 1
+    assert prepare_prompt(ZH, "Why?", combined, [1] * 2).startswith(f" <human>: {images(2)}\nWhat is this?")
+    assert prepare_prompt(ZH, "<image>?", combined, [1] * 3).count(images(1)) == 1
     with pytest.raises(ValueError, match="2 belong to the history, and the question has 1 <image>"):
-        prepare_prompt(ZH, "<image>?", combined, 2, 1)
+        prepare_prompt(ZH, "<image>?", combined, [1] * 2)
     assert combine_images(history, 3) == history
     assert [turn.images for turn in combine_images(history, 3)] == [3]
     assert [turn.images for turn in combine_images([("a", "b")], 3)] == [0]
 
 
 def test_images_of_a_system_message_come_first_and_are_its_own():
-    prompt = prepare_prompt(ZH, "<image> q", [("<image> a", "b")], 4, 1, system="<image> s")
+    prompt = prepare_prompt(ZH, "<image> q", [("<image> a", "b")], [1] * 4, system="<image> s")
     assert prompt == (
         f"{images(1)} s <human>: {images(1)} a <bot>: b</s><human>: {images(2)} q <bot>:"
     )  # 4 images: of the system message, of the history, and both others of the question
     with pytest.raises(ValueError, match="2 <image> placeholders for 1 image"):
-        prepare_prompt(ZH, "<image> q", [], 1, 1, system="<image> s")
+        prepare_prompt(ZH, "<image> q", [], [1], system="<image> s")
 
 
 def test_turns_are_pairs_that_know_their_images():
@@ -149,7 +149,7 @@ def test_turns_are_pairs_that_know_their_images():
 
 def test_an_answer_has_no_images():
     history = [("<image>\nWhat is written?", "It says <image>.")]
-    prompt = prepare_prompt(ZH, "And <image>?", history, 2, 1)
+    prompt = prepare_prompt(ZH, "And <image>?", history, [1] * 2)
     assert prompt == (
         f" <human>: {images(1)}\nWhat is written? <bot>: It says <image>.</s><human>: And {images(1)}? <bot>:"
     )
@@ -160,15 +160,15 @@ def test_an_answer_has_no_images():
     # Where the placeholder is the image token itself, only a mark tells an answer's from an image's.
     llava = TEMPLATES["vicuna_v1"]
     with pytest.raises(ValueError, match="contains <image>, which only images may bring"):
-        prepare_prompt(llava, "And?", history, 1, 1)
-    assert "|It says <image>.|" in prepare_prompt(llava, "And?", history, 1, 1, literal_mark="|")
+        prepare_prompt(llava, "And?", history, [1])
+    assert "|It says <image>.|" in prepare_prompt(llava, "And?", history, [1], literal_mark="|")
 
 
 def test_what_is_typed_is_marked():
     assert unused_character("".join(map(chr, range(0xE000, 0xF900)))) == "\U000f0000"
     mark = unused_character("a", "b\ue000")
     assert mark == "\ue001"
-    prompt = prepare_prompt(ZH, "<image>\n</s>", [("a", "b")], 1, 1, system="<IMG_CONTEXT>", literal_mark="|")
+    prompt = prepare_prompt(ZH, "<image>\n</s>", [("a", "b")], [1], system="<IMG_CONTEXT>", literal_mark="|")
     assert prompt == f"|<IMG_CONTEXT>| <human>: |a| <bot>: |b|</s><human>: ||{images(1)}|\n</s>| <bot>:"
 
 
@@ -177,4 +177,4 @@ def test_image_tokens_that_are_typed_are_refused(place):
     texts = {"question": "q", "asked": "a", "answered": "b", "system": "s"}
     texts[place] += "x<IMG_CONTEXT>x"
     with pytest.raises(ValueError, match="contains <IMG_CONTEXT>, which only images may bring; write it differently"):
-        prepare_prompt(ZH, texts["question"], [(texts["asked"], texts["answered"])], 0, 1, system=texts["system"])
+        prepare_prompt(ZH, texts["question"], [(texts["asked"], texts["answered"])], [], system=texts["system"])

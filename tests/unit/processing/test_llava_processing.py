@@ -188,10 +188,10 @@ def test_golden_prompts_and_ids(name):
         *turns, question = case["messages"]
         history = list(zip(turns[::2], turns[1::2]))
         assert build_prompt(VICUNA, history, question) == case["prompt"]
-        prompt = prepare_prompt(VICUNA, question, history, len(case["images"]), 1)
+        prompt = prepare_prompt(VICUNA, question, history, [1] * len(case["images"]))
         assert prompt == case["prompt"]
         assert encode_prompt(tokenizer, prompt, "<image>", -200) == case["input_ids"]
-        wide = prepare_prompt(VICUNA, question, history, len(case["images"]), 3)
+        wide = prepare_prompt(VICUNA, question, history, [3] * len(case["images"]))
         expected = [i for token in case["input_ids"] for i in [token] * (3 if token == -200 else 1)]
         assert encode_prompt(tokenizer, wide, "<image>", -200) == expected
 
@@ -216,10 +216,10 @@ def test_golden_ids_of_transformers_layout():
 
 def test_placing_images():
     question = place_images("What is this?", 1, False)
-    assert prepare_prompt(VICUNA, question, [], 1, 2).endswith(" USER: <image><image>\nWhat is this? ASSISTANT:")
-    assert prepare_prompt(VICUNA, "hi", [], 0, 2, system="Be brief.") == "Be brief. USER: hi ASSISTANT:"
+    assert prepare_prompt(VICUNA, question, [], [2]).endswith(" USER: <image><image>\nWhat is this? ASSISTANT:")
+    assert prepare_prompt(VICUNA, "hi", [], [], system="Be brief.") == "Be brief. USER: hi ASSISTANT:"
     with pytest.raises(ValueError, match="has 1 <image> placeholder"):
-        prepare_prompt(VICUNA, "what is <image>?", [], 0, 2)
+        prepare_prompt(VICUNA, "what is <image>?", [], [])
 
 
 # Pixels.
@@ -274,7 +274,7 @@ def test_processors_that_are_not_there(tmp_path):
 def test_an_image_token_in_an_answer_is_text(layout, token_id):
     tokenizer = load_tokenizer(LLAVA / layout)
     history = [("<image>\nWhat is written?", "It says <image>.")]
-    prompt = prepare_prompt(VICUNA, "<image>\nAnd here?", history, 2, 1, literal_mark="|")
+    prompt = prepare_prompt(VICUNA, "<image>\nAnd here?", history, [1] * 2, literal_mark="|")
     ids = encode_prompt(tokenizer, prompt, "<image>", token_id, literal_mark="|")
     assert ids.count(token_id) == 2
     assert "It says <image>." in tokenizer.decode([token for token in ids if token >= 0])

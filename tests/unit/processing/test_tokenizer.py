@@ -60,7 +60,7 @@ def test_golden_batches_are_padded_on_the_left():
     tokenizer, arrays = load_tokenizer(CHECKPOINT), np.load(BUNDLE / "goldens.npz")
     for case in GOLDENS["batches"]:
         questions = [place_images(question, 1, False) for question in case["questions"]]
-        prompts = [prepare_prompt(TEMPLATES["internvl_zh"], q, [], 1, 16) for q in questions]
+        prompts = [prepare_prompt(TEMPLATES["internvl_zh"], q, [], [16]) for q in questions]
         ids, mask = pad_left([tokenizer.encode(prompt) for prompt in prompts], tokenizer.pad_id)
         np.testing.assert_array_equal(ids, arrays[f"batch/{case['id']}/input_ids"])
         np.testing.assert_array_equal(mask, arrays[f"batch/{case['id']}/attention_mask"])
