@@ -205,6 +205,13 @@ class TrainReport:
         return self.ideal_flops_per_chip / (self.scheduled_seconds * peak)
 
     @property
+    def exposed_network(self) -> float:
+        """Part of the schedule's time in which everything waits for the network; NaN where the step does not fit."""
+        if self.schedule is None:
+            return math.nan
+        return self.schedule.exposed_network_seconds / self.schedule.seconds
+
+    @property
     def flops_ratio(self) -> float:
         """FLOPs of the compiled step over those that it needs; NaN where the step does not fit."""
         return math.nan if self.flops_per_chip is None else self.flops_per_chip / self.ideal_flops_per_chip
@@ -441,6 +448,7 @@ _COLUMNS = (
     "collective bytes",
     "step-time lower bound",
     "step by the schedule",
+    "exposed network",
     "model FLOPs utilization",
 )
 
@@ -466,7 +474,7 @@ def train_table(
     for topology in slices:
         for recipe in recipes:
             report = plan_training(replace(request, topology=topology, recipe=recipe), log, compile_step)
-            cells = [topology, recipe, *["-"] * 3, "does not fit", *["-"] * 6]
+            cells = [topology, recipe, *["-"] * 3, "does not fit", *["-"] * 7]
             if report is not None:
                 cells = [
                     topology,
@@ -480,6 +488,7 @@ def train_table(
                     f"{report.collective_bytes / GIB:.0f} GiB",
                     f"{report.step_seconds:.2f} s",
                     f"{report.scheduled_seconds:.2f} s",
+                    f"{report.exposed_network:.1%}",
                     f"{report.model_flops_utilization:.0%}",
                 ]
             yield "| " + " | ".join(cells) + " |"

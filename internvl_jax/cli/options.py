@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from internvl_jax.config.conversation_templates import TEMPLATES
 from internvl_jax.inference.load_options import DTYPES, LoadOptions
 from internvl_jax.utils import files
 
@@ -188,7 +189,7 @@ def add_adapters(parser: Any) -> None:
 
 def add_template(parser: Any) -> None:
     """Add `--template`."""
-    text = "conversation template: internvl_zh or vicuna_v1 (default: the checkpoint's)"
+    text = f"conversation template: {', '.join(sorted(TEMPLATES))} (default: the checkpoint's)"
     parser.add_argument("--template", metavar="NAME", help=text)
 
 

@@ -90,7 +90,8 @@ def _run(args: argparse.Namespace) -> int:
     from internvl_jax.inference.loading import load
     from internvl_jax.serving.api.server import Server, create_app, is_loopback
     from internvl_jax.serving.api.settings import ServerSettings
-    from internvl_jax.serving.engine import Engine, EngineSettings
+    from internvl_jax.serving.engine import Engine
+    from internvl_jax.serving.settings import EngineSettings
 
     keys = _keys(args.api_key_file)
     if not keys and not is_loopback(args.host):

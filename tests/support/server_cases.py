@@ -10,8 +10,8 @@ from support.serving_cases import IMAGES
 
 from internvl_jax.serving.api.server import Server, create_app
 from internvl_jax.serving.api.settings import ServerSettings
-from internvl_jax.serving.engine import EngineStats
 from internvl_jax.serving.requests import Output, Timings
+from internvl_jax.serving.settings import EngineStats
 
 ROOM = 192
 

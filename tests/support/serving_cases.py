@@ -8,8 +8,9 @@ from support.tiny_checkpoint import NANO
 import internvl_jax
 from internvl_jax.inference.input_checks import complete_settings
 from internvl_jax.serving.caches import make_images
-from internvl_jax.serving.engine import Engine, EngineSettings
+from internvl_jax.serving.engine import Engine
 from internvl_jax.serving.requests import Request
+from internvl_jax.serving.settings import EngineSettings
 
 IMAGES = NANO.parent / "images"
 SIZES = {"rows": 4, "slots": 192, "chunk": 32, "steps": 4, "images_per_call": 2}

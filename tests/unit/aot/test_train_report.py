@@ -98,7 +98,7 @@ def by_arithmetic(work):
         collectives=[{"bytes": 2**30}],
         roofline_seconds=dict.fromkeys(("compute", "hbm", "network"), 2.0) if fits else {},
         ideal_seconds=1.5 if fits else 0.0,
-        schedule=Schedule(seconds=3.0) if fits else None,
+        schedule=Schedule(seconds=3.0, exposed_network_seconds=0.75) if fits else None,
         compile_seconds=0.0,
     )
 
@@ -134,6 +134,7 @@ def test_table():
     stage2 = found["v5e-16", "stage2"]
     assert stage2["collective bytes"] == "1 GiB"
     assert (stage2["step-time lower bound"], stage2["step by the schedule"]) == ("2.00 s", "3.00 s")
+    assert stage2["exposed network"] == "25.0%"
     # The slice and recipe of the last row; the ideal grows with the rows alone.
     ideal = made[-1].ideal_flops_per_chip / made[-1].batch * int(stage2["rows"])
     assert stage2["model FLOPs utilization"] == f"{ideal / 3 / 197e12:.0%}"

@@ -10,7 +10,8 @@ from support.server_cases import ROOM, data_uri, serving, user
 from support.serving_cases import IMAGES, SIZES
 
 import internvl_jax
-from internvl_jax.serving.engine import Engine, EngineSettings
+from internvl_jax.serving.engine import Engine
+from internvl_jax.serving.settings import EngineSettings
 
 SHAPES, WORD = data_uri("shapes.png"), data_uri("word.png")
 QUESTION = "How many shapes are there?"

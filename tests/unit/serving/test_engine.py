@@ -13,8 +13,9 @@ from support.serving_cases import IMAGES, Answer, ask, make_engine, make_request
 import internvl_jax
 from internvl_jax.inference.generation.sampling import GenerationConfig
 from internvl_jax.serving import programs
-from internvl_jax.serving.engine import Engine, EngineSettings
+from internvl_jax.serving.engine import Engine
 from internvl_jax.serving.requests import EngineStopped, QueueFull, Request
+from internvl_jax.serving.settings import EngineSettings
 
 QUESTIONS = [
     ("How many shapes are there?", ("shapes.png",)),

@@ -8,7 +8,8 @@ from support.server_cases import ScriptedEngine, serving, wait_until
 from support.serving_cases import IMAGES, SIZES
 
 import internvl_jax
-from internvl_jax.serving.engine import Engine, EngineSettings
+from internvl_jax.serving.engine import Engine
+from internvl_jax.serving.settings import EngineSettings
 
 playwright = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
