@@ -7,6 +7,9 @@ import internvl_jax
 from internvl_jax.inference.prompts import AskOptions
 
 
+pytest.importorskip("torch")  # the bundles are published checkpoints
+
+
 @pytest.fixture(scope="module", params=BUNDLES)
 def asked(request):
     bundle = Bundle(request.param)
