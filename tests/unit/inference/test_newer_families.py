@@ -6,7 +6,6 @@ from support.newer_cases import BUNDLES, Bundle
 import internvl_jax
 from internvl_jax.inference.prompts import AskOptions
 
-
 pytest.importorskip("torch")  # the bundles are published checkpoints
 
 

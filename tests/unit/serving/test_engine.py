@@ -8,11 +8,14 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from support.newer_cases import Bundle
 from support.serving_cases import IMAGES, Answer, ask, make_engine, make_request
 
 import internvl_jax
 from internvl_jax.inference.generation.sampling import GenerationConfig
+from internvl_jax.inference.prompts import AskOptions
 from internvl_jax.serving import programs
+from internvl_jax.serving.caches import make_images
 from internvl_jax.serving.engine import Engine
 from internvl_jax.serving.requests import EngineStopped, QueueFull, Request
 from internvl_jax.serving.settings import EngineSettings
@@ -280,3 +283,24 @@ def test_prompts_of_tokens_only(engine):
     answer = Answer()
     engine.submit(Request(next(names), ids, generation=GenerationConfig(max_new_tokens=4)), answer)
     assert len(answer.wait().tokens) <= 4
+
+
+def test_images_in_tiles():
+    """A model that cuts images into tiles: each tile is an image of the prompt."""
+    bundle = Bundle("internvl2_5_qwen2")
+    chat = internvl_jax.load(bundle.directory)
+    engine = make_engine(chat, rows=2, slots=256)
+    engine.start()
+    expected, answers = [], []
+    for name in ("en_single", "two_separate", "text_only", "zh_single"):
+        prompt = bundle.prompts[name]
+        question, images, history, options = bundle.asked(prompt)
+        batch = chat.prompts.build([question], [images], [history], AskOptions(**options))
+        pixels = () if batch.pixel_values is None else batch.pixel_values
+        gen = GenerationConfig(max_new_tokens=16, eos_token_ids=chat.eos_token_ids)
+        answers.append(Answer())
+        engine.submit(Request(name, tuple(prompt["input_ids"]), make_images(pixels, chat.name), gen), answers[-1])
+        expected.append(prompt["generated_ids"])
+    assert [answer.wait().tokens for answer in answers] == expected
+    assert engine.compiles == 0
+    assert engine.close(10)
