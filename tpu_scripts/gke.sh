@@ -5,6 +5,7 @@
 #   tpu_scripts/gke.sh image                      build this checkout's image
 #   tpu_scripts/gke.sh run -- ARGUMENT...         'internvl-jax ARGUMENT...' on every host of the slice, with its log
 #   tpu_scripts/gke.sh xpk -- ARGUMENT...         the same through XPK, on a cluster that 'xpk cluster create' made
+#   tpu_scripts/gke.sh serve -- OPTION...         replicas of 'internvl-jax serve OPTION...' behind a service
 #   tpu_scripts/gke.sh delete                     the cluster
 #
 # Flags come before the action. In the containers the bucket is at /bucket, for example:
@@ -117,6 +118,15 @@ run)
     run kubectl logs --follow \
         -l "jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=0" -c internvl
     ;;
+serve)
+    need NAME BUCKET IMAGE SERVICE_ACCOUNT
+    node_settings
+    ((HOSTS == 1)) || die "serve runs on slices of one host, and $ACCELERATOR has $HOSTS: see docs/serving.md"
+    program=(serve --host 0.0.0.0 --port 8000 --api-key-file /keys/keys "${program[@]}")
+    program_settings
+    render serve.yaml | apply
+    run kubectl rollout status --timeout=35m deployment "$NAME"
+    ;;
 xpk)
     need NAME IMAGE
     node_settings
@@ -129,5 +139,5 @@ delete)
     ask "deletes the cluster $CLUSTER in $ZONE with all its nodes"
     run gcloud container clusters delete "$CLUSTER" "${place[@]}" --quiet
     ;;
-*) die "say what to do: create, image, run, xpk or delete (--help tells more)" ;;
+*) die "say what to do: create, image, run, serve, xpk or delete (--help tells more)" ;;
 esac

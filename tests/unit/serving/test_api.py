@@ -1,11 +1,13 @@
 """OpenAI's API on nano, driven by the official client."""
 
 import io
+import re
 
 import numpy as np
 import openai
 import pytest
 from PIL import Image
+from support.paths import DATA, ROOT
 from support.server_cases import ROOM, data_uri, serving, user
 from support.serving_cases import IMAGES, SIZES
 
@@ -368,3 +370,35 @@ def test_metrics(server, create):
     assert after['internvl_jax_num_requests_running{model_name="nano"}'] == 0
     assert after['internvl_jax_num_requests_waiting{model_name="nano"}'] == 0
     assert after['internvl_jax_kv_cache_usage_perc{model_name="nano"}'] == 0
+
+
+def test_the_dashboard_shows_metrics_that_exist(server):
+    dashboard = (ROOT / "tpu_scripts" / "manifests" / "grafana_dashboard.json").read_text()
+    text = server.service.metrics.page().decode()
+    there = set(re.findall(r"^# TYPE (\S+)", text, re.M)) | set(re.findall(r"^(internvl_jax\w+)\{", text, re.M))
+    shown = set(re.findall(r"internvl_jax_\w+", dashboard))
+    assert len(shown) > 15
+    assert shown <= there, shown - there
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        "llava_1_5/original",
+        "internvl2_5_qwen2/checkpoint",
+        pytest.param("llava_1_5/hf", marks=pytest.mark.long),
+        pytest.param("internvl_chat_v1_0/checkpoint", marks=pytest.mark.long),
+        pytest.param("internvl_chat_v1_1/checkpoint", marks=pytest.mark.long),
+    ],
+)
+def test_the_other_systems_are_served(checkpoint):
+    pytest.importorskip("torch")
+    chat = internvl_jax.load(DATA / checkpoint)
+    expected = chat.chat(QUESTION, [IMAGES / "shapes.png"], max_new_tokens=12)
+    room = -(-(expected.prompt_tokens + 12) // 32) * 32
+    with serving(chat, Engine(chat, EngineSettings(**{**SIZES, "rows": 1, "slots": room})), room=room) as server:
+        question = user(QUESTION, SHAPES)
+        answer = server.client.chat.completions.create(model="nano", messages=[question], max_tokens=12)
+        assert answer.choices[0].message.content == expected.text
+        assert answer.usage.prompt_tokens == expected.prompt_tokens
+        assert server.service.engine.compiles == 0

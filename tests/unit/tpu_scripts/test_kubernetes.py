@@ -11,6 +11,7 @@ import pytest
 from support.tpu_script_cases import PLACE, SCRIPTS, start
 
 from internvl_jax.aot.topology import CHIPS
+from internvl_jax.cli.main import build_parser
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 
@@ -53,6 +54,33 @@ def test_jobset(env):
     assert "--xla_tpu_scoped_vmem_limit_kib=98304" in container["env"][0]["value"]
     with pytest.raises(Exception, match="tpus"):  # the validation sees a wrong field
         validate({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "n"}, "spec": {**pod, "tpus": 4}})
+
+
+def test_replicas_of_the_server(env):
+    yaml = pytest.importorskip("yaml")
+    options = ["--checkpoint", "/bucket/model", "--mesh", "tensor=8"]
+    done = start("gke.sh", "--dry-run", "--accelerator=v6e-8", "serve", "--", *options, env=env)
+    assert done.returncode == 0, done.stderr
+    (text,) = re.findall(r"^kubectl apply -f - <<END\n(.*?)^END$", done.stdout, re.S | re.M)
+    objects = {thing["kind"]: thing for thing in yaml.safe_load_all(text)}
+    assert "${" not in yaml.safe_dump_all(objects.values())
+    for kind, thing in objects.items():
+        if kind != "PodMonitoring":  # of Google Cloud, whose schema is in no package
+            validate(thing)
+    pod = objects["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    # The command is one that the parser takes.
+    args = build_parser().parse_args(container["command"][1:])
+    assert (args.host, args.port, str(args.api_key_file), args.mesh) == ("0.0.0.0", 8000, "/keys/keys", "tensor=8")
+    assert container["ports"][0]["containerPort"] == args.port
+    assert container["resources"]["limits"] == {"google.com/tpu": 8}
+    stop = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["terminationGracePeriodSeconds"] >= stop + args.drain_timeout + 10
+    labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert objects["Service"]["spec"]["selector"] == labels
+    refused = start("gke.sh", "--dry-run", "--accelerator=v6e-16", "serve", "--", *options, env=env)
+    assert refused.returncode != 0
+    assert "slices of one host" in refused.stderr
 
 
 def test_gke_commands(dry, env):
