@@ -1,15 +1,18 @@
 """`internvl-jax serve` as a process, with the official client."""
 
 import contextlib
+import json
 import queue
 import re
 import signal
 import subprocess
+import sys
 import threading
 
 import openai
 import pytest
 from support.cli_cases import process
+from support.paths import ROOT
 from support.server_cases import data_uri, user
 
 QUESTION = user("How many shapes are there?", data_uri("shapes.png"))
@@ -61,6 +64,19 @@ def test_it_starts_again_after_kill_9(cache):
             assert client.chat.completions.create(model="nano", messages=[QUESTION]).choices[0].message.content == "5"
             server.kill()
             assert server.wait(20) == -signal.SIGKILL
+
+
+@pytest.mark.long
+def test_answers_under_load_and_faults_are_those_made_alone():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "serve_load.py"), "--clients", "6", "--seconds", "5", "--faults",
+         "--json", "--", "--slots", "256", "--chunk", "64"],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout)
+    assert result["loaded"]["answers"] > 6
+    assert result["loaded"]["faults"] > 0
 
 
 def test_what_cannot_be_served(run, capsys, tmp_path, monkeypatch):
