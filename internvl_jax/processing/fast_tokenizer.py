@@ -23,8 +23,14 @@ from internvl_jax.processing.tokenizer_types import (
     ids_to_mask,
     match_any,
     overlaps,
+    piece_bytes,
 )
 from internvl_jax.utils.files import decode_text, read_json_object
+
+# Byte-level BPE writes printable characters of Latin-1 as themselves, and the other bytes as those from 256 on.
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {chr(256 + at): byte for at, byte in enumerate(_OTHERS)}
 
 
 class FastTokenizer:
@@ -59,6 +65,8 @@ class FastTokenizer:
         self.special_tokens = frozenset(token.content for token in added.values() if token.special and token.content)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._added_ids = set(added)
+        self._byte_level = "ByteLevel" in str(self._tokenizer.decoder)
         self._skipped = {i for i, token in added.items() if token.special}
         self._bytes = {index for piece, index in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", piece)}
 
@@ -110,6 +118,15 @@ class FastTokenizer:
         """Decode token ids."""
         text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
         return clean_up_spaces(text) if self._clean_up else text
+
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes of a token, see `Tokenizer.token_bytes`."""
+        piece = self._tokenizer.id_to_token(index)
+        if piece is None:
+            raise TokenizerError(f"token {index} is outside the tokenizer's {self.vocab_size} tokens")
+        if index in self._added_ids:
+            return piece.encode()
+        return bytes(map(_BYTE_OF.__getitem__, piece)) if self._byte_level else piece_bytes(piece)
 
     def known_ids(self, size: int) -> np.ndarray:
         """Which ids below `size` belong to a token, [size] bool."""

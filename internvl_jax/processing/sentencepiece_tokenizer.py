@@ -18,6 +18,7 @@ import sentencepiece
 from internvl_jax.processing.tokenizer_files import DEFAULT_TOKENS, AddedToken, TokenizerFiles, read_vocabulary
 from internvl_jax.processing.tokenizer_types import (
     REPLACEMENT,
+    SPACE_MARK,
     Span,
     TokenizerError,
     check_unicode,
@@ -25,10 +26,10 @@ from internvl_jax.processing.tokenizer_types import (
     ids_to_mask,
     match_any,
     overlaps,
+    piece_bytes,
 )
 
 _CHATML = re.compile(r"<\|\w+\|>")
-SPACE_MARK = "▁"  # how sentencepiece writes a blank
 
 # normalizer_spec { add_dummy_prefix: false } in protobuf's encoding. Appended to a serialized model, it is merged into
 # it. This needs no protobuf module: sentencepiece's own cannot be imported beside the one that transformers brings.
@@ -225,6 +226,11 @@ class SentencePieceTokenizer:
         # The reference joins with blanks and ignores spaces_between_special_tokens.
         text = " ".join(texts)
         return clean_up_spaces(text) if self._clean_up else text
+
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes of a token, see `Tokenizer.token_bytes`."""
+        piece = self._piece(index)
+        return piece.encode() if index in self._added else piece_bytes(piece)
 
     def known_ids(self, size: int) -> np.ndarray:
         """Which ids below `size` belong to a token, [size] bool."""

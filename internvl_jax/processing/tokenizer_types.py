@@ -10,6 +10,8 @@ import numpy as np
 
 Span = tuple[int, int]  # characters of a text: the first one, and one past the last
 
+SPACE_MARK = "▁"  # how sentencepiece writes a blank
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 REPLACEMENT = "\ufffd"  # what bytes that are not (yet) UTF-8 decode to
 
 # The reference's clean-up of English text, in its order. A checkpoint asks for it by clean_up_tokenization_spaces.
@@ -67,6 +69,10 @@ class Tokenizer(Protocol):
         """The id of a token by its exact content; None if there is no such token."""
         ...
 
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes that a token of the vocabulary stands for within a text."""
+        ...
+
     def known_ids(self, size: int) -> np.ndarray:
         """Which ids below `size` belong to a token, [size] bool. A model's embedding may have more rows."""
         ...
@@ -102,6 +108,13 @@ def ids_to_mask(ids: Iterable[int], size: int) -> np.ndarray:
     mask = np.zeros(size, bool)
     mask[[index for index in ids if index < size]] = True
     return mask
+
+
+def piece_bytes(piece: str) -> bytes:
+    """The bytes of a sentencepiece token: a byte, or text in which a mark stands for a blank."""
+    if _BYTE_PIECE.fullmatch(piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(SPACE_MARK, " ").encode()
 
 
 def clean_up_spaces(text: str) -> str:

@@ -38,6 +38,7 @@ from internvl_jax.serving.requests import (
 )
 from internvl_jax.serving.sequence import Sequence
 from internvl_jax.serving.settings import EngineSettings, EngineStats
+from internvl_jax.serving.structured import GrammarCompiler, Matcher
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class Engine:
         self._images = BytesCache(self.settings.image_cache_bytes)
         self._prefixes = BytesCache(self.settings.prefix_cache_bytes)
         self._stats = EngineStats()
+        self._compiler: GrammarCompiler | None = None
+        self._compiling = threading.Lock()
         self._changed = threading.Condition()
         # Shared with other threads, under `_changed`:
         self._inbox: deque[Sequence] = deque()
@@ -139,8 +142,7 @@ class Engine:
             EngineError: the engine has failed.
             ValueError: the request cannot be answered.
         """
-        self._check(request)
-        sequence = Sequence(request, on_output, self._decoder)
+        sequence = Sequence(request, on_output, self._decoder, self._check(request))
         with self._changed:
             if self._failure is not None:
                 raise EngineError("the engine has failed") from self._failure
@@ -206,8 +208,8 @@ class Engine:
         """Programs that the engine's thread has compiled: 0 after `warm_up`."""
         return self._compiles
 
-    def _check(self, request: Request) -> None:
-        """Raises ValueError for what cannot be answered."""
+    def _check(self, request: Request) -> Matcher | None:
+        """Raises ValueError for what cannot be answered. Returns the matcher of its grammar, if any."""
         gen, length = request.generation, len(request.input_ids)
         if gen.num_beams > 1:
             raise ValueError("the engine has no beam search: use num_beams 1")
@@ -225,6 +227,22 @@ class Engine:
         shape = (len(request.images), self._tokens_per_image, self.chat.config.required_text.hidden_size)
         features = jax.ShapeDtypeStruct(shape, self._generator.dtype) if request.images else None
         self._generator.check(np.asarray(request.input_ids)[None], None, features, gen)
+        if request.grammar is None:
+            return None
+        if gen.eos_token_ids not in (None, self.chat.eos_token_ids):
+            raise ValueError("a request with a grammar ends at the model's own end tokens: leave out eos_token_ids")
+        return self._grammars().matcher(request.grammar)
+
+    def _grammars(self) -> GrammarCompiler:
+        """The compiler of grammars, made for the first request that has one."""
+        with self._compiling:
+            if self._compiler is None:
+                config = self.chat.config.required_text
+                try:
+                    self._compiler = GrammarCompiler(self._decoder.tokenizer, config.vocab_size, self._eos_token_ids)
+                except ImportError:
+                    raise ValueError("structured output needs llguidance: install the extra 'serve'") from None
+            return self._compiler
 
     # The engine's thread.
 
@@ -257,11 +275,18 @@ class Engine:
             self._start(self._waiting.popleft())
         if self._reading is not None:
             self._read_chunk(self._reading)
+        if self._structured():  # the next tokens that are allowed follow from the last ones
+            while self._pending:
+                self._collect()
         running = any(self._rows)
         if running:
             self._dispatch()
         while len(self._pending) > running:
             self._collect()
+
+    def _structured(self) -> bool:
+        """Whether a running answer has a grammar."""
+        return any(sequence is not None and sequence.matcher is not None for sequence in self._rows)
 
     def _end_early(self) -> None:
         """End what was cancelled, and what is past its deadline."""
@@ -322,8 +347,21 @@ class Engine:
         self._prompt = programs.make_prompt(model, slots=self.settings.slots)
 
     def _row_settings(self, gen: GenerationConfig, rows: int) -> RowSettings:
-        eos = self.chat.eos_token_ids or self.chat.config.required_text.eos_token_ids
-        return make_row_settings(gen, rows, eos).replace(known=self._generator.known)
+        return make_row_settings(gen, rows, self._eos_token_ids).replace(known=self._generator.known)
+
+    @property
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        return self.chat.eos_token_ids or self.chat.config.required_text.eos_token_ids
+
+    def _allowed(self, sequences: list[Sequence | None]) -> np.ndarray:
+        """Bits of the tokens that each row may generate next, [B,W] int32."""
+        words = -(-self._state.uses.shape[1] // 32)
+        allowed = np.full((len(sequences), words), -1, np.int32)
+        for row, sequence in enumerate(sequences):
+            if sequence is not None and sequence.matcher is not None:
+                bits = sequence.matcher.allowed()
+                allowed[row, : len(bits)], allowed[row, len(bits) :] = bits, 0
+        return allowed
 
     # Prompts.
 
@@ -412,7 +450,7 @@ class Engine:
         self._prompt = programs.chunk_step(model, self._prompt, ids[None], is_image[None], rows[None], np.int32(count))
 
     def _insert(self, sequence: Sequence, row: int) -> None:
-        settings = self._row_settings(sequence.request.generation, 1)
+        settings = self._row_settings(sequence.request.generation, 1).replace(allowed=self._allowed([sequence]))
         wanted = np.bool_(sequence.request.logprobs is not None)
         self._state, output = programs.insert_step(
             self._generator.model, self._state, self._prompt, settings, np.int32(row), wanted
@@ -431,7 +469,8 @@ class Engine:
             self._generator.model,
             self._state,
             ended,
-            np.int32(self.settings.steps),
+            self._allowed(self._rows),
+            np.int32(1 if self._structured() else self.settings.steps),
             np.bool_(wanted),
             size=self.settings.steps,
         )

@@ -153,7 +153,7 @@ def insert_step(
         model: the model.
         state: the ring; its buffers are donated.
         prompt: the prompt; it is read in the next request's place afterwards.
-        settings: generation settings of the one row.
+        settings: generation settings of the one row, with the tokens that are allowed.
         row: [] int32.
         wanted: [] bool, whether log-probabilities are wanted.
 
@@ -200,14 +200,15 @@ def insert_step(
         return jax.lax.dynamic_update_slice_in_dim(old, new, row, 0)
 
     per_row = {name: put(getattr(state, name), getattr(chosen, name)) for name in PER_ROW}
-    merged = jax.tree.map(put, state.settings.replace(known=None), settings.replace(known=None))
+    own = settings.replace(known=None, allowed=None)
+    merged = jax.tree.map(put, state.settings.replace(known=None), own)
     state = DecodeState(cache=cache, settings=merged.replace(known=state.settings.known), **per_row)
     return constrain_state(state), _output(new.count, chosen, logprobs)
 
 
 @partial(jax.jit, static_argnames=("size",), donate_argnames=("state",))
 def decode_step(
-    model: BoundModel, state: DecodeState, ended: Array, steps: Array, wanted: Array, *, size: int
+    model: BoundModel, state: DecodeState, ended: Array, allowed: Array, steps: Array, wanted: Array, *, size: int
 ) -> tuple[DecodeState, StepOutput]:
     """Generate up to `steps` tokens for every running row. Ends early when all rows are done.
 
@@ -215,6 +216,7 @@ def decode_step(
         model: the model.
         state: the ring; its buffers are donated.
         ended: [B] bool, rows that end here.
+        allowed: [B,W] int32, bits of the tokens that each row may generate next; for several steps all ones.
         steps: [] int32, at most `size`.
         wanted: [] bool, whether log-probabilities are wanted.
         size: columns of the output, n.
@@ -228,7 +230,11 @@ def decode_step(
         running = ~state.done[:, None]
         config = model.config.required_text
         logits, cache = next_logits(language, state.last, positions, running, state.cache, config, model.dtype)
-        state = add_token(state.replace(cache=cache.replace(length=cache.length % slots)), logits)
+        settings = state.settings
+        state = state.replace(
+            cache=cache.replace(length=cache.length % slots), settings=settings.replace(allowed=allowed)
+        )
+        state = add_token(state, logits).replace(settings=settings)
         new = _logprobs(model, logits, state.last, wanted)
         write = partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=1)
         return state, index + 1, jax.tree.map(lambda old, new: write(old, new), logprobs, new)

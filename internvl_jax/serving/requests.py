@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from internvl_jax.inference.generation.sampling import GenerationConfig
+from internvl_jax.serving.structured import Grammar
 
 TOP_LOGPROBS = 20  # the most alternatives per token that a request may ask for, as in OpenAI's API
 
@@ -50,6 +51,7 @@ class Request:
         images: its images in prompt order.
         generation: generation settings, without beams.
         logprobs: how many alternatives per token come with log-probabilities; None: no log-probabilities.
+        grammar: what the answer must look like; None: anything.
         salt: requests with different salts share nothing in the caches.
         deadline: time.monotonic() at which the answer ends; None: none.
     """
@@ -59,6 +61,7 @@ class Request:
     images: tuple[PromptImage, ...] = ()
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     logprobs: int | None = None
+    grammar: Grammar | None = None
     salt: str = ""
     deadline: float | None = None
 

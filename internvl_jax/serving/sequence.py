@@ -11,6 +11,7 @@ import numpy as np
 from internvl_jax.inference.answer_text import AnswerDecoder, AnswerStream
 from internvl_jax.inference.replies import NOT_FINITE
 from internvl_jax.serving.requests import Output, Request, Timings, TokenLogprobs
+from internvl_jax.serving.structured import Matcher
 
 
 class Sequence:
@@ -20,10 +21,17 @@ class Sequence:
         request: the request.
         on_output: called with every Output.
         decoder: decodes its tokens.
+        matcher: its place in the request's grammar; None without one.
     """
 
-    def __init__(self, request: Request, on_output: Callable[[Output], None], decoder: AnswerDecoder):
-        self.request = request
+    def __init__(
+        self,
+        request: Request,
+        on_output: Callable[[Output], None],
+        decoder: AnswerDecoder,
+        matcher: Matcher | None = None,
+    ):
+        self.request, self.matcher = request, matcher
         self.finish_reason: str | None = None
         self.features: np.ndarray | None = None  # [image tokens, D]
         self.read = 0  # tokens of the prompt
@@ -71,6 +79,9 @@ class Sequence:
         """
         if self._first is None:
             self._first = time.monotonic()
+        if self.matcher is not None and reason != "error" and not self.matcher.advance(tokens):
+            self.finish("error", "the answer left its grammar")
+            return
         self.tokens += tokens
         self._logprobs += logprobs
         if reason == "error":

@@ -57,13 +57,14 @@ class Answer:
         return self.outputs[-1]
 
 
-def make_request(chat, name, question, images=(), *, logprobs=None, deadline=None, salt="", pixels=None, **settings):
-    """The request of a question, as `chat` would ask it."""
+def make_request(chat, name, question, images=(), *, pixels=None, salt="", **options):
+    """The request of a question, as `chat` would ask it. options: of the Request and of its generation settings."""
+    fields = {key: options.pop(key) for key in ("logprobs", "grammar", "deadline") if key in options}
     batch = chat.prompts.build([question], [[IMAGES / image for image in images]])
-    gen = complete_settings(chat.config, {"max_new_tokens": 40, **settings}, batch.attention_mask, chat.eos_token_ids)
+    gen = complete_settings(chat.config, {"max_new_tokens": 40, **options}, batch.attention_mask, chat.eos_token_ids)
     ids = tuple(batch.input_ids[0][batch.attention_mask[0] > 0].tolist())
     arrays = pixels if pixels is not None else batch.pixel_values if batch.pixel_values is not None else ()
-    return Request(name, ids, make_images(np.asarray(arrays), chat.name, salt), gen, logprobs, salt, deadline)
+    return Request(name, ids, make_images(np.asarray(arrays), chat.name, salt), gen, salt=salt, **fields)
 
 
 def ask(engine, name, question, images=(), **options):

@@ -132,6 +132,7 @@ class RowSettings(flax.struct.PyTreeNode):
         seed: [B] uint32.
         eos_ids: [B,E] int32, padded with NO_TOKEN.
         known: [V] bool, tokens that any row may generate; None: all.
+        allowed: [B,W] int32, a bit for each token that the row may generate next; None: all.
     """
 
     max_new_tokens: Array
@@ -145,6 +146,7 @@ class RowSettings(flax.struct.PyTreeNode):
     seed: Array
     eos_ids: Array
     known: Array | None = None
+    allowed: Array | None = None
 
 
 def make_row_settings(gen: GenerationConfig, batch: int, eos_token_ids: Sequence[int]) -> RowSettings:
@@ -219,6 +221,9 @@ def penalize(scores: Array, uses: Array, count: Array, settings: RowSettings) ->
     if settings.known is not None:  # end tokens are allowed: they are never decoded
         known = jnp.pad(settings.known, (0, scores.shape[-1] - settings.known.shape[0]))  # vocabulary padded for a mesh
         forbidden |= ~known & ~ends
+    if settings.allowed is not None:
+        bits = (settings.allowed[:, :, None] >> jnp.arange(32)) & 1
+        forbidden |= bits.reshape(bits.shape[0], -1)[:, : scores.shape[-1]] == 0
     return jnp.where(forbidden, -jnp.inf, scores)
 
 

@@ -1,7 +1,9 @@
 """The engine on nano: answers are those of a chat, alone and among others, and nothing is lost, mixed up or leaked."""
 
 import itertools
+import json
 import random
+import re
 import time
 from dataclasses import replace
 
@@ -19,6 +21,7 @@ from internvl_jax.serving.caches import make_images
 from internvl_jax.serving.engine import Engine
 from internvl_jax.serving.requests import EngineStopped, QueueFull, Request
 from internvl_jax.serving.settings import EngineSettings
+from internvl_jax.serving.structured import Grammar, GrammarCompiler
 
 QUESTIONS = [
     ("How many shapes are there?", ("shapes.png",)),
@@ -304,3 +307,64 @@ def test_images_in_tiles():
     assert [answer.wait().tokens for answer in answers] == expected
     assert engine.compiles == 0
     assert engine.close(10)
+
+
+GRAMMARS = [
+    Grammar(choice=("three", "four", "a circle")),
+    Grammar(regex="[0-9]{2}-[a-z]{3}"),
+    Grammar(json_schema={"type": "object", "properties": {"count": {"type": "integer", "maximum": 99}},
+                         "required": ["count"], "additionalProperties": False}),
+]  # fmt: skip
+
+
+def fits(grammar, text):
+    if grammar.choice is not None:
+        return text in grammar.choice
+    if grammar.regex is not None:
+        return re.fullmatch(grammar.regex, text) is not None
+    value = json.loads(text)
+    return list(value) == ["count"] and value["count"] <= 99
+
+
+def test_structured_output(engine, chat):
+    """Answers follow their grammars, beside others without one, which they do not change."""
+    pytest.importorskip("llguidance")
+    plain = [ask(engine, next(names), "Hello") for _ in range(2)]
+    answers = [ask(engine, next(names), *QUESTIONS[0], grammar=grammar) for grammar in GRAMMARS]
+    plain.append(ask(engine, next(names), "Hello"))
+    for grammar, answer in zip(GRAMMARS, answers):
+        assert answer.wait().last.finish_reason == "stop", answer.text
+        assert fits(grammar, answer.text), answer.text
+    expected = chat.chat("Hello", max_new_tokens=40).text
+    assert [answer.wait().text for answer in plain] == [expected] * 3
+    assert engine.compiles == 0
+
+
+@pytest.mark.parametrize("name", ["internvl2_5_qwen2", "internvl2_internlm2"])
+def test_structured_output_of_other_tokenizers(name):
+    pytest.importorskip("llguidance")
+    bundle = Bundle(name)
+    chat = internvl_jax.load(bundle.directory)
+    compiler = GrammarCompiler(chat.tokenizer, chat.config.text.vocab_size, chat.eos_token_ids)
+    text = "grün 绿".encode()
+    matcher, written = compiler.matcher(Grammar(choice=("rot", "grün 绿"))), b""
+
+    def allowed():
+        return np.flatnonzero(np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")).tolist()
+
+    while written != text:  # one of the tokens that are allowed goes on with this choice
+        fitting = [token for token in allowed() if text.startswith(written + chat.tokenizer.token_bytes(token))]
+        assert matcher.advance(fitting[:1])
+        written += chat.tokenizer.token_bytes(fitting[0])
+    assert allowed() == list(chat.eos_token_ids)
+
+
+def test_grammars_that_cannot_be_used(engine):
+    pytest.importorskip("llguidance")
+    for grammar in (Grammar(regex="[a"), Grammar(json_schema={"type": "nothing"})):
+        with pytest.raises(ValueError, match="the grammar cannot be used"):
+            ask(engine, next(names), "Hello", grammar=grammar)
+    with pytest.raises(ValueError, match="a JSON schema, a regular expression or a list"):
+        Grammar()
+    with pytest.raises(ValueError, match="not empty"):
+        Grammar(choice=())
