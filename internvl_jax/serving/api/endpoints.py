@@ -221,6 +221,7 @@ class Endpoints:
                 images=prompt.images,
                 generation=self._generation(asked, prompt, (seed + number) % 2**31),
                 logprobs=asked.num_logprobs,
+                grammar=asked.grammar,
                 salt=salt,
                 deadline=deadline,
             )

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from internvl_jax.serving.requests import TOP_LOGPROBS
+from internvl_jax.serving.structured import Grammar
 
 MAX_STOPS = 4
 MAX_TOKENS = 2**31 - 1
@@ -62,10 +63,46 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class ResponseFormat(Body):
-    """The form of an answer."""
+class JsonSchema(Body):
+    """A JSON schema and its name."""
 
-    type: Literal["text"]
+    name: str
+    content: dict[str, Any] = Field(alias="schema")
+    description: str = ""
+    strict: bool = True
+
+
+class ResponseFormat(Body):
+    """The form of an answer: text, a JSON object, or what a JSON schema describes."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError('json_schema belongs to the type "json_schema", which needs it')
+        return self
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the engine takes."""
+        if self.type == "text":
+            return None
+        return Grammar(json_schema={"type": "object"} if self.json_schema is None else self.json_schema.content)
+
+
+class StructuredOutputs(Body):
+    """The form of an answer as vLLM names it: one of these."""
+
+    schema_: dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+
+    @property
+    def grammar(self) -> Grammar:
+        """What the engine takes. Raises ValueError unless exactly one field is given."""
+        return Grammar(self.schema_, self.regex, None if self.choice is None else tuple(self.choice))
 
 
 class Sampling(Body):
@@ -88,6 +125,7 @@ class Sampling(Body):
     repetition_penalty: float = Field(1.0, gt=0, le=100)
     seed: int | None = Field(None, ge=0, le=MAX_TOKENS)
     stop: str | list[str] = Field(default_factory=list)
+    structured_outputs: StructuredOutputs | None = None
     user: str = ""
     metadata: dict[str, str] = Field(default_factory=dict)
     store: Literal[False] = False
@@ -99,12 +137,19 @@ class Sampling(Body):
             raise ValueError(f"stop takes at most {MAX_STOPS} strings, none of them empty")
         if self.stream_options.include_usage and not self.stream:
             raise ValueError("stream_options needs stream: true")
+        if self.structured_outputs is not None:
+            _ = self.structured_outputs.grammar  # raises for none or several
         return self
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the answer must look like."""
+        return None if self.structured_outputs is None else self.structured_outputs.grammar
 
     @property
     def limit(self) -> int | None:
@@ -127,7 +172,14 @@ class ChatRequest(Sampling):
             raise ValueError("top_logprobs needs logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        if self.structured_outputs is not None and self.response_format.type != "text":
+            raise ValueError("response_format and structured_outputs: give one of them")
         return self
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the answer must look like."""
+        return self.response_format.grammar or super().grammar
 
     @property
     def limit(self) -> int | None:

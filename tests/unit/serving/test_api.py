@@ -1,6 +1,7 @@
 """OpenAI's API on nano, driven by the official client."""
 
 import io
+import json
 import re
 
 import numpy as np
@@ -241,7 +242,38 @@ def test_a_second_question_about_an_image_finds_it_in_the_cache(server, create):
     assert after.image_hits - before.image_hits == 1
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"count": {"type": "integer", "maximum": 99}},
+    "required": ["count"],
+    "additionalProperties": False,
+}
+
+
+def test_structured_output(create):
+    named = {"name": "count", "schema": SCHEMA}
+    reply = create([user(QUESTION, SHAPES)], response_format={"type": "json_schema", "json_schema": named})
+    assert json.loads(reply.choices[0].message.content)["count"] <= 99
+    for form, check in (
+        ({"choice": ["three", "four"]}, lambda text: text in ("three", "four")),
+        ({"regex": "[0-9]{2}"}, lambda text: len(text) == 2 and text.isdigit()),
+        ({"json": SCHEMA}, lambda text: "count" in json.loads(text)),
+    ):
+        reply = create([user(QUESTION, SHAPES)], extra_body={"structured_outputs": form}, max_tokens=40)
+        assert check(reply.choices[0].message.content), form
+
+
 BAD = {
+    "a regex": (
+        {"extra_body": {"structured_outputs": {"regex": "[a"}}}, openai.BadRequestError, "invalid_request", None,
+    ),
+    "two forms": (
+        {"extra_body": {"structured_outputs": {"regex": "a", "choice": ["b"]}}},
+        openai.BadRequestError, "invalid_value", None,
+    ),
+    "a schema without a schema": (
+        {"response_format": {"type": "json_schema"}}, openai.BadRequestError, "invalid_value", "response_format",
+    ),
     "no such model": ({"model": "gpt"}, openai.NotFoundError, "model_not_found", "model"),
     "unknown field": ({"extra_body": {"logit_bias": {}}}, openai.BadRequestError, "unknown_parameter", "logit_bias"),
     "tools": ({"tools": [{}]}, openai.BadRequestError, "unknown_parameter", "tools"),
