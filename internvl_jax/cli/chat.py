@@ -38,6 +38,12 @@ def add_parser(commands: options.Commands) -> None:
         metavar="FILE",
         help="images, in order; PROMPT may follow them (default: none)",
     )
+    parser.add_argument(
+        "--draw",
+        type=options.path,
+        metavar="FILE",
+        help="write the image with the boxes of the answer to FILE; takes one image (default: none)",
+    )
     options.add_json(parser)
     options.add_model(parser)
     options.add_generation(parser)
@@ -75,6 +81,8 @@ def _run(args: argparse.Namespace) -> int:
     prompt = _prompt(args)
     if prompt is None and args.json:
         args.parser.error("--json prints one answer: give it a PROMPT")
+    if args.draw is not None:
+        _check_draw(args, prompt)
 
     from internvl_jax.cli import session
     from internvl_jax.inference.loading import load
@@ -91,12 +99,51 @@ def _run(args: argparse.Namespace) -> int:
     advice = _advice(args)
     if prompt is None:
         return session.Session(chat, settings, advice, images).run()
-    return _answer_once(chat, prompt, images, settings, advice, as_json=args.json)
+    processor = chat.processor
+    if args.draw is not None and processor is not None and (processor.pad_to_square or processor.center_crop):
+        runner.print_error("--draw needs a model that sees the whole image; this one pads or crops it")
+        return 1
+    reply = _answer_once(chat, prompt, images, settings, advice, as_json=args.json)
+    if reply is None:
+        return 1
+    if args.draw is not None:
+        _draw(chat, reply, images[0], args.draw, honor_exif=not args.ignore_exif)
+    return 0
+
+
+def _check_draw(args: argparse.Namespace, prompt: str | None) -> None:
+    """Refuse what `--draw` cannot do, before the model is loaded."""
+    from PIL import Image
+
+    if prompt is None or len(args.image) != 1:
+        args.parser.error("--draw needs a PROMPT about one --image")
+    if args.draw.suffix.lower() not in Image.registered_extensions():
+        args.parser.error(f"--draw {args.draw}: give it the ending of an image format, such as .png")
+    if not args.draw.parent.is_dir():
+        args.parser.error(f"--draw {args.draw}: there is no directory {args.draw.parent}")
+
+
+def _draw(chat: Any, reply: Any, source: Any, file: Path, *, honor_exif: bool) -> None:
+    """Write the image with the boxes of the answer, or say that there are none."""
+    from PIL import Image
+
+    from internvl_jax.processing.boxes import draw_boxes
+    from internvl_jax.processing.images import load_image
+    from internvl_jax.utils.files import replacing
+
+    image = load_image(source, honor_exif=honor_exif)
+    boxes = chat.boxes(reply, *image.size)
+    if not boxes:
+        err.print(f"(the answer has no boxes: {file} is not written)", style="dim")
+        return
+    with replacing(file) as temporary:
+        draw_boxes(image, boxes).save(temporary, format=Image.registered_extensions()[file.suffix.lower()])
 
 
 def _answer_once(
     chat: Any, prompt: str, images: Sequence[Any], settings: dict[str, Any], advice: Advice, *, as_json: bool
-) -> int:
+) -> Any:
+    """Print the answer and return its Reply; None if there is none, which is then said."""
     from internvl_jax.cli import session
     from internvl_jax.inference.chat import AnswerError
 
@@ -109,12 +156,12 @@ def _answer_once(
             reply = session.print_answer(chat, prompt, images, [], settings)
     except AnswerError as error:
         runner.print_error(str(error))
-        return 1
+        return None
     if note := advice(prompt, len(images)):
         err.print(note, style="dim")
     elif not as_json:
         session.print_notes(chat, reply)
-    return 0
+    return reply
 
 
 def _advice(args: argparse.Namespace) -> Advice:

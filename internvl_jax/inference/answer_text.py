@@ -27,13 +27,13 @@ class AnswerDecoder:
         """The tokens without an end token that the tokenizer does not have."""
         return [token for token in tokens if self.known[token]]
 
-    def text(self, tokens: Sequence[int]) -> str:
+    def text(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of an answer, which may go on beyond a stop string.
 
         Raises:
             TokenizerError: the tokens cannot be decoded.
         """
-        return self.tokenizer.decode(self.known_tokens(tokens), skip_special_tokens=True)
+        return self.tokenizer.decode(self.known_tokens(tokens), skip_special_tokens=skip_special_tokens)
 
     def finish(self, tokens: list[int], reason: str, stops: Sequence[str]) -> tuple[str, list[int], str]:
         """End an answer at its first stop string.

@@ -23,6 +23,7 @@ from internvl_jax.inference.input_checks import check_pixels, check_settings, co
 from internvl_jax.inference.prompts import AskOptions, History, ImageSource, PromptBuilder, QuestionBatch
 from internvl_jax.inference.replies import NOT_FINITE, AnswerError, Reply, Stream, require_answers
 from internvl_jax.models.layers import Params
+from internvl_jax.processing.boxes import Box, parse_boxes
 from internvl_jax.processing.images import ImageProcessor
 from internvl_jax.processing.tokenizer import Tokenizer
 from internvl_jax.quantize import scheme_of
@@ -92,6 +93,22 @@ class Chat:
     def processor(self) -> ImageProcessor | None:
         """Preprocessing of images; None if the checkpoint has no preprocessor_config.json."""
         return self.prompts.processor
+
+    def boxes(self, reply: Reply, width: int, height: int) -> list[Box]:
+        """The boxes of an answer about one image; its text leaves out the `<ref>` and `<box>` tokens.
+
+        Args:
+            reply: the answer.
+            width: of the image, in pixels; of the upright one if its EXIF orientation was applied.
+            height: of the image.
+
+        Raises:
+            ValueError: the model has no tokenizer.
+            TokenizerError: the tokens cannot be decoded.
+        """
+        if self._answer_decoder is None:
+            raise ValueError(f"{self.name} has no tokenizer: its answers have no text to read boxes from")
+        return parse_boxes(self._answer_decoder.text(reply.tokens, skip_special_tokens=False), width, height)
 
     def with_processor(self, processor: ImageProcessor) -> Chat:
         """The same chat with another preprocessing of images."""

@@ -17,6 +17,8 @@ from support.golden import bundle
 import internvl_jax
 from internvl_jax import checkpoint
 from internvl_jax.inference import loading
+from internvl_jax.inference.chat import Chat
+from internvl_jax.processing.boxes import parse_boxes
 
 
 @pytest.mark.skipif(not Path("/dev/fd").exists(), reason="this system names no open files")
@@ -184,3 +186,39 @@ def test_verify(run, tmp_path):
     code, out, err = run("verify", str(tmp_path))
     assert code == 2
     assert "convert a checkpoint" in " ".join(err.split())
+
+
+def test_drawn_boxes(golden, tmp_path, monkeypatch):
+    text = "<box>[[100, 100, 900, 900]]</box>"  # the tiny model answers without boxes
+    monkeypatch.setattr(Chat, "boxes", lambda _, reply, width, height: parse_boxes(text, width, height))
+    file = tmp_path / "drawn.png"
+    code, out, _ = golden("--image", IMAGE, "--draw", file, QUESTION)
+    assert (code, out) == (0, SEEN["response"] + "\n")
+    with Image.open(file) as drawn, Image.open(IMAGE) as image:
+        assert drawn.size == image.size
+        assert drawn.getpixel((image.width // 10, image.height // 2)) == (255, 0, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["drawn.png"]
+
+
+def test_an_answer_without_boxes_draws_nothing(golden, tmp_path):
+    file = tmp_path / "drawn.png"
+    code, _, err = golden("--image", IMAGE, "--draw", file, QUESTION)
+    assert code == 0
+    assert f"(the answer has no boxes: {file} is not written)" in " ".join(err.split())
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--draw", "a.png", QUESTION], "--draw needs a PROMPT about one --image"),
+        (["--draw", "a.png", "--image", IMAGE, IMAGE, QUESTION], "--draw needs a PROMPT about one --image"),
+        (["--draw", "a.txt", "--image", IMAGE, QUESTION], "give it the ending of an image format"),
+        (["--draw", "no/such/a.png", "--image", IMAGE, QUESTION], "there is no directory"),
+    ],
+)
+def test_what_draw_refuses(run, capsys, argv, problem):
+    with pytest.raises(SystemExit) as stopped:
+        run("chat", *argv)
+    assert stopped.value.code == 2
+    assert problem in capsys.readouterr().err

@@ -5,6 +5,8 @@ from support.newer_cases import BUNDLES, Bundle
 
 import internvl_jax
 from internvl_jax.inference.prompts import AskOptions
+from internvl_jax.inference.replies import Reply
+from internvl_jax.processing.boxes import Box
 
 pytest.importorskip("torch")  # the bundles are published checkpoints
 
@@ -46,3 +48,11 @@ def test_a_ragged_batch(asked):
     for reply, row in zip(replies, expected, strict=True):
         assert reply.tokens == row[: len(reply.tokens)].tolist()
         assert reply.finish_reason == "stop" or len(reply.tokens) == 16
+
+
+def test_boxes_of_an_answer(asked):
+    """The tags are special tokens of most families, which the text of an answer leaves out."""
+    _, chat = asked
+    tokens = chat.tokenizer.encode("<ref>cat</ref><box>[[100, 200, 300, 400]]</box>")
+    reply = Reply("", tokens, "stop", [], prompt_tokens=1, timings={})
+    assert chat.boxes(reply, 2000, 500) == [Box("cat", 200, 100, 600, 200)]
