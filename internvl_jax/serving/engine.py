@@ -1,6 +1,6 @@
 """The engine: many requests at once on one model, by continuous batching.
 
-One thread owns the device. Each round it reads a chunk of a new prompt, if one is waiting and a row is free, then
+One thread owns the device. Each round it reads a chunk of new prompts, if some are waiting and rows are free, then
 dispatches a few decode steps for all running rows, and reads the results of the dispatch before while this one runs. An
 answer that ends gives its row to the next request. When there is nothing to do the thread waits for a request.
 
@@ -38,7 +38,7 @@ from internvl_jax.serving.requests import (
 )
 from internvl_jax.serving.sequence import Sequence
 from internvl_jax.serving.settings import EngineSettings, EngineStats
-from internvl_jax.serving.structured import GrammarCompiler, Matcher
+from internvl_jax.serving.structured import GrammarCompiler
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request, on_output: Callable[[Output], None]) -> None:
-        """Queue a request. Returns at once.
+        """Queue a request. Returns at once, or with a grammar when that is compiled.
 
         Args:
             request: the request.
@@ -142,20 +142,28 @@ class Engine:
             EngineError: the engine has failed.
             ValueError: the request cannot be answered.
         """
-        sequence = Sequence(request, on_output, self._decoder, self._check(request))
+        self._check(request)
         with self._changed:
-            if self._failure is not None:
-                raise EngineError("the engine has failed") from self._failure
-            if self._stopping:
-                raise EngineStopped("the engine is shutting down")
-            if request.request_id in self._known:
-                raise ValueError(f"there is a request {request.request_id!r} already")
-            waiting = len(self._inbox) + len(self._waiting)
-            if waiting >= self.settings.max_waiting:
-                raise QueueFull(waiting, retry_after=1.0)
+            self._admit(request)  # before a grammar is compiled, which takes time
+        matcher = None if request.grammar is None else self._grammars().matcher(request.grammar)
+        sequence = Sequence(request, on_output, self._decoder, matcher)
+        with self._changed:
+            self._admit(request)
             self._known.add(request.request_id)
             self._inbox.append(sequence)
             self._changed.notify()
+
+    def _admit(self, request: Request) -> None:
+        """Raise where no further request is taken; under `_changed`."""
+        if self._failure is not None:
+            raise EngineError("the engine has failed") from self._failure
+        if self._stopping:
+            raise EngineStopped("the engine is shutting down")
+        if request.request_id in self._known:
+            raise ValueError(f"there is a request {request.request_id!r} already")
+        waiting = len(self._inbox) + len(self._waiting)
+        if waiting >= self.settings.max_waiting:
+            raise QueueFull(waiting, retry_after=1.0)
 
     def cancel(self, request_id: str) -> None:
         """End a request; nothing happens if it has finished."""
@@ -208,8 +216,8 @@ class Engine:
         """Programs that the engine's thread has compiled: 0 after `warm_up`."""
         return self._compiles
 
-    def _check(self, request: Request) -> Matcher | None:
-        """Raises ValueError for what cannot be answered. Returns the matcher of its grammar, if any."""
+    def _check(self, request: Request) -> None:
+        """Raises ValueError for what cannot be answered."""
         gen, length = request.generation, len(request.input_ids)
         if gen.num_beams > 1:
             raise ValueError("the engine has no beam search: use num_beams 1")
@@ -227,11 +235,8 @@ class Engine:
         shape = (len(request.images), self._tokens_per_image, self.chat.config.required_text.hidden_size)
         features = jax.ShapeDtypeStruct(shape, self._generator.dtype) if request.images else None
         self._generator.check(np.asarray(request.input_ids)[None], None, features, gen)
-        if request.grammar is None:
-            return None
-        if gen.eos_token_ids not in (None, self.chat.eos_token_ids):
+        if request.grammar is not None and gen.eos_token_ids not in (None, self.chat.eos_token_ids):
             raise ValueError("a request with a grammar ends at the model's own end tokens: leave out eos_token_ids")
-        return self._grammars().matcher(request.grammar)
 
     def _grammars(self) -> GrammarCompiler:
         """The compiler of grammars, made for the first request that has one."""
@@ -271,10 +276,7 @@ class Engine:
 
     def _round(self) -> None:
         self._end_early()
-        if self._reading is None and self._waiting and None in self._rows:
-            self._start(self._waiting.popleft())
-        if self._reading is not None:
-            self._read_chunk(self._reading)
+        self._read_prompts()
         if self._structured():  # the next tokens that are allowed follow from the last ones
             while self._pending:
                 self._collect()
@@ -283,6 +285,19 @@ class Engine:
             self._dispatch()
         while len(self._pending) > running:
             self._collect()
+
+    def _read_prompts(self) -> None:
+        """Read a chunk of a long prompt, or as many tokens of several short ones."""
+        room = self.settings.chunk
+        while room > 0:
+            if self._reading is None:
+                if not self._waiting or None not in self._rows:
+                    return
+                self._start(self._waiting.popleft())
+            if self._reading is not None:  # it ends at once where its images cannot be encoded
+                sequence, before = self._reading, self._reading.read
+                self._read_chunk(sequence)
+                room -= sequence.read - before
 
     def _structured(self) -> bool:
         """Whether a running answer has a grammar."""

@@ -82,7 +82,9 @@ class GrammarCompiler:
             raise ValueError(f"the grammar is longer than {MAX_GRAMMAR:,} characters")
         problem = library.validate_grammar(text, self._tokenizer)
         if problem and not problem.startswith("WARNING"):
-            raise ValueError(f"the grammar cannot be used: {problem}")
+            lines = problem.splitlines()  # of a regular expression, with a drawing of where the error is
+            reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+            raise ValueError(f"the grammar cannot be used: {(reasons or lines)[0]}")
         return Matcher(library(self._tokenizer, text), self._words)
 
 
