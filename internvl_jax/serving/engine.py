@@ -325,6 +325,7 @@ class Engine:
         reason = sequence.finish_reason or ""
         with self._changed:
             self._known.discard(sequence.request.request_id)
+            self._cancelled.discard(sequence.request.request_id)  # a later request may have this name
             self._stats.finished[reason] = self._stats.finished.get(reason, 0) + 1
             if sequence in self._waiting:
                 self._waiting.remove(sequence)

@@ -184,6 +184,31 @@ def test_cancelled_requests_leave_nothing(engine, chat):
     assert engine.compiles == 0
 
 
+def test_a_late_cancel_does_not_reach_the_next_request_of_that_name(engine, chat):
+    """A client that hangs up on its last output has nothing to cancel any more."""
+    first, again, other = Answer(), Answer(), Answer()
+    request = make_request(chat, "late", "Hello", max_new_tokens=40, min_new_tokens=40)
+
+    def hang_up(output):
+        first(output)
+        if output.finish_reason is not None:
+            engine.cancel("late")
+
+    def ask_again(output):  # in the same round, as this row comes after the first one
+        other(output)
+        if first.outputs and first.last.finish_reason is not None and "late" not in asked:
+            asked.add("late")
+            engine.submit(request, again)
+
+    asked = set()
+    longer = make_request(chat, "beside-late", "Hello", max_new_tokens=80, min_new_tokens=80)
+    engine.submit(request, hang_up)
+    engine.submit(longer, ask_again)
+    other.wait()
+    assert again.wait().last.finish_reason == "length"
+    assert again.tokens == first.tokens
+
+
 def test_deadlines(engine):
     answer = ask(engine, next(names), "Hello", deadline=time.monotonic(), min_new_tokens=40).wait()
     assert answer.last.finish_reason == "deadline"
