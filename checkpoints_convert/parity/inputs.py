@@ -87,7 +87,7 @@ def prepare_inputs(
         ids, image_token_id = _encode(config, directory, prompt)
     else:
         ids, image_token_id = _random_tokens(config, directory, random), config.image_token_id
-    limit = config.text.max_position_embeddings
+    limit = config.text.context
     if len(ids) > limit:
         raise ParityError(f"the prompt has {len(ids)} tokens, the model's context {limit}: ask something shorter")
     return ParityInputs(name, opened, pixels, prompt, np.asarray(ids, np.int32), image_token_id)

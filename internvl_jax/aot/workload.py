@@ -132,10 +132,10 @@ def make_workload(request: WorkloadRequest) -> Workload:
     if batch < 1:
         raise ValueError(f"a batch has at least one row, not {batch}")
     prompt = request.length if request.prompt is None else request.prompt
-    if config.text is not None and not 1 <= prompt <= request.length <= config.text.max_position_embeddings:
+    if config.text is not None and not 1 <= prompt <= request.length <= config.text.context:
         raise ValueError(
             f"prompt {prompt} and length {request.length} must satisfy 1 <= prompt <= length <= "
-            f"{config.text.max_position_embeddings}, the model's context"
+            f"{config.text.context}, the model's context"
         )
     mesh = mesh_over(topology, request.mesh, config)
     mesh_lib.validate_mesh(config, mesh, batch)

@@ -156,7 +156,7 @@ def print_notes(chat: Any, reply: Any) -> None:
     """Say on stderr why an answer is cut off or empty."""
     if reply.finish_reason == "length":
         used = reply.prompt_tokens + len(reply.tokens)
-        if used >= chat.config.text.max_position_embeddings:
+        if used >= chat.config.text.context:
             err.print(f"(cut off after {len(reply.tokens)} tokens: {CONTEXT_FULL})", style="dim")
         else:
             err.print(f"(cut off after {len(reply.tokens)} tokens: --max-new-tokens allows more)", style="dim")

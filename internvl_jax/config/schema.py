@@ -100,8 +100,8 @@ class VisionConfig:
 class RopeScaling:
     """Scaling of the rotary frequencies, with transformers' names and formulas (`rope_scaling`, `rope_parameters`).
 
-    "dynamic" (NTK) changes the frequencies only beyond max_position_embeddings. Such lengths are refused, so it equals
-    no scaling.
+    "dynamic" (NTK) changes the frequencies only beyond max_position_embeddings, by the length of the row
+    (`TextConfig.context`).
     """
 
     rope_type: str  # "linear", "dynamic" or "llama3"
@@ -193,6 +193,21 @@ class TextConfig:
     def qk_norm(self) -> bool:
         """Whether each head of q and k has an RMSNorm."""
         return self.family == "qwen3"
+
+    @property
+    def extends_context(self) -> bool:
+        """Whether dynamic NTK extends the context. Qwen's published code ignores it, transformers 5 does not."""
+        scaling = self.rope_scaling
+        return scaling is not None and scaling.rope_type == "dynamic" and self.family in ("llama", "internlm2")
+
+    @property
+    def context(self) -> int:
+        """Positions of a prompt and its answer: max_position_embeddings, times the factor of dynamic NTK.
+
+        The published code of dynamic NTK has no limit. Training is within max_position_embeddings.
+        """
+        factor = self.rope_scaling.factor if self.rope_scaling is not None and self.extends_context else 1.0
+        return int(self.max_position_embeddings * max(factor, 1.0))
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,7 @@ class _Bench:
         return self._measurement("prefill", rows, times, rows * self.prompt, "prompt tokens/s")
 
     def decode(self, rows: int) -> Measurement:
-        room = self.config.required_text.max_position_embeddings - self.prompt - 1
+        room = self.config.required_text.context - self.prompt - 1
         steps = min(STEPS, room // (REPEATS + 1))
         gen = GenerationConfig(max_new_tokens=1 + steps * (REPEATS + 1), eos_token_ids=())
         state = self.generator.prefill(self._prompts(rows), None, None, gen)
@@ -381,7 +381,7 @@ def choose_prompt_tokens(config: ChatConfig, requested: int | None) -> int:
     """
     if config.text is None:
         return 0
-    context = config.text.max_position_embeddings
+    context = config.text.context
     most = context - 1 - (REPEATS + 1)
     least = 1 + config.tokens_per_image if config.projector is not None else 1
     if requested is None:

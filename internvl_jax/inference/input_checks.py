@@ -52,7 +52,7 @@ def complete_settings(
     """
     values = {field: value for field, value in settings.items() if value is not None}
     longest = int(np.asarray(attention_mask).sum(axis=-1).max(initial=0))
-    context = config.required_text.max_position_embeddings
+    context = config.required_text.context
     if "max_new_tokens" not in values:
         if longest >= context:
             raise ValueError(

@@ -395,7 +395,7 @@ def positions_from_valid(valid: Array) -> Array:
 Rope = tuple[Array, Array]  # cosines and signed sines [B,T,1,H]
 
 
-def rope_tables(positions: Array, frequencies: np.ndarray, dtype: Any) -> Rope:
+def rope_tables(positions: Array, frequencies: np.ndarray | Array, dtype: Any) -> Rope:
     """Compute the tables of the rotary embedding, which all layers share.
 
     Angles, cosines and sines are float32 (bfloat16 rounds position 257 to 256) and cast to `dtype`, as in the
@@ -403,7 +403,7 @@ def rope_tables(positions: Array, frequencies: np.ndarray, dtype: Any) -> Rope:
 
     Args:
         positions: [B,T] int32.
-        frequencies: [H/2] float32.
+        frequencies: [H/2] float32, or [B,1,H/2] if rows have their own.
         dtype: of the queries and keys.
     """
     angles = (positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32))[:, :, None]

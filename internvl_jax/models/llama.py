@@ -157,8 +157,8 @@ class Llama(nn.Module):
     ) -> Any:
         """Run the layers and the final norm on embeddings, after the tokens that the cache holds.
 
-        Under jit nothing can raise, so the caller refuses positions at or beyond max_position_embeddings, and more
-        tokens than the cache has slots for.
+        Under jit nothing can raise, so the caller refuses positions at or beyond the context (TextConfig.context), and
+        more tokens than the cache has slots for.
 
         Args:
             x: embeddings [B,T,D].
@@ -175,7 +175,10 @@ class Llama(nn.Module):
             hidden state in place of the last layer's.
         """
         x = x.astype(self.dtype)
-        rope = rope_tables(positions, rope_frequencies(self.config), self.dtype)
+        frequencies: np.ndarray | Array = rope_frequencies(self.config)
+        if self.config.extends_context:
+            frequencies = extend_frequencies(frequencies, self.config, positions)
+        rope = rope_tables(positions, frequencies, self.dtype)
         if cache is not None:
             cache = cache.append_positions(positions, valid)
         if cache is None or fresh:
@@ -225,6 +228,30 @@ def head(params: Params) -> Params:
     """The part of the language model's parameters that `Llama.logits` reads: lm_head, or tied embeddings."""
     name = "lm_head" if "lm_head" in params else "embed_tokens"
     return {name: params[name]}
+
+
+def extend_frequencies(frequencies: np.ndarray, config: TextConfig, positions: Array) -> Array:
+    """Frequencies of dynamic NTK, which beyond max_position_embeddings fall with a row's length.
+
+    As in the published code, keys in a cache keep the rotation of the length at which they were written. There the
+    length is the longest one that the module has ever seen, of any row; here a row's answer depends on itself alone.
+
+    Args:
+        frequencies: [H/2], of `rope_frequencies`.
+        config: sizes of the model and its rope_scaling.
+        positions: [B,T], of which the largest of a row is the last token's.
+
+    Returns:
+        [B,1,H/2] float32.
+    """
+    if config.rope_scaling is None:  # extends_context says that there is one
+        raise ValueError("dynamic NTK needs a rope_scaling")
+    factor, dim = config.rope_scaling.factor, config.head_dim
+    length = (jnp.max(positions, axis=1) + 1).astype(jnp.float32)
+    growth = jnp.maximum(factor * length / config.max_position_embeddings - (factor - 1), 1.0)
+    # base * growth ** (H / (H - 2)), raised to -i / H; in this form it is exact without growth, and nearly so in float32.
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim - 2)
+    return frequencies * jnp.exp(-exponents * jnp.log(growth)[:, None, None])
 
 
 def rope_frequencies(config: TextConfig) -> np.ndarray:

@@ -304,7 +304,7 @@ class Generator:
         input_ids, valid = self.check(input_ids, attention_mask, features, gen)
         settings = self._settings(gen, len(input_ids))
         rows = [ids[keep] for ids, keep in zip(input_ids, valid)]
-        width = min(prompt_bucket(max(map(len, rows))), self.config.required_text.max_position_embeddings)
+        width = min(prompt_bucket(max(map(len, rows))), self.config.required_text.context)
         padded = len(rows) + -len(rows) % self.row_multiple
         aligned = np.zeros((padded, width), np.int32)
         valid = np.zeros((padded, width), bool)
@@ -398,7 +398,7 @@ class Generator:
             )
 
     def _check_length(self, valid: np.ndarray, max_new_tokens: int) -> None:
-        context = self.config.required_text.max_position_embeddings
+        context = self.config.required_text.context
         lengths = valid.sum(axis=1)
         row = int(lengths.argmax())
         if lengths[row] + max_new_tokens > context:

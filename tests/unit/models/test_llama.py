@@ -35,6 +35,10 @@ CASES = {
     "theta": {"rope_theta": 5e5, "attention_bias": True},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "mlp_bias": True},
     "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    "dynamic, three times the length": {
+        "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+        "max_position_embeddings": 160,
+    },
     "llama3": {"rope_theta": 5e5, "rope_scaling": LLAMA3, "num_key_value_heads": 2},
 }
 
