@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from internvl_jax.config.presets_newer import NEWER_PRESETS
 from internvl_jax.config.schema import (
     IMAGE_TOKEN_INDEX,
     ChatConfig,
@@ -143,4 +144,5 @@ PRESETS = {
     "internvl_chat_v1_0_13b_448px": _internvl_chat_v1_0_13b_448px,
     "llava_1_5_13b": _llava_1_5_13b,
     "nano": _nano,
+    **NEWER_PRESETS,
 }

@@ -186,6 +186,41 @@ def test_published_parameter_counts():
     assert (config.num_vision_layers, config.tokens_per_image, config.vision.num_attention_heads) == (45, 256, 25)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "published"),
+    [
+        # Billions, of the model cards' tables. Of 3.5's small models, whose embeddings are tied, they count the head.
+        ("internvl_chat_v1_2 internvl2_40b", 40.1),
+        ("internvl_chat_v1_5 internvl2_26b internvl2_5_26b", 25.5),
+        ("internvl2_1b internvl2_5_1b internvl3_1b", 0.9),
+        ("internvl2_2b internvl2_5_2b", 2.2),
+        ("internvl3_2b", 2.1),
+        ("internvl2_5_4b", 3.7),
+        ("internvl2_8b internvl2_5_8b", 8.1),
+        ("internvl3_8b", 7.9),
+        ("internvl3_14b internvl3_5_14b", 15.1),
+        ("internvl2_5_38b internvl3_38b internvl3_5_38b", 38.4),
+        ("internvl2_76b", 76.3),
+        ("internvl2_5_78b internvl3_78b", 78.4),
+        ("internvl3_5_1b", 1.1),
+        ("internvl3_5_2b", 2.3),
+        ("internvl3_5_4b", 4.7),
+        ("internvl3_5_8b", 8.5),
+    ],
+)
+def test_parameter_counts_of_newer_systems(sizes, published):
+    for name in sizes.split():
+        config = PRESETS[name]()
+        head = config.text.tie_word_embeddings * config.text.vocab_size * config.text.hidden_size
+        assert round((count_params(abstract_params(config)) + head) / 1e9, 1) == published, name
+
+
+def test_parameter_counts_of_towers():
+    """InternViT-300M (304M) and 6B without its last three layers (5.54B)."""
+    for name, vision in (("internvl3_8b", 304.01e6), ("internvl3_38b", 5.536e9)):
+        assert count_params(abstract_params(PRESETS[name]())["vision_model"]) == pytest.approx(vision, rel=5e-4)
+
+
 def test_nano_parameter_counts():
     config = PRESETS["nano"]()
     params = abstract_params(config)
