@@ -8,10 +8,12 @@ The module for each stage of the original code:
                         LLaVA's layouts without the shuffle
     projector           torch.nn LayerNorm, Linear, GELU, Linear; in LLaVA's layouts without the first
     text.embeddings     torch.nn.functional.embedding; rows of image tokens are overwritten
-    text.layers.N       transformers' LlamaDecoderLayer under LlamaRotaryEmbedding and create_causal_mask
-    text.norm, logits   transformers' LlamaRMSNorm, torch.nn.functional.linear
+    text.layers.N       transformers' LlamaDecoderLayer under LlamaRotaryEmbedding and create_causal_mask, or Qwen2's or
+                        Qwen3's; InternLM2's layer is a LLaMA's, under other names
+    text.norm, logits   transformers' LlamaRMSNorm, or Qwen's; torch.nn.functional.linear
 Everything is float32. This file reads config.json and key names itself and shares no code with the implementation that
-it is compared with; tests compare it with hidden states that the original InternVL code computed.
+it is compared with, except that InternLM2's packed q, k and v reach it taken apart; tests compare it with hidden states
+that the original InternVL code computed.
 """
 
 from __future__ import annotations
@@ -20,17 +22,29 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, InternVLVisionConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    InternVLVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.masking_utils import create_causal_mask
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLVisionEmbeddings, InternVLVisionLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 Stage = Callable[[np.ndarray], np.ndarray]
 
@@ -49,6 +63,38 @@ _PROJECTOR_NAMES = ((r"^layer_norm\.", "0."), (r"^linear_1\.", "1."), (r"^linear
 _LLAVA_PROJECTOR_NAMES = ((r"^linear_1\.", "0."), (r"^linear_2\.", "2."))
 _TOWER = "model.vision_tower.vision_tower."  # in LLaVA's own layout
 _PIXEL_SHUFFLE: Any = InternVLModel.pixel_shuffle  # a method that does not use its object
+
+
+
+class _Decoder(NamedTuple):
+    """transformers' classes of one family of language models."""
+
+    config: Any
+    layer: Any
+    rotary: Any
+    norm: Any
+    model: Any
+
+
+_LLAMA = _Decoder(LlamaConfig, LlamaDecoderLayer, LlamaRotaryEmbedding, LlamaRMSNorm, LlamaForCausalLM)
+_DECODERS = {
+    "llama": _LLAMA,
+    "internlm2": _LLAMA,
+    "qwen2": _Decoder(Qwen2Config, Qwen2DecoderLayer, Qwen2RotaryEmbedding, Qwen2RMSNorm, Qwen2ForCausalLM),
+    "qwen3": _Decoder(Qwen3Config, Qwen3DecoderLayer, Qwen3RotaryEmbedding, Qwen3RMSNorm, Qwen3ForCausalLM),
+}
+# InternLM2's names -> LLaMA's, behind the prefix.
+_INTERNLM2_NAMES = (
+    (r"\.tok_embeddings\.", ".embed_tokens."),
+    (r"(^|\.)output\.weight$", r"\1lm_head.weight"),
+    (r"\.attention\.wqkv\.weight#(\w+)$", r".self_attn.\1.weight"),
+    (r"\.attention\.wo\.", ".self_attn.o_proj."),
+    (r"\.attention_norm\.", ".input_layernorm."),
+    (r"\.ffn_norm\.", ".post_attention_layernorm."),
+    (r"\.feed_forward\.w1\.", ".mlp.gate_proj."),
+    (r"\.feed_forward\.w3\.", ".mlp.up_proj."),
+    (r"\.feed_forward\.w2\.", ".mlp.down_proj."),
+)
 
 # How the names of tensors begin, by layout: vision tower, projector, language model. Parts that a layout lacks have "".
 _PREFIXES = {
@@ -76,7 +122,7 @@ class Reference:
 
     def __init__(self, directory: Path, keys: list[str], read: Callable[[str], np.ndarray], tower: Path | None = None):
         raw = _read_json(directory / "config.json")
-        self._keys, self._read = keys, read
+        self._read = read
         # LLaVA takes its tower's processor.
         self._processor_directory = directory if tower is None else tower
         layout = raw["model_type"]
@@ -85,7 +131,10 @@ class Reference:
         self._is_llava = layout in ("llava", "llava_hf")
         self._native = layout == "internvl"  # transformers' own layout
         self._prefixes = _PREFIXES[layout]
-        self._vision, self._text, select = _part_configs(layout, raw, tower)
+        self._vision, self._text, select, family = _part_configs(layout, raw, tower)
+        self._decoder = _DECODERS[family]
+        # Name as in LLaMA's layout -> name that `read` takes.
+        self._keys = _rename({key: key for key in keys}, _INTERNLM2_NAMES if family == "internlm2" else ())
         self._ps_version = "v2" if layout == "internvl" else raw.get("ps_version", "v1")
         for config in (self._vision, self._text):
             if config is not None:
@@ -206,8 +255,8 @@ class Reference:
     def text_layer(self, layer: int) -> Stage:
         """[1,T,D] -> [1,T,D], at positions 0 to T-1."""
         state = self._state(f"{self._prefixes[2]}model.layers.{layer}.")
-        module = _module(lambda: LlamaDecoderLayer(self._text, layer), state)
-        rotary = LlamaRotaryEmbedding(self._text)
+        module = _module(lambda: self._decoder.layer(self._text, layer), state)
+        rotary = self._decoder.rotary(self._text)
 
         def run(x: torch.Tensor) -> torch.Tensor:
             positions = torch.arange(x.shape[1])[None]
@@ -219,7 +268,7 @@ class Reference:
     def text_norm(self) -> Stage:
         """[1,T,D] -> [1,T,D]."""
         state = self._state(f"{self._prefixes[2]}model.norm.")
-        return _run(_module(lambda: LlamaRMSNorm(self._text.hidden_size, self._text.rms_norm_eps), state))
+        return _run(_module(lambda: self._decoder.norm(self._text.hidden_size, self._text.rms_norm_eps), state))
 
     def logits(self) -> Stage:
         """[1,T,D] -> [1,T,V]."""
@@ -245,8 +294,8 @@ class Reference:
         if self._vision is None or self._text is None or self._is_llava:
             raise ValueError("only an InternVL model with both of its parts can be built as a whole")
         state = self._state(self._prefixes[2])
-        language: Any = _module(lambda: LlamaForCausalLM(self._text), state)
-        language.model.rotary_emb = LlamaRotaryEmbedding(self._text)  # not in the checkpoint
+        language: Any = _module(lambda: self._decoder.model(self._text), state)
+        language.model.rotary_emb = self._decoder.rotary(self._text)  # not in the checkpoint
         return _Whole(
             self._intern_embeddings(),
             [self._intern_layer(layer) for layer in range(self.num_vision_layers)],
@@ -257,7 +306,7 @@ class Reference:
         )
 
     def _tensor(self, key: str) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self._read(key).astype(np.float32)))
+        return torch.from_numpy(np.ascontiguousarray(self._read(self._keys[key]).astype(np.float32)))
 
     def _state(self, prefix: str) -> dict[str, torch.Tensor]:
         return {key[len(prefix) :]: self._tensor(key) for key in self._keys if key.startswith(prefix)}
@@ -286,25 +335,34 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
-def _part_configs(layout: str, raw: dict[str, Any], tower: Path | None) -> tuple[Any, Any, int]:
-    """The configurations of vision tower and language model, None for a part that is absent; and select_layer."""
+def _part_configs(layout: str, raw: dict[str, Any], tower: Path | None) -> tuple[Any, Any, int, str]:
+    """The configurations of vision tower and language model, None for a part that is absent; select_layer; family."""
     if layout == "internvl_chat":
-        text = LlamaConfig.from_dict(raw["llm_config"])
-        return _vision_config(raw["vision_config"]), text, raw.get("select_layer", -1)
+        text, family = _text_config(raw["llm_config"])
+        return _vision_config(raw["vision_config"]), text, raw.get("select_layer", -1), family
     if layout in ("internvl", "llava_hf"):
-        text = LlamaConfig.from_dict(raw["text_config"])
+        text, family = _text_config(raw["text_config"])
         text.tie_word_embeddings = raw.get("tie_word_embeddings", text.tie_word_embeddings)  # transformers 5's rule
         if layout == "internvl":
-            return InternVLVisionConfig.from_dict(raw["vision_config"]), text, raw.get("vision_feature_layer", -1)
-        return CLIPVisionConfig.from_dict(raw["vision_config"]), text, raw.get("vision_feature_layer", -2)
+            vision = InternVLVisionConfig.from_dict(raw["vision_config"])
+            return vision, text, raw.get("vision_feature_layer", -1), family
+        return CLIPVisionConfig.from_dict(raw["vision_config"]), text, raw.get("vision_feature_layer", -2), family
     if layout == "llava":
         if tower is None:
             raise ValueError("a checkpoint of LLaVA's layout needs the directory of its vision tower")
         text = LlamaConfig.from_dict({k: v for k, v in raw.items() if k != "model_type" and k[:3] != "mm_"})
-        return _tower_config(_read_json(tower / "config.json")), text, raw["mm_vision_select_layer"]
+        return _tower_config(_read_json(tower / "config.json")), text, raw["mm_vision_select_layer"], "llama"
     if layout == "intern_vit_6b":
-        return _vision_config(raw), None, -1
-    return None, LlamaConfig.from_dict(raw), -1
+        return _vision_config(raw), None, -1, "llama"
+    text, family = _text_config(raw)
+    return None, text, -1, family
+
+
+def _text_config(raw: dict[str, Any]) -> tuple[Any, str]:
+    """The configuration of a language model, and its family. InternLM2's fields are LLaMA's."""
+    family = raw.get("model_type", "llama")
+    fields = {name: value for name, value in raw.items() if family != "internlm2" or name not in ("model_type", "bias")}
+    return _DECODERS[family].config.from_dict(fields), family
 
 
 def _tower_config(raw: dict[str, Any]) -> Any:
@@ -332,7 +390,7 @@ def _vision_config(raw: dict[str, Any]) -> InternVLVisionConfig:
     )
 
 
-def _rename(state: dict[str, torch.Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
+def _rename(state: dict[str, Any], names: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     renamed = {}
     for key, value in state.items():
         for pattern, replacement in names:
