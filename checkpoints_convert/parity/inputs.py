@@ -63,7 +63,7 @@ def prepare_inputs(
     Raises:
         ParityError: an image or a prompt is given that the model cannot take, or the prompt is too long.
     """
-    has_tokenizer = any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+    has_tokenizer = any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json", "vocab.json"))
     if image is not None and (config.vision is None or not has_processor):
         lacks = "vision tower" if config.vision is None else "preprocessor_config.json"
         raise ParityError(f"{directory} has no {lacks}: leave --image out")

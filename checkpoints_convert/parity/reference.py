@@ -65,7 +65,6 @@ _TOWER = "model.vision_tower.vision_tower."  # in LLaVA's own layout
 _PIXEL_SHUFFLE: Any = InternVLModel.pixel_shuffle  # a method that does not use its object
 
 
-
 class _Decoder(NamedTuple):
     """transformers' classes of one family of language models."""
 

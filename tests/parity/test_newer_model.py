@@ -148,9 +148,7 @@ def packed(config, tensors):
     for key, values in tensors.items():
         name, _, part = key.partition(PART)
         parts.setdefault(name, {})[part] = values
-    return {
-        name: values[""] if "" in values else pack(config.required_text, values) for name, values in parts.items()
-    }
+    return {name: values[""] if "" in values else pack(config.required_text, values) for name, values in parts.items()}
 
 
 def training_batch(known):

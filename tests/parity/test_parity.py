@@ -21,11 +21,12 @@ from checkpoints_convert.parity.inputs import RANDOM_TOKENS  # noqa: E402
 from checkpoints_convert.parity.reference import Reference  # noqa: E402
 from checkpoints_convert.parity.report import Distribution, Errors, Stage  # noqa: E402
 from checkpoints_convert.parity.run import ParityError, run_parity  # noqa: E402
-from checkpoints_convert.readers import open_weights  # noqa: E402
+from checkpoints_convert.readers import open_weights, split_packed  # noqa: E402
 from internvl_jax.cli import main  # noqa: E402
 from internvl_jax.config import (  # noqa: E402
     PRESETS,
     config_to_hf,
+    load_config,
     vision_tower_name,
     vision_tower_to_hf,
 )
@@ -39,6 +40,7 @@ RGB = DATA / "internvl_chat_v1_1" / "images" / "rgb.png"
 
 def reference_of(directory):
     with open_weights(directory) as weights:
+        split_packed(weights, load_config(directory))
         state = {key: weights.read(key) for key in weights.shapes}
     return Reference(directory, list(state), state.__getitem__)
 
@@ -81,6 +83,35 @@ def test_reference_language_equals_the_goldens():
     states[-1] = normed[0]
     assert_close(states, arrays["logits/en_single/llm_hidden_states"], 5e-5, "hidden states")
     assert_close(reference.logits()(normed)[0], arrays["logits/en_single/fp32"], 1e-4, "logits")
+
+
+NEWER = ("internvl_chat_v1_2", "internvl2_internlm2", "internvl2_5_qwen2", "internvl3_5_qwen3")
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_reference_of_newer_systems_equals_the_goldens(name):
+    """Its language model, in hidden states and logits that the original code computed."""
+    arrays, facts = bundle(name)
+    directory = DATA / name / "checkpoint"
+    reference = reference_of(directory)
+    ids = arrays["logits/en_single/input_ids"]
+    config = load_config(directory)
+    image_token_id = facts["config"]["token_ids"]["<IMG_CONTEXT>"]
+    expected = arrays["logits/en_single/llm_hidden_states"]
+    features = expected[0][ids == image_token_id]  # as the original wrote them into the embeddings
+    x = reference.text_embeddings(ids, image_token_id)(features[None])
+    states = chain([reference.text_layer(n) for n in range(config.text.num_hidden_layers)], x)
+    normed = reference.text_norm()(states[-1:])
+    states[-1] = normed[0]
+    assert_close(states, expected, 5e-5, "hidden states")
+    assert_close(reference.logits()(normed)[0], arrays["logits/en_single/fp32"], 1e-4, "logits")
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_newer_systems_pass(name):
+    report = run_parity(DATA / name / "checkpoint")
+    assert report.passed
+    assert report.distribution.greedy_agreement == 1
 
 
 def test_reference_of_a_bare_tower_equals_the_goldens():

@@ -12,7 +12,8 @@ from support import modules
 from support.generation_cases import LLAMA, llama_weights
 from support.golden import assert_close, kl, spread, torch_tree
 
-from internvl_jax.config import config_from_hf
+from internvl_jax.config import ChatConfig, config_from_hf
+from internvl_jax.config.hf_text import read_text
 from internvl_jax.models import kv_cache, llama
 from internvl_jax.models.layers import positions_from_valid
 from internvl_jax.models.stack import unstack
@@ -70,6 +71,42 @@ def all_valid(ids):
 @pytest.fixture(scope="module")
 def weights():
     return llama_weights(21)
+
+
+QWEN = {
+    "qwen2": {"num_key_value_heads": 2, "rope_theta": 1e6, "rms_norm_eps": 1e-4},
+    "qwen2, tied, one kv head": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 24, "rope_theta": 1e6, "rms_norm_eps": 1e-3},
+    "qwen3, tied": {"num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True},
+}
+
+
+def qwen_model(name):
+    """transformers' Qwen2 or Qwen3 of LLAMA's size with random, spread-out weights, and ours of the same weights."""
+    import transformers
+
+    family = name[:5].title()
+    values = {key: value for key, value in LLAMA.items() if key not in ("model_type", "architectures")}
+    hf = getattr(transformers, f"{family}Config")(**{**values, "vocab_size": 67, "pad_token_id": None, **QWEN[name]})
+    model = spread(getattr(transformers, f"{family}ForCausalLM")(hf), 9)
+    text = read_text({**hf.to_dict(), "architectures": [f"{family}ForCausalLM"]}, "config.json")
+    config = ChatConfig(vision=None, projector=None, text=text, layout="llama")
+    return model, text, torch_tree(config, model)["language_model"]
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_against_transformers_qwen(name):
+    """Biases on q, k and v, or a norm on each head of q and k, and a head_dim of its own."""
+    torch = pytest.importorskip("torch")
+    model, config, params = qwen_model(name)
+    ids = random_ids(1, 1, TOKENS, 67)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(ids).long(), output_hidden_states=True)
+    logits, out = full(params, config, ids, all_valid(ids), collect=True)
+    for layer, expected in enumerate(theirs.hidden_states):
+        assert_close(out["hidden_states"][layer], expected.numpy(), 1e-4, f"hidden state {layer}")
+    assert 1 < theirs.logits.std() < 20
+    assert_close(logits, theirs.logits.numpy(), 2e-4, "logits")
 
 
 def torch_model(seed=5, **options):
