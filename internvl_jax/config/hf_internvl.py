@@ -49,10 +49,10 @@ def read_hf_internvl(config: Mapping[str, Any]) -> ChatConfig:
     section.only(
         "vision_feature_select_strategy", "default", why="only features without the class token are implemented"
     )
-    if text_section.get("model_type") != "llama":
+    if text_section.get("model_type") not in ("llama", "qwen2", "qwen3"):
         raise ConfigError(
-            f"text_config has model_type {text_section.get('model_type')!r}: of transformers' layout only llama is "
-            "implemented; take the repository whose name does not end in -HF"
+            f"text_config has model_type {text_section.get('model_type')!r}: of transformers' layout llama, qwen2 and "
+            "qwen3 are implemented"
         )
     select = section.get("vision_feature_layer", -1)
     if isinstance(select, (list, tuple)):

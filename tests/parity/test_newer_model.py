@@ -4,6 +4,8 @@ What no prompt of the bundles' usual length shows: epsilons, packed weights, rag
 context that the model was trained with, losses and gradients, and the native layout.
 """
 
+import dataclasses
+import filecmp
 from functools import cache
 
 import jax
@@ -13,9 +15,10 @@ import optax
 import pytest
 from support.golden import DATA, assert_close, bundle, leaf, published
 
-from checkpoints_convert.convert import load_hf
+from checkpoints_convert.convert import convert, load_hf
+from checkpoints_convert.export import export
 from checkpoints_convert.mapping import PART, pack
-from internvl_jax.config import load_config
+from internvl_jax.config import config_from_hf, config_to_hf, load_config
 from internvl_jax.data.batch import Batch
 from internvl_jax.inference.generation.bound_model import bind_model
 from internvl_jax.inference.generation.generator import Generator
@@ -206,6 +209,19 @@ def test_native_layout():
     with jax.default_matmul_precision("highest"):
         logits = jax.jit(lambda params: model.apply({"params": params}, ids, pixels))(native.params)
     assert_close(logits[0], arrays["native/logits/single/fp32"], 2e-4, "logits")
+
+
+def test_native_layout_converted_and_exported_bit_for_bit(tmp_path):
+    source = DATA / "internvl3_5_qwen3" / "checkpoint_hf"
+    convert(source, tmp_path / "converted")
+    assert load_config(tmp_path / "converted") == load_config(source)
+    export(tmp_path / "converted", tmp_path / "exported")
+    assert filecmp.cmp(source / "model.safetensors", tmp_path / "exported" / "model.safetensors", shallow=False)
+
+
+def test_native_configuration_written_and_read_again():
+    config = golden("internvl3_5_qwen3", "checkpoint_hf").config
+    assert dataclasses.replace(config_from_hf(config_to_hf(config)), template=config.template) == config
 
 
 def test_tied_embeddings_have_no_head():

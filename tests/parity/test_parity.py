@@ -175,17 +175,17 @@ def test_long_prompt_and_turned_image_pass():
     assert report.passed
 
 
-def internvl_directory(path, **vision):
-    text = transformers.LlamaConfig(
+def internvl_directory(path, family="Llama", tied=False, **vision):
+    text = getattr(transformers, f"{family}Config")(
         vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, rms_norm_eps=1e-5, tie_word_embeddings=tied,
     )  # fmt: skip
     tower = transformers.InternVLVisionConfig(
         hidden_size=40, intermediate_size=64, num_hidden_layers=3, num_attention_heads=5, image_size=56, **vision
     )
     config = transformers.InternVLConfig(
         vision_config=tower.to_dict(), text_config=text.to_dict(), image_token_id=96, image_seq_length=4,
-        vision_feature_layer=-2, tie_word_embeddings=False,
+        vision_feature_layer=-2, tie_word_embeddings=tied,
     )  # fmt: skip
     spread(transformers.InternVLForConditionalGeneration(config), seed=1).save_pretrained(path)
     return path
@@ -203,6 +203,13 @@ def test_transformers_internvl_passes(tmp_path, vision):
     assert names(report)[0] == "vision.embeddings"  # no processor, so no pixels
     assert "vision.layers.1" in names(report)
     assert "vision.layers.2" not in names(report)  # past vision_feature_layer
+
+
+@pytest.mark.parametrize(("family", "tied"), [("Qwen2", False), ("Qwen3", True)])
+def test_transformers_internvl_with_qwen_passes(tmp_path, family, tied):
+    report = run_parity(internvl_directory(tmp_path, family, tied, attention_bias=True))
+    assert report.passed
+    assert "logits" in names(report)
 
 
 @pytest.mark.parametrize("tied", [False, True])
