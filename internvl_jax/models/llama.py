@@ -175,9 +175,8 @@ class Llama(nn.Module):
             hidden state in place of the last layer's.
         """
         x = x.astype(self.dtype)
-        frequencies: np.ndarray | Array = rope_frequencies(self.config)
-        if self.config.extends_context:
-            frequencies = extend_frequencies(frequencies, self.config, positions)
+        extended = self.config.extends_context
+        frequencies = extended_frequencies(self.config, positions) if extended else rope_frequencies(self.config)
         rope = rope_tables(positions, frequencies, self.dtype)
         if cache is not None:
             cache = cache.append_positions(positions, valid)
@@ -230,14 +229,13 @@ def head(params: Params) -> Params:
     return {name: params[name]}
 
 
-def extend_frequencies(frequencies: np.ndarray, config: TextConfig, positions: Array) -> Array:
+def extended_frequencies(config: TextConfig, positions: Array) -> Array:
     """Frequencies of dynamic NTK, which beyond max_position_embeddings fall with a row's length.
 
     As in the published code, keys in a cache keep the rotation of the length at which they were written. There the
     length is the longest one that the module has ever seen, of any row; here a row's answer depends on itself alone.
 
     Args:
-        frequencies: [H/2], of `rope_frequencies`.
         config: sizes of the model and its rope_scaling.
         positions: [B,T], of which the largest of a row is the last token's.
 
@@ -249,9 +247,9 @@ def extend_frequencies(frequencies: np.ndarray, config: TextConfig, positions: A
     factor, dim = config.rope_scaling.factor, config.head_dim
     length = (jnp.max(positions, axis=1) + 1).astype(jnp.float32)
     growth = jnp.maximum(factor * length / config.max_position_embeddings - (factor - 1), 1.0)
-    # base * growth ** (H / (H - 2)), raised to -i / H; in this form it is exact without growth, and nearly so in float32.
+    # base * growth ** (H / (H - 2)) raised to -i / H; in this form exact without growth, and nearly so in float32.
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim - 2)
-    return frequencies * jnp.exp(-exponents * jnp.log(growth)[:, None, None])
+    return jnp.asarray(rope_frequencies(config)) * jnp.exp(-exponents * jnp.log(growth)[:, None, None])
 
 
 def rope_frequencies(config: TextConfig) -> np.ndarray:

@@ -11,7 +11,6 @@ from support.newer_cases import BUNDLES, Bundle
 
 from checkpoints_convert.convert import convert, load_hf
 from checkpoints_convert.export import export
-from internvl_jax.cli.main import main
 from internvl_jax.config import config_to_hf, load_config
 from internvl_jax.inference.generation.bound_model import bind_model
 from internvl_jax.inference.generation.generator import Generator
@@ -86,10 +85,3 @@ def test_converted_and_exported_bit_for_bit(family, tmp_path):
 def test_configuration_written_and_read_again(family, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(family.config)))
     assert load_config(tmp_path) == family.config
-
-
-def test_the_parity_command_refuses_what_it_does_not_know(family, capsys):
-    known = family.config.text.family == "llama"
-    assert main(["parity", str(family.directory)]) == (0 if known else 2)
-    if not known:
-        assert f"the language model is {family.config.text.family}" in capsys.readouterr().err
