@@ -88,7 +88,8 @@ def test_unsupported_values_are_named(where, value):
         ("vision_feature_select_strategy", "full", "vision_feature_select_strategy"),
         ("projector_hidden_act", "relu", "projector_hidden_act"),
         ("image_seq_length", 5, "image_seq_length 5, its image and patch sizes give 4"),
-        ("text_config/model_type", "qwen2", "qwen2"),
+        ("text_config/model_type", "internlm2", "internlm2"),
+        ("text_config/model_type", "qwen3_moe", "qwen3_moe"),
         ("image_token_id", None, "no 'image_token_id'"),
     ],
 )
