@@ -73,7 +73,7 @@ TEMPLATES = {
         answer_end="</s>",
         image=("", IMAGE_PLACEHOLDER, ""),
     ),
-    # InternVL-Chat-V1-2; from July 2024 on, the reference has internlm2-chat's system message here.
+    # InternVL-Chat-V1-2; for later models see `default_system`.
     "Hermes-2": _chatml("Answer the questions.", "<|im_end|>"),
     # InternVL-Chat-V1-5 and InternVL2 on InternLM2.
     "internlm2-chat": _chatml(
@@ -86,6 +86,15 @@ TEMPLATES = {
         "<|im_end|>\n",
     ),
 }
+
+
+def default_system(template: str, tiled: bool) -> str:
+    """The system message of a template, where neither the caller nor the checkpoint has one.
+
+    Hermes-2's was replaced by internlm2-chat's in July 2024, between InternVL-Chat-V1-2, whose images are not cut into
+    tiles, and InternVL2.
+    """
+    return TEMPLATES["internlm2-chat" if template == "Hermes-2" and tiled else template].system
 
 
 def build_prompt(template: Template, history: Turns, question: str, system: str | None = None) -> str:

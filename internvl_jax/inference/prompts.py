@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from internvl_jax.config import ChatConfig
-from internvl_jax.config.conversation_templates import IMAGE_PLACEHOLDER, TEMPLATES
+from internvl_jax.config.conversation_templates import IMAGE_PLACEHOLDER, TEMPLATES, default_system
 from internvl_jax.processing.conversation import (
     Turn,
     as_turn,
@@ -219,6 +219,8 @@ class PromptBuilder:
         """
         tokenizer, template = self._required_tokenizer(), TEMPLATES[self.config.template or ""]
         system = self.config.system_message if options.system is None else options.system
+        if system is None:
+            system = default_system(self.config.template or "", self.config.dynamic_image_size)
         typed = (question, options.system or "", *(text for turn in history for text in turn))
         if literal is None and not options.parse_special:
             without = (_unicode(text).replace(IMAGE_PLACEHOLDER, " ") for text in typed)

@@ -61,6 +61,7 @@ def test_every_stage(family):
     assert_close(logits[0], family.arrays["logits/en_single/fp32"], 2e-4, "logits")
 
 
+@pytest.mark.long  # chat's answers, in tests/unit/inference, are the same tokens
 def test_greedy_tokens(family):
     """Every prompt of the bundle, with the recorded ids and tiles: one or several images, turns, video, Chinese."""
     for prompt in family.prompts.values():

@@ -4,6 +4,7 @@ import pytest
 from support.newer_cases import BUNDLES, Bundle
 
 import internvl_jax
+from internvl_jax.config.conversation_templates import TEMPLATES, default_system
 from internvl_jax.inference.prompts import AskOptions
 from internvl_jax.inference.replies import Reply
 from internvl_jax.processing.boxes import Box
@@ -56,3 +57,13 @@ def test_boxes_of_an_answer(asked):
     tokens = chat.tokenizer.encode("<ref>cat</ref><box>[[100, 200, 300, 400]]</box>")
     reply = Reply("", tokens, "stop", [], prompt_tokens=1, timings={})
     assert chat.boxes(reply, 2000, 500) == [Box("cat", 200, 100, 600, 200)]
+
+
+def test_the_default_system_message_of_hermes():
+    """V1-2's, and the later one of models that cut images into tiles; a checkpoint's own comes before both."""
+    chinese = TEMPLATES["internlm2-chat"].system
+    assert [default_system("Hermes-2", tiled) for tiled in (False, True)] == ["Answer the questions.", chinese]
+    bundle = Bundle("internvl2_5_qwen2")
+    chat = internvl_jax.load(bundle.directory, template="Hermes-2")
+    ids = chat.prompts.build(["Hi"]).input_ids[0]
+    assert chat.tokenizer.decode(ids, skip_special_tokens=False).startswith(f"<|im_start|>system\n{chinese}<|im_end|>")

@@ -417,7 +417,7 @@ def test_the_dashboard_shows_metrics_that_exist(server):
     "checkpoint",
     [
         "llava_1_5/original",
-        "internvl2_5_qwen2/checkpoint",
+        pytest.param("internvl2_5_qwen2/checkpoint", marks=pytest.mark.long),  # tiles: in the engine's tests
         pytest.param("llava_1_5/hf", marks=pytest.mark.long),
         pytest.param("internvl_chat_v1_0/checkpoint", marks=pytest.mark.long),
         pytest.param("internvl_chat_v1_1/checkpoint", marks=pytest.mark.long),

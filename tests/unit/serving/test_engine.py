@@ -292,7 +292,9 @@ def test_sizes_that_do_not_fit(chat, settings, message):
         Engine(chat, EngineSettings(**settings))
 
 
-@pytest.mark.parametrize("options", [{"cache_dtype": "int8"}, {"quantize": "int8"}])
+@pytest.mark.parametrize(
+    "options", [{"cache_dtype": "int8"}, pytest.param({"quantize": "int8"}, marks=pytest.mark.long)]
+)
 def test_quantized(options):
     chat = internvl_jax.load(**options)
     engine = make_engine(chat, rows=2)
