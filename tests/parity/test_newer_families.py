@@ -18,6 +18,7 @@ from internvl_jax.inference.generation.sampling import GenerationConfig
 from internvl_jax.models import chat_model
 from internvl_jax.models.chat_model import InternVLChat
 from internvl_jax.processing.images import load_image, load_processor
+from internvl_jax.quantize import quantize_params
 
 
 class Family(Bundle):
@@ -71,6 +72,18 @@ def test_greedy_tokens(family):
         gen = GenerationConfig(max_new_tokens=16, eos_token_ids=(family.facts["config"]["chat_eos_token_id"],))
         tokens, _ = family.generator.generate(np.asarray(prompt["input_ids"])[None], None, features, gen)
         assert tokens[0].tolist() == prompt["generated_ids"], prompt["id"]
+
+
+@pytest.mark.long
+def test_int8_weights(family):
+    """The logits of 8-bit weights follow those of the original's; tests/unit/test_quantize.py has exact figures."""
+    prompt = family.prompts["en_single"]
+    model = bind_model(family.config, quantize_params(family.params, "int8"), dtype="float32")
+    generator = Generator(model, image_token_id=family.image_token)
+    ids = family.arrays["logits/en_single/input_ids"][None]
+    logits = generator.logits(ids, None, generator.encode(family.pixels(prompt)))
+    expected = family.arrays["logits/en_single/fp32"]
+    assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.999
 
 
 def test_converted_and_exported_bit_for_bit(family, tmp_path):
