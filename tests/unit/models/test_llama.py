@@ -194,8 +194,7 @@ def test_padding_does_not_matter(weights, side):
         valid = np.zeros(padded.shape, bool)
         valid[:, left : left + 30] = True
         logits, _ = full(weights, CONFIG, padded, valid)
-        # Whole-model logits in float32: jaxlib 0.12 vectorizes other lengths otherwise, 1.1e-5 were measured.
-        assert_close(logits[:, left : left + 30], expected, 2e-5, f"{pads} pads")
+        assert_close(logits[:, left : left + 30], expected, 1e-5, f"{pads} pads")
         assert np.all(np.isfinite(logits))
 
 
