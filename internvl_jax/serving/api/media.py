@@ -84,7 +84,7 @@ class ImageReader:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > limit:
                     raise too_large
-                # A JPEG of several pictures (a phone's preview, for example) is its first one.
+                # Of a JPEG with several images, such as a phone's with a preview, the first one counts.
                 if getattr(image, "is_animated", False) and image.format != "MPO":
                     raise ApiError(400, "the image is animated: send one frame of it", "image_animated", param)
                 return load_image(image, honor_exif=True, max_pixels=limit).copy()

@@ -238,7 +238,7 @@ def test_a_failed_engine_is_503(server, engine):
 
 def test_an_internal_error_shows_nothing(server, engine, caplog):
     caplog.set_level(logging.CRITICAL)
-    engine.refuse = RuntimeError("/root/secret at 0x7f12")
+    engine.refuse = RuntimeError("/srv/secret at 0x7f12")
     with pytest.raises(openai.InternalServerError) as caught:
         create(server)
     assert caught.value.body["code"] == "internal_error"
